@@ -1,0 +1,8 @@
+"""What the stages hand to each other: frozen records with save and load. No transformers, no peft here."""
+
+from castune.artifacts.conflict_map import ConflictMap
+from castune.artifacts.eval_result import EvalResult, SuiteResult
+from castune.artifacts.head_selection import HeadSelection
+from castune.artifacts.tune_result import Certificate, TuneResult
+
+__all__ = ["Certificate", "ConflictMap", "EvalResult", "HeadSelection", "SuiteResult", "TuneResult"]

