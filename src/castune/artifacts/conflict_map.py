@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,14 @@ class ConflictMap:
     def fingerprint(self) -> str:
         """Fingerprint of the model the map belongs to."""
         return str(self.metadata["model"]["fingerprint"])
+
+    @property
+    def content_hash(self) -> str:
+        """Digest of all columns and the model they belong to (first 16 hex digits of SHA-256)."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for name in SCHEMA.names:
+            digest.update(json.dumps([name, self.table[name].to_pylist()]).encode())
+        return digest.hexdigest()[:16]
 
     def column(self, name: str) -> NDArray[np.float64]:
         """A column as float64, in the order of `heads`; missing values are NaN."""

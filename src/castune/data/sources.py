@@ -32,6 +32,7 @@ COLUMNS = (
 class NamedSource:
     """A public data set and how its rows become examples (`None`: the row is not part of the set)."""
 
+    purpose: str  # what it measures: utility | safety | over-refusal; training sets: alignment
     hub_id: str
     config: str | None
     split: str
@@ -42,16 +43,17 @@ class NamedSource:
 
 @dataclass(frozen=True)
 class _StarterSource:
+    purpose: str
     files: tuple[str, ...]
 
 
 _STARTER_SOURCES = {
-    "starter-utility": _StarterSource(("utility.jsonl",)),
-    "starter-utility-eval": _StarterSource(("utility-eval.jsonl",)),
-    "starter-safety": _StarterSource(("safety.jsonl",)),
-    "starter-safety-eval": _StarterSource(("safety-eval.jsonl",)),
-    "starter-overrefusal-eval": _StarterSource(("overrefusal-eval.jsonl",)),
-    "starter-align": _StarterSource(("align-harmful.jsonl", "align-benign.jsonl", "align-borderline.jsonl")),
+    "starter-utility": _StarterSource("utility", ("utility.jsonl",)),
+    "starter-utility-eval": _StarterSource("utility", ("utility-eval.jsonl",)),
+    "starter-safety": _StarterSource("safety", ("safety.jsonl",)),
+    "starter-safety-eval": _StarterSource("safety", ("safety-eval.jsonl",)),
+    "starter-overrefusal-eval": _StarterSource("over-refusal", ("overrefusal-eval.jsonl",)),
+    "starter-align": _StarterSource("alignment", ("align-harmful.jsonl", "align-benign.jsonl", "align-borderline.jsonl")),
 }
 
 
@@ -122,23 +124,23 @@ def _in_the_wild(row: Row) -> Example:
 
 
 NAMED_SOURCES: dict[str, NamedSource] = {
-    "mmlu": NamedSource("cais/mmlu", "all", "test", "MIT", _mmlu),
-    "csqa": NamedSource("tau/commonsense_qa", None, "validation", "MIT", _commonsense_qa),
-    "advbench": NamedSource("walledai/AdvBench", None, "train", "MIT", _advbench, gated=True),
-    "harmbench": NamedSource("walledai/HarmBench", "standard", "train", "MIT", _harmbench, gated=True),
-    "jailbreakbench": NamedSource("JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "MIT", _jailbreakbench),
-    "jailbreakbench-benign": NamedSource("JailbreakBench/JBB-Behaviors", "behaviors", "benign", "MIT", _jailbreakbench),
-    "xstest": NamedSource("Paul/XSTest", None, "test", "CC BY 4.0", _xstest("safe")),
-    "xstest-unsafe": NamedSource("Paul/XSTest", None, "test", "CC BY 4.0", _xstest("unsafe")),
+    "mmlu": NamedSource("utility", "cais/mmlu", "all", "test", "MIT", _mmlu),
+    "csqa": NamedSource("utility", "tau/commonsense_qa", None, "validation", "MIT", _commonsense_qa),
+    "advbench": NamedSource("safety", "walledai/AdvBench", None, "train", "MIT", _advbench, gated=True),
+    "harmbench": NamedSource("safety", "walledai/HarmBench", "standard", "train", "MIT", _harmbench, gated=True),
+    "jailbreakbench": NamedSource("safety", "JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "MIT", _jailbreakbench),
+    "jailbreakbench-benign": NamedSource("over-refusal", "JailbreakBench/JBB-Behaviors", "behaviors", "benign", "MIT", _jailbreakbench),
+    "xstest": NamedSource("over-refusal", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("safe")),
+    "xstest-unsafe": NamedSource("safety", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("unsafe")),
     "dan": NamedSource(
-        "TrustAIRLab/in-the-wild-jailbreak-prompts", "jailbreak_2023_12_25", "train", "MIT", _in_the_wild
+        "safety", "TrustAIRLab/in-the-wild-jailbreak-prompts", "jailbreak_2023_12_25", "train", "MIT", _in_the_wild
     ),
-    "wildjailbreak-train": NamedSource("allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak, gated=True),
+    "wildjailbreak-train": NamedSource("alignment", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak, gated=True),
     "wildjailbreak-vanilla-harmful": NamedSource(
-        "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak_vanilla_harmful, gated=True
+        "safety", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak_vanilla_harmful, gated=True
     ),
-    "wildjailbreak": NamedSource("allenai/wildjailbreak", "eval", "train", "ODC-BY", _wildjailbreak_eval, gated=True),
-    "wildguard": NamedSource("allenai/wildguardmix", "wildguardtest", "test", "ODC-BY", _wildguard, gated=True),
+    "wildjailbreak": NamedSource("safety", "allenai/wildjailbreak", "eval", "train", "ODC-BY", _wildjailbreak_eval, gated=True),
+    "wildguard": NamedSource("safety", "allenai/wildguardmix", "wildguardtest", "test", "ODC-BY", _wildguard, gated=True),
 }  # fmt: skip
 
 SOURCE_NAMES = (*_STARTER_SOURCES, *NAMED_SOURCES)
@@ -166,6 +168,14 @@ def examples(source: str | Path, *, limit: int | None = None, seed: int = 0) -> 
             chosen = random.Random(seed).sample(range(len(found)), limit)
             found = [found[i] for i in sorted(chosen)]
     return found
+
+
+def purpose_of(source: str) -> str | None:
+    """What a named source measures (utility, safety, over-refusal) or is for (alignment); None for files and hub ids."""
+    name = source.partition("=")[0]
+    if name in _STARTER_SOURCES:
+        return _STARTER_SOURCES[name].purpose
+    return NAMED_SOURCES[name].purpose if name in NAMED_SOURCES else None
 
 
 def _converted(source: str) -> Iterator[Example]:

@@ -1,0 +1,252 @@
+"""Settings: a small model per stage, and the recipe that holds them. TOML in, resolved TOML out.
+
+Unknown keys are refused. Values are checked where they are built, so a recipe fails before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from castune.errors import CastuneError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+Zone = Literal["safe", "risky", "random", "all"]
+Score = Literal["conflict", "gradient", "sensitivity"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Shows the user one line instead of pydantic's report.
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise CastuneError(_one_line(error, type(self))) from None
+
+
+class DataConfig(_Config):
+    """A data source and how much of it. A plain string is a source without a limit."""
+
+    source: str
+    """Named source, `name=path`, file, or hub id."""
+    limit: Count | None = None
+    """Draw this many examples (by the recipe's seed); all when absent."""
+
+
+def _source(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class DiagnoseConfig(_Config):
+    """How heads are measured (Section 3 of the paper)."""
+
+    measure: Literal["decision", "margin"] = "decision"
+    """`decision`: accuracy and refusal rate, as in the paper. `margin`: log-prob margins; no generation, no ties."""
+    ablation: Literal["zero", "mean"] = "zero"
+    """What replaces a head's output: zero, or its mean over the calibration tokens."""
+    max_new_tokens: Count = 24
+    """Tokens of a reply that the judge sees (`decision`), or that the margin compares (`margin`)."""
+    judge: Literal["prefix"] = "prefix"
+    """Who decides whether a reply refuses."""
+    batch_tokens: Count = 2048
+    """Rows x tokens of one forward."""
+    max_length: Count = 1024
+    """Limit of prompt + reply in tokens; prompts are cut on the left."""
+    sensitivity_rank: Literal["difference", "of-difference"] = "difference"
+    """`difference`: Eq. 5, exp(rank - rank). `of-difference`: exp(rank of the difference), the scale of Table 7."""
+    gradient_chunks: Annotated[int, Field(ge=2)] = 8
+    """Parts of each set whose gradients are kept apart for the standard error of O(h)."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Diagnose these layers only; ranks are then among their heads. All layers when absent."""
+
+
+class SelectConfig(_Config):
+    """Which heads are trained (Section 3.5)."""
+
+    zone: Zone = "safe"
+    """`safe`: lowest scores; `risky`: highest; `random`; `all`."""
+    fraction: Share | None = 0.25
+    """Share of all heads."""
+    buckets: Count | None = None
+    """Cut the sorted heads into this many equal buckets and take number `bucket` (1: highest scores)."""
+    bucket: Count | None = None
+    score: Score = "conflict"
+    """What heads are sorted by: C(h), O(h) alone, or S(h) alone (Table 8)."""
+    seed: int | None = None
+    """Seed of a random selection."""
+    compare: tuple[Zone, ...] = ()
+    """More zones of the same size to train beside this one, for comparison."""
+
+
+class TuneConfig(_Config):
+    """How the chosen heads are trained. The defaults are the paper's Table 3."""
+
+    rank: Count = 32
+    alpha: Annotated[float, Field(gt=0)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    epochs: Annotated[float, Field(gt=0)] = 1
+    max_steps: Count | None = None
+    """Stop after this many optimiser steps, whatever `epochs` says."""
+    batch_size: Count = 4
+    """Examples a device and a micro-batch."""
+    accumulation: Count = 2
+    """Micro-batches an optimiser step."""
+    max_length: Count = 1024
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    freeze_a: bool = False
+    """Train B alone: budgets of equal head counts are then equal to the parameter."""
+    seed: int = 21
+    """Seed of the adapter's initial values and of the data order."""
+
+
+class EvaluateConfig(_Config):
+    """What is measured on the base model and on every arm."""
+
+    suites: tuple[str, ...] = ("starter-utility-eval", "starter-safety-eval", "starter-overrefusal-eval")
+    """Data sources; see `castune evaluate --help` for the named ones."""
+    limit: Count | None = None
+    """Examples a suite; all when absent."""
+    judge: Literal["prefix"] = "prefix"
+    max_new_tokens: Count = 32
+    batch_tokens: Count = 4096
+    max_length: Count = 2048
+    seed: int = 0
+    """Seed of the subsets: the same everywhere."""
+
+    @field_validator("suites")
+    @classmethod
+    def _some_suites(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
+        if not suites:
+            raise ValueError("needs at least one suite")
+        if len(set(suites)) != len(suites):
+            raise ValueError("a suite is named twice")
+        return suites
+
+
+class Recipe(_Config):
+    """A whole run: which model, which data, the settings of every stage."""
+
+    model: str = "default"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    out: str
+    """The run directory."""
+    seed: int = 21
+    """Seed of the calibration subsets; training has its own."""
+    safety: DataConfig = DataConfig(source="starter-safety")
+    """D_safe: harmful prompts with safe replies."""
+    utility: DataConfig = DataConfig(source="starter-utility")
+    """D_util: multiple-choice questions."""
+    align: DataConfig = DataConfig(source="starter-align")
+    """D_align: what is trained on."""
+    diagnose: DiagnoseConfig = DiagnoseConfig()
+    select: SelectConfig = SelectConfig()
+    tune: TuneConfig = TuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("safety", "utility", "align", mode="before")
+    @classmethod
+    def _plain_source(cls, value: Any) -> Any:
+        return _source(value)
+
+    @model_validator(mode="after")
+    def _bucket_pair(self) -> Recipe:
+        if (self.select.buckets is None) != (self.select.bucket is None):
+            raise ValueError("select.buckets and select.bucket go together")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a TOML recipe and apply `key.sub=value` overrides (values in TOML; bare words are strings).
+
+        Raises:
+            CastuneError: no such file, malformed TOML, an unknown key, or a value out of range.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CastuneError(f"{path}: no such recipe") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise CastuneError(f"{path}: malformed TOML: {error}") from None
+        for override in overrides:
+            _apply(values, override)
+        try:
+            return cls(**values)
+        except CastuneError as error:
+            raise CastuneError(f"{path}: {error}") from None
+
+    def to_toml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return to_toml(self.model_dump(mode="json"))
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """TOML text of plain values and one level of tables; absent values (None) are left out."""
+    import json
+
+    def literal(value: Any) -> str:
+        # JSON's strings, numbers, booleans and arrays are TOML's too.
+        return json.dumps(value, ensure_ascii=False)
+
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict) and value is not None}
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    lines = [f"{key} = {literal(value)}" for key, value in plain.items()]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]"]
+        lines += [f"{key} = {literal(value)}" for key, value in table.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise CastuneError(f"--set {override}: expected key=value, for example tune.learning_rate=2e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *path, last = key.strip().split(".")
+    table = values
+    for part in path:
+        if not isinstance(table.setdefault(part, {}), dict):
+            table[part] = _source(table[part])
+        table = table[part]
+        if not isinstance(table, dict):
+            raise CastuneError(f"--set {override}: {part} is not a table")
+    table[last] = value
+
+
+def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or model.__name__
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown key {where!r}; accepted here: {', '.join(_accepted(model, item['loc'][:-1]))}")
+        elif item["type"] == "missing":
+            parts.append(f"{where!r} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{where} = {item['input']!r}: {message}" if item["loc"] else message)
+    return "; ".join(parts)
+
+
+def _accepted(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)

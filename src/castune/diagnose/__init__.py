@@ -1,0 +1,1 @@
+"""Diagnosis: the conflict map of a model (Section 3 of the paper)."""

@@ -1,0 +1,143 @@
+"""One HTML page that needs nothing else, and the same charts as files.
+
+The page carries Vega itself, once for all charts. Its security policy allows the two scripts it was written with (by
+hash) and inline styles, and nothing else: no request leaves it, and text of a model could not run even if it were not
+escaped. Vega's expressions are therefore interpreted (`ast`), never compiled.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts.files import replacing, write_text
+from castune.report.figures import charts, theme
+from castune.report.markup import Markup, join, script_json, tag
+from castune.report.samples import provenance, samples
+from castune.report.sections import conflict_map, known, opening, results, training
+from castune.report.summary import Differences
+
+_HERE = Path(__file__).parent
+_INK, _PAPER = "#222222", "#ffffff"
+
+
+def write_report(
+    path: str | Path,
+    *,
+    cmap: ConflictMap,
+    selections: Mapping[str, HeadSelection],
+    tunings: Mapping[str, TuneResult],
+    evaluations: Mapping[str, EvalResult],
+    differences: Differences,
+    cost_ratios: Mapping[str, float | None],
+    recipe_text: str = "",
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write the report of a run, atomically.
+
+    Args:
+        path: the HTML file.
+        cmap: the conflict map.
+        selections: by arm; the base has none.
+        tunings: by arm; the base has none.
+        evaluations: by arm; `base` is the model before training.
+        differences: arm -> suite -> (mean of arm minus base paired by example, its standard error, pairs).
+        cost_ratios: utility cost ratio by arm; None is undefined (safety did not rise), absent is not measured.
+        recipe_text: the resolved recipe.
+        notes: sentences below the verdict, for example on what was not done.
+
+    Returns:
+        The file.
+    """
+    drawn = charts(cmap, selections, tunings, evaluations)
+    body = tag(
+        "main",
+        opening(cmap, evaluations, differences, cost_ratios, notes),
+        tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
+        results(evaluations, differences, cost_ratios, drawn),
+        conflict_map(cmap, selections, drawn),
+        training(tunings, selections, drawn),
+        samples(evaluations),
+        provenance(cmap, selections, tunings, evaluations, recipe_text),
+    )
+    path = Path(path)
+    write_text(path, _document(f"castune: {known(cmap.metadata.get('model', {}).get('name'))}", body, drawn))
+    return path
+
+
+def write_figures(
+    directory: str | Path,
+    *,
+    cmap: ConflictMap,
+    selections: Mapping[str, HeadSelection],
+    tunings: Mapping[str, TuneResult],
+    evaluations: Mapping[str, EvalResult],
+) -> list[Path]:
+    """Write every chart of the report as SVG and PNG, atomically; needs no browser.
+
+    Returns:
+        The files: `conflict_map.svg`, `conflict_map.png`, `trade_off.svg`, ...
+    """
+    directory = Path(directory)
+    config = {
+        **theme(_INK),
+        "background": _PAPER,
+        "font": "Arial, Liberation Sans, sans-serif",
+        "padding": 12,
+    }
+    written = []
+    for name, chart in charts(cmap, selections, tunings, evaluations).items():
+        spec = chart.to_dict()
+        # The theme decides colours and fonts here, not Altair's default configuration.
+        spec.pop("config", None)
+        svg = vl_convert.vegalite_to_svg(spec, config=config)
+        for suffix, content in (("svg", svg.encode()), ("png", vl_convert.svg_to_png(svg, scale=2))):
+            path = directory / f"{name}.{suffix}"
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+            written.append(path)
+    return written
+
+
+def _document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
+    specs = {name: _bare(chart) for name, chart in drawn.items()}
+    scripts = [vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), (_HERE / "page.js").read_text(encoding="utf-8")]
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    head = join(
+        [
+            Markup('<meta charset="utf-8">'),
+            Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
+            Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+            Markup('<meta name="color-scheme" content="light dark">'),
+            tag("title", title),
+            tag("style", Markup((_HERE / "style.css").read_text(encoding="utf-8"))),
+        ]
+    )
+    data = tag(
+        "script",
+        Markup(script_json({"specs": specs, "config": theme("currentColor")})),
+        id="charts",
+        type="application/json",
+    )
+    code = [tag("script", Markup(script)) for script in scripts]
+    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>{join([body, data, *code])}</body>\n</html>\n'
+
+
+def _bare(chart: Any) -> dict[str, Any]:
+    """The chart's specification without what the page decides itself."""
+    spec: dict[str, Any] = chart.to_dict()
+    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

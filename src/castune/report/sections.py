@@ -1,0 +1,362 @@
+"""The numbers of the report as HTML: verdict, results, conflict map, training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
+from castune.report.markup import Markup, join, table, tag
+from castune.report.summary import (
+    BASE,
+    NOT_MEASURED,
+    Difference,
+    Differences,
+    Rate,
+    in_order,
+    is_seen,
+    number,
+    percent,
+    points,
+    verdict,
+    with_error,
+)
+
+NOT_RECORDED = "not recorded"
+
+_MEANING = {
+    "utility": "right answers; higher is better",
+    "safety": "harmful prompts refused; higher is safer",
+    "over-refusal": "harmless prompts refused; lower is better",
+}
+
+
+def figure(name: str, caption: object) -> Markup:
+    """The place of a chart; `page.js` draws it."""
+    return tag("figure", tag("div", class_="chart", data_chart=name), tag("figcaption", caption))
+
+
+def section(title: str, identifier: str, *content: object) -> Markup:
+    """A section of the page with its heading."""
+    return tag("section", tag("h2", title, id=identifier), *content)
+
+
+def known(value: Any) -> str:
+    """A value of a metadata record in words."""
+    if value is None:
+        return NOT_RECORDED
+    if isinstance(value, list | tuple):
+        return ", ".join(known(item) for item in value) or "none"
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def opening(
+    cmap: ConflictMap,
+    evaluations: Mapping[str, EvalResult],
+    differences: Differences,
+    cost_ratios: Mapping[str, float | None],
+    notes: Sequence[str],
+) -> Markup:
+    """Title, what this is about, and what the numbers say."""
+    model = cmap.metadata.get("model", {})
+    about = (
+        f"{known(model.get('type'))}, {known(model.get('parameters'))} parameters, {len(cmap):,} query heads"
+    )
+    return tag(
+        "header",
+        tag("p", "castune report", class_="kicker"),
+        tag("h1", known(model.get("name"))),
+        tag("p", about, class_="quiet"),
+        tag("p", " ".join(verdict(evaluations, differences, cost_ratios)), class_="verdict"),
+        tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else "",
+    )
+
+
+def results(
+    evaluations: Mapping[str, EvalResult],
+    differences: Differences,
+    cost_ratios: Mapping[str, float | None],
+    drawn: Mapping[str, Any],
+) -> Markup:
+    """Before and after: a row an arm, a column a suite; then the trade-off charts."""
+    if not evaluations:
+        return section(
+            "Before and after", "results", tag("p", "Not measured: no model has been evaluated in this run.")
+        )
+    evaluations = in_order(evaluations)
+    suites = _suites(evaluations)
+    rows = []
+    for arm, evaluation in evaluations.items():
+        row: list[object] = [arm]
+        row += [_suite_cell(arm, suite, evaluations, differences.get(arm, {}).get(suite)) for suite in suites]
+        rows.append([*row, _cost_cell(arm, cost_ratios)])
+    head = ["Arm", *(_suite_head(suite, evaluations) for suite in suites), "Utility cost ratio"]
+    hidden = [name for name in evaluations if not _plotted(evaluations[name])]
+    charts = []
+    if "trade_off" in drawn:
+        charts.append(figure("trade_off", "Safety against utility. Up and to the right is better."))
+    if "trade_off_over_refusal" in drawn:
+        charts.append(
+            figure("trade_off_over_refusal", "Safety against over-refusal. Down and to the right is better.")
+        )
+    explanation = (
+        "Rates are value ± one standard error over scored examples. Unscored examples, which the judge could not "
+        "decide, count in neither part of a rate. Changes are in percentage points against base, paired by example. "
+        "The utility cost ratio is utility lost over safety gained (Eq. 7); it is undefined when safety did not rise."
+    )
+    bars = "Bars are one standard error; several suites of one purpose are averaged without weights."
+    missing = f" Not plotted, as a number is missing: {', '.join(hidden)}." if hidden and charts else ""
+    return section(
+        "Before and after",
+        "results",
+        table(head, rows, label="Results by arm and suite", class_="results"),
+        tag("p", explanation, class_="small"),
+        tag("div", *charts, class_="figures"),
+        tag("p", bars + missing, class_="small") if charts else "",
+        _further_numbers(evaluations),
+    )
+
+
+def conflict_map(
+    cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Mapping[str, Any]
+) -> Markup:
+    """Where conflicts lie, how sure the map is, and what each arm trains of it."""
+    settings, ties = cmap.metadata.get("settings", {}), cmap.metadata.get("ties", {})
+    baseline, data = cmap.metadata.get("baseline", {}), cmap.metadata.get("data", {})
+    facts = [
+        ("Measured by", f"{known(settings.get('measure'))}, {known(settings.get('ablation'))} ablation"),
+        ("Safety prompts", _source(data.get("safety"))),
+        ("Utility questions", _source(data.get("utility"))),
+        ("Utility accuracy before ablation", _baseline(baseline.get("utility_accuracy"))),
+        ("Refusal rate before ablation", _baseline(baseline.get("refusal_rate"))),
+        ("Heads tied with another in utility shift", _share(ties.get("utility_shift"))),
+        ("Heads tied with another in safety shift", _share(ties.get("safety_shift"))),
+        ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
+        ("Time", _duration(cmap.metadata.get("seconds"))),
+    ]
+    caption = (
+        "A cell is a query head; layer 0 is at the top. Blue is low, red is high on the scale of the score shown. "
+        "Point at a cell for all values with their standard errors."
+    )
+    zones = (
+        figure(
+            "zones", "Heads that each arm trains, in colour. All other heads keep their weights to the bit."
+        )
+        if "zones" in drawn
+        else tag("p", "No heads have been selected in this run.")
+    )
+    return section(
+        "Conflict map",
+        "map",
+        tag(
+            "p",
+            "The conflict score is C(h) = O(h) · S(h): how far the gradients of safety and utility point apart on a "
+            "head, times how much more utility than safety hangs on it. High scores make the risky zone.",
+        ),
+        tag(
+            "div",
+            figure("conflict_map", caption),
+            tag(
+                "div",
+                figure(
+                    "score_distribution",
+                    "All heads by score. Buckets hold equal numbers of heads; 1 is the riskiest.",
+                ),
+                table([], facts, label="How the map was measured", class_="facts"),
+            ),
+            class_="figures",
+        ),
+        tag("h3", "What each arm trains"),
+        zones,
+        _selection_table(selections),
+    )
+
+
+def training(
+    tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSelection], drawn: Mapping[str, Any]
+) -> Markup:
+    """Budget, certificate and loss of every arm."""
+    if not tunings:
+        return section("Training", "training", tag("p", "Nothing has been trained in this run."))
+    head = [
+        "Arm",
+        "Heads",
+        "Layers",
+        "Query rows",
+        "A matrices",
+        "Trainable parameters",
+        "Effective parameters",
+    ]
+    head += ["Examples", "Steps", "Tokens", "Time"]
+    budgets, proofs = [], []
+    for arm, result in tunings.items():
+        keys = ("heads", "query_rows", "a_matrices", "trainable_parameters", "effective_parameters")
+        heads, *rest = (known(result.budget.get(key)) for key in keys)
+        layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
+        examples = known(result.data.get("n")) + (
+            f" ({result.data['cut']:,} cut)" if result.data.get("cut") else ""
+        )
+        run = [examples, known(result.steps), known(result.tokens), _duration(result.seconds)]
+        budgets.append([arm, heads, layers, *rest, *run])
+        proof = result.certificate
+        proofs.append(
+            [
+                arm,
+                f"{proof.checked_rows:,}, all identical",
+                f"{proof.checked_tensors:,}, all identical",
+                f"{proof.changed_rows:,} of {proof.selected_rows:,}",
+                number(proof.largest_change),
+                tag("code", proof.adapter_hash) if proof.adapter_hash else NOT_RECORDED,
+            ]
+        )
+    proof_head = [
+        "Arm",
+        "Query rows outside the selection",
+        "Tensors, outside selected rows",
+        "Selected rows changed",
+    ]
+    proof_head += ["Largest change of a weight", "Adapter"]
+    certificate = (
+        "Every adapter was merged and compared with the base model bit by bit: nothing but query rows of the selected "
+        "heads differs."
+    )
+    return section(
+        "Training",
+        "training",
+        table(head, budgets, label="Training budget by arm", class_="numbers"),
+        tag(
+            "p",
+            "Trainable parameters include LoRA's A, which all heads of a layer share; effective parameters leave out "
+            "rows that the mask keeps at zero.",
+            class_="small",
+        ),
+        tag("h3", "Certificate"),
+        tag("p", certificate),
+        table(proof_head, proofs, label="Certificate by arm", class_="numbers"),
+        figure("training_loss", "Training loss as logged.") if "training_loss" in drawn else "",
+    )
+
+
+def _suites(evaluations: Mapping[str, EvalResult]) -> list[str]:
+    return list(
+        dict.fromkeys(suite.suite for evaluation in evaluations.values() for suite in evaluation.suites)
+    )
+
+
+def _find(evaluation: EvalResult, suite: str) -> SuiteResult | None:
+    return next((result for result in evaluation.suites if result.suite == suite), None)
+
+
+def _conditions(result: SuiteResult) -> str:
+    length = "" if result.max_new_tokens is None else f", max_new_tokens {result.max_new_tokens}"
+    return f"judge {result.judge}{length}"
+
+
+def _all_conditions(suite: str, evaluations: Mapping[str, EvalResult]) -> set[str]:
+    return {_conditions(found) for evaluation in evaluations.values() if (found := _find(evaluation, suite))}
+
+
+def _suite_head(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
+    purpose = next(
+        found.purpose for evaluation in evaluations.values() if (found := _find(evaluation, suite))
+    )
+    conditions = _all_conditions(suite, evaluations)
+    # What holds for the whole column stands in its head; where arms differ, each cell has its own.
+    shared = conditions.pop() if len(conditions) == 1 else "judged differently, see cells"
+    return join([suite, tag("small", _MEANING.get(purpose, purpose)), tag("small", shared)])
+
+
+def _suite_cell(
+    arm: str, suite: str, evaluations: Mapping[str, EvalResult], difference: Difference | None
+) -> Markup | str:
+    result = _find(evaluations[arm], suite)
+    if result is None:
+        return tag("span", NOT_MEASURED, class_="quiet")
+    rate = Rate(result.value, result.standard_error, result.n, result.unscored)
+    lines = [tag("span", with_error(rate, percent), class_="value")]
+    if arm != BASE:
+        lines.append(_change(difference))
+    lines.append(tag("small", f"n = {result.n:,}, {result.unscored:,} unscored"))
+    if len(_all_conditions(suite, evaluations)) > 1:
+        lines.append(tag("small", _conditions(result)))
+    base = _find(evaluations[BASE], suite) if BASE in evaluations else None
+    if base is not None and base.data_hash != result.data_hash:
+        lines.append(tag("small", "not the same examples as base", class_="warning"))
+    return join(lines)
+
+
+def _change(difference: Difference | None) -> Markup:
+    if difference is None or difference[0] is None:
+        return tag("span", f"change {NOT_MEASURED}", class_="change quiet")
+    change = Rate(*difference)
+    seen = is_seen(change)
+    paired = tag("small", f"{change.n:,} pairs" + ("" if seen is not False else ", no difference seen"))
+    return tag("span", f"{with_error(change, points)} ", paired, class_="change" if seen else "change quiet")
+
+
+def _cost_cell(arm: str, cost_ratios: Mapping[str, float | None]) -> str:
+    if arm == BASE:
+        return "–"
+    if arm not in cost_ratios:
+        return NOT_MEASURED
+    ratio = cost_ratios[arm]
+    return "undefined" if ratio is None else f"{ratio:.2f}"
+
+
+def _plotted(evaluation: EvalResult) -> bool:
+    return evaluation.mean("safety") is not None and evaluation.mean("utility") is not None
+
+
+def _further_numbers(evaluations: Mapping[str, EvalResult]) -> Markup | str:
+    rows = [
+        [arm, suite.suite, key, number(value)]
+        for arm, evaluation in evaluations.items()
+        for suite in evaluation.suites
+        for key, value in suite.extra.items()
+    ]
+    if not rows:
+        return ""
+    content = table(["Arm", "Suite", "Number", "Value"], rows, label="Further numbers", class_="numbers")
+    return tag("details", tag("summary", "Further numbers of the evaluation"), content)
+
+
+def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
+    if not selections:
+        return ""
+    rows = []
+    for arm, selection in selections.items():
+        zone = selection.zone
+        if selection.bucket is not None:
+            zone += f" {selection.bucket} of {selection.buckets}"
+        seed = "–" if selection.seed is None else str(selection.seed)
+        share = f"{len(selection.heads):,} of {selection.n_total:,}"
+        rows.append([arm, zone, selection.score, share, f"{len(selection.layers):,}", seed])
+    head = ["Arm", "Zone", "Sorted by", "Heads", "Layers", "Seed"]
+    return table(head, rows, label="Selections", class_="numbers")
+
+
+def _source(record: Mapping[str, Any] | None) -> str:
+    if not record:
+        return NOT_RECORDED
+    cut = f", {record['cut']:,} cut" if record.get("cut") else ""
+    return f"{known(record.get('source'))}, n = {known(record.get('n'))}{cut}"
+
+
+def _baseline(record: Mapping[str, Any] | None) -> str:
+    if not record:
+        return NOT_RECORDED
+    rate = Rate(record.get("value"), record.get("standard_error"), record.get("n", 0))
+    unscored = f", {record['unscored']:,} unscored" if "unscored" in record else ""
+    return f"{with_error(rate, percent)}, n = {known(record.get('n'))}{unscored}"
+
+
+def _share(value: float | None) -> str:
+    return NOT_RECORDED if value is None else percent(value)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NOT_RECORDED
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

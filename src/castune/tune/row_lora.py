@@ -1,0 +1,141 @@
+"""Head-sparse LoRA: a plain PEFT adapter whose B matrix acts on chosen query rows only.
+
+`lora_B` multiplies its weight by a row mask in forward. Rows outside the selection start at zero, get zero gradients
+and stay exactly zero under every optimiser and weight decay, also under FSDP2, where gradient hooks are lost
+silently. The saved adapter is an ordinary LoRA adapter.
+
+Shape letters: R LoRA rank, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from castune.artifacts import HeadSelection
+from castune.core.heads import HeadLayout
+from castune.core.provenance import fingerprint
+from castune.errors import CastuneError
+
+ADAPTER_NAME = "default"
+
+
+class HeadMaskedLinear(nn.Linear):
+    """A LoRA B matrix, `[rows, R]`, whose rows outside the chosen heads are zero in forward and gradient."""
+
+    head_mask: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the masked weight."""
+        mask = self.head_mask.to(self.weight.dtype)[:, None]
+        return functional.linear(input, self.weight * mask, self.bias)
+
+
+def sparse_lora(
+    model: Any, selection: HeadSelection, *, r: int = 32, alpha: float = 32, freeze_a: bool = False
+) -> Any:
+    """Put LoRA on the query rows of the selected heads: a plain `PeftModel`, for any training loop.
+
+    Set the seed before calling: A is initialised at random here.
+
+    Args:
+        model: the base model the selection was made for. PEFT wraps its layers in place.
+        selection: the heads to train.
+        r: LoRA rank.
+        alpha: LoRA alpha; updates are scaled by alpha / r.
+        freeze_a: train B alone. A (r x hidden) is shared by all heads of a layer, so only then do selections
+            with equal head counts have exactly equal budgets.
+
+    Raises:
+        CastuneError: the selection belongs to another model, or is empty.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    layout = HeadLayout.of(model)
+    check_selection(model, layout, selection)
+    names = {layout.at(layer).query_name for layer in selection.layers}
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted(names),
+        layers_to_transform=list(selection.layers),
+        fan_in_fan_out=any(layout.at(layer).transposed for layer in selection.layers),
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(model, config)
+    wrapped = {name.removeprefix("base_model.model.") for name, _ in lora_layers(peft_model)}
+    wanted = {layout.at(layer).query_path for layer in selection.layers}
+    if wrapped != wanted:
+        peft_model.unload()
+        raise CastuneError(f"PEFT wrapped {sorted(wrapped ^ wanted)} beside the selected layers of this model")
+    for layer in selection.layers:
+        module = peft_model.base_model.model.get_submodule(layout.at(layer).query_path)
+        _mask_rows(module.lora_B[ADAPTER_NAME], row_mask(layout, selection, layer))
+        if freeze_a:
+            module.lora_A[ADAPTER_NAME].weight.requires_grad_(False)
+    return peft_model
+
+
+def check_selection(model: nn.Module, layout: HeadLayout, selection: HeadSelection) -> None:
+    """Refuse a selection that is empty, was made for another model, or names heads that do not exist."""
+    if not selection.heads:
+        raise CastuneError("the selection has no heads; nothing would be trained")
+    found = fingerprint(model)
+    if selection.model_fingerprint != found:
+        raise CastuneError(
+            f"the selection was made for model {selection.model_fingerprint}, this model is {found}; "
+            "diagnose this model and select again"
+        )
+    unknown = sorted(set(selection.heads) - set(layout.heads))
+    if unknown:
+        raise CastuneError(f"the selection names heads this model does not have: {unknown[:5]}")
+
+
+def row_mask(layout: HeadLayout, selection: HeadSelection, layer: int) -> Tensor:
+    """True for the query rows of the selected heads of a layer, over the projection's output dimension."""
+    heads = selection.heads_of(layer)
+    n_rows = max(layout.query_rows(layer, head).stop for head in range(layout.n_heads(layer)))
+    mask = torch.zeros(n_rows, dtype=torch.bool)
+    for head in heads:
+        mask[layout.query_rows(layer, head)] = True
+    return mask
+
+
+def lora_layers(peft_model: nn.Module) -> list[tuple[str, Any]]:
+    """(path, module) of every module that carries a LoRA adapter."""
+    return [(name, module) for name, module in peft_model.named_modules() if hasattr(module, "lora_B")]
+
+
+def budget(peft_model: nn.Module, layout: HeadLayout, selection: HeadSelection) -> dict[str, int]:
+    """What is trained: heads, their query rows, A matrices, and parameters.
+
+    `trainable_parameters` is what the optimiser sees; `effective_parameters` leaves out the masked rows of B, whose
+    value is always zero.
+    """
+    layers = [module for _, module in lora_layers(peft_model)]
+    a_weights = [module.lora_A[ADAPTER_NAME].weight for module in layers]
+    rows = sum(int(row_mask(layout, selection, layer).sum()) for layer in selection.layers)
+    rank = a_weights[0].shape[0]
+    trainable_a = [weight for weight in a_weights if weight.requires_grad]
+    return {
+        "heads": len(selection.heads),
+        "query_rows": rows,
+        "a_matrices": len(trainable_a),
+        "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
+        "effective_parameters": sum(weight.numel() for weight in trainable_a) + rows * rank,
+    }
+
+
+def _mask_rows(b: nn.Linear, mask: Tensor) -> None:
+    # A fused projection has more rows than its queries: keys and values are never trained.
+    full = torch.zeros(b.weight.shape[0], dtype=torch.bool)
+    full[: len(mask)] = mask
+    b.__class__ = HeadMaskedLinear
+    b.register_buffer("head_mask", full.to(b.weight.device), persistent=False)
+    with torch.no_grad():
+        b.weight *= b.head_mask.to(b.weight.dtype)[:, None]  # type: ignore[operator]

@@ -1,0 +1,183 @@
+"""Training the selected heads: HF Trainer, castune's one loss, the paper's Table 3 as defaults."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from castune.artifacts import HeadSelection, TuneResult
+from castune.config import TuneConfig
+from castune.core.heads import HeadLayout
+from castune.core.losses import RowBatch, reply_nll
+from castune.core.progress import Advance, progress
+from castune.core.provenance import model_record, provenance
+from castune.data.chat import ChatFormat
+from castune.data.example import Example, content_hash
+from castune.data.rows import Row
+from castune.errors import DataError, TrainingError
+from castune.tune.row_lora import budget, sparse_lora
+from castune.tune.verify import certify
+
+
+def tune(
+    model: Any,
+    tokenizer: Any,
+    selection: HeadSelection,
+    *,
+    data: Sequence[Example],
+    out: str | Path,
+    config: TuneConfig | None = None,
+    source: str | None = None,
+) -> TuneResult:
+    """Train the selected heads and write adapter, certificate and record.
+
+    Args:
+        model: the base model; it is wrapped for the training and left as it was.
+        tokenizer: its tokenizer, with a chat template.
+        selection: the heads to train.
+        data: D_align, prompts with replies.
+        out: the adapter directory. It is complete or absent, never half-written.
+        config: settings; the paper's Table 3 by default.
+        source: name of the data source, for the record.
+
+    Raises:
+        DataError: an example has no reply, or a reply that does not fit.
+        TrainingError: the loss is not finite.
+        CertificateError: the trained adapter touches anything outside the selection.
+    """
+    config = config or TuneConfig()
+    out = Path(out)
+    chat = ChatFormat(tokenizer, max_length=config.max_length)
+    if not data:
+        raise DataError("no training examples")
+    rows = [chat.loss_row(example) for example in data]
+    # Before the adapter is built: the seed also decides the initial A.
+    set_seed(config.seed)
+    layout = HeadLayout.of(model)
+    peft_model = sparse_lora(
+        model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a
+    )
+    ledger = budget(peft_model, layout, selection)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        try:
+            started = time.perf_counter()
+            trainer = _train(peft_model, rows, config, aside)
+            seconds = time.perf_counter() - started
+            peft_model.save_pretrained(aside / "adapter")
+        finally:
+            peft_model.unload()
+            model.eval()
+        result = TuneResult(
+            adapter=out.name,
+            certificate=certify(model, aside / "adapter", selection),
+            budget=ledger,
+            settings=config.model_dump(mode="json"),
+            data={
+                "source": source,
+                "n": len(data),
+                "hash": content_hash(data),
+                "cut": sum(row.cut for row in rows),
+            },
+            losses=tuple((log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log),
+            steps=trainer.state.global_step,
+            tokens=trainer.tokens_seen,
+            seconds=round(seconds, 2),
+            model=model_record(model),
+            provenance=provenance(config.seed),
+        )
+        result.save(aside / "adapter")
+        if out.exists():
+            shutil.rmtree(out)
+        (aside / "adapter").rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return result
+
+
+class ReplyTrainer(Trainer):
+    """HF Trainer on castune's loss; everything else is the Trainer's own."""
+
+    tokens_seen = 0
+    # The loss is a mean over examples: the Trainer itself averages over micro-batches.
+    model_accepts_loss_kwargs = False
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # Trainer's own __init__ infers it from the model's forward signature.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Mean over the examples of the batch of the NLL of their replies."""
+        batch = RowBatch(**inputs)
+        self.tokens_seen += int(batch.real_BS.sum())
+        loss = reply_nll(model, batch).mean()
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; "
+                f"try a learning_rate below {self.args.learning_rate:g}, or dtype float32. No adapter was written"
+            )
+        return loss
+
+
+def _train(peft_model: Any, rows: Sequence[Row], config: TuneConfig, workspace: Path) -> ReplyTrainer:
+    arguments = TrainingArguments(
+        output_dir=str(workspace / "trainer"),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type=config.scheduler,
+        optim="adamw_torch",
+        seed=config.seed,
+        use_cpu=next(peft_model.parameters()).device.type == "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    trainer = ReplyTrainer(model=peft_model, args=arguments, train_dataset=_RowDataset(rows), data_collator=_collate)
+    trainer.remove_callback(PrinterCallback)
+    with progress("training", 1.0) as advance:
+        trainer.add_callback(_Progress(advance))
+        trainer.train()
+    return trainer
+
+
+def _collate(rows: list[Row]) -> dict[str, Tensor]:
+    return dict(vars(RowBatch.of(rows)))
+
+
+class _RowDataset(torch.utils.data.Dataset[Row]):
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
+        self.advance(1 / max(1, state.max_steps))

@@ -1,0 +1,139 @@
+"""The certificate: an adapter, merged, changes the query rows of the selected heads and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from castune.artifacts import Certificate, HeadSelection
+from castune.artifacts.files import file_hash
+from castune.core.heads import HeadLayout
+from castune.core.provenance import fingerprint
+from castune.errors import CertificateError
+from castune.tune.row_lora import check_selection, row_mask
+
+_PREFIX = "base_model.model."
+
+# Settings of an adapter under which more than the selected rows would change, with what castune accepts.
+_REFUSED = {
+    "use_dora": "DoRA rescales every row",
+    "use_rslora": "rank-stabilised LoRA scales by another factor",
+    "modules_to_save": "it replaces whole modules",
+    "trainable_token_indices": "it trains embeddings",
+    "rank_pattern": "ranks must be equal",
+    "alpha_pattern": "alphas must be equal",
+    "target_parameters": "it adapts parameters outside the query projections",
+    "lora_bias": "it trains biases",
+}
+_PLAIN_INITS = (True, False, "gaussian")
+
+
+def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> Certificate:
+    """Compare the merged model with its base, bit by bit.
+
+    Args:
+        base: the base model, without an adapter.
+        adapter: directory of a PEFT LoRA adapter (`adapter_config.json`, `adapter_model.safetensors`).
+        selection: the heads that may have changed.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        CertificateError: the adapter is no plain LoRA adapter, addresses another tensor, or changes an unselected
+            row; the message names it.
+    """
+    adapter = Path(adapter)
+    layout = HeadLayout.of(base)
+    check_selection(base, layout, selection)
+    scaling, transposed = _plain_lora(adapter)
+    weights = adapter / "adapter_model.safetensors"
+    expected = {layout.at(layer).query_path: layer for layer in selection.layers}
+    checked_rows = changed_rows = selected_rows = 0
+    largest = 0.0
+    for path, a, b in _lora_pairs(weights):
+        if path not in expected:
+            raise CertificateError(f"{weights}: the adapter changes {path}, which holds no selected head")
+        layer = expected.pop(path)
+        weight = layout.query_projection(base, layer).weight.detach().cpu()
+        rows = weight.t() if transposed else weight
+        # The arithmetic of peft's own merge: delta in the adapter's dtype, added in the base's.
+        merged = (rows + ((b @ a) * scaling).to(rows.dtype)).contiguous()
+        mask = torch.zeros(len(rows), dtype=torch.bool)
+        selected = row_mask(layout, selection, layer)
+        mask[: len(selected)] = selected
+        changed = (_bits(merged) != _bits(rows)).any(1)
+        outside = (changed & ~mask).nonzero().flatten().tolist()
+        if outside:
+            raise CertificateError(f"{weights}: {path} changes {len(outside)} unselected rows, the first is {outside[0]}")
+        checked_rows += int((~mask).sum())
+        selected_rows += int(mask.sum())
+        changed_rows += int((changed & mask).sum())
+        largest = max(largest, (merged.float() - rows.float()).abs().max().item())
+    if expected:
+        raise CertificateError(f"{weights}: the adapter lacks the selected layers {sorted(expected.values())}")
+    return Certificate(
+        model_fingerprint=fingerprint(base),
+        selection=selection.heads,
+        adapter_hash=file_hash(weights),
+        checked_rows=checked_rows,
+        checked_tensors=sum(1 for _ in base.named_parameters()),
+        changed_rows=changed_rows,
+        selected_rows=selected_rows,
+        largest_change=largest,
+    )
+
+
+def _plain_lora(adapter: Path) -> tuple[float, bool]:
+    """(alpha / r, whether weights are stored transposed) of a plain LoRA adapter; others are refused."""
+    path = adapter / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CertificateError(f"{path}: no such file; give the directory of a PEFT adapter") from None
+    except json.JSONDecodeError as error:
+        raise CertificateError(f"{path}: damaged: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise CertificateError(f"{path}: peft_type is {config.get('peft_type')}, accepted: LORA")
+    for key, reason in _REFUSED.items():
+        if config.get(key):
+            raise CertificateError(f"{path}: {key} is set: {reason}; accepted: plain LoRA")
+    if config.get("bias", "none") != "none":
+        raise CertificateError(f"{path}: bias is {config['bias']!r}, accepted: none")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise CertificateError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}: it changes the base weights; "
+            f"accepted: {', '.join(map(str, _PLAIN_INITS))}"
+        )
+    return config["lora_alpha"] / config["r"], bool(config.get("fan_in_fan_out"))
+
+
+def _lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(module path, A, B) of every adapted module; any other tensor in the file is refused."""
+    try:
+        file = safe_open(weights, framework="pt")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CertificateError(f"{weights}: no readable safetensors file ({error})") from None
+    with file:
+        keys = set(file.keys())
+        paths = sorted({key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in keys})
+        known = {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}
+        if known != keys:
+            raise CertificateError(f"{weights}: {sorted(known ^ keys)[0]}: unexpected or missing tensor")
+        for path in paths:
+            yield (
+                path.removeprefix(_PREFIX),
+                file.get_tensor(f"{path}.lora_A.weight"),
+                file.get_tensor(f"{path}.lora_B.weight"),
+            )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes row by row, so that comparison sees the sign of zero and the payload of NaN."""
+    return tensor.contiguous().view(torch.uint8).reshape(tensor.shape[0], -1)
