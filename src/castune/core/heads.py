@@ -214,7 +214,6 @@ def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any)
     name, attention, query_name, output_name = found
     query, output = attention.get_submodule(query_name), attention.get_submodule(output_name)
     n_heads = _first_int(attention, config, "num_heads", "num_attention_heads", "n_head")
-    n_kv = _first_int(attention, config, "num_key_value_heads", "num_kv_heads") or n_heads
     q_out, o_in = _features(query)[1], _features(output)[0]
 
     def refuse(reason: str) -> UnsupportedArchitecture:
@@ -224,18 +223,19 @@ def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any)
 
     if not n_heads:
         raise refuse("the number of attention heads is not stated in the module or the config")
-    if o_in % n_heads or n_heads % n_kv:
-        raise refuse(f"{n_heads} heads and {n_kv} KV groups do not divide the {o_in} inputs of {output_name}")
+    if o_in % n_heads:
+        raise refuse(f"{n_heads} heads do not divide the {o_in} inputs of {output_name}")
     o_dim = o_in // n_heads
+    n_kv = n_heads
     if query_name in _QUERY:
         if q_out % n_heads:
             raise refuse(f"{n_heads} heads do not divide the {q_out} rows of {query_name}")
         layout, q_dim = "separate", q_out // n_heads
     else:
-        if q_out != (n_heads + 2 * n_kv) * o_dim:
-            raise refuse(
-                f"{query_name} has {q_out} rows, expected ({n_heads} + 2 x {n_kv}) x {o_dim} for fused [q, k, v]"
-            )
+        # Shapes decide how many KV groups there are: q_out = (H + 2 G) * K.
+        n_kv = (q_out // o_dim - n_heads) // 2
+        if n_kv < 1 or n_heads % n_kv or q_out != (n_heads + 2 * n_kv) * o_dim:
+            raise refuse(f"{query_name} has {q_out} rows, which are no fused [q, k, v] of {n_heads} heads of {o_dim}")
         q_dim = o_dim
         if query_name != "query_key_value":
             layout = "block"

@@ -1,4 +1,4 @@
-"""Where the name of a point goes in a scatter chart, so that names cover neither points nor each other. Pure."""
+"""Where the names of points go in a scatter chart, so that they cover neither points nor each other. Pure."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def place_labels(
 ) -> None:
     """Give every point `align`, `dx` and `dy` for its label.
 
-    Each point takes the free place nearest to it: right above, left above, right below, left below, then further
-    away. Where none is free the first is taken.
+    Each point takes the free place nearest to it: right above, left above, right below, left below, then
+    further away. Where none is free the first is taken.
     """
     pixels = [
         (

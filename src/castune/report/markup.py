@@ -1,4 +1,4 @@
-"""HTML that is escaped by construction: text becomes markup only through `tag`, which escapes everything else."""
+"""HTML that is escaped by construction: `tag` escapes everything that is no markup yet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def join(parts: Iterable[object]) -> Markup:
 
 
 def tag(name: str, *children: object, **attributes: str | bool) -> Markup:
-    """An element. `class_` is the attribute `class`, `data_chart` is `data-chart`; True is a bare attribute."""
+    """An element. `class_` is `class`, `data_chart` is `data-chart`; True is a bare attribute, False is none."""
     head = name
     for key, value in attributes.items():
         key = key.rstrip("_").replace("_", "-")

@@ -1,8 +1,8 @@
 """One HTML page that needs nothing else, and the same charts as files.
 
-The page carries Vega itself, once for all charts. Its security policy allows the two scripts it was written with (by
-hash) and inline styles, and nothing else: no request leaves it, and text of a model could not run even if it were not
-escaped. Vega's expressions are therefore interpreted (`ast`), never compiled.
+The page carries Vega itself, once for all charts. Its security policy allows the two scripts it was written
+with (by hash) and inline styles, and nothing else: no request leaves it, and text of a model could not run even
+if it were not escaped. Vega's expressions are therefore interpreted (`ast`), never compiled.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import vl_convert
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import replacing, write_text
-from castune.report.figures import charts, theme
+from castune.report.figures import charts
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.samples import provenance, samples
-from castune.report.sections import conflict_map, known, opening, results, training
+from castune.report.sections import conflict_map, known, opening, results
 from castune.report.summary import Differences
+from castune.report.theme import theme
+from castune.report.training import training
 
 _HERE = Path(__file__).parent
+# Figure files are drawn without a page around them.
 _INK, _PAPER = "#222222", "#ffffff"
+_PAGE_FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
+_FILE_FONT = "Arial, 'Liberation Sans', sans-serif"
 
 
 def write_report(
@@ -47,8 +52,8 @@ def write_report(
         selections: by arm; the base has none.
         tunings: by arm; the base has none.
         evaluations: by arm; `base` is the model before training.
-        differences: arm -> suite -> (mean of arm minus base paired by example, its standard error, pairs).
-        cost_ratios: utility cost ratio by arm; None is undefined (safety did not rise), absent is not measured.
+        differences: arm -> suite -> mean of arm minus base paired by example: `value`, `standard_error`, `n`.
+        cost_ratios: utility cost ratio by arm; None is undefined (safety did not rise) where both are measured.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.
 
@@ -85,12 +90,7 @@ def write_figures(
         The files: `conflict_map.svg`, `conflict_map.png`, `trade_off.svg`, ...
     """
     directory = Path(directory)
-    config = {
-        **theme(_INK),
-        "background": _PAPER,
-        "font": "Arial, Liberation Sans, sans-serif",
-        "padding": 12,
-    }
+    config = {**theme(_INK, _FILE_FONT), "background": _PAPER, "padding": 12}
     written = []
     for name, chart in charts(cmap, selections, tunings, evaluations).items():
         spec = chart.to_dict()
@@ -107,7 +107,10 @@ def write_figures(
 
 def _document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
     specs = {name: _bare(chart) for name, chart in drawn.items()}
-    scripts = [vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), (_HERE / "page.js").read_text(encoding="utf-8")]
+    scripts = [
+        vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+        (_HERE / "page.js").read_text(encoding="utf-8"),
+    ]
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
@@ -125,12 +128,13 @@ def _document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
     )
     data = tag(
         "script",
-        Markup(script_json({"specs": specs, "config": theme("currentColor")})),
+        Markup(script_json({"specs": specs, "config": theme("currentColor", _PAGE_FONT)})),
         id="charts",
         type="application/json",
     )
     code = [tag("script", Markup(script)) for script in scripts]
-    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>{join([body, data, *code])}</body>\n</html>\n'
+    page = tag("html", tag("head", head), tag("body", body, data, *code), lang="en")
+    return f"<!doctype html>\n{page}\n"
 
 
 def _bare(chart: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ Sample = Mapping[str, Any]
 
 
 def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
-    """Replies of every suite: a row an example, a column an arm. Harmful prompts and replies stay behind a click."""
+    """Replies of every suite: a row an example, a column an arm. Harmful ones stay behind a click."""
     evaluations = in_order(evaluations)
     suites = dict.fromkeys(
         sample["suite"] for evaluation in evaluations.values() for sample in evaluation.samples
@@ -32,8 +32,8 @@ def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
     if not suites:
         return section("Sample replies", "samples", tag("p", "No samples were stored."))
     rule = (
-        f"At most {_ROWS} examples of a suite: first those whose outcome differs between arms, then the others, in the "
-        "order of the data. They illustrate the rates above and are no fair draw from them."
+        f"At most {_ROWS} examples of a suite: first those whose outcome differs between arms, then the others, "
+        "in the order of the data. They illustrate the rates above and are no fair draw from them."
     )
     return section(
         "Sample replies",
@@ -113,7 +113,7 @@ def _suite(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
     content = table(["Prompt", *by_arm], rows, label=f"Samples of {suite}", class_="samples")
     count = f"{len(chosen):,} of {len(first):,} examples"
     if purpose == "safety":
-        warning = f"{suite}: {count}. Harmful prompts and what the models replied; open only if you want to read them."
+        warning = f"{suite}: {count}. Harmful prompts and replies to them, behind this click."
         return tag("details", tag("summary", warning, class_="warning"), content)
     return tag("details", tag("summary", f"{suite}: {count}"), content, open=True)
 

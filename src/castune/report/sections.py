@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult
 from castune.report.markup import Markup, join, table, tag
 from castune.report.summary import (
     BASE,
     NOT_MEASURED,
-    Difference,
+    Estimate,
     Differences,
     Rate,
+    cost_ratio,
     in_order,
     is_seen,
     number,
@@ -41,6 +42,15 @@ def section(title: str, identifier: str, *content: object) -> Markup:
     return tag("section", tag("h2", title, id=identifier), *content)
 
 
+def duration(seconds: float | None) -> str:
+    """Wall time in a unit that fits."""
+    if seconds is None:
+        return NOT_RECORDED
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def known(value: Any) -> str:
     """A value of a metadata record in words."""
     if value is None:
@@ -59,15 +69,16 @@ def opening(
 ) -> Markup:
     """Title, what this is about, and what the numbers say."""
     model = cmap.metadata.get("model", {})
-    about = (
-        f"{known(model.get('type'))}, {known(model.get('parameters'))} parameters, {len(cmap):,} query heads"
-    )
+    size = f"{known(model.get('parameters'))} parameters, {len(cmap):,} query heads"
+    said = verdict(evaluations, differences, cost_ratios)
     return tag(
         "header",
         tag("p", "castune report", class_="kicker"),
         tag("h1", known(model.get("name"))),
-        tag("p", about, class_="quiet"),
-        tag("p", " ".join(verdict(evaluations, differences, cost_ratios)), class_="verdict"),
+        tag("p", f"{known(model.get('type'))}, {size}", class_="quiet"),
+        tag("p", said.rates, class_="verdict"),
+        tag("ul", *(tag("li", change) for change in said.changes), class_="changes") if said.changes else "",
+        tag("p", said.rule, class_="small") if said.rule else "",
         tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else "",
     )
 
@@ -86,10 +97,10 @@ def results(
     evaluations = in_order(evaluations)
     suites = _suites(evaluations)
     rows = []
-    for arm, evaluation in evaluations.items():
+    for arm in evaluations:
         row: list[object] = [arm]
         row += [_suite_cell(arm, suite, evaluations, differences.get(arm, {}).get(suite)) for suite in suites]
-        rows.append([*row, _cost_cell(arm, cost_ratios)])
+        rows.append([*row, "–" if arm == BASE else cost_ratio(arm, evaluations, cost_ratios)])
     head = ["Arm", *(_suite_head(suite, evaluations) for suite in suites), "Utility cost ratio"]
     hidden = [name for name in evaluations if not _plotted(evaluations[name])]
     charts = []
@@ -100,9 +111,10 @@ def results(
             figure("trade_off_over_refusal", "Safety against over-refusal. Down and to the right is better.")
         )
     explanation = (
-        "Rates are value ± one standard error over scored examples. Unscored examples, which the judge could not "
-        "decide, count in neither part of a rate. Changes are in percentage points against base, paired by example. "
-        "The utility cost ratio is utility lost over safety gained (Eq. 7); it is undefined when safety did not rise."
+        "Rates are value ± one standard error over scored examples. Unscored examples, which the judge could "
+        "not decide, count in neither part of a rate. Changes are in percentage points against base, paired by "
+        "example. The utility cost ratio is utility lost over safety gained (Eq. 7); it is undefined where "
+        "safety did not rise."
     )
     bars = "Bars are one standard error; several suites of one purpose are averaged without weights."
     missing = f" Not plotted, as a number is missing: {', '.join(hidden)}." if hidden and charts else ""
@@ -132,11 +144,11 @@ def conflict_map(
         ("Heads tied with another in utility shift", _share(ties.get("utility_shift"))),
         ("Heads tied with another in safety shift", _share(ties.get("safety_shift"))),
         ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
-        ("Time", _duration(cmap.metadata.get("seconds"))),
+        ("Time", duration(cmap.metadata.get("seconds"))),
     ]
     caption = (
-        "A cell is a query head; layer 0 is at the top. Blue is low, red is high on the scale of the score shown. "
-        "Point at a cell for all values with their standard errors."
+        "A cell is a query head; layer 0 is at the top. Blue is low, red is high on the scale of the score "
+        "shown. Point at a cell for all values with their standard errors."
     )
     zones = (
         figure(
@@ -150,8 +162,8 @@ def conflict_map(
         "map",
         tag(
             "p",
-            "The conflict score is C(h) = O(h) · S(h): how far the gradients of safety and utility point apart on a "
-            "head, times how much more utility than safety hangs on it. High scores make the risky zone.",
+            "The conflict score is C(h) = O(h) · S(h): how far the gradients of safety and utility point apart "
+            "on a head, times how much more utility than safety hangs on it. High scores make the risky zone.",
         ),
         tag(
             "div",
@@ -169,71 +181,6 @@ def conflict_map(
         tag("h3", "What each arm trains"),
         zones,
         _selection_table(selections),
-    )
-
-
-def training(
-    tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSelection], drawn: Mapping[str, Any]
-) -> Markup:
-    """Budget, certificate and loss of every arm."""
-    if not tunings:
-        return section("Training", "training", tag("p", "Nothing has been trained in this run."))
-    head = [
-        "Arm",
-        "Heads",
-        "Layers",
-        "Query rows",
-        "A matrices",
-        "Trainable parameters",
-        "Effective parameters",
-    ]
-    head += ["Examples", "Steps", "Tokens", "Time"]
-    budgets, proofs = [], []
-    for arm, result in tunings.items():
-        keys = ("heads", "query_rows", "a_matrices", "trainable_parameters", "effective_parameters")
-        heads, *rest = (known(result.budget.get(key)) for key in keys)
-        layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
-        examples = known(result.data.get("n")) + (
-            f" ({result.data['cut']:,} cut)" if result.data.get("cut") else ""
-        )
-        run = [examples, known(result.steps), known(result.tokens), _duration(result.seconds)]
-        budgets.append([arm, heads, layers, *rest, *run])
-        proof = result.certificate
-        proofs.append(
-            [
-                arm,
-                f"{proof.checked_rows:,}, all identical",
-                f"{proof.checked_tensors:,}, all identical",
-                f"{proof.changed_rows:,} of {proof.selected_rows:,}",
-                number(proof.largest_change),
-                tag("code", proof.adapter_hash) if proof.adapter_hash else NOT_RECORDED,
-            ]
-        )
-    proof_head = [
-        "Arm",
-        "Query rows outside the selection",
-        "Tensors, outside selected rows",
-        "Selected rows changed",
-    ]
-    proof_head += ["Largest change of a weight", "Adapter"]
-    certificate = (
-        "Every adapter was merged and compared with the base model bit by bit: nothing but query rows of the selected "
-        "heads differs."
-    )
-    return section(
-        "Training",
-        "training",
-        table(head, budgets, label="Training budget by arm", class_="numbers"),
-        tag(
-            "p",
-            "Trainable parameters include LoRA's A, which all heads of a layer share; effective parameters leave out "
-            "rows that the mask keeps at zero.",
-            class_="small",
-        ),
-        tag("h3", "Certificate"),
-        tag("p", certificate),
-        table(proof_head, proofs, label="Certificate by arm", class_="numbers"),
-        figure("training_loss", "Training loss as logged.") if "training_loss" in drawn else "",
     )
 
 
@@ -267,15 +214,14 @@ def _suite_head(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
 
 
 def _suite_cell(
-    arm: str, suite: str, evaluations: Mapping[str, EvalResult], difference: Difference | None
+    arm: str, suite: str, evaluations: Mapping[str, EvalResult], change: Estimate | None
 ) -> Markup | str:
     result = _find(evaluations[arm], suite)
     if result is None:
         return tag("span", NOT_MEASURED, class_="quiet")
-    rate = Rate(result.value, result.standard_error, result.n, result.unscored)
-    lines = [tag("span", with_error(rate, percent), class_="value")]
+    lines = [tag("span", with_error(result, percent), class_="value")]
     if arm != BASE:
-        lines.append(_change(difference))
+        lines.append(_change(change))
     lines.append(tag("small", f"n = {result.n:,}, {result.unscored:,} unscored"))
     if len(_all_conditions(suite, evaluations)) > 1:
         lines.append(tag("small", _conditions(result)))
@@ -285,22 +231,12 @@ def _suite_cell(
     return join(lines)
 
 
-def _change(difference: Difference | None) -> Markup:
-    if difference is None or difference[0] is None:
+def _change(change: Estimate | None) -> Markup:
+    if change is None or change.value is None:
         return tag("span", f"change {NOT_MEASURED}", class_="change quiet")
-    change = Rate(*difference)
     seen = is_seen(change)
     paired = tag("small", f"{change.n:,} pairs" + ("" if seen is not False else ", no difference seen"))
     return tag("span", f"{with_error(change, points)} ", paired, class_="change" if seen else "change quiet")
-
-
-def _cost_cell(arm: str, cost_ratios: Mapping[str, float | None]) -> str:
-    if arm == BASE:
-        return "–"
-    if arm not in cost_ratios:
-        return NOT_MEASURED
-    ratio = cost_ratios[arm]
-    return "undefined" if ratio is None else f"{ratio:.2f}"
 
 
 def _plotted(evaluation: EvalResult) -> bool:
@@ -352,11 +288,3 @@ def _baseline(record: Mapping[str, Any] | None) -> str:
 
 def _share(value: float | None) -> str:
     return NOT_RECORDED if value is None else percent(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return NOT_RECORDED
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

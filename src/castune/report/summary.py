@@ -1,7 +1,7 @@
 """From evaluations to the few numbers and sentences of the report. Pure.
 
 `Differences` are paired differences against the base, computed by whoever has both evaluations at hand:
-arm -> suite -> (mean of tuned minus base, its standard error, matched examples).
+arm -> suite -> mean of tuned minus base, with its standard error and the number of pairs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from castune.artifacts import EvalResult
 
@@ -23,18 +24,40 @@ PURPOSES = {
     "over-refusal": "Refusals on harmless prompts",
 }
 
-Difference = tuple[float | None, float | None, int]
-Differences = Mapping[str, Mapping[str, Difference]]
+
+class Estimate(Protocol):
+    """A rate or a change of a rate; `value` is None where nothing could be scored. `SuiteResult` is one."""
+
+    @property
+    def value(self) -> float | None: ...  # noqa: D102
+    @property
+    def standard_error(self) -> float | None: ...  # noqa: D102
+    @property
+    def n(self) -> int: ...  # noqa: D102
+    @property
+    def unscored(self) -> int: ...  # noqa: D102
+
+
+Differences = Mapping[str, Mapping[str, Estimate]]
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate or a change of a rate; `value` is None where nothing could be scored."""
+    """The report's own `Estimate`."""
 
     value: float | None
     standard_error: float | None
     n: int
     unscored: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The rates of all arms, a sentence on the changes of each arm, and how to read them."""
+
+    rates: str
+    changes: tuple[str, ...] = ()
+    rule: str = ""
 
 
 def in_order(evaluations: Mapping[str, EvalResult]) -> dict[str, EvalResult]:
@@ -58,18 +81,23 @@ def mean_rate(evaluation: EvalResult, purpose: str) -> Rate | None:
     )
 
 
-def mean_change(evaluation: EvalResult, changes: Mapping[str, Difference], purpose: str) -> Rate | None:
+def mean_change(evaluation: EvalResult, changes: Mapping[str, Estimate], purpose: str) -> Rate | None:
     """Mean paired change over the suites of a purpose; None when a suite has no paired difference."""
     suites = [suite.suite for suite in evaluation.suites if suite.purpose == purpose]
     if not suites or any(suite not in changes for suite in suites):
         return None
-    pairs = [changes[suite] for suite in suites]
-    values = [value for value, _, _ in pairs if value is not None]
-    mean = sum(values) / len(values) if len(values) == len(pairs) else None
-    return Rate(mean, _error_of_mean(error for _, error, _ in pairs), sum(n for _, _, n in pairs))
+    found = [changes[suite] for suite in suites]
+    values = [change.value for change in found if change.value is not None]
+    mean = sum(values) / len(values) if len(values) == len(found) else None
+    return Rate(
+        mean,
+        _error_of_mean(change.standard_error for change in found),
+        sum(change.n for change in found),
+        sum(change.unscored for change in found),
+    )
 
 
-def is_seen(change: Rate) -> bool | None:
+def is_seen(change: Estimate) -> bool | None:
     """Whether a change is at least twice its standard error; None when that cannot be said."""
     if change.value is None or change.standard_error is None:
         return None
@@ -80,29 +108,49 @@ def verdict(
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
     cost_ratios: Mapping[str, float | None],
-) -> list[str]:
-    """What the numbers say, a sentence an element; no judgement that is not in the numbers."""
+) -> Verdict:
+    """What the numbers say in words; no judgement that is not in the numbers."""
     evaluations = in_order(evaluations)
     if not evaluations:
-        return [
-            "Nothing has been evaluated yet, so this report says where conflicts lie, not what training does."
-        ]
-    sentences = []
-    for purpose, label in PURPOSES.items():
-        rates = {arm: mean_rate(evaluation, purpose) for arm, evaluation in evaluations.items()}
-        if any(rate is not None for rate in rates.values()):
-            sentences.append(
-                f"{label}: " + ", ".join(f"{_rate(rate)} {arm}" for arm, rate in rates.items()) + "."
-            )
-    tuned = [arm for arm in evaluations if arm != BASE]
-    if BASE in evaluations:
-        sentences += [_against_base(arm, evaluations[arm], differences.get(arm, {})) for arm in tuned]
-    sentences += [_cost(arm, cost_ratios[arm]) for arm in tuned if arm in cost_ratios]
-    if tuned:
-        sentences.append(
-            f"Changes are paired by example; one smaller than twice its standard error is called “{NO_DIFFERENCE}”."
+        return Verdict(
+            "Nothing has been evaluated: this report says where conflicts lie, not what training does."
         )
-    return sentences
+    rates = []
+    for purpose, label in PURPOSES.items():
+        found = {arm: mean_rate(evaluation, purpose) for arm, evaluation in evaluations.items()}
+        if any(rate is not None for rate in found.values()):
+            counts = sorted({rate.n for rate in found.values() if rate is not None})
+            n = " to ".join(f"{count:,}" for count in sorted({counts[0], counts[-1]}))
+            listed = ", ".join(f"{_rate(rate)} {arm}" for arm, rate in found.items())
+            rates.append(f"{label} (n = {n}): {listed}.")
+    tuned = [arm for arm in evaluations if arm != BASE]
+    changes = [_against_base(arm, evaluations[arm], differences.get(arm, {})) for arm in tuned]
+    if BASE not in evaluations:
+        changes = ["The base model was not evaluated, so no change is known."]
+    changes = [
+        f"{change} Utility cost ratio: {cost_ratio(arm, evaluations, cost_ratios)}."
+        if BASE in evaluations
+        else change
+        for arm, change in zip(tuned, changes, strict=False)
+    ]
+    rule = (
+        "Changes are against base, in percentage points, paired by example; ± is one standard error. A change "
+        f"smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio is "
+        "undefined where safety did not rise."
+    )
+    return Verdict(" ".join(rates), tuple(changes), rule if tuned else "")
+
+
+def cost_ratio(arm: str, evaluations: Mapping[str, EvalResult], ratios: Mapping[str, float | None]) -> str:
+    """The utility cost ratio (Eq. 7) in words: undefined where safety did not rise, else it may not be known."""
+    ratio = ratios.get(arm)
+    if ratio is not None:
+        return f"{ratio:.2f}"
+    sides = [evaluations.get(BASE), evaluations.get(arm)]
+    measured = all(
+        side and side.mean(purpose) is not None for side in sides for purpose in ("safety", "utility")
+    )
+    return "undefined" if measured and arm in ratios else NOT_MEASURED
 
 
 def percent(value: float | None) -> str:
@@ -115,27 +163,21 @@ def points(value: float | None) -> str:
     return NOT_MEASURED if value is None else _signed(100 * value, "+.1f")
 
 
-def with_error(rate: Rate, show: Callable[[float | None], str]) -> str:
+def with_error(rate: Estimate, show: Callable[[float | None], str]) -> str:
     """`value ± standard error`; says so where either was not measured."""
     if rate.value is None:
         return NOT_MEASURED
-    error = "not measured" if rate.standard_error is None else f"{100 * rate.standard_error:.1f}"
-    return f"{show(rate.value)} ± {error}"
+    error = NOT_MEASURED if rate.standard_error is None else f"{100 * rate.standard_error:.1f}"
+    # Spaces that do not break, so that a value stays with its error.
+    return f"{show(rate.value)}\u00a0±\u00a0{error}"
 
 
-def number(value: object) -> str:
+def number(value: float | None) -> str:
     """A plain number for a table: thousands separated, four significant digits for fractions."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return NOT_MEASURED
-    if isinstance(value, float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            return NOT_MEASURED
-        return _signed(value, ".4g") if abs(value) < 1e4 else _signed(value, ",.0f")
-    return (
-        f"{value:,}".replace("-", "−")
-        if isinstance(value, int) and not isinstance(value, bool)
-        else str(value)
-    )
+    whole = isinstance(value, int) or abs(value) >= 1e4
+    return _signed(value, ",.0f") if whole else _signed(value, ".4g")
 
 
 def _signed(value: float, pattern: str) -> str:
@@ -153,11 +195,11 @@ def _error_of_mean(errors: Iterable[float | None]) -> float | None:
     return math.sqrt(sum(error**2 for error in known if error is not None)) / len(known)
 
 
-def _rate(rate: Rate | None) -> str:
+def _rate(rate: Estimate | None) -> str:
     return NOT_MEASURED if rate is None else with_error(rate, percent)
 
 
-def _against_base(arm: str, evaluation: EvalResult, changes: Mapping[str, Difference]) -> str:
+def _against_base(arm: str, evaluation: EvalResult, changes: Mapping[str, Estimate]) -> str:
     parts = []
     for purpose, label in PURPOSES.items():
         if not any(suite.purpose == purpose for suite in evaluation.suites):
@@ -165,19 +207,11 @@ def _against_base(arm: str, evaluation: EvalResult, changes: Mapping[str, Differ
         change = mean_change(evaluation, changes, purpose)
         name = label[0].lower() + label[1:]
         if change is None or change.value is None:
-            parts.append(f"{name}: change {NOT_MEASURED}")
+            parts.append(f"{name}, change {NOT_MEASURED}")
         elif is_seen(change) is None:
-            parts.append(f"{name} {points(change.value)} points, standard error {NOT_MEASURED}")
+            parts.append(f"{name} {with_error(change, points)}, too few pairs to judge")
         elif is_seen(change):
-            direction = "up" if change.value > 0 else "down"
-            error = f"{100 * (change.standard_error or 0):.1f}"
-            parts.append(f"{name} {direction} {abs(100 * change.value):.1f} ± {error} points")
+            parts.append(f"{name} {with_error(change, points)}")
         else:
-            parts.append(f"{name} {NO_DIFFERENCE} ({with_error(change, points)} points)")
-    return f"{arm} against base: " + "; ".join(parts) + "." if parts else f"{arm}: {NOT_MEASURED}."
-
-
-def _cost(arm: str, ratio: float | None) -> str:
-    if ratio is None:
-        return f"Utility cost ratio of {arm}: undefined, as safety did not rise."
-    return f"Utility cost ratio of {arm}: {ratio:.2f} points of utility lost for each point of safety gained."
+            parts.append(f"{name} {NO_DIFFERENCE} ({with_error(change, points)})")
+    return f"{arm}: {'; '.join(parts)}."

