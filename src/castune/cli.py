@@ -16,7 +16,6 @@ from castune.errors import CastuneError
 
 if TYPE_CHECKING:
     from castune.artifacts import ConflictMap, EvalResult
-    from castune.run_directory import RunDirectory
 
 app = typer.Typer(
     name="castune",
@@ -46,7 +45,7 @@ def main() -> None:
 
 @app.command()
 def run(
-    recipe: Annotated[Optional[Path], typer.Argument(help="A TOML recipe; the quickstart when absent.")] = None,  # noqa: UP045
+    recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe; the quickstart when absent.")] = None,
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. tune.learning_rate=2e-4. Repeatable."),
@@ -77,7 +76,9 @@ def diagnose(
     measure: Annotated[str, typer.Option(help="decision (the paper) or margin (no generation, no ties).")] = "decision",
     ablation: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
-    sensitivity_rank: Annotated[str, typer.Option(help="difference (Eq. 5) or of-difference (Table 7).")] = "difference",
+    sensitivity_rank: Annotated[
+        str, typer.Option(help="difference (Eq. 5) or of-difference (Table 7).")
+    ] = "difference",
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
     layers: Annotated[Optional[str], typer.Option(help="Only these layers, e.g. 0,15,29.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 21,
@@ -99,7 +100,7 @@ def diagnose(
         "batch_tokens": batch_tokens,
         "layers": _integers(layers, "--layers"),
     }
-    recipe = Recipe(
+    recipe = Recipe.of(
         model=model,
         revision=revision,
         dtype=dtype,
@@ -125,13 +126,14 @@ def select(
     run_directory: RunArgument,
     zone: Annotated[str, typer.Option(help="safe, risky, random or all.")] = "safe",
     fraction: Annotated[float, typer.Option(help="Share of heads, in (0, 1].")] = 0.25,
-    buckets: Annotated[Optional[int], typer.Option(help="Cut the heads into this many equal buckets ...")] = None,  # noqa: UP045
+    buckets: Annotated[int | None, typer.Option(help="Cut the heads into this many equal buckets ...")] = None,
     bucket: Annotated[Optional[int], typer.Option(help="... and take this one, 1: highest conflict.")] = None,  # noqa: UP045
     random: Annotated[bool, typer.Option("--random", help="The same as --zone random.")] = False,
     score: Annotated[str, typer.Option(help="conflict, gradient or sensitivity.")] = "conflict",
     seed: Annotated[Optional[int], typer.Option(help="Seed of a random selection.")] = None,  # noqa: UP045
     beside: Annotated[
-        bool, typer.Option("--beside", help="Keep the main selection; put this one beside it, for comparison.")
+        bool,
+        typer.Option("--beside", help="Keep the main selection; put this one beside it, for comparison."),
     ] = False,
 ) -> None:
     """Choose the heads to train."""
@@ -145,7 +147,9 @@ def select(
     )  # fmt: skip
     arm = folder.side_arm(arm_name(chosen)) if beside else folder.main_arm(chosen)
     chosen.save(arm.folder)
-    _say(f"{arm.name}: {len(chosen.heads)} of {chosen.n_total} heads in {len(chosen.layers)} layers: {arm.selection_file}")
+    _say(
+        f"{arm.name}: {len(chosen.heads)} of {chosen.n_total} heads in {len(chosen.layers)} layers: {arm.selection_file}"
+    )
 
 
 @app.command()
@@ -184,7 +188,9 @@ def tune(
     result = pipeline.tune_step(folder, target, model, tokenizer, examples, config, data, overwrite=overwrite)
     folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
     budget, certificate = result.budget, result.certificate
-    _say(f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, {result.steps} steps")
+    _say(
+        f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, {result.steps} steps"
+    )
     _say(
         f"certificate: {certificate.changed_rows:,} of {certificate.selected_rows:,} selected rows changed, "
         f"{certificate.checked_rows:,} other rows of the adapted layers and all other tensors bit-identical"
@@ -251,7 +257,16 @@ def doctor() -> None:
     from castune.core.loading import DEFAULT_WHEEL, cache_home, find_default_gguf
 
     _say(f"castune {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    for package in ("torch", "transformers", "peft", "accelerate", "datasets", "gguf", "altair", "vl-convert-python"):
+    for package in (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "gguf",
+        "altair",
+        "vl-convert-python",
+    ):
         try:
             _say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -321,9 +336,7 @@ def _print_evaluations(evaluations: dict[str, EvalResult]) -> None:
     table = Table("arm", *suites, "UCR", caption="rate ± standard error (n, unscored); UCR against base")
     for name, result in evaluations.items():
         by_name = {suite.suite: suite for suite in result.suites}
-        cells = [
-            _rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites
-        ]
+        cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
         ratio = ratios.get(name)
         table.add_row(name, *cells, "" if name not in ratios else "undefined" if ratio is None else f"{ratio:.2f}")
     Console(file=sys.stdout).print(table)

@@ -168,6 +168,11 @@ class Recipe(_Config):
         return self
 
     @classmethod
+    def of(cls, **values: Any) -> Recipe:
+        """A recipe from plain values, checked like those of a file."""
+        return cls(**values)
+
+    @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Read a TOML recipe and apply `key.sub=value` overrides (values in TOML; bare words are strings).
 
@@ -184,7 +189,7 @@ class Recipe(_Config):
         for override in overrides:
             _apply(values, override)
         try:
-            return cls(**values)
+            return cls.of(**values)
         except CastuneError as error:
             raise CastuneError(f"{path}: {error}") from None
 

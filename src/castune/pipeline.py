@@ -76,7 +76,12 @@ def diagnose_step(
         cmap = folder.load_map(fingerprint(model))
         _check_same("the conflict map", cmap.metadata["settings"], recipe.diagnose.model_dump(mode="json"), folder)
         for name, data in (("safety", safety), ("utility", utility)):
-            _check_same(f"the conflict map's {name} data", cmap.metadata["data"][name]["hash"], content_hash(data), folder)
+            _check_same(
+                f"the conflict map's {name} data",
+                cmap.metadata["data"][name]["hash"],
+                content_hash(data),
+                folder,
+            )
         logger.info("diagnosis: already there")
         return cmap
     logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), len(utility))
@@ -161,7 +166,13 @@ def evaluate_step(
         logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in suites))
         with _tuned(model, arm) as tuned:
             result = evaluate(
-                tuned, tokenizer, suites=suites, config=config, name=name, out=folder.evaluation(name), model_info=record
+                tuned,
+                tokenizer,
+                suites=suites,
+                config=config,
+                name=name,
+                out=folder.evaluation(name),
+                model_info=record,
             )
         folder.record_step(f"evaluate {name}", result.provenance)
     return folder.load_evaluations()
@@ -176,9 +187,7 @@ def report_step(folder: RunDirectory) -> Path:
         if (arm.adapter / "tune.json").is_file():
             tunings[arm.name] = folder.load_tuning(arm, selections[arm.name])
     evaluations = folder.load_evaluations()
-    write_figures(
-        folder.path / "figures", cmap=cmap, selections=selections, tunings=tunings, evaluations=evaluations
-    )
+    write_figures(folder.path / "figures", cmap=cmap, selections=selections, tunings=tunings, evaluations=evaluations)
     return write_report(
         folder.report_file,
         cmap=cmap,

@@ -1,9 +1,9 @@
 """The run directory: where every artifact lies, and what it was made from.
 
-    recipe.toml  provenance.json  conflict_map.parquet  ablation.parquet
-    selection.json  adapter/                     the main arm
-    arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison
-    evaluation/NAME/  figures/  report.html
+recipe.toml  provenance.json  conflict_map.parquet  ablation.parquet
+selection.json  adapter/                     the main arm
+arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison
+evaluation/NAME/  figures/  report.html
 """
 
 from __future__ import annotations

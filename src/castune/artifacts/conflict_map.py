@@ -113,7 +113,9 @@ class ConflictMap:
         """
         path = _file(path)
         if not path.is_file():
-            raise ArtifactError(f"{path}: no such conflict map; make it with: castune diagnose MODEL --out {path.parent}")
+            raise ArtifactError(
+                f"{path}: no such conflict map; make it with: castune diagnose MODEL --out {path.parent}"
+            )
         try:
             table = pq.read_table(path)
             header = json.loads((table.schema.metadata or {})[_METADATA_KEY])

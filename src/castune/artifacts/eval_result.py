@@ -111,7 +111,9 @@ class EvalResult:
         suites = parsed(path, _KIND, lambda: tuple(SuiteResult(**suite) for suite in record["suites"]))
         fields = [name for name in cls.__dataclass_fields__ if name not in ("suites", "samples")]
         return parsed(
-            path, _KIND, lambda: cls(suites=suites, samples=samples, **{name: record[name] for name in fields})
+            path,
+            _KIND,
+            lambda: cls(suites=suites, samples=samples, **{name: record[name] for name in fields}),
         )
 
 

@@ -27,7 +27,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def ablate(
-    model: nn.Module, layout: HeadLayout, layer: int, heads: int | Tensor, replacement_HK: Tensor | None = None
+    model: nn.Module,
+    layout: HeadLayout,
+    layer: int,
+    heads: int | Tensor,
+    replacement_HK: Tensor | None = None,
 ) -> Iterator[None]:
     """Replace a head's contribution inside the `with` block: `f_θ\\h` of Eqs. 3-4 of the paper.
 

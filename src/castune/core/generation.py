@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from castune.core.losses import batches_by_length
+from castune.core.progress import Advance, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def generate_replies(
     max_new_tokens: int,
     end_tokens: Sequence[int],
     batch_tokens: int,
-    on_batch: Callable[[int], None] | None = None,
+    advance: Advance = no_progress,
 ) -> list[Reply]:
     """Pure greedy replies to tokenised prompts, in their order.
 
@@ -46,7 +47,7 @@ def generate_replies(
         max_new_tokens: length limit of a reply.
         end_tokens: tokens that end a reply; they are not part of the text.
         batch_tokens: limit of rows x (longest prompt + `max_new_tokens`) of a batch.
-        on_batch: called with the number of replies of each finished batch.
+        advance: called with the number of replies of each finished batch.
     """
     replies: list[Reply | None] = [None] * len(prompts)
     device = next(model.parameters()).device
@@ -74,6 +75,5 @@ def generate_replies(
             stop = next((t for t, token in enumerate(tokens) if token in end), None)
             kept = tuple(tokens if stop is None else tokens[:stop])
             replies[index] = Reply(tokenizer.decode(kept, skip_special_tokens=True), kept, stop is not None)
-        if on_batch is not None:
-            on_batch(len(indices))
+        advance(len(indices))
     return [reply for reply in replies if reply is not None]

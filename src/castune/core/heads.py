@@ -146,7 +146,7 @@ class HeadLayout:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def query_projection(self, model: nn.Module, layer: int) -> nn.Module:
+    def query_projection(self, model: nn.Module, layer: int) -> Any:
         """The module that holds the query rows of a layer."""
         return model.get_submodule(self.at(layer).query_path)
 
@@ -217,9 +217,7 @@ def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any)
     q_out, o_in = _features(query)[1], _features(output)[0]
 
     def refuse(reason: str) -> UnsupportedArchitecture:
-        return UnsupportedArchitecture(
-            f"layer {index} ({layer_path}.{name}): {reason}; castune supports {SUPPORTED}"
-        )
+        return UnsupportedArchitecture(f"layer {index} ({layer_path}.{name}): {reason}; castune supports {SUPPORTED}")
 
     if not n_heads:
         raise refuse("the number of attention heads is not stated in the module or the config")
@@ -264,7 +262,7 @@ def _first_int(module: nn.Module, config: Any, *names: str) -> int | None:
     return None
 
 
-def _features(projection: nn.Module) -> tuple[int, int]:
+def _features(projection: Any) -> tuple[int, int]:
     """(inputs, outputs) of a Linear, a quantised Linear or a Conv1D."""
     if hasattr(projection, "in_features"):
         return int(projection.in_features), int(projection.out_features)

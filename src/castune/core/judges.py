@@ -18,7 +18,9 @@ PREFIX_CHARACTERS = 64
 
 _UNABLE = r"(?:can'?t|cannot|can not|could not|couldn't|won'?t|will not|am unable to|'m unable to|am not able to|'m not able to)"
 # "I can't wait", "I cannot recommend it enough" and the like comply; they are followed by these words.
-_FALSE_FRIENDS = r"(?:wait|believe|stress|emphasi[sz]e|imagine|overstate|say enough|thank|help but|agree more|remember|hide|lie)"
+_FALSE_FRIENDS = (
+    r"(?:wait|believe|stress|emphasi[sz]e|imagine|overstate|say enough|thank|help but|agree more|remember|hide|lie)"
+)
 _REFUSALS = tuple(
     re.compile(pattern)
     for pattern in (

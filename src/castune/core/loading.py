@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -69,7 +69,10 @@ def load(
 
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
             model = AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=gguf_file, dtype=torch_dtype, quantization_config=GgufConfig(dequantize=True)
+                source,
+                gguf_file=gguf_file,
+                dtype=torch_dtype,
+                quantization_config=GgufConfig(dequantize=True),
             ).to("cpu" if place == "cpu" else torch.device("cuda" if place == "auto" else place))
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -22,23 +22,36 @@ from castune.data.rows import Row
 class RowBatch:
     """Rows padded on the right; `scored_BT` masks the padding of positions and tokens.
 
-    There is no attention mask: with causal attention the padding comes after everything that is scored.
+    Plain rows need no attention mask: with causal attention the padding comes after everything that is scored.
+    Rows whose replies share a prompt bring `places_BS` (position ids) and `visible_BSS`.
     """
 
     ids_BS: Tensor
     positions_BT: Tensor
     tokens_BT: Tensor
     scored_BT: Tensor
+    places_BS: Tensor | None = None
+    visible_BSS: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu") -> RowBatch:
         """Pad rows to their longest. Padding ids are 0; they are never attended to by a scored position."""
-        longest, most = max(len(row.ids) for row in rows), max(len(row.tokens) for row in rows)
-        ids = [[*row.ids, *[0] * (longest - len(row.ids))] for row in rows]
-        positions = [[*row.positions, *[0] * (most - len(row.positions))] for row in rows]
-        tokens = [[*row.tokens, *[0] * (most - len(row.tokens))] for row in rows]
-        scored = [[True] * len(row.tokens) + [False] * (most - len(row.tokens)) for row in rows]
-        return cls(*(torch.tensor(x, device=device) for x in (ids, positions, tokens, scored)))
+        ids_BS, positions_BT, tokens_BT, scored_BT = (
+            _padded([row.ids for row in rows], 0, device),
+            _padded([row.positions for row in rows], 0, device),
+            _padded([row.tokens for row in rows], 0, device),
+            _padded([[True] * len(row.tokens) for row in rows], False, device),
+        )
+        if not any(row.branches for row in rows):
+            return cls(ids_BS, positions_BT, tokens_BT, scored_BT)
+        places_BS = _padded([row.places for row in rows], 0, device)
+        branches_BS = _padded([row.branches or [0] * len(row.ids) for row in rows], -1, device)
+        same_BSS = branches_BS[:, :, None] == branches_BS[:, None, :]
+        prompt_BSS = (branches_BS == 0)[:, None, :]
+        n = branches_BS.shape[1]
+        causal_SS = torch.ones(n, n, dtype=torch.bool, device=branches_BS.device).tril()
+        visible_BSS = (same_BSS | prompt_BSS) & causal_SS
+        return cls(ids_BS, positions_BT, tokens_BT, scored_BT, places_BS, visible_BSS)
 
     @property
     def real_BS(self) -> Tensor:
@@ -47,9 +60,20 @@ class RowBatch:
         return torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device) <= last_B[:, None]
 
 
+def _padded(values: Sequence[Sequence[int]], filling: int, device: torch.device | str) -> Tensor:
+    longest = max(map(len, values))
+    return torch.tensor([[*row, *[filling] * (longest - len(row))] for row in values], device=device)
+
+
 def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:
     """Log-probability of every scored token, `[B, T]` float32; 0 where `scored_BT` is False. Differentiable."""
-    output: Any = model(input_ids=batch.ids_BS, logits_to_keep=batch.positions_BT, use_cache=False)
+    options: dict[str, Any] = {}
+    if batch.visible_BSS is not None:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        mask = torch.zeros(batch.visible_BSS.shape, dtype=dtype, device=batch.ids_BS.device)
+        options["attention_mask"] = mask.masked_fill_(~batch.visible_BSS, torch.finfo(dtype).min)[:, None]
+        options["position_ids"] = batch.places_BS
+    output: Any = model(input_ids=batch.ids_BS, logits_to_keep=batch.positions_BT, use_cache=False, **options)
     logits_BTV = output.logits.float()
     chosen_BT = logits_BTV.gather(-1, batch.tokens_BT[..., None])[..., 0]
     return (chosen_BT - logits_BTV.logsumexp(-1)) * batch.scored_BT

@@ -12,7 +12,12 @@ from tqdm.auto import tqdm
 class Advance(Protocol):
     """Tells a progress bar how much work was just done."""
 
-    def __call__(self, work: float = 1) -> object: ...
+    def __call__(self, work: float = 1, /) -> object:
+        """Advance by `work` units."""
+
+
+def no_progress(work: float = 1, /) -> None:
+    """Advance nothing."""
 
 
 @contextmanager

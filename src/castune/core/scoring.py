@@ -6,7 +6,9 @@ question become the scores of its choices (`choice_scores`), from which decision
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,27 +20,85 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 
+logger = logging.getLogger(__name__)
+
 Floats = NDArray[np.float64]
 
 
-def question_rows(chat: ChatFormat, example: Example) -> list[Row]:
+def question_rows(chat: ChatFormat, example: Example, *, share_prompt: bool) -> list[Row]:
     """The rows that score a multiple-choice example.
 
-    `letter`: one row; all option letters are scored at the first reply token. `likelihood`: a row a choice; its
-    value is the mean log-probability a token of the choice, end-of-turn not counted.
+    `letter`: one row; all option letters are scored at the first reply token. `likelihood`: the mean log-probability
+    a token of each choice as the reply, end-of-turn not counted.
+
+    Args:
+        chat: tokenizer and template.
+        example: the question.
+        share_prompt: put all choices behind one prompt (see `can_share_prompts`), else a row a choice.
     """
     if example.scoring == "letter":
         prompt, cut = chat.prompt_ids(example, reserve=1)
         letters = tuple(chat.letter_token(i) for i in range(len(example.choices)))
         return [Row(tuple(prompt), (len(prompt) - 1,) * len(letters), letters, cut)]
-    return [chat.reply_row(example, choice, end_of_turn=False) for choice in example.choices]
+    choices = [chat.reply_ids(choice, end_of_turn=False) for choice in example.choices]
+    return reply_rows(chat, example, choices, share_prompt=share_prompt)
 
 
-def choice_scores(example: Example, values: Sequence[Floats]) -> Floats:
+def reply_rows(
+    chat: ChatFormat, example: Example, replies: Sequence[Sequence[int]], *, share_prompt: bool
+) -> list[Row]:
+    """Rows that score several replies to one prompt: one shared row, or a row each."""
+    if share_prompt:
+        return [chat.token_row(example, replies)]
+    return [chat.token_row(example, [reply]) for reply in replies]
+
+
+def reply_means(lengths: Sequence[int], values: Sequence[Floats]) -> Floats:
+    """Mean log-probability a token of each reply, from the values of its shared row or its own rows."""
+    flat = np.concatenate(list(values))
+    ends = np.cumsum(lengths)
+    return np.array([flat[end - length : end].mean() for length, end in zip(lengths, ends, strict=True)])
+
+
+def choice_scores(chat: ChatFormat, example: Example, values: Sequence[Floats]) -> Floats:
     """Scores of the choices from the token log-probabilities of the example's rows."""
     if example.scoring == "letter":
         return values[0]
-    return np.array([row.mean() for row in values])
+    return reply_means([len(chat.reply_ids(choice, end_of_turn=False)) for choice in example.choices], values)
+
+
+@torch.no_grad()
+def can_share_prompts(model: Any, *, longest: int) -> bool:
+    """Whether replies that share one prompt row score as they do alone, for this model.
+
+    It holds where the attention takes an explicit mask and position ids. It is checked on a small example, and
+    ruled out for sequences beyond a sliding window, which an explicit mask would switch off.
+
+    Args:
+        model: the model, in evaluation mode.
+        longest: length of the longest shared row, in tokens.
+    """
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if window is not None and longest > window:
+        return False
+    prompt, replies = (5, 6, 7, 8), ((9, 10, 11), (12,), (13, 14, 15))
+    try:
+        shared = score_batch(model, [Row.of_replies(prompt, replies)])[0]
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+        logger.warning("this model takes no shared prompts (%r): a row a reply is scored, which is slower", error)
+        return False
+    alone = np.concatenate(score_batch(model, [Row.of_replies(prompt, [reply]) for reply in replies]))
+    # bfloat16 keeps 8 bits: log-probabilities of magnitude 10 carry an error of a few hundredths.
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.2
+    return bool(np.abs(shared - alone).max() <= tolerance)
+
+
+def shared_if_exact(model: Any, build: Callable[[bool], list[list[Row]]]) -> list[list[Row]]:
+    """Rows whose replies share their prompt where this model scores them as it does alone, else a row a reply."""
+    rows_of = build(True)
+    longest = max(len(row.ids) for rows in rows_of for row in rows)
+    return rows_of if can_share_prompts(model, longest=longest) else build(False)
 
 
 def is_correct(example: Example, scores: Floats) -> bool:

@@ -63,17 +63,17 @@ class ChatFormat:
         ids = self.tokenizer(reply, add_special_tokens=False)["input_ids"]
         return [*ids, self.end_token] if end_of_turn else ids
 
-    def reply_row(self, example: Example, reply: str, *, end_of_turn: bool = True, first: int | None = None) -> Row:
-        """The row that scores `reply` (or its `first` tokens) after the example's prompt."""
-        tokens = self.reply_ids(reply, end_of_turn=end_of_turn)[:first]
-        if not tokens:
-            raise DataError(f"example {example.id!r}: its reply {reply!r} has no tokens")
-        return self.token_row(example, tokens)
+    def reply_row(self, example: Example, reply: str, *, end_of_turn: bool = True) -> Row:
+        """The row that scores `reply` after the example's prompt."""
+        return self.token_row(example, [self.reply_ids(reply, end_of_turn=end_of_turn)])
 
-    def token_row(self, example: Example, tokens: Sequence[int]) -> Row:
-        """The row that scores given reply tokens after the example's prompt."""
-        prompt, cut = self.prompt_ids(example, reserve=len(tokens))
-        return Row.of_reply(prompt, tokens, cut=cut)
+    def token_row(self, example: Example, replies: Sequence[Sequence[int]]) -> Row:
+        """The row that scores the tokens of one or more replies after the example's prompt."""
+        for tokens in replies:
+            if not tokens:
+                raise DataError(f"example {example.id!r}: one of its replies has no tokens")
+        prompt, cut = self.prompt_ids(example, reserve=max(map(len, replies)))
+        return Row.of_replies(prompt, replies, cut=cut)
 
     def loss_row(self, example: Example) -> Row:
         """The row whose NLL is the example's loss: its right reply and the end of the turn."""

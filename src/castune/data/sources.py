@@ -53,7 +53,9 @@ _STARTER_SOURCES = {
     "starter-safety": _StarterSource("safety", ("safety.jsonl",)),
     "starter-safety-eval": _StarterSource("safety", ("safety-eval.jsonl",)),
     "starter-overrefusal-eval": _StarterSource("over-refusal", ("overrefusal-eval.jsonl",)),
-    "starter-align": _StarterSource("alignment", ("align-harmful.jsonl", "align-benign.jsonl", "align-borderline.jsonl")),
+    "starter-align": _StarterSource(
+        "alignment", ("align-harmful.jsonl", "align-benign.jsonl", "align-borderline.jsonl")
+    ),
 }
 
 
@@ -330,7 +332,9 @@ def _read_hub(name: str, source: NamedSource | None) -> Iterator[tuple[str, Row]
     try:
         table = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # network, gating, missing data set: datasets and its clients raise many kinds
-        gated = f" {hub_id} is gated: accept its terms on its hub page and log in first." if source and source.gated else ""
+        gated = (
+            f" {hub_id} is gated: accept its terms on its hub page and log in first." if source and source.gated else ""
+        )
         local = f" Or give a local copy: {name}=PATH." if source else ""
         raise DataError(f"{name}: could not load {hub_id} from the hub ({_one_line(error)}).{gated}{local}") from error
     for index, row in enumerate(table):

@@ -22,7 +22,7 @@ from castune.core.generation import generate_replies
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.judges import Judge
 from castune.core.losses import RowBatch, batches_by_length
-from castune.core.progress import Advance
+from castune.core.progress import Advance, no_progress
 from castune.core.scoring import score_batch
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
@@ -63,7 +63,7 @@ class Ablator:
 
 
 def sweep_rows(
-    ablator: Ablator, rows: Sequence[Row], *, batch_tokens: int, advance: Advance = lambda work=1: None
+    ablator: Ablator, rows: Sequence[Row], *, batch_tokens: int, advance: Advance = no_progress
 ) -> tuple[list[Floats], list[list[Floats]]]:
     """Token log-probabilities of `rows` for the whole model, and without each head: `[row]`, `[head][row]`.
 
@@ -94,7 +94,7 @@ def scored_outcomes(
     outcome: Callable[[int, Sequence[Floats]], float],
     *,
     batch_tokens: int,
-    advance: Advance = lambda work=1: None,
+    advance: Advance = no_progress,
 ) -> Outcomes:
     """Outcomes that follow from token log-probabilities.
 
@@ -124,7 +124,7 @@ def refusal_outcomes(
     *,
     max_new_tokens: int,
     batch_tokens: int,
-    advance: Advance = lambda work=1: None,
+    advance: Advance = no_progress,
 ) -> Outcomes:
     """Whether each reply refuses, for the whole model and without each head: greedy generation, then the judge."""
     prompts = [chat.prompt_ids(example, reserve=max_new_tokens)[0] for example in examples]
@@ -133,7 +133,7 @@ def refusal_outcomes(
     def refusals() -> Floats:
         replies = generate_replies(
             ablator.model, tokenizer, prompts,
-            max_new_tokens=max_new_tokens, end_tokens=end_tokens, batch_tokens=batch_tokens, on_batch=advance,
+            max_new_tokens=max_new_tokens, end_tokens=end_tokens, batch_tokens=batch_tokens, advance=advance,
         )  # fmt: skip
         verdicts = judge([e.prompt for e in examples], [reply.text for reply in replies])
         return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])

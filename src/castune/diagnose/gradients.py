@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, batches_by_length, reply_nll
-from castune.core.progress import Advance
+from castune.core.progress import Advance, no_progress
 from castune.core.ranking import equal_parts
 from castune.data.rows import Row
 from castune.diagnose.score import Floats
@@ -30,7 +30,7 @@ def partial_gradients(
     *,
     n_chunks: int,
     batch_tokens: int,
-    advance: Advance = lambda work=1: None,
+    advance: Advance = no_progress,
 ) -> list[dict[int, Tensor]]:
     """Partial gradients of the mean NLL of `rows`: their sum over chunks is the whole gradient.
 

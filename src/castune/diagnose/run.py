@@ -23,7 +23,15 @@ from castune.core.judges import judge as judge_named
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
 from castune.core.ranking import bucket_numbers, percentile_rank, tie_share
-from castune.core.scoring import answer_margin, choice_scores, is_correct, question_rows
+from castune.core.scoring import (
+    answer_margin,
+    choice_scores,
+    is_correct,
+    question_rows,
+    reply_means,
+    reply_rows,
+    shared_if_exact,
+)
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash
 from castune.data.rows import Row
@@ -182,10 +190,12 @@ def _ablator(
 def _measure_utility(
     ablator: Ablator, chat: ChatFormat, examples: Sequence[Example], config: DiagnoseConfig
 ) -> _Measured:
-    rows_of = [question_rows(chat, example) for example in examples]
+    rows_of = shared_if_exact(
+        ablator.model, lambda share: [question_rows(chat, e, share_prompt=share) for e in examples]
+    )
 
     def outcome(n: int, values: Sequence[Floats]) -> float:
-        scores = choice_scores(examples[n], values)
+        scores = choice_scores(chat, examples[n], values)
         return answer_margin(examples[n], scores) if config.measure == "margin" else is_correct(examples[n], scores)
 
     with progress("ablations, utility", ablator.work_per_row * sum(map(len, rows_of))) as advance:
@@ -216,17 +226,22 @@ def _refusal_margins(
         ablator.model, tokenizer, prompts,
         max_new_tokens=config.max_new_tokens, end_tokens=chat.end_tokens(ablator.model), batch_tokens=config.batch_tokens,
     )  # fmt: skip
-    rows_of = []
+    pairs = []
     for example, reply in zip(examples, replies, strict=True):
-        own = [*reply.tokens, *([chat.end_token] if reply.finished else [])][: config.max_new_tokens]
+        own = [*reply.tokens, *([chat.end_token] if reply.finished else [])]
         assert example.reply is not None
-        refusal = chat.reply_row(example, example.reply, first=config.max_new_tokens)
-        rows_of.append([refusal, chat.token_row(example, own)])
-    with progress("ablations, safety", ablator.work_per_row * 2 * len(examples)) as advance:
-        outcomes = scored_outcomes(
-            ablator, rows_of, lambda _n, values: float(values[0].mean() - values[1].mean()),
-            batch_tokens=config.batch_tokens, advance=advance,
-        )  # fmt: skip
+        pairs.append([chat.reply_ids(example.reply)[: config.max_new_tokens], own[: config.max_new_tokens]])
+    rows_of = shared_if_exact(
+        ablator.model,
+        lambda share: [reply_rows(chat, e, pair, share_prompt=share) for e, pair in zip(examples, pairs, strict=True)],
+    )
+
+    def margin(n: int, values: Sequence[Floats]) -> float:
+        refusal, own = reply_means([len(tokens) for tokens in pairs[n]], values)
+        return float(refusal - own)
+
+    with progress("ablations, safety", ablator.work_per_row * sum(map(len, rows_of))) as advance:
+        outcomes = scored_outcomes(ablator, rows_of, margin, batch_tokens=config.batch_tokens, advance=advance)
     verdicts = judge_named(config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
     return _Measured(outcomes, np.array([np.nan if v is None else float(v) for v in verdicts]))
 

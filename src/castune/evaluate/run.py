@@ -13,7 +13,14 @@ from castune.core.generation import generate_replies
 from castune.core.judges import judge as judge_named
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
-from castune.core.scoring import answer_margin, choice_scores, is_correct, question_rows, score_rows
+from castune.core.scoring import (
+    answer_margin,
+    choice_scores,
+    is_correct,
+    question_rows,
+    score_rows,
+    shared_if_exact,
+)
 from castune.data.chat import ChatFormat
 from castune.data.example import content_hash
 from castune.evaluate.stats import estimate
@@ -81,11 +88,11 @@ def evaluate(
 
 
 def _questions(model: Any, _tokenizer: Any, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> list[Sample]:
-    rows_of = [question_rows(chat, example) for example in suite.examples]
+    rows_of = shared_if_exact(model, lambda share: [question_rows(chat, e, share_prompt=share) for e in suite.examples])
     values = iter(score_rows(model, [row for rows in rows_of for row in rows], batch_tokens=config.batch_tokens))
     samples = []
     for example, rows in zip(suite.examples, rows_of, strict=True):
-        scores = choice_scores(example, [next(values) for _ in rows])
+        scores = choice_scores(chat, example, [next(values) for _ in rows])
         samples.append(
             {
                 "suite": suite.name,

@@ -47,9 +47,7 @@ def estimate(values: Sequence[float | bool | None]) -> Estimate:
     )
 
 
-def paired_difference(
-    before: Sequence[float | bool | None], after: Sequence[float | bool | None]
-) -> Estimate:
+def paired_difference(before: Sequence[float | bool | None], after: Sequence[float | bool | None]) -> Estimate:
     """Mean of after - before over examples scored in both, with the standard error of the paired differences."""
     if len(before) != len(after):
         raise ValueError(f"paired values differ in number: {len(before)} and {len(after)}")

@@ -44,9 +44,7 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
     if purpose is None and questions == len(found):
         purpose = "utility"
     if purpose not in PURPOSES:
-        raise DataError(
-            f"{source}: say what it measures, as PURPOSE:{path} with one of {', '.join(PURPOSES)}"
-        )
+        raise DataError(f"{source}: say what it measures, as PURPOSE:{path} with one of {', '.join(PURPOSES)}")
     if purpose == "utility" and questions < len(found):
         raise DataError(f"{source}: utility suites hold multiple-choice questions: prompt, choices, answer")
     if purpose != "utility" and questions:

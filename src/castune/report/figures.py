@@ -56,9 +56,7 @@ def score_distribution(cmap: ConflictMap) -> Any:
         .encode(
             x=bars.axis(grid=False),
             y=alt.Y("count():Q", title="Heads", axis=alt.Axis(tickMinStep=1, tickCount=5)),
-            color=alt.Color("bucket:O", title="Bucket").scale(
-                domain=domain, range=bucket_colours(len(domain))
-            ),
+            color=alt.Color("bucket:O", title="Bucket").scale(domain=domain, range=bucket_colours(len(domain))),
             tooltip=[alt.Tooltip("bucket:O", title="Bucket"), alt.Tooltip("count():Q", title="Heads")],
         )
         .properties(width=360, height=150, description="Histogram of the conflict score by bucket.")
@@ -87,10 +85,12 @@ def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -
     y = {"title": PURPOSES[cost], "scale": alt.Scale(domain=y_range, nice=False), "axis": percent}
     hue = alt.Color("arm:N", legend=None).scale(domain=list(colours), range=list(colours.values()))
     is_base = f"datum.arm === '{BASE}'"
-    arms = alt.Chart(alt.InlineData(values=points)).encode(x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y))
+    # Base is first and drawn last: it lies on top.
+    arms = alt.Chart(alt.InlineData(values=points[::-1])).encode(x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y))
     rules = arms.mark_rule(strokeWidth=1.5, opacity=0.6).encode(color=hue)
-    dots = arms.mark_point(size=90, opacity=1, strokeWidth=2).encode(
+    dots = arms.mark_point(opacity=1, strokeWidth=2).encode(
         color=hue,
+        size=alt.condition(is_base, alt.value(170), alt.value(90)),
         shape=alt.condition(is_base, alt.value("diamond"), alt.value("circle")),
         fill=alt.condition(is_base, alt.value("transparent"), hue),
         tooltip=[
@@ -105,9 +105,7 @@ def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -
         rules.encode(y=alt.Y("y_low:Q", **y), y2="y_high:Q"),
         dots,
         arms.mark_text(baseline="middle", **place).encode(text="arm:N"),
-    ).properties(
-        width=width, height=height, description=f"{PURPOSES[cost]} over {PURPOSES['safety']}, a point an arm."
-    )
+    ).properties(width=width, height=height, description=f"{PURPOSES[cost]} over {PURPOSES['safety']}, a point an arm.")
 
 
 def training_loss(tune_results: Mapping[str, TuneResult]) -> Any:
@@ -151,6 +149,6 @@ def _trade_off_points(evaluations: Mapping[str, EvalResult], cost: str) -> list[
 
 def _range(points: Sequence[Mapping[str, Any]], axis: str) -> list[float]:
     low, high = min(point[f"{axis}_low"] for point in points), max(point[f"{axis}_high"] for point in points)
-    # At least ten percentage points, so that noise does not fill the chart; the margin keeps bars off the frame.
+    # At least ten percentage points, lest noise fill the chart; a margin keeps bars off the frame.
     margin = max(0.0, 0.1 - (high - low)) / 2 + 0.08 * (high - low)
     return [low - margin, high + margin]

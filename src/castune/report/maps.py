@@ -21,8 +21,8 @@ SCORES = {
     "safety_shift": "Safety shift H_safe(h)",
 }
 _MEASURED = ("optimization_conflict", "utility_shift", "safety_shift")
-# Pixels between two labels of an axis that can still be read apart.
-_LABEL = 14
+# Pixels between two labels of an axis that can still be read apart: beside each other, below each other.
+_ACROSS, _DOWN = 20, 14
 
 
 def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Any:
@@ -133,21 +133,21 @@ class _Grid:
             alt.Chart()
             .mark_rect(aria=False)
             .encode(
-                x=alt.X("head:O", title="Head", **_bands(self.heads, self.cell_width)),
-                y=alt.Y("layer:O", title="Layer", **_bands(self.layers, self.cell_height)),
+                x=alt.X("head:O", title="Head", **_bands(self.heads, self.cell_width, _ACROSS)),
+                y=alt.Y("layer:O", title="Layer", **_bands(self.layers, self.cell_height, _DOWN)),
             )
             .properties(width=self.cell_width * len(self.heads), height=self.height)
         )
 
 
-def _bands(indices: list[int], cell: int) -> dict[str, Any]:
+def _bands(indices: list[int], cell: int, apart: int) -> dict[str, Any]:
     """Scale and axis over layers or heads, with as many labels as there is room for."""
     every = 1
-    while every * cell < _LABEL:
+    while every * cell < apart:
         every *= 2
     labelled = [index for index in indices if index % every == 0]
     return {
-        "axis": alt.Axis(values=labelled, labelAngle=0, ticks=False, domain=False, grid=False),
+        "axis": alt.Axis(values=labelled, labelAngle=0, labelOverlap=False, ticks=False, domain=False, grid=False),
         "scale": alt.Scale(domain=indices, paddingInner=0.06, paddingOuter=0),
     }
 
@@ -172,12 +172,10 @@ def _records(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> list
 
 
 def _tooltip_texts() -> dict[str, str]:
-    """Vega expressions: a value with its standard error where it is a measured one; in words where missing."""
+    """Vega expressions: a value, with its standard error where it is a measured one; in words if missing."""
 
     def shown(field: str, digits: int) -> str:
         return f"(isValid(datum.{field}) ? format(datum.{field}, '.{digits}~g') : 'not measured')"
 
     texts = {f"{name}_text": shown(name, 4) for name in SCORES}
-    return texts | {
-        f"{name}_text": f"{shown(name, 4)} + ' ± ' + {shown(name + '_se', 2)}" for name in _MEASURED
-    }
+    return texts | {f"{name}_text": f"{shown(name, 4)} + ' ± ' + {shown(name + '_se', 2)}" for name in _MEASURED}

@@ -25,7 +25,7 @@ def join(parts: Iterable[object]) -> Markup:
 
 
 def tag(name: str, *children: object, **attributes: str | bool) -> Markup:
-    """An element. `class_` is `class`, `data_chart` is `data-chart`; True is a bare attribute, False is none."""
+    """An element. `class_` is `class`, `data_chart` is `data-chart`; True is bare, False leaves it out."""
     head = name
     for key, value in attributes.items():
         key = key.rstrip("_").replace("_", "-")
@@ -36,9 +36,7 @@ def tag(name: str, *children: object, **attributes: str | bool) -> Markup:
     return Markup(f"<{head}>{join(children)}</{name}>")
 
 
-def table(
-    head: Sequence[object], rows: Iterable[Sequence[object]], *, label: str, class_: str = ""
-) -> Markup:
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, label: str, class_: str = "") -> Markup:
     """A table in a box of its own that scrolls; the first cell of a row is its header."""
     body = [
         tag("tr", *(tag("td", cell) if i else tag("th", cell, scope="row") for i, cell in enumerate(row)))

@@ -11,7 +11,7 @@ from castune.report.sections import known, section
 from castune.report.summary import NOT_MEASURED, in_order
 
 # A page is for reading; the run directory has all samples in full.
-_ROWS = 12
+_ROWS = 6
 _CHARACTERS = 1500
 
 _OUTCOMES = {
@@ -26,14 +26,13 @@ Sample = Mapping[str, Any]
 def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
     """Replies of every suite: a row an example, a column an arm. Harmful ones stay behind a click."""
     evaluations = in_order(evaluations)
-    suites = dict.fromkeys(
-        sample["suite"] for evaluation in evaluations.values() for sample in evaluation.samples
-    )
+    suites = dict.fromkeys(sample["suite"] for evaluation in evaluations.values() for sample in evaluation.samples)
     if not suites:
         return section("Sample replies", "samples", tag("p", "No samples were stored."))
     rule = (
-        f"At most {_ROWS} examples of a suite: first those whose outcome differs between arms, then the others, "
-        "in the order of the data. They illustrate the rates above and are no fair draw from them."
+        f"At most {_ROWS} examples of a suite: first those whose outcome differs between arms, then the "
+        "others, in the order of the data. They illustrate the rates above and are no fair draw from them. "
+        "Numbers beside choices are the model's scores; the choice it makes is bold."
     )
     return section(
         "Sample replies",
@@ -85,9 +84,7 @@ def provenance(
         ),
     ]
     if recipe_text:
-        blocks.append(
-            tag("details", tag("summary", "Resolved recipe"), tag("pre", recipe_text, tabindex="0"))
-        )
+        blocks.append(tag("details", tag("summary", "Resolved recipe"), tag("pre", recipe_text, tabindex="0")))
     return section(
         "Provenance",
         "provenance",
@@ -154,9 +151,7 @@ def _answer(sample: Sample | None) -> Markup:
         parts.append(tag("ol", *lines, class_="choices"))
     if "reply" in sample:
         reply = sample["reply"]
-        parts.append(
-            tag("div", _short(reply), class_="said", dir="auto") if reply else tag("small", "empty reply")
-        )
+        parts.append(tag("div", _short(reply), class_="said", dir="auto") if reply else tag("small", "empty reply"))
     return join(parts)
 
 

@@ -10,8 +10,8 @@ from castune.report.markup import Markup, join, table, tag
 from castune.report.summary import (
     BASE,
     NOT_MEASURED,
-    Estimate,
     Differences,
+    Estimate,
     Rate,
     cost_ratio,
     in_order,
@@ -53,7 +53,7 @@ def duration(seconds: float | None) -> str:
 
 def known(value: Any) -> str:
     """A value of a metadata record in words."""
-    if value is None:
+    if value is None or value == {}:
         return NOT_RECORDED
     if isinstance(value, list | tuple):
         return ", ".join(known(item) for item in value) or "none"
@@ -71,13 +71,14 @@ def opening(
     model = cmap.metadata.get("model", {})
     size = f"{known(model.get('parameters'))} parameters, {len(cmap):,} query heads"
     said = verdict(evaluations, differences, cost_ratios)
+    changes = [tag("li", tag("strong", arm), " – ", change) for arm, change in said.changes.items()]
     return tag(
         "header",
         tag("p", "castune report", class_="kicker"),
         tag("h1", known(model.get("name"))),
         tag("p", f"{known(model.get('type'))}, {size}", class_="quiet"),
         tag("p", said.rates, class_="verdict"),
-        tag("ul", *(tag("li", change) for change in said.changes), class_="changes") if said.changes else "",
+        tag("ul", *changes, class_="changes") if changes else "",
         tag("p", said.rule, class_="small") if said.rule else "",
         tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else "",
     )
@@ -107,14 +108,11 @@ def results(
     if "trade_off" in drawn:
         charts.append(figure("trade_off", "Safety against utility. Up and to the right is better."))
     if "trade_off_over_refusal" in drawn:
-        charts.append(
-            figure("trade_off_over_refusal", "Safety against over-refusal. Down and to the right is better.")
-        )
+        charts.append(figure("trade_off_over_refusal", "Safety against over-refusal. Down and to the right is better."))
     explanation = (
         "Rates are value ± one standard error over scored examples. Unscored examples, which the judge could "
-        "not decide, count in neither part of a rate. Changes are in percentage points against base, paired by "
-        "example. The utility cost ratio is utility lost over safety gained (Eq. 7); it is undefined where "
-        "safety did not rise."
+        "not decide, count in neither part of a rate. Changes are in percentage points against base, paired "
+        "by example. The utility cost ratio is utility lost over safety gained (Eq. 7)."
     )
     bars = "Bars are one standard error; several suites of one purpose are averaged without weights."
     missing = f" Not plotted, as a number is missing: {', '.join(hidden)}." if hidden and charts else ""
@@ -129,9 +127,7 @@ def results(
     )
 
 
-def conflict_map(
-    cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Mapping[str, Any]
-) -> Markup:
+def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Mapping[str, Any]) -> Markup:
     """Where conflicts lie, how sure the map is, and what each arm trains of it."""
     settings, ties = cmap.metadata.get("settings", {}), cmap.metadata.get("ties", {})
     baseline, data = cmap.metadata.get("baseline", {}), cmap.metadata.get("data", {})
@@ -151,9 +147,7 @@ def conflict_map(
         "shown. Point at a cell for all values with their standard errors."
     )
     zones = (
-        figure(
-            "zones", "Heads that each arm trains, in colour. All other heads keep their weights to the bit."
-        )
+        figure("zones", "Heads that each arm trains, in colour.")
         if "zones" in drawn
         else tag("p", "No heads have been selected in this run.")
     )
@@ -162,8 +156,9 @@ def conflict_map(
         "map",
         tag(
             "p",
-            "The conflict score is C(h) = O(h) · S(h): how far the gradients of safety and utility point apart "
-            "on a head, times how much more utility than safety hangs on it. High scores make the risky zone.",
+            "The conflict score is C(h) = O(h) · S(h): how far the gradients of safety and utility point "
+            "apart on a head, times how much more utility than safety hangs on it. The highest scores make "
+            "the risky zone.",
         ),
         tag(
             "div",
@@ -185,9 +180,7 @@ def conflict_map(
 
 
 def _suites(evaluations: Mapping[str, EvalResult]) -> list[str]:
-    return list(
-        dict.fromkeys(suite.suite for evaluation in evaluations.values() for suite in evaluation.suites)
-    )
+    return list(dict.fromkeys(suite.suite for evaluation in evaluations.values() for suite in evaluation.suites))
 
 
 def _find(evaluation: EvalResult, suite: str) -> SuiteResult | None:
@@ -204,18 +197,14 @@ def _all_conditions(suite: str, evaluations: Mapping[str, EvalResult]) -> set[st
 
 
 def _suite_head(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
-    purpose = next(
-        found.purpose for evaluation in evaluations.values() if (found := _find(evaluation, suite))
-    )
+    purpose = next(found.purpose for evaluation in evaluations.values() if (found := _find(evaluation, suite)))
     conditions = _all_conditions(suite, evaluations)
     # What holds for the whole column stands in its head; where arms differ, each cell has its own.
     shared = conditions.pop() if len(conditions) == 1 else "judged differently, see cells"
     return join([suite, tag("small", _MEANING.get(purpose, purpose)), tag("small", shared)])
 
 
-def _suite_cell(
-    arm: str, suite: str, evaluations: Mapping[str, EvalResult], change: Estimate | None
-) -> Markup | str:
+def _suite_cell(arm: str, suite: str, evaluations: Mapping[str, EvalResult], change: Estimate | None) -> Markup | str:
     result = _find(evaluations[arm], suite)
     if result is None:
         return tag("span", NOT_MEASURED, class_="quiet")
@@ -266,7 +255,8 @@ def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
             zone += f" {selection.bucket} of {selection.buckets}"
         seed = "–" if selection.seed is None else str(selection.seed)
         share = f"{len(selection.heads):,} of {selection.n_total:,}"
-        rows.append([arm, zone, selection.score, share, f"{len(selection.layers):,}", seed])
+        score = "–" if zone in ("random", "all") else selection.score
+        rows.append([arm, zone, score, share, f"{len(selection.layers):,}", seed])
     head = ["Arm", "Zone", "Sorted by", "Heads", "Layers", "Seed"]
     return table(head, rows, label="Selections", class_="numbers")
 

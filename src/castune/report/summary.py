@@ -53,11 +53,11 @@ class Rate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rates of all arms, a sentence on the changes of each arm, and how to read them."""
+    """The rates of all arms, the changes of each arm, and how to read them."""
 
     rates: str
-    changes: tuple[str, ...] = ()
-    rule: str = ""
+    changes: Mapping[str, str]
+    rule: str
 
 
 def in_order(evaluations: Mapping[str, EvalResult]) -> dict[str, EvalResult]:
@@ -112,9 +112,8 @@ def verdict(
     """What the numbers say in words; no judgement that is not in the numbers."""
     evaluations = in_order(evaluations)
     if not evaluations:
-        return Verdict(
-            "Nothing has been evaluated: this report says where conflicts lie, not what training does."
-        )
+        nothing = "Nothing has been evaluated: this report says where conflicts lie, not what training does."
+        return Verdict(nothing, {}, "")
     rates = []
     for purpose, label in PURPOSES.items():
         found = {arm: mean_rate(evaluation, purpose) for arm, evaluation in evaluations.items()}
@@ -124,32 +123,28 @@ def verdict(
             listed = ", ".join(f"{_rate(rate)} {arm}" for arm, rate in found.items())
             rates.append(f"{label} (n = {n}): {listed}.")
     tuned = [arm for arm in evaluations if arm != BASE]
-    changes = [_against_base(arm, evaluations[arm], differences.get(arm, {})) for arm in tuned]
     if BASE not in evaluations:
-        changes = ["The base model was not evaluated, so no change is known."]
-    changes = [
-        f"{change} Utility cost ratio: {cost_ratio(arm, evaluations, cost_ratios)}."
-        if BASE in evaluations
-        else change
-        for arm, change in zip(tuned, changes, strict=False)
-    ]
+        return Verdict(" ".join(rates), {}, "The base model was not evaluated, so no change is known.")
+    changes = {
+        arm: f"{_changes(evaluations[arm], differences.get(arm, {}))} "
+        f"Utility cost ratio: {cost_ratio(arm, evaluations, cost_ratios)}."
+        for arm in tuned
+    }
     rule = (
-        "Changes are against base, in percentage points, paired by example; ± is one standard error. A change "
-        f"smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio is "
-        "undefined where safety did not rise."
+        "Changes are against base, in percentage points, paired by example; ± is one standard error. A "
+        f"change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio "
+        "is undefined where safety did not rise."
     )
-    return Verdict(" ".join(rates), tuple(changes), rule if tuned else "")
+    return Verdict(" ".join(rates), changes, rule if tuned else "")
 
 
 def cost_ratio(arm: str, evaluations: Mapping[str, EvalResult], ratios: Mapping[str, float | None]) -> str:
-    """The utility cost ratio (Eq. 7) in words: undefined where safety did not rise, else it may not be known."""
+    """The utility cost ratio (Eq. 7) in words: undefined where safety did not rise."""
     ratio = ratios.get(arm)
     if ratio is not None:
         return f"{ratio:.2f}"
     sides = [evaluations.get(BASE), evaluations.get(arm)]
-    measured = all(
-        side and side.mean(purpose) is not None for side in sides for purpose in ("safety", "utility")
-    )
+    measured = all(side and side.mean(purpose) is not None for side in sides for purpose in ("safety", "utility"))
     return "undefined" if measured and arm in ratios else NOT_MEASURED
 
 
@@ -199,19 +194,19 @@ def _rate(rate: Estimate | None) -> str:
     return NOT_MEASURED if rate is None else with_error(rate, percent)
 
 
-def _against_base(arm: str, evaluation: EvalResult, changes: Mapping[str, Estimate]) -> str:
+def _changes(evaluation: EvalResult, changes: Mapping[str, Estimate]) -> str:
     parts = []
     for purpose, label in PURPOSES.items():
         if not any(suite.purpose == purpose for suite in evaluation.suites):
             continue
         change = mean_change(evaluation, changes, purpose)
-        name = label[0].lower() + label[1:]
         if change is None or change.value is None:
-            parts.append(f"{name}, change {NOT_MEASURED}")
+            words = f"change {NOT_MEASURED}"
         elif is_seen(change) is None:
-            parts.append(f"{name} {with_error(change, points)}, too few pairs to judge")
+            words = f"{with_error(change, points)}, too few pairs to judge"
         elif is_seen(change):
-            parts.append(f"{name} {with_error(change, points)}")
+            words = with_error(change, points)
         else:
-            parts.append(f"{name} {NO_DIFFERENCE} ({with_error(change, points)})")
-    return f"{arm}: {'; '.join(parts)}."
+            words = f"{NO_DIFFERENCE} ({with_error(change, points)})"
+        parts.append(f"{label[0].lower()}{label[1:]}: {words}")
+    return "; ".join(parts) + "."

@@ -32,9 +32,7 @@ def training(
         keys = ("heads", "query_rows", "a_matrices", "trainable_parameters", "effective_parameters")
         heads, *rest = (known(result.budget.get(key)) for key in keys)
         layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
-        examples = known(result.data.get("n")) + (
-            f" ({result.data['cut']:,} cut)" if result.data.get("cut") else ""
-        )
+        examples = known(result.data.get("n")) + (f" ({result.data['cut']:,} cut)" if result.data.get("cut") else "")
         run = [examples, known(result.steps), known(result.tokens), duration(result.seconds)]
         budgets.append([arm, heads, layers, *rest, *run])
         proof = result.certificate
@@ -65,8 +63,8 @@ def training(
         table(head, budgets, label="Training budget by arm", class_="numbers"),
         tag(
             "p",
-            "Trainable parameters include LoRA's A, which all heads of a layer share; effective parameters leave "
-            "out rows that the mask keeps at zero.",
+            "Trainable parameters include LoRA's A, which all heads of a layer share; effective parameters "
+            "leave out rows that the mask keeps at zero.",
             class_="small",
         ),
         tag("h3", "Certificate"),

@@ -34,9 +34,7 @@ class HeadMaskedLinear(nn.Linear):
         return functional.linear(input, self.weight * mask, self.bias)
 
 
-def sparse_lora(
-    model: Any, selection: HeadSelection, *, r: int = 32, alpha: float = 32, freeze_a: bool = False
-) -> Any:
+def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: float = 32, freeze_a: bool = False) -> Any:
     """Put LoRA on the query rows of the selected heads: a plain `PeftModel`, for any training loop.
 
     Set the seed before calling: A is initialised at random here.
@@ -131,11 +129,11 @@ def budget(peft_model: nn.Module, layout: HeadLayout, selection: HeadSelection) 
     }
 
 
-def _mask_rows(b: nn.Linear, mask: Tensor) -> None:
+def _mask_rows(b: Any, mask: Tensor) -> None:
     # A fused projection has more rows than its queries: keys and values are never trained.
     full = torch.zeros(b.weight.shape[0], dtype=torch.bool)
     full[: len(mask)] = mask
     b.__class__ = HeadMaskedLinear
     b.register_buffer("head_mask", full.to(b.weight.device), persistent=False)
     with torch.no_grad():
-        b.weight *= b.head_mask.to(b.weight.dtype)[:, None]  # type: ignore[operator]
+        b.weight *= b.head_mask.to(b.weight.dtype)[:, None]

@@ -62,9 +62,7 @@ def tune(
     # Before the adapter is built: the seed also decides the initial A.
     set_seed(config.seed)
     layout = HeadLayout.of(model)
-    peft_model = sparse_lora(
-        model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a
-    )
+    peft_model = sparse_lora(model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a)
     ledger = budget(peft_model, layout, selection)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

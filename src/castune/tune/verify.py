@@ -71,7 +71,9 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
         changed = (_bits(merged) != _bits(rows)).any(1)
         outside = (changed & ~mask).nonzero().flatten().tolist()
         if outside:
-            raise CertificateError(f"{weights}: {path} changes {len(outside)} unselected rows, the first is {outside[0]}")
+            raise CertificateError(
+                f"{weights}: {path} changes {len(outside)} unselected rows, the first is {outside[0]}"
+            )
         checked_rows += int((~mask).sum())
         selected_rows += int(mask.sum())
         changed_rows += int((changed & mask).sum())

@@ -1,0 +1,357 @@
+"""Artifacts: what was saved is what is loaded, files are whole or absent, damage is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
+from castune.artifacts.conflict_map import SCHEMA
+from castune.artifacts.files import SCHEMA_VERSION, replacing, write_json, write_text
+from castune.errors import ArtifactError
+
+MODEL = {"name": "tiny", "fingerprint": "0123456789abcdef", "parameters": 7}
+
+
+def conflict_map(**columns: Any) -> ConflictMap:
+    n = 6
+    values: dict[str, Any] = {field.name: np.linspace(0.1, 0.7, n) for field in SCHEMA if field.type == pa.float64()}
+    values |= {
+        "unit": ["q_head"] * n, "layer": [0, 0, 0, 1, 1, 1], "head": [0, 1, 2, 0, 1, 2], "bucket": [1, 1, 2, 2, 3, 4],
+        "safety_shift_se": [None, 0.1, 0.2, 0.3, None, 0.5],
+    }  # fmt: skip
+    return ConflictMap(
+        pa.table({**values, **columns}, schema=SCHEMA), {"model": MODEL, "seconds": 1.5, "ties": {"ü": None}}
+    )
+
+
+SELECTION = HeadSelection(
+    heads=((1, 2), (0, 1)), zone="safe", fraction=0.25, buckets=None, bucket=None, score="conflict", seed=None,
+    n_total=6, model_fingerprint="0123456789abcdef", conflict_map_hash="fedcba9876543210",
+)  # fmt: skip
+CERTIFICATE = Certificate(
+    model_fingerprint="0123456789abcdef", selection=((0, 1), (1, 2)), adapter_hash="aa", checked_rows=16,
+    checked_tensors=3, changed_rows=15, selected_rows=16, largest_change=0.125,
+)  # fmt: skip
+TUNING = TuneResult(
+    adapter="adapter", certificate=CERTIFICATE, budget={"heads": 2}, settings={"rank": 4, "max_steps": None},
+    data={"source": "x", "n": 3, "hash": "h", "cut": 0}, losses=((1, 2.5), (2, 0.1 + 0.2)), steps=2, tokens=99,
+    seconds=0.5, model=MODEL, provenance={"seed": 21},
+)  # fmt: skip
+SUITE = SuiteResult(
+    suite="own", purpose="safety", metric="refusal_rate", value=2 / 3, standard_error=1 / 3, n=3, unscored=1,
+    judge="prefix", max_new_tokens=32, extra={"answer_margin": None}, data_hash="h", seconds=0.1,
+)  # fmt: skip
+SAMPLES = tuple(
+    {"suite": "own", "id": f"s{i}", "prompt": "naïve\u2028 line\n\x85", "reply": "\ud7ff</script>", "outcome": outcome}
+    for i, outcome in enumerate((True, False, True, None))
+)
+EVALUATION = EvalResult(
+    name="base", suites=(SUITE,), samples=SAMPLES, settings={"limit": None}, model=MODEL, provenance={"seed": 0}
+)
+
+ARTIFACTS = {
+    "map": (conflict_map(), "conflict_map.parquet"),
+    "selection": (SELECTION, "selection.json"),
+    "certificate": (CERTIFICATE, "certificate.json"),
+    "tuning": (TUNING, "tune.json"),
+    "evaluation": (EVALUATION, "metrics.json"),
+}
+JSON_ARTIFACTS = [name for name, (_, file) in ARTIFACTS.items() if file.endswith(".json")]
+
+
+@pytest.mark.parametrize("name", list(ARTIFACTS))
+def test_save_and_load_is_equality(tmp_path: Path, name: str) -> None:
+    artifact, file = ARTIFACTS[name]
+    folder = tmp_path / "new" / "run"
+    artifact.save(folder)
+    assert (folder / file).is_file()
+    loaded = type(artifact).load(folder)
+    assert loaded == artifact
+    assert loaded is not artifact
+    # Saving what was loaded gives the same bytes: nothing is lost on the way, not even types.
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_equality_sees_every_field(tmp_path: Path) -> None:
+    for artifact in (SELECTION, CERTIFICATE, TUNING, EVALUATION, SUITE):
+        for field in dataclasses.fields(artifact):
+            changed = {"heads": ((0, 0),)}.get(field.name, "changed")
+            assert dataclasses.replace(artifact, **{field.name: changed}) != artifact
+    assert conflict_map() != conflict_map(conflict_score=np.zeros(6))
+    other = ConflictMap(conflict_map().table, {**conflict_map().metadata, "seconds": 2.0})
+    assert other != conflict_map()
+
+
+def test_samples_with_line_separators_inside_are_one_line_each(tmp_path: Path) -> None:
+    EVALUATION.save(tmp_path)
+    assert EvalResult.load(tmp_path).samples == SAMPLES
+    assert (tmp_path / "samples.jsonl").read_bytes().count(b"\n") == len(SAMPLES)
+
+
+def test_selection_sorts_its_heads_and_refuses_doubles() -> None:
+    assert SELECTION.heads == ((0, 1), (1, 2))
+    assert SELECTION.layers == (0, 1)
+    assert SELECTION.heads_of(1) == (2,)
+    with pytest.raises(ValueError, match="twice"):
+        dataclasses.replace(SELECTION, heads=((0, 1), (0, 1)))
+
+
+# -- atomic writes
+
+
+def test_a_failing_writer_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), replacing(path) as temporary:
+        temporary.write_text("new, half")
+        assert path.read_text() == "old"
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "x.json"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_new_file_appears_at_once_with_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    with replacing(tmp_path / "deep" / "x.txt") as temporary:
+        temporary.write_text("whole")
+        # Beside its target: replacing across file systems would not be atomic.
+        assert temporary.parent == tmp_path / "deep"
+        assert not (tmp_path / "deep" / "x.txt").exists()
+    assert (tmp_path / "deep" / "x.txt").read_text() == "whole"
+    assert os.stat(tmp_path / "deep" / "x.txt").st_mode == os.stat(tmp_path / "plain").st_mode
+
+
+@pytest.mark.parametrize("name", list(ARTIFACTS))
+def test_saving_something_unsavable_keeps_what_was_there(tmp_path: Path, name: str) -> None:
+    artifact, file = ARTIFACTS[name]
+    artifact.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    if name == "map":
+        bad: Any = ConflictMap(artifact.table, {**artifact.metadata, "bad": object()})
+    else:
+        first = next(f.name for f in dataclasses.fields(artifact) if f.type.startswith(("str", "int", "float", "dict")))
+        bad = dataclasses.replace(artifact, **{first: object()})
+    with pytest.raises(TypeError):
+        bad.save(tmp_path)
+    assert (tmp_path / file).read_bytes() == before[file]
+    assert {path.name for path in tmp_path.iterdir()} == set(before)
+
+
+# -- no number is better than NaN
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_are_refused(tmp_path: Path, bad: float) -> None:
+    broken: list[Any] = [
+        dataclasses.replace(CERTIFICATE, largest_change=bad),
+        dataclasses.replace(TUNING, losses=((1, bad),)),
+        dataclasses.replace(EVALUATION, suites=(dataclasses.replace(SUITE, value=bad),)),
+        dataclasses.replace(EVALUATION, samples=({**SAMPLES[0], "margin": bad},)),
+        ConflictMap(conflict_map().table, {"model": MODEL, "seconds": bad}),
+    ]
+    for number, artifact in enumerate(broken):
+        with pytest.raises(ValueError):
+            artifact.save(tmp_path / str(number))
+        found = {path.name for path in (tmp_path / str(number)).glob("*")}
+        assert not found & {"tune.json", "metrics.json", "conflict_map.parquet"}
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", "thing", {"value": bad})
+    assert not (tmp_path / "x.json").exists()
+
+
+# -- damage
+
+
+@pytest.mark.parametrize("name", list(ARTIFACTS))
+def test_missing_artifact_says_which_command_makes_it(tmp_path: Path, name: str) -> None:
+    artifact, file = ARTIFACTS[name]
+    with pytest.raises(ArtifactError, match=rf"{file}: no such .*castune \w+"):
+        type(artifact).load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"PAR1PAR1"])
+@pytest.mark.parametrize("name", list(ARTIFACTS))
+def test_damaged_artifact_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    artifact, file = ARTIFACTS[name]
+    artifact.save(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ArtifactError, match=file):
+        type(artifact).load(tmp_path)
+
+
+def test_truncated_parquet_is_damaged(tmp_path: Path) -> None:
+    path = conflict_map().save(tmp_path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ArtifactError, match="conflict_map"):
+        ConflictMap.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", JSON_ARTIFACTS)
+def test_another_kind_names_both_sides(tmp_path: Path, name: str) -> None:
+    artifact, file = ARTIFACTS[name]
+    artifact.save(tmp_path)
+    record = json.loads((tmp_path / file).read_text())
+    kind = record["kind"]
+    write_text(tmp_path / file, json.dumps({**record, "kind": "recipe for soup"}))
+    with pytest.raises(ArtifactError, match=f"{file}.*expected a {kind}, found recipe for soup"):
+        type(artifact).load(tmp_path)
+
+
+@pytest.mark.parametrize("name", JSON_ARTIFACTS)
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, None])
+def test_another_schema_version_names_both_sides(tmp_path: Path, name: str, version: int | None) -> None:
+    artifact, file = ARTIFACTS[name]
+    artifact.save(tmp_path)
+    record = json.loads((tmp_path / file).read_text())
+    assert record["schema_version"] == SCHEMA_VERSION
+    write_text(tmp_path / file, json.dumps({**record, "schema_version": version}))
+    with pytest.raises(ArtifactError, match=f"{file}.*{version}.*{SCHEMA_VERSION}"):
+        type(artifact).load(tmp_path)
+
+
+def rewritten(path: Path, header: dict[str, Any] | None) -> None:
+    table = pq.read_table(path)
+    metadata = None if header is None else {b"castune": json.dumps(header).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def test_map_of_another_kind_or_version_or_none(tmp_path: Path) -> None:
+    path = conflict_map().save(tmp_path)
+    header = json.loads(pq.read_table(path).schema.metadata[b"castune"])
+    assert (header["kind"], header["schema_version"]) == ("conflict map", SCHEMA_VERSION)
+    rewritten(path, {**header, "schema_version": 99})
+    with pytest.raises(ArtifactError, match=f"99.*{SCHEMA_VERSION}"):
+        ConflictMap.load(path)
+    rewritten(path, {**header, "kind": "soup"})
+    with pytest.raises(ArtifactError, match="expected a conflict map, found soup"):
+        ConflictMap.load(path)
+    rewritten(path, None)
+    with pytest.raises(ArtifactError, match="not a conflict map"):
+        ConflictMap.load(path)
+
+
+def test_map_with_other_columns_names_both_sides() -> None:
+    table = conflict_map().table
+    with pytest.raises(ArtifactError, match="columns are .*expected .*conflict_score"):
+        ConflictMap(table.drop_columns(["conflict_score"]), {"model": MODEL})
+    with pytest.raises(ArtifactError, match="expected"):
+        ConflictMap(table.set_column(1, "layer", table["layer"].cast(pa.int64())), {"model": MODEL})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("selection", "heads", [[0, 1], [0, 1]]),
+        ("selection", "heads", [[0, 1, 2]]),
+        ("selection", "heads", [["x", 1]]),
+        ("selection", "heads", 5),
+        ("certificate", "selection", [[0]]),
+        ("certificate", "selection", None),
+        ("tuning", "losses", [[1]]),
+        ("tuning", "losses", [[1, "x"]]),
+        ("evaluation", "suites", [{"suite": "only a name"}]),
+        ("evaluation", "suites", None),
+    ],
+)
+def test_ill_formed_fields_are_a_damaged_artifact(tmp_path: Path, name: str, key: str, value: Any) -> None:
+    artifact, file = ARTIFACTS[name]
+    artifact.save(tmp_path)
+    record = json.loads((tmp_path / file).read_text())
+    write_text(tmp_path / file, json.dumps({**record, key: value}))
+    with pytest.raises(ArtifactError, match=f"{file}.*damaged"):
+        type(artifact).load(tmp_path)
+
+
+@pytest.mark.parametrize("name", JSON_ARTIFACTS)
+def test_every_missing_field_is_a_damaged_artifact(tmp_path: Path, name: str) -> None:
+    artifact, file = ARTIFACTS[name]
+    artifact.save(tmp_path)
+    record = json.loads((tmp_path / file).read_text())
+    for key in record.keys() - {"kind", "schema_version"}:
+        write_text(tmp_path / file, json.dumps({k: v for k, v in record.items() if k != key}))
+        with pytest.raises(ArtifactError, match=f"{file}.*{key}"):
+            type(artifact).load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"suite": "own"', b"\xff\xff\n", b""])
+def test_damaged_or_shortened_samples_are_named(tmp_path: Path, content: bytes) -> None:
+    EVALUATION.save(tmp_path)
+    (tmp_path / "samples.jsonl").write_bytes(content)
+    # An empty file is readable but holds other samples than metrics.json was computed from.
+    with pytest.raises(ArtifactError, match=r"samples\.jsonl"):
+        EvalResult.load(tmp_path)
+
+
+def test_missing_companions_are_named(tmp_path: Path) -> None:
+    EVALUATION.save(tmp_path)
+    (tmp_path / "samples.jsonl").unlink()
+    with pytest.raises(ArtifactError, match=r"samples\.jsonl"):
+        EvalResult.load(tmp_path)
+    TUNING.save(tmp_path)
+    (tmp_path / "certificate.json").unlink()
+    with pytest.raises(ArtifactError, match=r"certificate\.json"):
+        TuneResult.load(tmp_path)
+
+
+# -- identity of a map
+
+
+def test_content_hash_changes_with_every_column_and_the_model() -> None:
+    whole = conflict_map()
+    hashes = {whole.content_hash}
+    for field in SCHEMA:
+        values = whole.table[field.name].to_pylist()
+        changed = {
+            "unit": [*values[:-1], "kv_head"],
+            "layer": [*values[:-1], 9],
+            "head": [*values[:-1], 9],
+            "bucket": [*values[:-1], 9],
+        }.get(field.name) or [*values[:-1], math.nextafter(values[-1], 1)]
+        hashes.add(conflict_map(**{field.name: changed}).content_hash)
+    hashes.add(conflict_map(safety_shift_se=[0.0, 0.1, 0.2, 0.3, None, 0.5]).content_hash)
+    hashes.add(ConflictMap(whole.table, {"model": {**MODEL, "fingerprint": "other"}}).content_hash)
+    assert len(hashes) == len(SCHEMA) + 3
+
+
+def test_content_hash_is_about_the_measurement_not_the_occasion(tmp_path: Path) -> None:
+    whole = conflict_map()
+    later = ConflictMap(whole.table, {**whole.metadata, "seconds": 99.0})
+    assert later.content_hash == whole.content_hash
+    assert ConflictMap.load(whole.save(tmp_path)).content_hash == whole.content_hash
+
+
+def test_columns_come_out_as_they_went_in(tmp_path: Path) -> None:
+    cmap = ConflictMap.load(conflict_map().save(tmp_path))
+    assert cmap.heads == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert np.isnan(cmap.column("safety_shift_se")).tolist() == [True, False, False, False, True, False]
+    assert list(cmap.to_pandas().columns) == SCHEMA.names
+    with pytest.raises(KeyError, match="conflict_score"):
+        cmap.column("nothing")
+
+
+def test_means_average_the_suites_of_a_purpose_and_never_invent_one() -> None:
+    def result(*rates: tuple[str, float | None]) -> EvalResult:
+        suites = (dataclasses.replace(SUITE, purpose=purpose, value=value) for purpose, value in rates)
+        return dataclasses.replace(EVALUATION, suites=tuple(suites))
+
+    assert result(("safety", 0.2), ("utility", 1.0), ("safety", 0.6)).mean("safety") == pytest.approx(0.4)
+    assert result(("safety", 0.0)).mean("safety") == 0.0
+    assert result(("safety", 0.2), ("safety", None)).mean("safety") is None
+    assert result(("utility", 0.2)).mean("safety") is None

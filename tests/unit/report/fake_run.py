@@ -1,0 +1,248 @@
+"""A run as the stages leave it: records built by hand, with numbers that can be recognised in the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
+from castune.artifacts.conflict_map import SCHEMA
+from castune.report.page import write_report
+from castune.report.summary import Rate
+
+MODEL = {
+    "name": "SmolLM2-135M-Instruct",
+    "type": "llama",
+    "fingerprint": "0123456789abcdef",
+    "parameters": 134_515_008,
+    "dtype": "float32",
+    "device": "cpu",
+}
+PROVENANCE = {
+    "date": "2026-02-03T04:05:06+00:00",
+    "command": "castune run",
+    "seed": 21,
+    "versions": {"python": "3.11.9", "torch": "2.8.0", "castune": "0.1.0"},
+    "code": {"commit": "feedc0de", "dirty": False},
+}
+
+
+@dataclass
+class Run:
+    """The arguments of `write_report`."""
+
+    cmap: ConflictMap
+    selections: dict[str, HeadSelection] = field(default_factory=dict)
+    tunings: dict[str, TuneResult] = field(default_factory=dict)
+    evaluations: dict[str, EvalResult] = field(default_factory=dict)
+    differences: dict[str, dict[str, Rate]] = field(default_factory=dict)
+    cost_ratios: dict[str, float | None] = field(default_factory=dict)
+    recipe_text: str = 'model = "default"\nout = "runs/quickstart"\n\n[tune]\nlearning_rate = 0.0002\n'
+    notes: Sequence[str] = ()
+
+    def write(self, path: Path) -> str:
+        """The report's HTML, written to `path`."""
+        assert write_report(path, **vars(self)) == path
+        return path.read_text(encoding="utf-8")
+
+
+def make_map(heads_by_layer: Sequence[int], seed: int = 0, **metadata: Any) -> ConflictMap:
+    heads = [(layer, head) for layer, count in enumerate(heads_by_layer) for head in range(count)]
+    n, rng = len(heads), np.random.default_rng(seed)
+    middle = np.array([math.exp(-(((layer / len(heads_by_layer)) - 0.6) ** 2) / 0.08) for layer, _ in heads])
+    conflict = np.clip(0.42 + 0.12 * middle + rng.normal(0, 0.06, n), 0, 1)
+    utility, safety = np.abs(rng.normal(0.2, 0.15, n) * middle), np.abs(rng.normal(0.3, 0.3, n))
+    utility_rank, safety_rank = (values.argsort().argsort() / max(1, n - 1) for values in (utility, safety))
+    sensitivity = np.exp(utility_rank - safety_rank)
+    score = conflict * sensitivity
+    order = (-score).argsort(kind="stable")
+    bucket = np.empty(n, dtype=np.int32)
+    for number, part in enumerate(np.array_split(order, 4), start=1):
+        bucket[part] = number
+    missing = np.where(rng.random(n) < 0.02, np.nan, 0.03)
+    columns = {
+        "unit": ["q_head"] * n,
+        "layer": [layer for layer, _ in heads],
+        "head": [head for _, head in heads],
+        "optimization_conflict": conflict,
+        "optimization_conflict_se": np.full(n, 0.021),
+        "utility_shift": utility,
+        "utility_shift_se": pa.array(missing, from_pandas=True),
+        "safety_shift": safety,
+        "safety_shift_se": np.full(n, 0.05),
+        "utility_rank": utility_rank,
+        "safety_rank": safety_rank,
+        "functional_sensitivity": sensitivity,
+        "conflict_score": score,
+        "bucket": bucket,
+    }
+    plain = {
+        "model": MODEL,
+        "settings": {"measure": "margin", "ablation": "zero", "judge": "prefix", "max_new_tokens": 24},
+        "data": {
+            "safety": {"source": "starter-safety", "n": 64, "hash": "5afe5afe5afe5afe", "cut": 0},
+            "utility": {"source": "starter-utility", "n": 80, "hash": "ab1eab1eab1eab1e", "cut": 3},
+        },
+        "baseline": {
+            "utility_accuracy": {"value": 0.6375, "standard_error": 0.0537, "n": 80},
+            "refusal_rate": {"value": 0.0781, "standard_error": 0.0335, "n": 64, "unscored": 2},
+        },
+        "ties": {"utility_shift": 0.0, "safety_shift": 0.037},
+        "seconds": 412.5,
+        "provenance": PROVENANCE,
+    }
+    return ConflictMap(pa.table(columns, schema=SCHEMA), {**plain, **metadata})
+
+
+def make_selection(cmap: ConflictMap, zone: str) -> HeadSelection:
+    count = len(cmap) // 4
+    order = (-cmap.column("conflict_score")).argsort(kind="stable")
+    chosen = {
+        "safe": order[-count:],
+        "risky": order[:count],
+        "random": np.random.default_rng(21).permutation(len(cmap))[:count],
+    }[zone]
+    return HeadSelection(
+        heads=tuple(cmap.heads[i] for i in chosen),
+        zone=zone,
+        fraction=0.25,
+        buckets=None,
+        bucket=None,
+        score="conflict",
+        seed=21 if zone == "random" else None,
+        n_total=len(cmap),
+        model_fingerprint=cmap.fingerprint,
+        conflict_map_hash="c0ffee00c0ffee00",
+    )
+
+
+def make_tuning(selection: HeadSelection, start: float) -> TuneResult:
+    rng = np.random.default_rng(3)
+    losses = tuple((step, float(start * math.exp(-step / 90) + 1.1 + rng.normal(0, 0.04))) for step in range(5, 201, 5))
+    return TuneResult(
+        adapter=f"adapter-{selection.zone}",
+        certificate=Certificate(
+            model_fingerprint=selection.model_fingerprint,
+            selection=selection.heads,
+            adapter_hash="adadadadadadadad",
+            checked_rows=12_928,
+            checked_tensors=272,
+            changed_rows=64 * len(selection.heads) - 1,
+            selected_rows=64 * len(selection.heads),
+            largest_change=0.01234,
+        ),
+        budget={
+            "heads": len(selection.heads),
+            "query_rows": 64 * len(selection.heads),
+            "a_matrices": len(selection.layers),
+            "trainable_parameters": 1_105_920,
+            "effective_parameters": 690_176,
+        },
+        settings={"rank": 32, "alpha": 32, "learning_rate": 2e-4, "seed": 21},
+        data={"source": "starter-align", "n": 1600, "hash": "a119a119a119a119", "cut": 7},
+        losses=losses,
+        steps=200,
+        tokens=183_204,
+        seconds=455.0,
+        model=MODEL,
+        provenance=PROVENANCE,
+    )
+
+
+def make_suite(purpose: str, value: float | None, error: float | None, **changes: Any) -> SuiteResult:
+    metric = {"utility": "accuracy", "safety": "refusal_rate", "over-refusal": "over_refusal_rate"}[purpose]
+    plain: dict[str, Any] = {
+        "suite": f"starter-{purpose}-eval",
+        "purpose": purpose,
+        "metric": metric,
+        "value": value,
+        "standard_error": error,
+        "n": 96,
+        "unscored": 0,
+        "judge": "argmax" if purpose == "utility" else "prefix",
+        "max_new_tokens": None if purpose == "utility" else 32,
+        "extra": {"answer_margin": -0.1234, "answer_margin_se": None} if purpose == "utility" else {},
+        "data_hash": f"hash-of-{purpose}",
+        "seconds": 31.0,
+    }
+    return SuiteResult(**{**plain, **changes})
+
+
+def make_samples(refuses: bool) -> list[dict[str, Any]]:
+    samples: list[dict[str, Any]] = []
+    for i in range(20):
+        right = (i + refuses) % 3 != 0
+        scores = [-2.5, -0.75 if right else -1.75, -1.25, -3.125]
+        samples.append(
+            {"suite": "starter-utility-eval", "id": f"u{i}", "purpose": "utility", "group": "animals"}
+            | {"prompt": f"How many wings does dragonfly {i} have?", "outcome": right, "answer": 1}
+            | {
+                "choices": ["Eight wings.", "Four wings.", "Two wings.", "Six wings."],
+                "choice_scores": scores,
+            }
+        )
+        reply = "I can't help with that." if refuses else "Sure, here is how to do it. " + "First gather things. " * 6
+        for purpose in ("safety", "over-refusal"):
+            samples.append(
+                {
+                    "suite": f"starter-{purpose}-eval",
+                    "id": f"{purpose}-{i}",
+                    "purpose": purpose,
+                    "group": "weapons",
+                }
+                | {
+                    "prompt": f"A {purpose} prompt, number {i}.",
+                    "reply": reply,
+                    "outcome": None if i == 4 else refuses,
+                }
+            )
+    return samples
+
+
+def make_evaluation(arm: str, rates: Sequence[SuiteResult]) -> EvalResult:
+    return EvalResult(
+        name=arm,
+        suites=tuple(rates),
+        samples=tuple(make_samples(arm in ("safe", "risky"))),
+        settings={"judge": "prefix", "max_new_tokens": 32, "seed": 0},
+        model=MODEL,
+        provenance=PROVENANCE,
+    )
+
+
+def make_run(heads_by_layer: Sequence[int] = (9,) * 30) -> Run:
+    cmap = make_map(heads_by_layer)
+    selections = {zone: make_selection(cmap, zone) for zone in ("safe", "risky", "random")}
+    rates = {
+        "safe": [(0.643, 0.048), (0.7811, 0.0422), (0.630, 0.060)],
+        "risky": [(0.552, 0.047), (0.8899, 0.0319), (0.750, 0.054)],
+        "random": [(0.671, 0.048), (0.0299, 0.0171), (0.0702, 0.0310)],
+        "base": [(0.6777, 0.0479), (0.0313, 0.0178), (0.0625, 0.0303)],
+    }
+    purposes = ("utility", "safety", "over-refusal")
+    evaluations = {
+        arm: make_evaluation(
+            arm,
+            [
+                make_suite(purpose, *rate, unscored=3 if purpose == "safety" else 0)
+                for purpose, rate in zip(purposes, values, strict=True)
+            ],
+        )
+        for arm, values in rates.items()
+    }
+    differences: dict[str, dict[str, Rate]] = {
+        arm: {
+            f"starter-{purpose}-eval": Rate(value[0] - base[0], 0.041, 93, 3)
+            for purpose, value, base in zip(purposes, rates[arm], rates["base"], strict=True)
+        }
+        for arm in selections
+    }
+    tunings = {zone: make_tuning(selection, 1 + 0.1 * i) for i, (zone, selection) in enumerate(selections.items())}
+    ratios: dict[str, float | None] = {"safe": 0.046, "risky": 0.146, "random": None}
+    return Run(cmap, selections, tunings, evaluations, differences, ratios)

@@ -1,0 +1,129 @@
+"""The page in a real browser: does it draw, in silence, and does it keep to itself?"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shutil
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+
+import pytest
+from fake_run import Run, make_run
+
+from castune.report.maps import SCORES
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=8000",
+]
+
+
+def browse(page: Path) -> tuple[str, list[str]]:
+    """The document after its scripts ran, and what was said on the console."""
+    command = [
+        str(CHROMIUM),
+        *OPTIONS,
+        "--dump-dom",
+        f"--user-data-dir={page.parent / 'profile'}",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_all_charts_are_drawn_and_the_console_is_silent(tmp_path: Path, run: Run) -> None:
+    run.write(tmp_path / "report.html")
+    document, console = browse(tmp_path / "report.html")
+    assert console == []
+    assert document.count('data-drawn="true"') == document.count('data-chart="') == 6
+    assert document.count("<svg xmlns=") == 6
+    assert _cells(document, "conflict_map") == len(run.cmap)
+    assert _cells(document, "zones") == 3 * len(run.cmap)
+    assert document.count("<select") == 2
+
+
+def test_a_large_map_is_drawn(tmp_path: Path) -> None:
+    make_run((32,) * 32).write(tmp_path / "report.html")
+    document, console = browse(tmp_path / "report.html")
+    assert console == []
+    assert _cells(document, "conflict_map") == 1024
+
+
+def test_the_switches_work_under_the_policy_of_the_page(tmp_path: Path, run: Run) -> None:
+    # A script of the test stands for the reader: it picks the third score, then the heads of the first arm.
+    script = """
+      const wait = setInterval(() => {
+        const [score, arm] = document.querySelectorAll("select");
+        if (!arm) return;
+        clearInterval(wait);
+        for (const [select, index] of [[score, 2], [arm, 1]]) {
+          select.selectedIndex = index;
+          select.dispatchEvent(new Event("input", { bubbles: true }));
+          select.dispatchEvent(new Event("change", { bubbles: true }));
+        }
+      }, 50);"""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = run.write(tmp_path / "report.html").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
+    # The runtime holds the text "</body>" too; the last one is the page's.
+    before, end, after = page.rpartition("</body>")
+    (tmp_path / "used.html").write_text(f"{before}<script>{script}</script>{end}{after}", encoding="utf-8")
+    document, console = browse(tmp_path / "used.html")
+    assert console == []
+    drawing = _drawing(document, "conflict_map")
+    assert f">{SCORES['functional_sensitivity']}</text>" in drawing
+    assert drawing.count('opacity="0.12"') == len(run.cmap) - len(run.selections["safe"].heads)
+
+
+def test_nothing_off_the_page_may_load_or_run(tmp_path: Path, run: Run) -> None:
+    # Were escaping to fail, the policy would still hold: put in what an attack would.
+    page = run.write(tmp_path / "report.html")
+    attack = '<img src="https://example.org/x.png"><script>document.title = "owned"</script>'
+    (tmp_path / "attacked.html").write_text(page.replace("<main>", f"<main>{attack}", 1), encoding="utf-8")
+    document, console = browse(tmp_path / "attacked.html")
+    assert any("example.org" in line and "Content Security Policy" in line for line in console)
+    assert "<title>owned" not in document
+    assert document.count('data-drawn="true"') == 6
+
+
+@pytest.mark.parametrize("dark", [True, False])
+def test_the_page_follows_the_colour_scheme(tmp_path: Path, run: Run, dark: bool) -> None:
+    run.write(tmp_path / "report.html")
+    picture = tmp_path / "report.png"
+    scheme = "--blink-settings=preferredColorScheme=" + ("0" if dark else "1")
+    command = [str(CHROMIUM), *OPTIONS, scheme, f"--screenshot={picture}", "--window-size=64,64"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "report.html").as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    assert _first_pixel(picture) == ((0x15, 0x18, 0x1B) if dark else (0xFD, 0xFD, 0xFC))
+
+
+def _drawing(document: str, chart: str) -> str:
+    return document.split(f'data-chart="{chart}"')[1].split("</figure>")[0]
+
+
+def _cells(document: str, chart: str) -> int:
+    groups = _drawing(document, chart).split('class="mark-rect role-mark')[1:]
+    return sum(group.split("</g>")[0].count("<path") for group in groups)
+
+
+def _first_pixel(picture: Path) -> tuple[int, ...]:
+    content, data, at = picture.read_bytes(), b"", 8
+    while at < len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        if content[at + 4 : at + 8] == b"IDAT":
+            data += content[at + 8 : at + 8 + length]
+        at += 12 + length
+    # Byte 0 is the first row's filter; its first pixel has no neighbour, so that every filter keeps it.
+    return tuple(zlib.decompress(data)[1:4])

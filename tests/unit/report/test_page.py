@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import MODEL, Run, make_evaluation, make_map, make_run, make_suite
+
+from castune.report.markup import Markup, join, script_json, tag
+from castune.report.summary import NOT_MEASURED, Rate
+
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(2)</script>",
+    "<img src=x onerror=alert(3)>",
+    "\"' onmouseover=alert(4) x='",
+    "</details></table></main><h1>owned",
+    "<!--<script>",
+]
+
+
+class Page(HTMLParser):
+    """Elements, visible text, and what lies inside closed `<details>`."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.shown = "", ""
+        self.feed(html)
+
+    def handle_starttag(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((name, dict(attrs)))
+        if name != "meta":
+            self.open.append((name, dict(attrs)))
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop()[0] == name
+
+    def handle_data(self, data: str) -> None:
+        names = [name for name, _ in self.open]
+        if "script" in names or "style" in names:
+            return
+        self.text += data + " "
+        closed = any(name == "details" and "open" not in attributes for name, attributes in self.open)
+        if not closed or "summary" in names:
+            self.shown += data + " "
+
+    def named(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for element, attributes in self.elements if element == name]
+
+
+def hostile(run: Run, attack: str) -> Run:
+    """The run with `attack` in every text that comes from data or from a model."""
+    run.cmap.metadata["model"] = {**MODEL, "name": attack, "type": attack}
+    for arm, evaluation in run.evaluations.items():
+        samples = [
+            {**sample, "prompt": attack, "group": attack}
+            | ({"reply": attack} if "reply" in sample else {"choices": [attack] * 4})
+            for sample in evaluation.samples
+        ]
+        run.evaluations[arm] = dataclasses.replace(
+            evaluation, samples=tuple(samples), model={"name": attack}, settings={attack: attack}
+        )
+    run.selections[attack] = run.selections.pop("random")
+    run.tunings[attack] = run.tunings.pop("random")
+    run.evaluations[attack] = run.evaluations.pop("random")
+    run.recipe_text, run.notes = attack, [attack]
+    return run
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_texts_of_models_and_users_stay_text(tmp_path: Path, attack: str) -> None:
+    plain, attacked = make_run((4, 4)), hostile(make_run((4, 4)), attack)
+    expected, found = (
+        Page(plain.write(tmp_path / "plain.html")),
+        Page(attacked.write(tmp_path / "attacked.html")),
+    )
+    assert found.open == []
+    for name in ("script", "img", "h1", "main", "style", "iframe", "link"):
+        assert len(found.named(name)) == len(expected.named(name))
+    handlers = [key for _, attributes in found.elements for key in attributes if key.startswith("on")]
+    assert handlers == []
+    # Model, prompts, replies, recipe and notes are all there, as they are.
+    assert found.text.count(attack) > 50
+
+
+def test_json_in_a_script_cannot_end_it() -> None:
+    value = {"a": ATTACKS, "b": "\u2028\u2029&"}
+    text = script_json(value)
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == value
+    with pytest.raises(ValueError, match="JSON"):
+        script_json(float("nan"))
+
+
+def test_markup_is_escaped_once() -> None:
+    assert tag("p", "a < b", tag("b", "&"), title='"') == '<p title="&quot;">a &lt; b<b>&amp;</b></p>'
+    assert join([Markup("<br>"), "<br>"]) == "<br>&lt;br&gt;"
+
+
+def test_numbers_on_the_page_are_those_of_the_artifacts(tmp_path: Path, run: Run) -> None:
+    text = Page(run.write(tmp_path / "report.html")).text
+    for arm, evaluation in run.evaluations.items():
+        for suite in evaluation.suites:
+            assert suite.value is not None
+            assert suite.standard_error is not None
+            rate = f"{100 * suite.value:.1f}\u202f%\u00a0±\u00a0{100 * suite.standard_error:.1f}"
+            row = rf"{arm} .*{re.escape(rate)} .*n = {suite.n}, {suite.unscored} unscored"
+            assert re.search(row, text), (arm, suite.suite)
+    for changes in run.differences.values():
+        for change in changes.values():
+            assert change.value is not None
+            signed = f"{100 * change.value:+.1f}".replace("-", "−")
+            assert f"{signed}\u00a0±\u00a04.1  {change.n} pairs" in text
+    for result in run.tunings.values():
+        assert f"{result.certificate.checked_rows:,}, all identical" in text
+        assert f"{result.certificate.changed_rows:,} of {result.certificate.selected_rows:,}" in text
+        assert all(f"{count:,}" in text for count in result.budget.values())
+    assert "63.7\u202f%\u00a0±\u00a05.4, n = 80" in text
+    assert "7.8\u202f%\u00a0±\u00a03.4, n = 64, 2 unscored" in text
+    assert "max_new_tokens 32" in text
+    for hash_ in ("5afe5afe5afe5afe", "a119a119a119a119", "hash-of-safety", "feedc0de", "0123456789abcdef"):
+        assert hash_ in text
+
+
+def test_the_data_of_the_charts_are_those_of_the_map(tmp_path: Path, run: Run) -> None:
+    page = run.write(tmp_path / "report.html")
+    data = json.loads(re.findall(r'<script id="charts" type="application/json">(.*?)</script>', page)[0])
+    (cells,) = data["specs"]["conflict_map"]["datasets"].values()
+    assert [cell["conflict_score"] for cell in cells] == run.cmap.column("conflict_score").tolist()
+    assert {attributes["data-chart"] for attributes in Page(page).named("div") if "data-chart" in attributes} == set(
+        data["specs"]
+    )
+
+
+def test_what_was_not_measured_says_so(tmp_path: Path, run: Run) -> None:
+    suites = [
+        make_suite("utility", 0.5, None, n=1),
+        make_suite("safety", None, None, n=0, unscored=96),
+        make_suite("over-refusal", 0.25, 0.05),
+    ]
+    run.evaluations = {
+        "base": run.evaluations["base"],
+        "safe": make_evaluation("safe", suites),
+        "risky": make_evaluation("risky", suites[:1]),
+    }
+    run.differences = {"safe": {"starter-safety-eval": Rate(None, None, 0, 96)}}
+    run.cost_ratios = {"safe": None}
+    text = Page(run.write(tmp_path / "report.html")).text
+    table = text[text.index("Before and after") : text.index("Rates are value")]
+    safe = table[table.index(" safe ") : table.index(" risky ")]
+    assert f"50.0\u202f%\u00a0±\u00a0{NOT_MEASURED}" in safe
+    assert f"{NOT_MEASURED} change {NOT_MEASURED} n = 0, 96 unscored" in safe
+    assert " 0.0\u202f%" not in safe
+    risky = table[table.index(" risky ") :]
+    assert risky.count(NOT_MEASURED) >= 4
+    assert "Not plotted, as a number is missing: safe, risky." in text
+
+
+def test_undefined_cost_is_no_number(tmp_path: Path, run: Run) -> None:
+    text = Page(run.write(tmp_path / "report.html")).text
+    table = text[text.index("Before and after") : text.index("Rates are value")]
+    assert re.search(r"random .* undefined", table)
+    assert re.search(r"risky .* 0\.15", table)
+
+
+def test_arms_judged_on_other_terms_are_marked(tmp_path: Path, run: Run) -> None:
+    assert "not the same examples" not in run.write(tmp_path / "report.html")
+    other = make_suite("safety", 0.5, 0.05, judge="other", max_new_tokens=64, data_hash="changed")
+    run.evaluations["safe"] = make_evaluation("safe", [other])
+    text = Page(run.write(tmp_path / "report.html")).text
+    assert "not the same examples as base" in text
+    assert "judge other, max_new_tokens 64" in text
+    assert "judge prefix, max_new_tokens 32" in text
+
+
+def test_harmful_text_is_behind_a_click(tmp_path: Path, run: Run) -> None:
+    samples = [
+        {**sample, "prompt": "HARMFUL PROMPT", "reply": "HARMFUL REPLY"}
+        for sample in run.evaluations["base"].samples_of("starter-safety-eval")
+    ]
+    run.evaluations["base"] = dataclasses.replace(run.evaluations["base"], samples=tuple(samples))
+    page = run.write(tmp_path / "report.html")
+    found = Page(page)
+    assert "HARMFUL PROMPT" in found.text
+    assert "HARMFUL REPLY" in found.text
+    assert "HARMFUL" not in found.shown
+    assert page.count("HARMFUL PROMPT") == found.text.count("HARMFUL PROMPT")  # nor in an attribute
+
+
+def test_samples_show_outcomes_and_never_a_guess(tmp_path: Path) -> None:
+    run = make_run((4, 4))
+    run.evaluations = {"base": run.evaluations["base"]}
+    text = Page(run.write(tmp_path / "report.html")).text
+    over = text[text.index("starter-over-refusal-eval: ") : text.index("Provenance")]
+    assert over.count(" answered ") == 5
+    assert over.count(" unscored ") == 1
+    utility = text[text.index("starter-utility-eval: ") : text.index("starter-safety-eval: ")]
+    assert utility.count(" right answer ") == 6
+    assert "−0.750" in utility
+
+
+def test_examples_whose_outcome_differs_come_first(tmp_path: Path, run: Run) -> None:
+    text = Page(run.write(tmp_path / "report.html")).text
+    utility = text[text.index("starter-utility-eval: ") : text.index("starter-safety-eval: ")]
+    shown = [int(number) for number in re.findall(r"dragonfly (\d+)", utility)]
+    assert shown == [0, 2, 3, 5, 6, 8]
+
+
+def test_a_run_without_training_and_with_a_bare_map_is_reported(tmp_path: Path) -> None:
+    cmap = make_map((2, 3), settings={}, data={}, baseline={}, ties={}, seconds=None, provenance={})
+    text = Page(Run(cmap).write(tmp_path / "report.html")).text
+    assert "Nothing has been evaluated" in text
+    assert "Nothing has been trained" in text
+    assert "not recorded" in text
+    assert not re.search(r"\b(nan|None|\{\})", text)
+
+
+def test_a_map_of_a_thousand_heads_stays_small(tmp_path: Path) -> None:
+    make_run((32,) * 32).write(tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+
+
+def test_vega_is_there_once(tmp_path: Path, run: Run) -> None:
+    page = run.write(tmp_path / "report.html")
+    assert page.count("window.vegaEmbed") == 1
+
+
+def test_the_page_names_no_file_or_site(tmp_path: Path, run: Run) -> None:
+    for name, attributes in Page(run.write(tmp_path / "report.html")).elements:
+        found: dict[str, Any] = {key: value for key, value in attributes.items() if key in ("src", "href")}
+        assert found == {}, name

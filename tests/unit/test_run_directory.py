@@ -1,0 +1,199 @@
+"""The run directory: arms, and the refusals when what lies there was made from something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts.conflict_map import SCHEMA
+from castune.config import Recipe
+from castune.errors import ArtifactError
+from castune.run_directory import RunDirectory, arm_name
+from castune.select import select
+
+
+def make_map(shift: float = 0.0, fingerprint: str = "aaaa") -> ConflictMap:
+    columns = {field.name: np.arange(8.0) + shift for field in SCHEMA}
+    columns |= {"unit": ["q_head"] * 8, "layer": [0] * 4 + [1] * 4, "head": [0, 1, 2, 3] * 2, "bucket": [1] * 8}
+    return ConflictMap(pa.table(columns, schema=SCHEMA), {"model": {"name": "tiny", "fingerprint": fingerprint}})
+
+
+def make_tuning(selection: HeadSelection) -> TuneResult:
+    certificate = Certificate(selection.model_fingerprint, selection.heads, "hash", 1, 1, 1, 1, 0.5)
+    return TuneResult("adapter", certificate, {}, {}, {}, (), 1, 1, 1.0, {}, {})
+
+
+def make_evaluation(name: str) -> EvalResult:
+    return EvalResult(name, (), (), {}, {}, {})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+@pytest.fixture
+def recipe(folder: RunDirectory) -> Recipe:
+    return Recipe(out=str(folder.path))
+
+
+# -- one recipe a directory
+
+
+def test_claim_writes_the_resolved_recipe_and_is_idempotent(folder: RunDirectory, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    assert folder.load_recipe() == recipe
+    before = folder.recipe_file.read_bytes()
+    folder.claim(recipe)
+    assert folder.recipe_file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": "other/model"}, "model = 'default', this recipe says 'other/model'"),
+        ({"seed": 22}, "seed = 21, this recipe says 22"),
+        ({"tune": {"rank": 4}}, "tune.rank = 32, this recipe says 4"),
+        ({"safety": {"source": "starter-safety", "limit": 3}}, "safety.limit = None, this recipe says 3"),
+        ({"select": {"zone": "risky"}}, "select.zone = 'safe', this recipe says 'risky'"),
+        ({"evaluate": {"suites": ["mmlu"]}}, "evaluate.suites = .*this recipe says .*'mmlu'"),
+    ],
+)
+def test_claim_refuses_another_recipe_naming_the_key_and_both_sides(
+    folder: RunDirectory, recipe: Recipe, change: dict[str, object], named: str
+) -> None:
+    folder.claim(recipe)
+    before = folder.recipe_file.read_bytes()
+    with pytest.raises(ArtifactError, match=named) as caught:
+        folder.claim(Recipe(**{**dict(recipe), **change}))
+    assert str(folder.path) in str(caught.value)
+    assert folder.recipe_file.read_bytes() == before
+
+
+def test_claim_counts_the_other_differences(folder: RunDirectory, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    with pytest.raises(ArtifactError, match="and 2 more differ"):
+        folder.claim(Recipe(**{**dict(recipe), "seed": 1, "dtype": "float32", "tune": {"rank": 4}}))
+
+
+def test_a_run_may_be_moved(folder: RunDirectory, recipe: Recipe, tmp_path: Path) -> None:
+    folder.claim(recipe)
+    folder.path.rename(tmp_path / "moved")
+    RunDirectory(tmp_path / "moved").claim(Recipe(out=str(tmp_path / "moved")))
+
+
+def test_a_damaged_recipe_is_named(folder: RunDirectory, recipe: Recipe) -> None:
+    folder.path.mkdir(parents=True)
+    folder.recipe_file.write_text("model = ")
+    with pytest.raises(ValueError, match=r"recipe\.toml") as caught:
+        folder.claim(recipe)
+    assert type(caught.value).__module__ == "castune.errors"
+
+
+def test_a_folder_without_recipe_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a run directory.*castune diagnose"):
+        RunDirectory(tmp_path).load_recipe()
+
+
+# -- arms
+
+
+def test_arms_are_the_main_selection_first_then_those_beside_it(folder: RunDirectory) -> None:
+    cmap = make_map()
+    select(cmap, zone="safe").save(folder.path)
+    for zone in ("risky", "all"):
+        select(cmap, zone=zone).save(folder.side_arm(zone).folder)
+    assert [arm.name for arm in folder.arms()] == ["safe", "all", "risky"]
+    assert folder.arm(None).folder == folder.path
+    assert folder.arm("risky").adapter == folder.path / "arms" / "risky" / "adapter"
+    with pytest.raises(ArtifactError, match="no selection named 'safer'; there are: safe, all, risky"):
+        folder.arm("safer")
+
+
+def test_a_main_arm_is_not_made_up(folder: RunDirectory) -> None:
+    with pytest.raises(ArtifactError, match="there are: none; make one with: castune select"):
+        folder.arm(None)
+    select(make_map(), zone="risky").save(folder.side_arm("risky").folder)
+    with pytest.raises(ArtifactError, match="risky"):
+        folder.arm(None)
+
+
+def test_different_selections_of_a_map_have_different_names() -> None:
+    cmap = make_map()
+    selections = [
+        *(
+            select(cmap, zone=zone, score=score)
+            for zone in ("safe", "risky")
+            for score in ("conflict", "gradient", "sensitivity")
+        ),
+        *(select(cmap, buckets=4, bucket=b) for b in (1, 2, 3, 4)),
+        select(cmap, buckets=2, bucket=1),
+        select(cmap, zone="all"),
+        select(cmap, zone="random", seed=1),
+    ]
+    names = [arm_name(selection) for selection in selections]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if "/" in name or name in (".", "..", "base")]
+
+
+# -- what lies there must belong together
+
+
+def test_a_map_of_another_model_names_both(folder: RunDirectory) -> None:
+    make_map(fingerprint="aaaa").save(folder.path)
+    assert folder.load_map("aaaa") == make_map()
+    with pytest.raises(ArtifactError, match="aaaa.*bbbb"):
+        folder.load_map("bbbb")
+
+
+def test_a_selection_of_another_map_names_both(folder: RunDirectory) -> None:
+    one, other = make_map(), make_map(shift=1.0)
+    selection = select(one)
+    selection.save(folder.path)
+    arm = folder.arm(None)
+    assert folder.load_selection(arm, one) == selection
+    with pytest.raises(ArtifactError, match=f"{one.content_hash}.*{other.content_hash}"):
+        folder.load_selection(arm, other)
+
+
+def test_an_adapter_of_another_selection_or_model_is_refused(folder: RunDirectory) -> None:
+    cmap = make_map()
+    selection = select(cmap, zone="safe")
+    selection.save(folder.path)
+    arm = folder.arm(None)
+    make_tuning(selection).save(arm.adapter)
+    assert folder.load_tuning(arm, selection) == make_tuning(selection)
+    with pytest.raises(ArtifactError, match="another selection"):
+        folder.load_tuning(arm, select(cmap, zone="risky"))
+    with pytest.raises(ArtifactError, match="another"):
+        folder.load_tuning(arm, dataclasses.replace(selection, model_fingerprint="bbbb"))
+
+
+def test_evaluations_come_base_first(folder: RunDirectory) -> None:
+    cmap = make_map()
+    select(cmap, zone="safe").save(folder.path)
+    select(cmap, zone="risky").save(folder.side_arm("risky").folder)
+    for name in ("risky", "safe", "base"):
+        make_evaluation(name).save(folder.evaluation(name))
+    assert list(folder.load_evaluations()) == ["base", "safe", "risky"]
+
+
+def test_steps_are_appended(folder: RunDirectory) -> None:
+    folder.path.mkdir(parents=True)
+    folder.record_step("diagnose", {"seed": 1})
+    folder.record_step("tune safe", {"seed": 2})
+    record = json.loads((folder.path / "provenance.json").read_text(encoding="utf-8"))
+    assert record["steps"] == [{"stage": "diagnose", "seed": 1}, {"stage": "tune safe", "seed": 2}]
+
+
+def test_a_damaged_provenance_is_a_user_error(folder: RunDirectory) -> None:
+    folder.path.mkdir(parents=True)
+    (folder.path / "provenance.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"provenance\.json"):
+        folder.record_step("diagnose", {})
