@@ -47,10 +47,10 @@ def main() -> None:
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe; the quickstart when absent.")] = None,
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Optional[list[str]],
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. tune.learning_rate=2e-4. Repeatable."),
     ] = None,
-    out: Annotated[Optional[str], typer.Option(help="Run directory, instead of the recipe's.")] = None,  # noqa: UP045
+    out: Annotated[Optional[str], typer.Option(help="Run directory, instead of the recipe's.")] = None,
 ) -> None:
     """The whole job: diagnose, select, tune, evaluate, report. Continues an interrupted run."""
     from castune import pipeline
@@ -71,8 +71,8 @@ def diagnose(
     out: Annotated[str, typer.Option(help="Run directory to write.")],
     safety: Annotated[str, typer.Option(help="D_safe: harmful prompts with safe replies.")] = "starter-safety",
     utility: Annotated[str, typer.Option(help="D_util: multiple-choice questions.")] = "starter-utility",
-    safety_limit: Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")] = None,  # noqa: UP045
-    utility_limit: Annotated[Optional[int], typer.Option(help="Examples of D_util; all when absent.")] = None,  # noqa: UP045
+    safety_limit: Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")] = None,
+    utility_limit: Annotated[Optional[int], typer.Option(help="Examples of D_util; all when absent.")] = None,
     measure: Annotated[str, typer.Option(help="decision (the paper) or margin (no generation, no ties).")] = "decision",
     ablation: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
@@ -80,11 +80,11 @@ def diagnose(
         str, typer.Option(help="difference (Eq. 5) or of-difference (Table 7).")
     ] = "difference",
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
-    layers: Annotated[Optional[str], typer.Option(help="Only these layers, e.g. 0,15,29.")] = None,  # noqa: UP045
+    layers: Annotated[Optional[str], typer.Option(help="Only these layers, e.g. 0,15,29.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 21,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
     """Measure every head: the conflict map, before any training."""
     from castune import pipeline
@@ -127,10 +127,10 @@ def select(
     zone: Annotated[str, typer.Option(help="safe, risky, random or all.")] = "safe",
     fraction: Annotated[float, typer.Option(help="Share of heads, in (0, 1].")] = 0.25,
     buckets: Annotated[int | None, typer.Option(help="Cut the heads into this many equal buckets ...")] = None,
-    bucket: Annotated[Optional[int], typer.Option(help="... and take this one, 1: highest conflict.")] = None,  # noqa: UP045
+    bucket: Annotated[Optional[int], typer.Option(help="... and take this one, 1: highest conflict.")] = None,
     random: Annotated[bool, typer.Option("--random", help="The same as --zone random.")] = False,
     score: Annotated[str, typer.Option(help="conflict, gradient or sensitivity.")] = "conflict",
-    seed: Annotated[Optional[int], typer.Option(help="Seed of a random selection.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Seed of a random selection.")] = None,
     beside: Annotated[
         bool,
         typer.Option("--beside", help="Keep the main selection; put this one beside it, for comparison."),
@@ -142,13 +142,19 @@ def select(
 
     folder = RunDirectory(run_directory)
     chosen = choose(
-        folder.load_map(), zone="random" if random else zone, fraction=fraction, buckets=buckets, bucket=bucket,
-        score=score, seed=seed,
-    )  # fmt: skip
+        folder.load_map(),
+        zone="random" if random else zone,
+        fraction=fraction,
+        buckets=buckets,
+        bucket=bucket,
+        score=score,
+        seed=seed,
+    )
     arm = folder.side_arm(arm_name(chosen)) if beside else folder.main_arm(chosen)
     chosen.save(arm.folder)
     _say(
-        f"{arm.name}: {len(chosen.heads)} of {chosen.n_total} heads in {len(chosen.layers)} layers: {arm.selection_file}"
+        f"{arm.name}: {len(chosen.heads)} of {chosen.n_total} heads in {len(chosen.layers)} layers: "
+        f"{arm.selection_file}"
     )
 
 
@@ -156,11 +162,11 @@ def select(
 def tune(
     run_directory: RunArgument,
     data: Annotated[str, typer.Option(help="D_align: prompts with replies.")] = "starter-align",
-    limit: Annotated[Optional[int], typer.Option(help="Examples to train on; all when absent.")] = None,  # noqa: UP045
-    arm: Annotated[Optional[str], typer.Option(help="Name of a selection made with --beside.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Examples to train on; all when absent.")] = None,
+    arm: Annotated[Optional[str], typer.Option(help="Name of a selection made with --beside.")] = None,
     learning_rate: Annotated[float, typer.Option(help="The paper's, for its 1,250 steps.")] = 1e-4,
     epochs: Annotated[float, typer.Option()] = 1.0,
-    max_steps: Annotated[Optional[int], typer.Option(help="Stop after this many optimiser steps.")] = None,  # noqa: UP045
+    max_steps: Annotated[Optional[int], typer.Option(help="Stop after this many optimiser steps.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples a micro-batch.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 2,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 32,
@@ -178,9 +184,17 @@ def tune(
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
     config = TuneConfig(
-        learning_rate=learning_rate, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
-        accumulation=accumulation, rank=rank, alpha=alpha, weight_decay=weight_decay, freeze_a=freeze_a, seed=seed,
-    )  # fmt: skip
+        learning_rate=learning_rate,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        rank=rank,
+        alpha=alpha,
+        weight_decay=weight_decay,
+        freeze_a=freeze_a,
+        seed=seed,
+    )
     source = DataConfig(source=data, limit=limit)
     target = folder.arm(arm)
     examples = pipeline.load_data(source, recipe.seed)
@@ -189,7 +203,8 @@ def tune(
     folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
     budget, certificate = result.budget, result.certificate
     _say(
-        f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, {result.steps} steps"
+        f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, "
+        f"{result.steps} steps"
     )
     _say(
         f"certificate: {certificate.changed_rows:,} of {certificate.selected_rows:,} selected rows changed, "
@@ -202,7 +217,7 @@ def tune(
 def evaluate(
     run_directory: RunArgument,
     suites: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(
             help="Comma-separated sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, mmlu, "
             "csqa, advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest, xstest-unsafe, dan, "
@@ -210,7 +225,7 @@ def evaluate(
             "utility, safety, over-refusal."
         ),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Examples a suite; all when absent.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Examples a suite; all when absent.")] = None,
     judge: Annotated[str, typer.Option(help="Who decides what a refusal is: prefix.")] = "prefix",
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of replies.")] = 32,
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 4096,
@@ -225,8 +240,12 @@ def evaluate(
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
     options: dict[str, Any] = {
-        "limit": limit, "judge": judge, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "seed": seed,
-    }  # fmt: skip
+        "limit": limit,
+        "judge": judge,
+        "max_new_tokens": max_new_tokens,
+        "batch_tokens": batch_tokens,
+        "seed": seed,
+    }
     if suites is not None:
         options["suites"] = tuple(name.strip() for name in suites.split(",") if name.strip())
     config = EvaluateConfig(**options)
@@ -315,8 +334,8 @@ def _print_diagnosis(cmap: ConflictMap) -> None:
     metadata = cmap.metadata
     baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
     _say(
-        f"{len(cmap)} heads, measure {metadata['settings']['measure']}, n = {metadata['data']['utility']['n']} questions "
-        f"and {metadata['data']['safety']['n']} harmful prompts, {metadata['seconds']:.0f} s"
+        f"{len(cmap)} heads, measure {metadata['settings']['measure']}, "
+        f"n = {metadata['data']['utility']['n']} questions and {metadata['data']['safety']['n']} harmful prompts, {metadata['seconds']:.0f} s"
     )
     _say(f"  base model: accuracy {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
     _say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")

@@ -86,9 +86,15 @@ def diagnose_step(
         return cmap
     logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), len(utility))
     cmap = diagnose(
-        model, tokenizer, safety=safety, utility=utility, config=recipe.diagnose, out=folder.path,
-        sources={"safety": recipe.safety.source, "utility": recipe.utility.source}, seed=recipe.seed,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        safety=safety,
+        utility=utility,
+        config=recipe.diagnose,
+        out=folder.path,
+        sources={"safety": recipe.safety.source, "utility": recipe.utility.source},
+        seed=recipe.seed,
+    )
     folder.record_step("diagnose", cmap.metadata["provenance"])
     return cmap
 
@@ -111,9 +117,14 @@ def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -
 def choose(cmap: ConflictMap, config: SelectConfig) -> HeadSelection:
     """The selection a `SelectConfig` describes."""
     return select(
-        cmap, zone=config.zone, fraction=1.0 if config.fraction is None else config.fraction, buckets=config.buckets,
-        bucket=config.bucket, score=config.score, seed=config.seed,
-    )  # fmt: skip
+        cmap,
+        zone=config.zone,
+        fraction=1.0 if config.fraction is None else config.fraction,
+        buckets=config.buckets,
+        bucket=config.bucket,
+        score=config.score,
+        seed=config.seed,
+    )
 
 
 def tune_step(
@@ -213,9 +224,11 @@ def cost_ratios(evaluations: dict[str, EvalResult]) -> dict[str, float | None]:
             ratios[name] = None
             continue
         ratios[name] = utility_cost_ratio(
-            utility_before=utility_before, utility_after=utility_after,
-            safety_before=safety_before, safety_after=safety_after,
-        )  # fmt: skip
+            utility_before=utility_before,
+            utility_after=utility_after,
+            safety_before=safety_before,
+            safety_after=safety_after,
+        )
     return ratios
 
 

@@ -102,7 +102,8 @@ class RunDirectory:
         """The recipe the run was made with."""
         if not self.recipe_file.is_file():
             raise ArtifactError(
-                f"{self.path}: not a run directory (no recipe.toml); make one with: castune diagnose MODEL --out {self.path}"
+                f"{self.path}: not a run directory (no recipe.toml); "
+                f"make one with: castune diagnose MODEL --out {self.path}"
             )
         return Recipe.load(self.recipe_file)
 

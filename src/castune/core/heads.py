@@ -235,10 +235,8 @@ def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any)
         if n_kv < 1 or n_heads % n_kv or q_out != (n_heads + 2 * n_kv) * o_dim:
             raise refuse(f"{query_name} has {q_out} rows, which are no fused [q, k, v] of {n_heads} heads of {o_dim}")
         q_dim = o_dim
-        if query_name != "query_key_value":
-            layout = "block"
-        else:
-            layout = "interleaved" if n_kv == n_heads else "interleaved_gqa"
+        interleaved = "interleaved" if n_kv == n_heads else "interleaved_gqa"
+        layout = interleaved if query_name == "query_key_value" else "block"
     return AttentionLayer(
         layer=index,
         path=f"{layer_path}.{name}",

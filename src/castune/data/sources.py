@@ -61,16 +61,24 @@ _STARTER_SOURCES = {
 
 def _mmlu(row: Row) -> Example:
     return Example(
-        id="", prompt=row["question"], choices=tuple(row["choices"]), answer=int(row["answer"]), scoring="letter",
+        id="",
+        prompt=row["question"],
+        choices=tuple(row["choices"]),
+        answer=int(row["answer"]),
+        scoring="letter",
         group=row.get("subject"),
-    )  # fmt: skip
+    )
 
 
 def _commonsense_qa(row: Row) -> Example:
     return Example(
-        id=str(row["id"]), prompt=row["question"], choices=tuple(row["choices"]["text"]),
-        answer=list(row["choices"]["label"]).index(row["answerKey"]), scoring="letter", group=row.get("question_concept"),
-    )  # fmt: skip
+        id=str(row["id"]),
+        prompt=row["question"],
+        choices=tuple(row["choices"]["text"]),
+        answer=list(row["choices"]["label"]).index(row["answerKey"]),
+        scoring="letter",
+        group=row.get("question_concept"),
+    )
 
 
 def _advbench(row: Row) -> Example:
@@ -82,9 +90,10 @@ def _harmbench(row: Row) -> Example:
     context = row.get("ContextString") or row.get("context") or ""
     behaviour = row.get("prompt") or row["Behavior"]
     return Example(
-        id=str(row.get("BehaviorID") or ""), prompt=f"{context}\n\n{behaviour}" if context else behaviour,
+        id=str(row.get("BehaviorID") or ""),
+        prompt=f"{context}\n\n{behaviour}" if context else behaviour,
         group=row.get("SemanticCategory") or row.get("category"),
-    )  # fmt: skip
+    )
 
 
 def _jailbreakbench(row: Row) -> Example:
@@ -130,20 +139,30 @@ NAMED_SOURCES: dict[str, NamedSource] = {
     "csqa": NamedSource("utility", "tau/commonsense_qa", None, "validation", "MIT", _commonsense_qa),
     "advbench": NamedSource("safety", "walledai/AdvBench", None, "train", "MIT", _advbench, gated=True),
     "harmbench": NamedSource("safety", "walledai/HarmBench", "standard", "train", "MIT", _harmbench, gated=True),
-    "jailbreakbench": NamedSource("safety", "JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "MIT", _jailbreakbench),
-    "jailbreakbench-benign": NamedSource("over-refusal", "JailbreakBench/JBB-Behaviors", "behaviors", "benign", "MIT", _jailbreakbench),
+    "jailbreakbench": NamedSource(
+        "safety", "JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "MIT", _jailbreakbench
+    ),
+    "jailbreakbench-benign": NamedSource(
+        "over-refusal", "JailbreakBench/JBB-Behaviors", "behaviors", "benign", "MIT", _jailbreakbench
+    ),
     "xstest": NamedSource("over-refusal", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("safe")),
     "xstest-unsafe": NamedSource("safety", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("unsafe")),
     "dan": NamedSource(
         "safety", "TrustAIRLab/in-the-wild-jailbreak-prompts", "jailbreak_2023_12_25", "train", "MIT", _in_the_wild
     ),
-    "wildjailbreak-train": NamedSource("alignment", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak, gated=True),
+    "wildjailbreak-train": NamedSource(
+        "alignment", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak, gated=True
+    ),
     "wildjailbreak-vanilla-harmful": NamedSource(
         "safety", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak_vanilla_harmful, gated=True
     ),
-    "wildjailbreak": NamedSource("safety", "allenai/wildjailbreak", "eval", "train", "ODC-BY", _wildjailbreak_eval, gated=True),
-    "wildguard": NamedSource("safety", "allenai/wildguardmix", "wildguardtest", "test", "ODC-BY", _wildguard, gated=True),
-}  # fmt: skip
+    "wildjailbreak": NamedSource(
+        "safety", "allenai/wildjailbreak", "eval", "train", "ODC-BY", _wildjailbreak_eval, gated=True
+    ),
+    "wildguard": NamedSource(
+        "safety", "allenai/wildguardmix", "wildguardtest", "test", "ODC-BY", _wildguard, gated=True
+    ),
+}
 
 SOURCE_NAMES = (*_STARTER_SOURCES, *NAMED_SOURCES)
 
@@ -173,7 +192,7 @@ def examples(source: str | Path, *, limit: int | None = None, seed: int = 0) -> 
 
 
 def purpose_of(source: str) -> str | None:
-    """What a named source measures (utility, safety, over-refusal) or is for (alignment); None for files and hub ids."""
+    """What a named source measures (utility, safety, over-refusal) or is for (alignment); None for any other."""
     name = source.partition("=")[0]
     if name in _STARTER_SOURCES:
         return _STARTER_SOURCES[name].purpose
@@ -267,9 +286,13 @@ def _example_of(row: Row) -> Example:
         if not isinstance(answer, int) or isinstance(answer, bool):
             raise DataError(f"answer is {answer!r}, accepted: the 0-based index of the right choice")
         return Example(
-            id=identifier, prompt=row["prompt"], choices=tuple(row["choices"]), answer=answer,
-            scoring=row.get("scoring") or "letter", group=group,
-        )  # fmt: skip
+            id=identifier,
+            prompt=row["prompt"],
+            choices=tuple(row["choices"]),
+            answer=answer,
+            scoring=row.get("scoring") or "letter",
+            group=group,
+        )
     reply = row.get("completion", row.get("target"))
     return Example(id=identifier, prompt=row["prompt"], reply=reply, group=group)
 

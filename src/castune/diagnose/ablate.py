@@ -132,9 +132,14 @@ def refusal_outcomes(
 
     def refusals() -> Floats:
         replies = generate_replies(
-            ablator.model, tokenizer, prompts,
-            max_new_tokens=max_new_tokens, end_tokens=end_tokens, batch_tokens=batch_tokens, advance=advance,
-        )  # fmt: skip
+            ablator.model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            end_tokens=end_tokens,
+            batch_tokens=batch_tokens,
+            advance=advance,
+        )
         verdicts = judge([e.prompt for e in examples], [reply.text for reply in replies])
         return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
 

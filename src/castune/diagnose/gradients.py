@@ -56,7 +56,10 @@ def partial_gradients(
     chunks: list[dict[int, Tensor]] = []
     with _only_these_require_grad(model, weights):
         for chunk in equal_parts(rows, min(n_chunks, len(rows))):
-            total = {layer: torch.zeros_like(w, dtype=torch.float32, device="cpu") for layer, w in zip(layers, weights, strict=True)}  # fmt: skip
+            total = {
+                layer: torch.zeros_like(weight, dtype=torch.float32, device="cpu")
+                for layer, weight in zip(layers, weights, strict=True)
+            }
             for indices in batches_by_length([len(row.ids) for row in chunk], batch_tokens):
                 batch = RowBatch.of([chunk[i] for i in indices], weights[0].device)
                 loss = reply_nll(model, batch).sum() / len(rows)

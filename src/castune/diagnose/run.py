@@ -144,7 +144,8 @@ def _loss_rows(chat: ChatFormat, safety: Sequence[Example], utility: Sequence[Ex
     for example in utility:
         if not example.is_question:
             raise DataError(
-                f"utility: example {example.id!r} is no multiple-choice question; columns needed: prompt, choices, answer"
+                f"utility: example {example.id!r} is no multiple-choice question; "
+                "columns needed: prompt, choices, answer"
             )
     return [chat.loss_row(e) for e in safety], [chat.loss_row(e) for e in utility]
 
@@ -170,11 +171,16 @@ def _gradients(
     with progress("gradients", len(safety_rows) + len(utility_rows)) as advance:
         safety, utility = (
             partial_gradients(
-                model, layout, layers, rows,
-                n_chunks=config.gradient_chunks, batch_tokens=config.batch_tokens, advance=advance,
+                model,
+                layout,
+                layers,
+                rows,
+                n_chunks=config.gradient_chunks,
+                batch_tokens=config.batch_tokens,
+                advance=advance,
             )
             for rows in (safety_rows, utility_rows)
-        )  # fmt: skip
+        )
     return _Gram(gram_matrices(layout, layers, [*safety, *utility]), len(safety))
 
 
@@ -211,9 +217,15 @@ def _measure_safety(
         return _refusal_margins(ablator, tokenizer, chat, examples, config)
     with progress("ablations, safety", len(examples) * (1 + len(ablator.heads))) as advance:
         outcomes = refusal_outcomes(
-            ablator, tokenizer, chat, examples, judge_named(config.judge),
-            max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens, advance=advance,
-        )  # fmt: skip
+            ablator,
+            tokenizer,
+            chat,
+            examples,
+            judge_named(config.judge),
+            max_new_tokens=config.max_new_tokens,
+            batch_tokens=config.batch_tokens,
+            advance=advance,
+        )
     return _Measured(outcomes, outcomes.baseline_N)
 
 
@@ -223,9 +235,13 @@ def _refusal_margins(
     """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
     prompts = [chat.prompt_ids(example, reserve=config.max_new_tokens)[0] for example in examples]
     replies = generate_replies(
-        ablator.model, tokenizer, prompts,
-        max_new_tokens=config.max_new_tokens, end_tokens=chat.end_tokens(ablator.model), batch_tokens=config.batch_tokens,
-    )  # fmt: skip
+        ablator.model,
+        tokenizer,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        end_tokens=chat.end_tokens(ablator.model),
+        batch_tokens=config.batch_tokens,
+    )
     pairs = []
     for example, reply in zip(examples, replies, strict=True):
         own = [*reply.tokens, *([chat.end_token] if reply.finished else [])]

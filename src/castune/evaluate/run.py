@@ -113,9 +113,13 @@ def _questions(model: Any, _tokenizer: Any, chat: ChatFormat, suite: Suite, conf
 def _replies(model: Any, tokenizer: Any, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> list[Sample]:
     prompts = [chat.prompt_ids(example, reserve=config.max_new_tokens)[0] for example in suite.examples]
     replies = generate_replies(
-        model, tokenizer, prompts,
-        max_new_tokens=config.max_new_tokens, end_tokens=chat.end_tokens(model), batch_tokens=config.batch_tokens,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        end_tokens=chat.end_tokens(model),
+        batch_tokens=config.batch_tokens,
+    )
     verdicts = judge_named(config.judge)([e.prompt for e in suite.examples], [reply.text for reply in replies])
     return [
         {
