@@ -53,7 +53,9 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 def make_tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     """A random float32 model of a family; weights large enough that heads matter."""
-    sizes = {k: v for k, v in _SIZES.items() if model_type != "gpt2" or not k.startswith(("hidden", "num_", "head"))}
+    # Falcon computes its head width and refuses to be told.
+    sizes = {k: v for k, v in _SIZES.items() if (model_type, k) != ("falcon", "head_dim")}
+    sizes = {k: v for k, v in sizes.items() if model_type != "gpt2" or not k.startswith(("hidden", "num_", "head"))}
     config = AutoConfig.for_model(model_type, **{**sizes, **TINY_CONFIGS.get(model_type, {}), **changes})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).float().eval()

@@ -22,7 +22,7 @@ Score = Literal["conflict", "gradient", "sensitivity"]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # Shows the user one line instead of pydantic's report.
     def __init__(self, **values: Any) -> None:
@@ -84,6 +84,19 @@ class SelectConfig(_Config):
     """Seed of a random selection."""
     compare: tuple[Zone, ...] = ()
     """More zones of the same size to train beside this one, for comparison."""
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> SelectConfig:
+        if (self.buckets is None) != (self.bucket is None):
+            raise ValueError("select.buckets and select.bucket go together")
+        if self.buckets is not None and self.bucket is not None and self.bucket > self.buckets:
+            raise ValueError(f"select.bucket is {self.bucket}, accepted: 1 (highest conflict) to {self.buckets}")
+        arms = [*([] if self.buckets else [self.zone]), *self.compare]
+        if len(set(arms)) != len(arms):
+            raise ValueError(f"select.compare names an arm twice: {', '.join(arms)}")
+        if "random" in arms and self.seed is None:
+            raise ValueError("a random selection needs select.seed, for example 21")
+        return self
 
 
 class TuneConfig(_Config):
@@ -160,12 +173,6 @@ class Recipe(_Config):
     @classmethod
     def _plain_source(cls, value: Any) -> Any:
         return _source(value)
-
-    @model_validator(mode="after")
-    def _bucket_pair(self) -> Recipe:
-        if (self.select.buckets is None) != (self.select.bucket is None):
-            raise ValueError("select.buckets and select.bucket go together")
-        return self
 
     @classmethod
     def of(cls, **values: Any) -> Recipe:

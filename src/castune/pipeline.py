@@ -107,8 +107,6 @@ def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -
     for zone in config.compare:
         beside = select(cmap, zone=zone, fraction=config.fraction or 0.25, score=config.score, seed=config.seed)
         arm = folder.side_arm(zone)
-        if arm.name == arms[0].name:
-            raise ArtifactError(f"select.compare names {zone!r}, which is the main arm already")
         beside.save(arm.folder)
         arms.append(arm)
     return arms

@@ -114,7 +114,7 @@ class RunDirectory:
     def claim(self, recipe: Recipe) -> None:
         """Take the directory for a recipe; refuse one that holds a run of another recipe, naming what differs."""
         if self.recipe_file.is_file():
-            before = _flat(tomllib.loads(self.recipe_file.read_text(encoding="utf-8")))
+            before = _flat(tomllib.loads(self.load_recipe().to_toml()))
             now = _flat(tomllib.loads(recipe.to_toml()))
             different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             if different:
@@ -129,7 +129,10 @@ class RunDirectory:
     def record_step(self, stage: str, provenance: dict[str, Any]) -> None:
         """Append a stage to `provenance.json`."""
         path = self.path / "provenance.json"
-        steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else []
+        try:
+            steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else []
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: damaged: {error!r}; remove it, results do not depend on it") from None
         write_text(path, json.dumps({"steps": [*steps, {"stage": stage, **provenance}]}, indent=1) + "\n")
 
     def load_map(self, fingerprint: str | None = None) -> ConflictMap:

@@ -106,9 +106,14 @@ class EvalResult:
                 samples = tuple(json.loads(line) for line in lines if line.strip())
         except FileNotFoundError:
             raise ArtifactError(f"{directory / 'samples.jsonl'}: missing beside metrics.json") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ArtifactError(f"{directory / 'samples.jsonl'}: damaged: {error}") from None
         suites = parsed(path, _KIND, lambda: tuple(SuiteResult(**suite) for suite in record["suites"]))
+        n_samples = sum(suite.n + suite.unscored for suite in suites)
+        if len(samples) != n_samples:
+            raise ArtifactError(
+                f"{directory / 'samples.jsonl'}: {len(samples)} samples, metrics.json was computed from {n_samples}"
+            )
         fields = [name for name in cls.__dataclass_fields__ if name not in ("suites", "samples")]
         return parsed(
             path,

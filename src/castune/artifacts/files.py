@@ -91,5 +91,5 @@ def parsed(path: Path, kind: str, build: Callable[[], T]) -> T:
     """`build()`, with missing or ill-typed fields reported as a damaged artifact."""
     try:
         return build()
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: damaged {kind}: {error!r}") from None

@@ -201,7 +201,9 @@ def purpose_of(source: str) -> str | None:
 
 def _converted(source: str) -> Iterator[Example]:
     name, equals, path = source.partition("=")
-    if source in _STARTER_SOURCES:
+    if Path(source).is_file():
+        yield from _own_columns(Path(source))
+    elif source in _STARTER_SOURCES:
         for file in _STARTER_SOURCES[source].files:
             yield from _own_columns(_STARTER / file)
     elif equals:
@@ -269,7 +271,9 @@ def _check(example: Example, where: str) -> None:
 
 def _example_of(row: Row) -> Example:
     """An example from castune's own columns, TRL's message lists, or instruction-tuning columns."""
-    identifier = str(row.get("id") or "")
+    # Tables that join several kinds of rows have every column in every row.
+    row = {key: value for key, value in row.items() if value is not None}
+    identifier = str(row.get("id", ""))
     group = next((str(row[key]) for key in ("subject", "category", "kind") if row.get(key)), None)
     if "messages" in row:
         return _conversation(row["messages"], None, identifier, group)
@@ -285,6 +289,8 @@ def _example_of(row: Row) -> Example:
         answer = row["answer"]
         if not isinstance(answer, int) or isinstance(answer, bool):
             raise DataError(f"answer is {answer!r}, accepted: the 0-based index of the right choice")
+        if not isinstance(row["choices"], list):
+            raise DataError(f"choices is {row['choices']!r}, accepted: a list of texts")
         return Example(
             id=identifier,
             prompt=row["prompt"],

@@ -62,6 +62,8 @@ def tune(
     # Before the adapter is built: the seed also decides the initial A.
     set_seed(config.seed)
     layout = HeadLayout.of(model)
+    was_training = model.training
+    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     peft_model = sparse_lora(model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a)
     ledger = budget(peft_model, layout, selection)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +73,13 @@ def tune(
             started = time.perf_counter()
             trainer = _train(peft_model, rows, config, aside)
             seconds = time.perf_counter() - started
+            _check_finite(peft_model, config)
             peft_model.save_pretrained(aside / "adapter")
         finally:
             peft_model.unload()
-            model.eval()
+            model.train(was_training)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(required_grad[name])
         result = TuneResult(
             adapter=out.name,
             certificate=certify(model, aside / "adapter", selection),
@@ -156,6 +161,15 @@ def _train(peft_model: Any, rows: Sequence[Row], config: TuneConfig, workspace: 
         trainer.add_callback(_Progress(advance))
         trainer.train()
     return trainer
+
+
+def _check_finite(peft_model: Any, config: TuneConfig) -> None:
+    # The loss of the last step was finite, its update need not be.
+    if not all(torch.isfinite(p).all() for p in peft_model.parameters() if p.requires_grad):
+        raise TrainingError(
+            f"the last update made weights that are not finite; try a learning_rate below {config.learning_rate:g}. "
+            "No adapter was written"
+        )
 
 
 def _collate(rows: list[Row]) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from castune.artifacts import Certificate, HeadSelection
@@ -30,6 +31,7 @@ _REFUSED = {
     "alpha_pattern": "alphas must be equal",
     "target_parameters": "it adapts parameters outside the query projections",
     "lora_bias": "it trains biases",
+    "layer_replication": "it repeats layers",
 }
 _PLAIN_INITS = (True, False, "gaussian")
 
@@ -52,7 +54,8 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     adapter = Path(adapter)
     layout = HeadLayout.of(base)
     check_selection(base, layout, selection)
-    scaling, transposed = _plain_lora(adapter)
+    names = {layout.at(layer).query_name for layer in selection.layers}
+    rank, scaling = _plain_lora(adapter, names)
     weights = adapter / "adapter_model.safetensors"
     expected = {layout.at(layer).query_path: layer for layer in selection.layers}
     checked_rows = changed_rows = selected_rows = 0
@@ -62,18 +65,26 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
             raise CertificateError(f"{weights}: the adapter changes {path}, which holds no selected head")
         layer = expected.pop(path)
         weight = layout.query_projection(base, layer).weight.detach().cpu()
-        rows = weight.t() if transposed else weight
+        rows = weight.t() if layout.at(layer).transposed else weight
+        if a.shape != (rank, rows.shape[1]) or b.shape != (rows.shape[0], rank):
+            raise CertificateError(
+                f"{weights}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected "
+                f"{(rank, rows.shape[1])} and {(rows.shape[0], rank)} for r = {rank}"
+            )
         # The arithmetic of peft's own merge: delta in the adapter's dtype, added in the base's.
         merged = (rows + ((b @ a) * scaling).to(rows.dtype)).contiguous()
         mask = torch.zeros(len(rows), dtype=torch.bool)
         selected = row_mask(layout, selection, layer)
         mask[: len(selected)] = selected
-        changed = (_bits(merged) != _bits(rows)).any(1)
+        # Adding the zero delta of an unselected row turns -0.0 into +0.0: the same number.
+        changed = ((merged != rows) & (_bits(merged) != _bits(rows.contiguous()))).any(1)
         outside = (changed & ~mask).nonzero().flatten().tolist()
         if outside:
             raise CertificateError(
                 f"{weights}: {path} changes {len(outside)} unselected rows, the first is {outside[0]}"
             )
+        if not torch.isfinite(merged).all():
+            raise CertificateError(f"{weights}: {path} has values that are not finite after merging")
         checked_rows += int((~mask).sum())
         selected_rows += int(mask.sum())
         changed_rows += int((changed & mask).sum())
@@ -92,17 +103,21 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     )
 
 
-def _plain_lora(adapter: Path) -> tuple[float, bool]:
-    """(alpha / r, whether weights are stored transposed) of a plain LoRA adapter; others are refused."""
+def _plain_lora(adapter: Path, names: set[str]) -> tuple[int, float]:
+    """(r, alpha / r) of a plain LoRA adapter on the query projections `names`; others are refused."""
     path = adapter / "adapter_config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        peft_type, targets = config["peft_type"], config["target_modules"]
+        rank, alpha = int(config.get("r", 0)), float(config.get("lora_alpha", 0))
     except FileNotFoundError:
         raise CertificateError(f"{path}: no such file; give the directory of a PEFT adapter") from None
-    except json.JSONDecodeError as error:
-        raise CertificateError(f"{path}: damaged: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise CertificateError(f"{path}: peft_type is {config.get('peft_type')}, accepted: LORA")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CertificateError(f"{path}: damaged: {error!r}") from None
+    if peft_type != "LORA":
+        raise CertificateError(f"{path}: peft_type is {peft_type}, accepted: LORA")
+    if rank < 1:
+        raise CertificateError(f"{path}: r is {rank}, accepted: at least 1")
     for key, reason in _REFUSED.items():
         if config.get(key):
             raise CertificateError(f"{path}: {key} is set: {reason}; accepted: plain LoRA")
@@ -113,29 +128,25 @@ def _plain_lora(adapter: Path) -> tuple[float, bool]:
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}: it changes the base weights; "
             f"accepted: {', '.join(map(str, _PLAIN_INITS))}"
         )
-    return config["lora_alpha"] / config["r"], bool(config.get("fan_in_fan_out"))
+    if not isinstance(targets, list) or set(targets) != names:
+        raise CertificateError(f"{path}: target_modules is {targets!r}, accepted for this model: {sorted(names)}")
+    return rank, alpha / rank
 
 
 def _lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(module path, A, B) of every adapted module; any other tensor in the file is refused."""
     try:
-        file = safe_open(weights, framework="pt")
-    except (FileNotFoundError, SafetensorError) as error:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
         raise CertificateError(f"{weights}: no readable safetensors file ({error})") from None
-    with file:
-        keys = set(file.keys())
-        paths = sorted({key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in keys})
-        known = {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}
-        if known != keys:
-            raise CertificateError(f"{weights}: {sorted(known ^ keys)[0]}: unexpected or missing tensor")
-        for path in paths:
-            yield (
-                path.removeprefix(_PREFIX),
-                file.get_tensor(f"{path}.lora_A.weight"),
-                file.get_tensor(f"{path}.lora_B.weight"),
-            )
+    paths = sorted({key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in tensors})
+    known = {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}
+    if known != tensors.keys():
+        raise CertificateError(f"{weights}: {sorted(known ^ tensors.keys())[0]}: unexpected or missing tensor")
+    for path in paths:
+        yield path.removeprefix(_PREFIX), tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's bytes row by row, so that comparison sees the sign of zero and the payload of NaN."""
-    return tensor.contiguous().view(torch.uint8).reshape(tensor.shape[0], -1)
+    """The tensor's bits as integers of the same shape, so that comparison sees the payload of NaN."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

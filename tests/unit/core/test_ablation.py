@@ -92,7 +92,8 @@ def test_skipped_layers_do_not_run(any_tiny_model: Any, layout: HeadLayout) -> N
         logits(any_tiny_model)
     calls: list[int] = []
     handles = [
-        layout.output_projection(any_tiny_model, i).register_forward_hook(lambda *_, i=i: calls.append(i)) for i in range(3)
+        layout.output_projection(any_tiny_model, i).register_forward_hook(lambda *_, i=i: calls.append(i))
+        for i in range(3)
     ]
     with resume_from(any_tiny_model, layout, 2, residuals[2]):
         logits(any_tiny_model)
@@ -191,7 +192,9 @@ def test_mean_outputs_equal_hand_computation(any_tiny_model: Any, layout: HeadLa
 
     means = mean_head_outputs(any_tiny_model, layout, forwards)
     handles = [
-        layout.output_projection(any_tiny_model, i).register_forward_pre_hook(lambda _m, args, i=i: seen[i].append(args[0]))
+        layout.output_projection(any_tiny_model, i).register_forward_pre_hook(
+            lambda _m, args, i=i: seen[i].append(args[0])
+        )
         for i in range(3)
     ]
     for ids, lengths in batches:

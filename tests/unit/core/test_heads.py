@@ -47,7 +47,9 @@ def test_every_family_has_its_heads(any_tiny_model: Any) -> None:
     assert layout.n_layers == 3
     assert layout.layers_with_heads == (0, 1, 2)
     for layer in range(3):
-        in_features = layout.output_projection(any_tiny_model, layer).weight.numel() // any_tiny_model.config.hidden_size
+        in_features = (
+            layout.output_projection(any_tiny_model, layer).weight.numel() // any_tiny_model.config.hidden_size
+        )
         claimed = [c for h in range(4) for c in range(*layout.output_columns(layer, h).indices(10**6))]
         assert claimed == list(range(in_features)), "the heads tile the output projection's input"
 
@@ -100,7 +102,11 @@ def test_noise_on_a_heads_weights_moves_its_slice_only(any_tiny_model: Any) -> N
 def test_other_fused_layouts(kind: str, changes: dict[str, Any]) -> None:
     sizes = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **sizes, n_head=4, n_layer=3, initializer_range=0.2, **changes) if kind == "bloom" else AutoConfig.for_model(kind, **sizes, initializer_range=0.2, **changes)
+    config = (
+        AutoConfig.for_model(kind, **sizes, n_head=4, n_layer=3, initializer_range=0.2, **changes)
+        if kind == "bloom"
+        else AutoConfig.for_model(kind, **sizes, initializer_range=0.2, **changes)
+    )
     model = AutoModelForCausalLM.from_config(config).float().eval()
     assert len(HeadLayout.of(model).heads) == 12
     _assert_weight_noise_moves_one_slice(model)
@@ -132,7 +138,9 @@ def test_permuted_query_heads_are_refused(
 
     attention = model.model.layers[layer].self_attn
     attention.forward = types.MethodType(forward, attention)
-    with pytest.raises(UnsupportedArchitecture, match=rf"layer {layer} \(model\.layers\.{layer}\.self_attn\).*castune supports llama"):
+    with pytest.raises(
+        UnsupportedArchitecture, match=rf"layer {layer} \(model\.layers\.{layer}\.self_attn\).*castune supports llama"
+    ):
         HeadLayout.of(model)
 
 

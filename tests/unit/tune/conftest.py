@@ -33,7 +33,9 @@ def selection_of() -> Callable[..., HeadSelection]:
 def aligned() -> list[Example]:
     """Replies of several lengths, so that batches are padded."""
     words = ["tea", "a long walk", "rain", "the sea at night", "bread", "snow", "music", "a train"]
-    return [Example(id=f"a{i}", prompt=f"Tell me about {w}.", reply=f"I like {w}{'!' * i}") for i, w in enumerate(words)]
+    return [
+        Example(id=f"a{i}", prompt=f"Tell me about {w}.", reply=f"I like {w}{'!' * i}") for i, w in enumerate(words)
+    ]
 
 
 @pytest.fixture

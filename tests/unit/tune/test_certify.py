@@ -66,7 +66,9 @@ def test_an_honest_adapter_is_certified(model: Any, adapter: Path, selection: He
     assert certificate.model_fingerprint == selection.model_fingerprint
 
 
-def test_an_untrained_adapter_changes_no_row(tiny_model: Callable[..., Any], selection: HeadSelection, tmp_path: Path) -> None:
+def test_an_untrained_adapter_changes_no_row(
+    tiny_model: Callable[..., Any], selection: HeadSelection, tmp_path: Path
+) -> None:
     sparse_lora(tiny_model("llama"), selection, r=4).save_pretrained(tmp_path / "fresh")
     certificate = certify(tiny_model("llama"), tmp_path / "fresh", selection)
     assert (certificate.changed_rows, certificate.largest_change) == (0, 0.0)
@@ -119,8 +121,12 @@ def test_anything_but_plain_lora_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_real_dora_adapter_is_refused(tiny_model: Callable[..., Any], selection: HeadSelection, tmp_path: Path) -> None:
-    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], layers_to_transform=[0, 2], task_type="CAUSAL_LM")
+def test_a_real_dora_adapter_is_refused(
+    tiny_model: Callable[..., Any], selection: HeadSelection, tmp_path: Path
+) -> None:
+    config = LoraConfig(
+        r=4, use_dora=True, target_modules=["q_proj"], layers_to_transform=[0, 2], task_type="CAUSAL_LM"
+    )
     get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "dora")
     with pytest.raises(CertificateError, match="DoRA"):
         certify(tiny_model("llama"), tmp_path / "dora", selection)
@@ -137,7 +143,9 @@ def test_a_plain_lora_adapter_that_trains_all_rows_is_refused(
         r=4, target_modules=["q_proj"], layers_to_transform=[0, 2], task_type="CAUSAL_LM", init_lora_weights=False
     )
     get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "plain")
-    with pytest.raises(CertificateError, match=r"layers\.0\.self_attn\.q_proj changes 16 unselected rows, the first is 0"):
+    with pytest.raises(
+        CertificateError, match=r"layers\.0\.self_attn\.q_proj changes 16 unselected rows, the first is 0"
+    ):
         certify(tiny_model("llama"), tmp_path / "plain", selection)
 
 
@@ -233,7 +241,9 @@ def test_tensors_of_another_shape_are_named(
 # -- files and models
 
 
-def test_missing_and_damaged_files_are_named(model: Any, adapter: Path, selection: HeadSelection, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_named(
+    model: Any, adapter: Path, selection: HeadSelection, tmp_path: Path
+) -> None:
     with pytest.raises(CertificateError, match=r"adapter_config\.json: no such file"):
         certify(model, tmp_path, selection)
     weights = adapter / "adapter_model.safetensors"

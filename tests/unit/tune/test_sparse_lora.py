@@ -63,7 +63,9 @@ def test_only_query_projections_of_selected_layers_are_wrapped(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_adapter_changes_nothing(tiny_model: Callable[..., Any], selection_of: SelectionOf, family: str) -> None:
+def test_a_fresh_adapter_changes_nothing(
+    tiny_model: Callable[..., Any], selection_of: SelectionOf, family: str
+) -> None:
     model = tiny_model(family)
     with torch.no_grad():
         before = model(input_ids=IDS).logits
@@ -116,7 +118,9 @@ def test_gradients_of_unselected_rows_are_exactly_zero_and_of_selected_ones_are_
         assert nonzero == rows
 
 
-def test_values_in_masked_rows_do_not_reach_the_output(tiny_model: Callable[..., Any], selection_of: SelectionOf) -> None:
+def test_values_in_masked_rows_do_not_reach_the_output(
+    tiny_model: Callable[..., Any], selection_of: SelectionOf
+) -> None:
     model = tiny_model("llama")
     peft_model = sparse_lora(model, selection_of(model, SOME), r=4)
     fill_b(peft_model)
@@ -153,7 +157,9 @@ def test_budget_by_hand(tiny_model: Callable[..., Any], selection_of: SelectionO
     }  # fmt: skip
 
 
-def test_frozen_a_trains_b_alone_and_makes_budgets_equal(tiny_model: Callable[..., Any], selection_of: SelectionOf) -> None:
+def test_frozen_a_trains_b_alone_and_makes_budgets_equal(
+    tiny_model: Callable[..., Any], selection_of: SelectionOf
+) -> None:
     ledgers = []
     for heads in (((0, 0), (0, 1)), ((0, 0), (2, 1))):
         model = tiny_model("llama")
@@ -168,7 +174,9 @@ def test_frozen_a_trains_b_alone_and_makes_budgets_equal(tiny_model: Callable[..
     assert [ledger["a_matrices"] for ledger in ledgers] == [0, 0]
 
 
-def test_fused_projections_never_train_keys_and_values(tiny_model: Callable[..., Any], selection_of: SelectionOf) -> None:
+def test_fused_projections_never_train_keys_and_values(
+    tiny_model: Callable[..., Any], selection_of: SelectionOf
+) -> None:
     model = tiny_model("phi3")
     peft_model = sparse_lora(model, selection_of(model, HeadLayout.of(model).heads), r=4)
     for gradient in (g for name, g in gradients(peft_model).items() if "lora_B" in name):

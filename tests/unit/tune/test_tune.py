@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ from castune.tune.verify import certify
 SelectionOf = Callable[..., HeadSelection]
 SOME = ((0, 1), (0, 3), (2, 0))
 FAMILIES = ("llama", "phi3", "gpt2", "gpt_neox")
-CONFIG = TuneConfig(rank=4, alpha=8, learning_rate=0.02, max_steps=3, batch_size=2, accumulation=2, weight_decay=0.1, max_length=128)
+CONFIG = TuneConfig(
+    rank=4, alpha=8, learning_rate=0.02, max_steps=3, batch_size=2, accumulation=2, weight_decay=0.1, max_length=128
+)
 IDS = torch.arange(5, 45).reshape(2, 20) * 3 % 250
 
 
@@ -84,7 +87,9 @@ def test_only_chosen_rows_move(
     # And the certificate says so.
     certificate = result.certificate
     assert certificate == Certificate.load(tmp_path / "adapter")
-    rows_per_layer = len(merged[next(iter(projections))].t() if layout.at(0).transposed else merged[next(iter(projections))])
+    rows_per_layer = len(
+        merged[next(iter(projections))].t() if layout.at(0).transposed else merged[next(iter(projections))]
+    )
     assert (certificate.selected_rows, certificate.changed_rows) == (24, 24)
     assert certificate.checked_rows == 2 * rows_per_layer - 24
     assert certificate.selection == SOME
@@ -138,7 +143,11 @@ def test_the_model_is_left_as_it_was(
 
 
 def test_a_model_in_training_mode_stays_in_it(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama").train()
     tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=CONFIG)
@@ -146,7 +155,11 @@ def test_a_model_in_training_mode_stays_in_it(
 
 
 def test_a_model_can_be_tuned_again_and_again(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
     for name in ("one", "two"):
@@ -156,7 +169,11 @@ def test_a_model_can_be_tuned_again_and_again(
 
 
 def test_seeds_decide_the_adapter(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     weights = {}
     for name, seed in (("one", 21), ("again", 21), ("other", 42)):
@@ -171,12 +188,18 @@ def test_seeds_decide_the_adapter(
 
 
 def test_frozen_a_is_saved_as_initialised(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     saved = {}
     for steps in (1, 3):
         model, config = tiny_model("llama"), changed_config(freeze_a=True, max_steps=steps)
-        result = tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / str(steps), config=config)
+        result = tune(
+            model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / str(steps), config=config
+        )
         saved[steps] = load_file(tmp_path / str(steps) / "adapter_model.safetensors")
         assert result.budget["a_matrices"] == 0
     for name, tensor in saved[1].items():
@@ -184,7 +207,11 @@ def test_frozen_a_is_saved_as_initialised(
 
 
 def test_the_record_tells_what_happened(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
     config = changed_config(max_steps=None, epochs=2, max_length=60)
@@ -197,7 +224,7 @@ def test_the_record_tells_what_happened(
     rows = [ChatFormat(tiny_tokenizer, max_length=60).loss_row(example) for example in aligned]
     assert result.tokens == 2 * sum(len(row.ids) for row in rows)
     cut = sum(row.cut for row in rows)
-    assert 0 < cut
+    assert cut > 0
     assert result.data == {"source": "own", "n": 8, "hash": content_hash(aligned), "cut": cut}
     assert result.settings == config.model_dump(mode="json")
     assert result.model["fingerprint"] == selection.model_fingerprint
@@ -209,7 +236,11 @@ def test_the_record_tells_what_happened(
 
 
 def test_the_first_logged_loss_is_castunes_one_loss(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
     config = changed_config(max_steps=1, batch_size=3, accumulation=2)
@@ -223,7 +254,11 @@ def test_the_first_logged_loss_is_castunes_one_loss(
 
 
 def test_accumulated_batches_train_like_one_large_batch(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     found = []
     for name, batch, accumulation in (("one", 8, 1), ("many", 2, 4)):
@@ -238,7 +273,11 @@ def test_accumulated_batches_train_like_one_large_batch(
 
 
 def test_training_lowers_the_loss(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
     heads = HeadLayout.of(model).heads
@@ -249,7 +288,11 @@ def test_training_lowers_the_loss(
 
 
 def test_an_adapter_that_was_there_is_replaced_whole(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "adapter"
     out.mkdir()
@@ -269,7 +312,11 @@ def assert_nothing_left(folder: Path, model: Any) -> None:
 
 
 def test_weights_with_nan_are_a_training_error_and_leave_nothing(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -297,13 +344,24 @@ def test_an_absurd_learning_rate_is_a_training_error(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = changed_config(learning_rate=1e39, max_steps=steps)
     with pytest.raises(TrainingError, match="learning_rate"):
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "run" / "adapter", config=config)
+        tune(
+            model,
+            tiny_tokenizer,
+            selection_of(model, SOME),
+            data=aligned,
+            out=tmp_path / "run" / "adapter",
+            config=config,
+        )
     assert_nothing_left(tmp_path / "run", model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_failed_training_keeps_the_adapter_that_was_there(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
     selection = selection_of(model, SOME)
@@ -342,7 +400,7 @@ def test_an_interrupt_unwraps_the_model_and_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import castune.tune.train as module
+    module = importlib.import_module("castune.tune.train")
 
     calls = []
 
@@ -355,12 +413,23 @@ def test_an_interrupt_unwraps_the_model_and_leaves_nothing(
     monkeypatch.setattr(module, "reply_nll", interrupted)
     model = tiny_model("llama")
     with pytest.raises(KeyboardInterrupt):
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "run" / "adapter", config=CONFIG)
+        tune(
+            model,
+            tiny_tokenizer,
+            selection_of(model, SOME),
+            data=aligned,
+            out=tmp_path / "run" / "adapter",
+            config=CONFIG,
+        )
     assert_nothing_left(tmp_path / "run", model)
 
 
 def test_negative_zeros_of_the_base_are_no_change(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     # -0.0 + 0.0 is +0.0: merging an exactly zero delta must not make a certificate fail after hours of training.
     model = tiny_model("llama")
@@ -372,7 +441,11 @@ def test_negative_zeros_of_the_base_are_no_change(
 
 
 def test_bfloat16_models_train_and_certify(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], selection_of: SelectionOf, tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     selection = selection_of(model, SOME)
