@@ -289,7 +289,7 @@ def _example_of(row: Row) -> Example:
         answer = row["answer"]
         if not isinstance(answer, int) or isinstance(answer, bool):
             raise DataError(f"answer is {answer!r}, accepted: the 0-based index of the right choice")
-        if not isinstance(row["choices"], list):
+        if not isinstance(row["choices"], list) or not row["choices"]:
             raise DataError(f"choices is {row['choices']!r}, accepted: a list of texts")
         return Example(
             id=identifier,

@@ -63,6 +63,7 @@ def tune(
     set_seed(config.seed)
     layout = HeadLayout.of(model)
     was_training = model.training
+    used_cache = getattr(model.config, "use_cache", None)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     peft_model = sparse_lora(model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a)
     ledger = budget(peft_model, layout, selection)
@@ -78,6 +79,8 @@ def tune(
         finally:
             peft_model.unload()
             model.train(was_training)
+            if used_cache is not None:
+                model.config.use_cache = used_cache  # Trainer turns it off
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(required_grad[name])
         result = TuneResult(
