@@ -335,7 +335,8 @@ def _print_diagnosis(cmap: ConflictMap) -> None:
     baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
     _say(
         f"{len(cmap)} heads, measure {metadata['settings']['measure']}, "
-        f"n = {metadata['data']['utility']['n']} questions and {metadata['data']['safety']['n']} harmful prompts, {metadata['seconds']:.0f} s"
+        f"n = {metadata['data']['utility']['n']} questions and {metadata['data']['safety']['n']} harmful prompts, "
+        f"{metadata['seconds']:.0f} s"
     )
     _say(f"  base model: accuracy {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
     _say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")

@@ -77,10 +77,9 @@ def test_all_heads_chosen_equals_plain_lora(tiny_model: Callable[..., Any], sele
     model = tiny_model("llama")
     torch.manual_seed(5)
     sparse = sparse_lora(model, selection_of(model, HeadLayout.of(model).heads), r=4, alpha=12)
+    other = tiny_model("llama")
     torch.manual_seed(5)
-    plain = get_peft_model(
-        tiny_model("llama"), LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    )
+    plain = get_peft_model(other, LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for part in "AB":
         ours, theirs = lora_parameters(sparse, part), lora_parameters(plain, part)
         assert list(ours) == list(theirs)
