@@ -110,7 +110,7 @@ def scored_outcomes(
     baseline, ablated = sweep_rows(ablator, flat, batch_tokens=batch_tokens, advance=advance)
 
     def reduce(values: list[Floats]) -> Floats:
-        return np.array([outcome(n, values[end - len(rows_of[n]) : end]) for n, end in enumerate(ends)])
+        return np.array([float(outcome(n, values[end - len(rows_of[n]) : end])) for n, end in enumerate(ends)])
 
     return Outcomes(reduce(baseline), np.array([reduce(values) for values in ablated]))
 
