@@ -86,10 +86,10 @@ class BruteForce:
 
     def log_probs(self, prompt: list[int], reply: list[int]) -> Tensor:
         """Log-probability of every reply token, from logits at every position of the whole sequence."""
-        logits = self.model(torch.tensor([prompt + reply])).logits[0].float()
+        logits = self.model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1].float()
         shifted = logits - logits.max(-1, keepdim=True).values
         log_softmax = shifted - shifted.exp().sum(-1, keepdim=True).log()
-        return torch.stack([log_softmax[len(prompt) + t - 1, token] for t, token in enumerate(reply)])
+        return torch.stack([log_softmax[t, token] for t, token in enumerate(reply)])
 
     def gradient(self, examples: Sequence[Example]) -> dict[Head, Tensor]:
         """Gradient of the mean loss on every head's query rows, flat, float64."""

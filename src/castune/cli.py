@@ -112,11 +112,13 @@ def diagnose(
         diagnose=settings,
     )
     folder = RunDirectory(Path(out))
+    folder.check(recipe)
     calibration = pipeline.load_calibration(recipe)
     loaded, tokenizer = load(model, dtype=dtype, device=device, revision=revision)
-    if not folder.map_file.is_file():
-        folder.claim(recipe)
+    made_before = folder.map_file.is_file()
     cmap = pipeline.diagnose_step(folder, recipe, loaded, tokenizer, *calibration)
+    if not made_before:
+        folder.save_recipe(recipe)
     _print_diagnosis(cmap)
     _say(f"conflict map: {folder.map_file}")
 
@@ -359,7 +361,8 @@ def _print_evaluations(evaluations: dict[str, EvalResult]) -> None:
         cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
         ratio = ratios.get(name)
         table.add_row(name, *cells, "" if name not in ratios else "undefined" if ratio is None else f"{ratio:.2f}")
-    Console(file=sys.stdout).print(table)
+    # Into a file or a pipe: wide enough that no name or number is cut.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _rate(record: dict[str, Any]) -> str:

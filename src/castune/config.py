@@ -251,7 +251,15 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
             parts.append(f"{where!r} is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            parts.append(f"{where} = {item['input']!r}: {message}" if item["loc"] else message)
+            # A whole table as input: the message of the nested model names the key.
+            plain = not item["loc"] or isinstance(item["input"], dict)
+            parts.append(
+                f"{where}: {message}"
+                if plain and item["loc"]
+                else message
+                if plain
+                else f"{where} = {item['input']!r}: {message}"
+            )
     return "; ".join(parts)
 
 

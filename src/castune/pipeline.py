@@ -16,7 +16,7 @@ from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.config import DataConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import load
 from castune.core.provenance import fingerprint, model_record
-from castune.data.example import Example, content_hash
+from castune.data.example import Example, content_hash, require_questions, require_replies
 from castune.data.sources import examples
 from castune.diagnose.run import diagnose
 from castune.errors import ArtifactError
@@ -42,10 +42,12 @@ def run(recipe: Recipe) -> RunDirectory:
     safety, utility = load_calibration(recipe)
     align = load_data(recipe.align, recipe.seed)
     suites = load_suites(recipe.evaluate.suites, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
-    folder.claim(recipe)
+    require_replies(align, "align", "prompt, completion")
+    folder.check(recipe)
     model, tokenizer = load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
 
     cmap = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
+    folder.save_recipe(recipe)
     for arm in select_step(folder, recipe.select, cmap):
         tune_step(folder, arm, model, tokenizer, align, recipe.tune, recipe.align.source)
     evaluate_step(folder, model, tokenizer, recipe.evaluate, suites)
@@ -59,8 +61,11 @@ def load_data(config: DataConfig, seed: int) -> list[Example]:
 
 
 def load_calibration(recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """D_safe and D_util of a recipe."""
-    return load_data(recipe.safety, recipe.seed), load_data(recipe.utility, recipe.seed)
+    """D_safe and D_util of a recipe, checked for what a diagnosis needs."""
+    safety, utility = load_data(recipe.safety, recipe.seed), load_data(recipe.utility, recipe.seed)
+    require_replies(safety, "safety", "prompt, target")
+    require_questions(utility, "utility")
+    return safety, utility
 
 
 def diagnose_step(
@@ -105,7 +110,8 @@ def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -
     main.save(folder.path)
     arms = [folder.main_arm(main)]
     for zone in config.compare:
-        beside = select(cmap, zone=zone, fraction=config.fraction or 0.25, score=config.score, seed=config.seed)
+        size = len(main.heads) / main.n_total
+        beside = select(cmap, zone=zone, fraction=size, score=config.score, seed=config.seed)
         arm = folder.side_arm(zone)
         beside.save(arm.folder)
         arms.append(arm)
@@ -160,15 +166,13 @@ def evaluate_step(
     """Evaluations of the base model and every tuned arm, made where they are missing or older than the adapter."""
     cmap = folder.load_map(fingerprint(model))
     identity = model_record(model)
-    for arm in [None, *folder.arms()]:
-        name, adapter_hash = BASE, None
-        if arm is not None:
-            if not (arm.adapter / "tune.json").is_file():
-                continue
-            name = arm.name
+    # Every adapter is checked against its certificate before anything is measured or replaced.
+    todo: list[tuple[str, Arm | None, dict[str, Any]]] = [(BASE, None, {**identity, "adapter": None})]
+    for arm in folder.arms():
+        if (arm.adapter / "tune.json").is_file():
             tuning = folder.load_tuning(arm, folder.load_selection(arm, cmap))
-            adapter_hash = tuning.certificate.adapter_hash
-        record = {**identity, "adapter": adapter_hash}
+            todo.append((arm.name, arm, {**identity, "adapter": tuning.certificate.adapter_hash}))
+    for name, arm, record in todo:
         if _is_evaluated(folder.evaluation(name), record, config, suites):
             logger.info("evaluation of %s: already there", name)
             continue

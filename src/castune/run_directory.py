@@ -16,6 +16,7 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import write_text
+from castune.artifacts.tune_result import adapter_hash
 from castune.config import Recipe
 from castune.errors import ArtifactError
 
@@ -111,20 +112,31 @@ class RunDirectory:
         """Write the resolved recipe."""
         write_text(self.recipe_file, recipe.to_toml())
 
-    def claim(self, recipe: Recipe) -> None:
-        """Take the directory for a recipe; refuse one that holds a run of another recipe, naming what differs."""
-        if self.recipe_file.is_file():
-            before = _flat(tomllib.loads(self.load_recipe().to_toml()))
-            now = _flat(tomllib.loads(recipe.to_toml()))
-            different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-            if different:
-                key = different[0]
-                raise ArtifactError(
-                    f"{self.path} was made with {key} = {before.get(key)!r}, this recipe says {now.get(key)!r}"
-                    f"{f' (and {len(different) - 1} more differ)' if len(different) > 1 else ''}; "
-                    "give another directory with --out, or remove this one"
-                )
-        self.save_recipe(recipe)
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe under which artifacts that are already here would have come out differently.
+
+        Evaluation settings are free: evaluations are made again where they differ. Settings of a stage that has left
+        nothing yet are free too, so that a failed training can be tried again with another learning rate.
+        """
+        if not self.recipe_file.is_file():
+            return
+        before = _flat(tomllib.loads(self.load_recipe().to_toml()))
+        now = _flat(tomllib.loads(recipe.to_toml()))
+        has_map = self.map_file.is_file()
+        has_adapter = any((arm.adapter / "tune.json").is_file() for arm in self.arms())
+        different = [
+            key
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+            and (has_adapter if key.startswith(("select.", "tune.", "align.")) else has_map)
+        ]
+        if different:
+            key = different[0]
+            raise ArtifactError(
+                f"{self.path} was made with {key} = {before.get(key)!r}, this recipe says {now.get(key)!r}"
+                f"{f' (and {len(different) - 1} more differ)' if len(different) > 1 else ''}; "
+                "give another directory with --out, or remove this one"
+            )
 
     def record_step(self, stage: str, provenance: dict[str, Any]) -> None:
         """Append a stage to `provenance.json`."""
@@ -159,6 +171,15 @@ class RunDirectory:
         """An arm's tune result; refused when it was trained for other heads or another model."""
         result = TuneResult.load(arm.adapter)
         certificate = result.certificate
+        try:
+            found = adapter_hash(arm.adapter)
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{error.filename}: missing; run: castune tune {self.path} --overwrite") from None
+        if found != certificate.adapter_hash:
+            raise ArtifactError(
+                f"{arm.adapter}: the adapter ({found}) is not the one its certificate was made for "
+                f"({certificate.adapter_hash}); run: castune tune {self.path} --overwrite"
+            )
         if certificate.selection != selection.heads or certificate.model_fingerprint != selection.model_fingerprint:
             raise ArtifactError(
                 f"{arm.adapter} was trained for another selection than {arm.selection_file}; "
@@ -186,6 +207,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    # Where the run lies is not what it is.
-    flat.pop("out", None)
-    return flat
+    # Where a run lies and computes is not what it is.
+    return {
+        key: value for key, value in flat.items() if key not in ("out", "device") and not key.startswith("evaluate.")
+    }

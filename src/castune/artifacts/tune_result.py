@@ -6,10 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import parsed, read_json, write_json
+from castune.artifacts.files import file_hash, parsed, read_json, write_json
 
 _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
+
+
+def adapter_hash(adapter: Path) -> str:
+    """Digest of the two files that make a PEFT adapter: its weights and its configuration."""
+    return "-".join(file_hash(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json"))
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Certificate:
     Attributes:
         model_fingerprint: the base model.
         selection: the selected (layer, head) pairs.
-        adapter_hash: hash of the adapter's weights file, None for an adapter in memory.
+        adapter_hash: hash of the adapter's weights and configuration (`adapter_hash`).
         checked_rows: query rows outside the selection that were compared bit by bit, all identical.
         checked_tensors: tensors of the merged model compared bit by bit with the base, all identical outside
             the selected rows.
@@ -30,7 +35,7 @@ class Certificate:
 
     model_fingerprint: str
     selection: tuple[tuple[int, int], ...]
-    adapter_hash: str | None
+    adapter_hash: str
     checked_rows: int
     checked_tensors: int
     changed_rows: int

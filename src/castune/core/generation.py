@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from castune.core.losses import batches_by_length
 from castune.core.progress import Advance, no_progress
@@ -37,8 +39,8 @@ def generate_replies(
 ) -> list[Reply]:
     """Pure greedy replies to tokenised prompts, in their order.
 
-    Everything that would bend greedy decoding is set explicitly: a shipped generation config may carry a
-    repetition penalty (Qwen2.5's does).
+    The model's shipped generation config is set aside: it may bend greedy decoding (Qwen2.5's has a repetition
+    penalty), and `generate` fills in from it whatever its caller leaves open.
 
     Args:
         model: a transformers model with `generate`.
@@ -52,28 +54,33 @@ def generate_replies(
     replies: list[Reply | None] = [None] * len(prompts)
     device = next(model.parameters()).device
     end, pad = set(end_tokens), end_tokens[0]
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(end), pad_token_id=pad, do_sample=False, num_beams=1
+    )
     for indices in batches_by_length([len(p) + max_new_tokens for p in prompts], batch_tokens):
         longest = max(len(prompts[i]) for i in indices)
         ids = [[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in indices]
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(end),
-            pad_token_id=pad,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-        )
+        with _generation_config(model, greedy):
+            output = model.generate(
+                input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device)
+            )
         for index, tokens in zip(indices, output[:, longest:].tolist(), strict=True):
             stop = next((t for t, token in enumerate(tokens) if token in end), None)
             kept = tuple(tokens if stop is None else tokens[:stop])
             replies[index] = Reply(tokenizer.decode(kept, skip_special_tokens=True), kept, stop is not None)
         advance(len(indices))
     return [reply for reply in replies if reply is not None]
+
+
+@contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    # A PEFT model hands its config to the model it wraps, so both are restored.
+    owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    shipped = [owner.generation_config for owner in owners]
+    try:
+        model.generation_config = config
+        yield
+    finally:
+        for owner, before in zip(owners, shipped, strict=True):
+            owner.generation_config = before

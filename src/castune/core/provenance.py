@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 # Elements sampled from every tensor for the fingerprint.
-_SAMPLES = 256
+_SAMPLES = 4096
 
 
 @torch.no_grad()
@@ -28,8 +28,11 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=True)):
         flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step][:_SAMPLES].to(device="cpu", dtype=torch.bfloat16)
+        if flat.numel() > _SAMPLES:
+            # Random places: a fixed stride would meet the same few columns in every row.
+            places = torch.randint(flat.numel(), (_SAMPLES,), generator=torch.Generator().manual_seed(0))
+            flat = flat[places.to(flat.device)]
+        sample = flat.to(device="cpu", dtype=torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

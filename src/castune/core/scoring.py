@@ -102,8 +102,8 @@ def shared_if_exact(model: Any, build: Callable[[bool], list[list[Row]]]) -> lis
 
 
 def is_correct(example: Example, scores: Floats) -> bool:
-    """Whether the best-scored choice is the right one (the first of equals counts as chosen)."""
-    return int(np.argmax(scores)) == example.answer
+    """Whether the right choice is scored above every other; a tie is no right answer."""
+    return answer_margin(example, scores) > 0
 
 
 def answer_margin(example: Example, scores: Floats) -> float:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from castune.errors import DataError
+
 # The paper's instruction for multiple-choice questions (Table 4).
 LETTER_INSTRUCTION = (
     "Read the multiple-choice question carefully and output only the capital letter (A, B, C, D, or E) that "
@@ -65,6 +67,23 @@ class Example:
         """The conversation up to and including the prompt, as chat templates take it."""
         turns = [{"role": turn.role, "content": turn.content} for turn in self.history]
         return [*turns, {"role": "user", "content": self.user_text}]
+
+
+def require_replies(examples: Sequence[Example], name: str, columns: str) -> None:
+    """Refuse data in which an example has no reply (or is a question), naming it and the columns needed."""
+    for example in examples:
+        if example.reply is None or example.is_question:
+            raise DataError(f"{name}: example {example.id!r} has no reply; columns needed: {columns}")
+
+
+def require_questions(examples: Sequence[Example], name: str) -> None:
+    """Refuse data in which an example is no multiple-choice question."""
+    for example in examples:
+        if not example.is_question:
+            raise DataError(
+                f"{name}: example {example.id!r} is no multiple-choice question; "
+                "columns needed: prompt, choices, answer"
+            )
 
 
 def content_hash(examples: Sequence[Example]) -> str:

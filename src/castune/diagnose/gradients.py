@@ -69,6 +69,10 @@ def partial_gradients(
                         "try --dtype float32, and check the data for extreme inputs"
                     )
                 for layer, gradient in zip(layers, torch.autograd.grad(loss, weights), strict=True):
+                    if not torch.isfinite(gradient).all():
+                        raise CastuneError(
+                            f"gradients of layer {layer} are not finite in {gradient.dtype}; try --dtype float32"
+                        )
                     total[layer] += gradient.detach().float().cpu()
                 advance(len(indices))
             chunks.append(total)

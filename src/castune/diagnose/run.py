@@ -20,6 +20,7 @@ from castune.core.ablation import can_resume
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.judges import judge as judge_named
+from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
 from castune.core.ranking import bucket_numbers, percentile_rank, tie_share
@@ -33,7 +34,7 @@ from castune.core.scoring import (
     shared_if_exact,
 )
 from castune.data.chat import ChatFormat
-from castune.data.example import Example, content_hash
+from castune.data.example import Example, content_hash, require_questions, require_replies
 from castune.data.rows import Row
 from castune.diagnose.ablate import Ablator, Outcomes, mean_replacements, refusal_outcomes, scored_outcomes
 from castune.diagnose.gradients import gram_matrices, partial_gradients
@@ -85,15 +86,11 @@ def diagnose(
     safety_rows, utility_rows = _loss_rows(chat, safety, utility)
     layout = HeadLayout.of(model)
     heads = _heads(layout, config.layers)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         gram = _gradients(model, layout, heads, safety_rows, utility_rows, config)
         ablator = _ablator(model, layout, heads, [*safety_rows, *utility_rows], config)
         of_utility = _measure_utility(ablator, chat, utility, config)
         of_safety = _measure_safety(ablator, tokenizer, chat, safety, config)
-    finally:
-        model.train(was_training)
 
     sources = sources or {}
     metadata = {
@@ -138,15 +135,8 @@ def _loss_rows(chat: ChatFormat, safety: Sequence[Example], utility: Sequence[Ex
     for name, examples in (("safety", safety), ("utility", utility)):
         if len(examples) < 2:
             raise DataError(f"{name}: {len(examples)} examples, a diagnosis needs at least 2")
-    for example in safety:
-        if example.reply is None or example.is_question:
-            raise DataError(f"safety: example {example.id!r} has no safe reply; columns needed: prompt, target")
-    for example in utility:
-        if not example.is_question:
-            raise DataError(
-                f"utility: example {example.id!r} is no multiple-choice question; "
-                "columns needed: prompt, choices, answer"
-            )
+    require_replies(safety, "safety", "prompt, target")
+    require_questions(utility, "utility")
     return [chat.loss_row(e) for e in safety], [chat.loss_row(e) for e in utility]
 
 
@@ -202,6 +192,8 @@ def _measure_utility(
 
     def outcome(n: int, values: Sequence[Floats]) -> float:
         scores = choice_scores(chat, examples[n], values)
+        if not np.isfinite(scores).all():
+            return np.nan
         return answer_margin(examples[n], scores) if config.measure == "margin" else is_correct(examples[n], scores)
 
     with progress("ablations, utility", ablator.work_per_row * sum(map(len, rows_of))) as advance:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from castune.artifacts import EvalResult, SuiteResult
 from castune.config import EvaluateConfig
 from castune.core.generation import generate_replies
 from castune.core.judges import judge as judge_named
+from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
 from castune.core.scoring import (
@@ -59,21 +62,19 @@ def evaluate(
         load_suite(suite, limit=config.limit, seed=config.seed) if isinstance(suite, str) else suite
         for suite in (config.suites if suites is None else suites)
     ]
-    was_training = model.training
-    model.eval()
     results: list[SuiteResult] = []
     samples: list[Sample] = []
-    try:
-        with progress(f"evaluating {name}", sum(len(suite.examples) for suite in loaded)) as advance:
-            for suite in loaded:
-                started = time.perf_counter()
-                measure = _questions if suite.purpose == "utility" else _replies
-                found = measure(model, tokenizer, chat, suite, config)
-                results.append(_result(suite, found, config, time.perf_counter() - started))
-                samples += found
-                advance(len(suite.examples))
-    finally:
-        model.train(was_training)
+    with (
+        evaluation_mode(model),
+        progress(f"evaluating {name}", sum(len(suite.examples) for suite in loaded)) as advance,
+    ):
+        for suite in loaded:
+            started = time.perf_counter()
+            measure = _questions if suite.purpose == "utility" else _replies
+            found = measure(model, tokenizer, chat, suite, config)
+            results.append(_result(suite, found, config, time.perf_counter() - started))
+            samples += found
+            advance(len(suite.examples))
     result = EvalResult(
         name=name,
         suites=tuple(results),
@@ -101,10 +102,11 @@ def _questions(model: Any, _tokenizer: Any, chat: ChatFormat, suite: Suite, conf
                 "group": example.group,
                 "prompt": example.prompt,
                 "choices": list(example.choices),
-                "choice_scores": [round(float(score), 6) for score in scores],
+                # Scores that are not finite decide nothing: the example is unscored.
+                "choice_scores": [round(float(score), 6) if np.isfinite(score) else None for score in scores],
                 "answer": example.answer,
-                "margin": answer_margin(example, scores),
-                "outcome": is_correct(example, scores),
+                "margin": answer_margin(example, scores) if np.isfinite(scores).all() else None,
+                "outcome": is_correct(example, scores) if np.isfinite(scores).all() else None,
             }
         )
     return samples

@@ -20,7 +20,7 @@ from castune.core.losses import RowBatch, reply_nll
 from castune.core.progress import Advance, progress
 from castune.core.provenance import model_record, provenance
 from castune.data.chat import ChatFormat
-from castune.data.example import Example, content_hash
+from castune.data.example import Example, content_hash, require_replies
 from castune.data.rows import Row
 from castune.errors import DataError, TrainingError
 from castune.tune.row_lora import budget, sparse_lora
@@ -58,11 +58,12 @@ def tune(
     chat = ChatFormat(tokenizer, max_length=config.max_length)
     if not data:
         raise DataError("no training examples")
+    require_replies(data, "training data", "prompt, completion")
     rows = [chat.loss_row(example) for example in data]
     # Before the adapter is built: the seed also decides the initial A.
     set_seed(config.seed)
     layout = HeadLayout.of(model)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     used_cache = getattr(model.config, "use_cache", None)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     peft_model = sparse_lora(model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a)
@@ -78,7 +79,8 @@ def tune(
             peft_model.save_pretrained(aside / "adapter")
         finally:
             peft_model.unload()
-            model.train(was_training)
+            for module, training in modes:
+                module.training = training
             if used_cache is not None:
                 model.config.use_cache = used_cache  # Trainer turns it off
             for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from castune.artifacts import Certificate, HeadSelection
-from castune.artifacts.files import file_hash
+from castune.artifacts.tune_result import adapter_hash
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
 from castune.errors import CertificateError
@@ -55,7 +55,7 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     layout = HeadLayout.of(base)
     check_selection(base, layout, selection)
     names = {layout.at(layer).query_name for layer in selection.layers}
-    rank, scaling = _plain_lora(adapter, names)
+    rank, scaling = _plain_lora(adapter, names, selection.layers)
     weights = adapter / "adapter_model.safetensors"
     expected = {layout.at(layer).query_path: layer for layer in selection.layers}
     checked_rows = changed_rows = selected_rows = 0
@@ -94,7 +94,7 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     return Certificate(
         model_fingerprint=fingerprint(base),
         selection=selection.heads,
-        adapter_hash=file_hash(weights),
+        adapter_hash=adapter_hash(adapter),
         checked_rows=checked_rows,
         checked_tensors=sum(1 for _ in base.named_parameters()),
         changed_rows=changed_rows,
@@ -103,8 +103,8 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     )
 
 
-def _plain_lora(adapter: Path, names: set[str]) -> tuple[int, float]:
-    """(r, alpha / r) of a plain LoRA adapter on the query projections `names`; others are refused."""
+def _plain_lora(adapter: Path, names: set[str], layers: tuple[int, ...]) -> tuple[int, float]:
+    """(r, alpha / r) of a plain LoRA adapter on the query projections `names` of `layers`; others are refused."""
     path = adapter / "adapter_config.json"
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -130,6 +130,10 @@ def _plain_lora(adapter: Path, names: set[str]) -> tuple[int, float]:
         )
     if not isinstance(targets, list) or set(targets) != names:
         raise CertificateError(f"{path}: target_modules is {targets!r}, accepted for this model: {sorted(names)}")
+    adapted = config.get("layers_to_transform")
+    if not isinstance(adapted, list) or sorted(adapted) != list(layers):
+        # Layers the file has no weights for would be initialised when it is loaded, B at random if so configured.
+        raise CertificateError(f"{path}: layers_to_transform is {adapted!r}, accepted here: {list(layers)}")
     return rank, alpha / rank
 
 

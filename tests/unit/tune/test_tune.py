@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
-from castune.artifacts.files import file_hash
+from castune.artifacts.tune_result import adapter_hash
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, reply_nll
@@ -93,7 +94,7 @@ def test_only_chosen_rows_move(
     assert (certificate.selected_rows, certificate.changed_rows) == (24, 24)
     assert certificate.checked_rows == 2 * rows_per_layer - 24
     assert certificate.selection == SOME
-    assert certificate.adapter_hash == file_hash(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert certificate.adapter_hash == adapter_hash(tmp_path / "adapter")
     largest = max((merged[name] - before[name]).abs().max().item() for name in projections)
     assert certificate.largest_change == pytest.approx(largest, rel=1e-6)
 
@@ -459,3 +460,29 @@ def test_bfloat16_models_train_and_certify(
         allowed = set(rows_of("llama", (1, 3) if "layers.0" in name else (0,) if "layers.2" in name else ()))
         assert moved <= (allowed if "q_proj" in name else set()), name
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_weights_that_burst_in_the_last_step_are_a_training_error(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # No loss is computed after the last update: the weights must be looked at themselves.
+    module = sys.modules["castune.tune.train"]
+    train = module._train
+
+    def train_and_burst(peft_model: Any, *arguments: Any) -> Any:
+        trainer = train(peft_model, *arguments)
+        parameter = next(p for name, p in peft_model.named_parameters() if "lora_B" in name)
+        with torch.no_grad():
+            parameter[8, 0] = float("inf")
+        return trainer
+
+    monkeypatch.setattr(module, "_train", train_and_burst)
+    model = tiny_model("llama")
+    with pytest.raises(TrainingError, match="learning_rate"):
+        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "run" / "a", config=CONFIG)
+    assert_nothing_left(tmp_path / "run", model)

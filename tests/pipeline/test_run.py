@@ -1,0 +1,319 @@
+"""The whole job on a tiny model: what comes out, what is not done twice, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from castune.artifacts import ConflictMap, EvalResult, TuneResult
+from castune.config import Recipe, SelectConfig
+from castune.core.loading import load
+from castune.core.provenance import fingerprint
+from castune.errors import ArtifactError, CastuneError, DataError
+from castune.evaluate.run import evaluate
+from castune.evaluate.suites import load_suites
+from castune.pipeline import evaluate_step, load_data, run, select_step, tune_step
+from castune.run_directory import RunDirectory
+from castune.select import select
+
+Models = Callable[..., Path]
+RecipeOf = Callable[..., Recipe]
+
+# Section 3 of the design, and the arm beside the main one.
+ARTIFACTS = [
+    "recipe.toml", "provenance.json", "conflict_map.parquet", "ablation.parquet", "selection.json",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/certificate.json", "adapter/tune.json",
+    "arms/risky/selection.json", "arms/risky/adapter/adapter_model.safetensors", "arms/risky/adapter/certificate.json",
+    *(f"evaluation/{arm}/{file}" for arm in ("base", "safe", "risky") for file in ("samples.jsonl", "metrics.json")),
+    "report.html",
+]  # fmt: skip
+# What costs time; the rest is rewritten from these.
+COMPUTED = [
+    name
+    for name in ARTIFACTS
+    if name.endswith((".parquet", ".safetensors", "metrics.json", "samples.jsonl", "tune.json"))
+]
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """When and as which file each computed artifact was written."""
+    found = {name: (folder / name).stat() for name in COMPUTED}
+    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
+
+
+def changed(before: dict[str, tuple[int, int]], folder: Path) -> set[str]:
+    return {name for name, stamp in stamps(folder).items() if stamp != before[name]}
+
+
+def steps(folder: Path) -> list[str]:
+    return [step["stage"] for step in json.loads((folder / "provenance.json").read_text())["steps"]]
+
+
+def test_the_whole_recipe(models: Models, recipe_of: RecipeOf, own_data: dict[str, Path]) -> None:
+    model_path = models()
+    recipe = recipe_of(model_path)
+    folder = run(recipe).path
+    missing = [name for name in ARTIFACTS if not (folder / name).is_file()]
+    assert not missing
+    assert list((folder / "figures").iterdir())
+    leftovers = [path.name for path in folder.rglob("*") if path.name.startswith(".")]
+    assert not leftovers
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pickle")]
+
+    # Every artifact says what it was made from, and they agree.
+    cmap = ConflictMap.load(folder)
+    assert len(cmap) == 12
+    assert Recipe.load(folder / "recipe.toml") == recipe
+    ablation = pq.read_table(folder / "ablation.parquet")
+    assert ablation.num_rows == 12 * (4 + 4)
+    selections = {arm.name: RunDirectory(folder).load_selection(arm, cmap) for arm in RunDirectory(folder).arms()}
+    assert list(selections) == ["safe", "risky"]
+    assert [len(selection.heads) for selection in selections.values()] == [3, 3]
+    assert not set(selections["safe"].heads) & set(selections["risky"].heads)
+    model, _ = load(str(model_path), dtype="float32", device="cpu")
+    assert cmap.fingerprint == fingerprint(model)
+    for name, place in (("safe", folder / "adapter"), ("risky", folder / "arms/risky/adapter")):
+        tuning = TuneResult.load(place)
+        assert tuning.certificate.selection == selections[name].heads
+        assert tuning.certificate.changed_rows == tuning.certificate.selected_rows == 24
+        assert tuning.data["source"] == str(own_data["align"])
+        assert tuning.steps == 2
+        evaluation = EvalResult.load(folder / "evaluation" / name)
+        assert evaluation.model["adapter"] == tuning.certificate.adapter_hash
+    base = EvalResult.load(folder / "evaluation" / "base")
+    assert base.model["adapter"] is None
+    assert [(suite.purpose, suite.n + suite.unscored) for suite in base.suites] == [
+        ("utility", 4), ("safety", 4), ("over-refusal", 3)
+    ]  # fmt: skip
+    assert sorted(steps(folder)) == sorted(
+        ["diagnose", "tune safe", "tune risky", "evaluate base", "evaluate safe", "evaluate risky"]
+    )
+
+    # The adapter is one for plain PEFT, and the model file on disk was not touched.
+    with torch.no_grad():
+        ids = torch.arange(5, 30)[None]
+        before = model(input_ids=ids).logits
+        after = PeftModel.from_pretrained(model, folder / "adapter")(input_ids=ids).logits
+    assert not torch.allclose(before, after)
+
+    # The report is one file that asks no network for anything.
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<script src=" not in html
+    assert "<link " not in html.replace('<link rel="icon" href="data:', "")
+
+    # Nothing is computed twice.
+    before_stamps = stamps(folder)
+    run(recipe)
+    assert changed(before_stamps, folder) == set()
+    assert len(steps(folder)) == 6
+
+
+@pytest.fixture
+def finished(models: Models, recipe_of: RecipeOf, tmp_path: Path) -> tuple[Recipe, Path]:
+    recipe = recipe_of(models())
+    return recipe, run(recipe).path
+
+
+@pytest.mark.parametrize(
+    ("removed", "redone"),
+    [
+        ("conflict_map.parquet", {"conflict_map.parquet", "ablation.parquet"}),
+        ("adapter", {"adapter/adapter_model.safetensors", "adapter/tune.json"}),
+        (
+            "arms/risky/adapter",
+            {"arms/risky/adapter/adapter_model.safetensors"},
+        ),
+        ("evaluation/safe", {"evaluation/safe/metrics.json", "evaluation/safe/samples.jsonl"}),
+        ("evaluation/base/metrics.json", {"evaluation/base/metrics.json", "evaluation/base/samples.jsonl"}),
+        ("report.html", set()),
+        ("selection.json", set()),
+    ],
+)
+def test_only_the_missing_stage_is_redone(finished: tuple[Recipe, Path], removed: str, redone: set[str]) -> None:
+    recipe, folder = finished
+    before = stamps(folder)
+    # What a stage makes again must be what it made before: the rest was made from it.
+    contents = {name: (folder / name).read_bytes() for name in COMPUTED if name.endswith(".safetensors")}
+    content_hash = ConflictMap.load(folder).content_hash
+    target = folder / removed
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    run(recipe)
+    assert changed(before, folder) == redone
+    assert all((folder / name).is_file() for name in ARTIFACTS)
+    assert ConflictMap.load(folder).content_hash == content_hash
+    assert all((folder / name).read_bytes() == content for name, content in contents.items())
+
+
+def test_two_runs_give_the_same_map_adapters_and_samples(
+    finished: tuple[Recipe, Path], recipe_of: RecipeOf, tmp_path: Path
+) -> None:
+    _, one = finished
+    torch.manual_seed(12345)  # whatever happened before must not matter
+    two = run(recipe_of(tmp_path / "model", out="other")).path
+    assert ConflictMap.load(one).content_hash == ConflictMap.load(two).content_hash
+    assert pq.read_table(one / "ablation.parquet").equals(pq.read_table(two / "ablation.parquet"))
+    for name in ("adapter", "arms/risky/adapter"):
+        assert (one / name / "adapter_model.safetensors").read_bytes() == (
+            two / name / "adapter_model.safetensors"
+        ).read_bytes()
+    for arm in ("base", "safe", "risky"):
+        assert EvalResult.load(one / "evaluation" / arm).samples == EvalResult.load(two / "evaluation" / arm).samples
+
+
+def test_an_arm_is_evaluated_with_its_adapter(finished: tuple[Recipe, Path]) -> None:
+    recipe, folder = finished
+    suites = load_suites(recipe.evaluate.suites)
+    found = {}
+    for name, adapter in (("base", None), ("safe", "adapter"), ("risky", "arms/risky/adapter")):
+        model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, folder / adapter)
+        by_hand = evaluate(model, tokenizer, suites=suites, config=recipe.evaluate)
+        assert by_hand.samples == EvalResult.load(folder / "evaluation" / name).samples
+        found[name] = [sample["margin"] for sample in by_hand.samples if "margin" in sample]
+    assert found["base"] != found["safe"] != found["risky"] != found["base"]
+
+
+def test_a_retrained_arm_is_evaluated_again_and_no_other(finished: tuple[Recipe, Path]) -> None:
+    recipe, path = finished
+    folder, before = RunDirectory(path), stamps(path)
+    model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
+    config = recipe.tune.model_copy(update={"seed": 99})
+    data = load_data(recipe.align, recipe.seed)
+    tune_step(folder, folder.arm("risky"), model, tokenizer, data, config, "own", overwrite=True)
+    evaluate_step(folder, model, tokenizer, recipe.evaluate, load_suites(recipe.evaluate.suites))
+    assert changed(before, path) == {
+        "arms/risky/adapter/adapter_model.safetensors", "evaluation/risky/metrics.json", "evaluation/risky/samples.jsonl",
+    }  # fmt: skip
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"tune__rank": 8}, "tune.rank = 4, this recipe says 8"),
+        ({"diagnose__measure": "margin"}, "diagnose.measure = 'decision', this recipe says 'margin'"),
+        ({"select__fraction": 0.5}, "select.fraction = 0.25, this recipe says 0.5"),
+        ({"seed": 1}, "seed = 21, this recipe says 1"),
+    ],
+)
+def test_a_changed_recipe_names_the_key(
+    finished: tuple[Recipe, Path], recipe_of: RecipeOf, tmp_path: Path, change: dict[str, Any], key: str
+) -> None:
+    _, folder = finished
+    before = stamps(folder)
+    with pytest.raises(ArtifactError, match=key):
+        run(recipe_of(tmp_path / "model", **change))
+    assert changed(before, folder) == set()
+
+
+def test_another_model_at_the_same_place_names_both(
+    finished: tuple[Recipe, Path], models: Models, tmp_path: Path
+) -> None:
+    recipe, folder = finished
+    old = ConflictMap.load(folder).fingerprint
+    new = fingerprint(load(str(models(seed=1)), dtype="float32", device="cpu")[0])
+    before = stamps(folder)
+    with pytest.raises(ArtifactError, match=f"{old}.*{new}"):
+        run(recipe)
+    assert changed(before, folder) == set()
+
+
+def test_another_model_elsewhere_names_both(
+    finished: tuple[Recipe, Path], models: Models, recipe_of: RecipeOf, tmp_path: Path
+) -> None:
+    other = models(name="other-model", seed=1)
+    with pytest.raises(ArtifactError, match=f"model = '{tmp_path}/model'.*'{other}'"):
+        run(recipe_of(other))
+
+
+def test_data_that_changed_on_disk_is_noticed(finished: tuple[Recipe, Path], own_data: dict[str, Path]) -> None:
+    recipe, folder = finished
+    before = stamps(folder)
+    path = own_data["safety"]
+    path.write_text(path.read_text().replace("poison", "venom"))
+    with pytest.raises(ArtifactError, match="safety data"):
+        run(recipe)
+    assert changed(before, folder) == set()
+
+
+def test_training_data_that_changed_on_disk_is_noticed(
+    finished: tuple[Recipe, Path], own_data: dict[str, Path]
+) -> None:
+    recipe, _ = finished
+    path = own_data["align"]
+    path.write_text(path.read_text().replace("Rather not", "Better not"))
+    with pytest.raises(ArtifactError, match="adapter's data"):
+        run(recipe)
+
+
+def test_a_tampered_adapter_is_noticed(finished: tuple[Recipe, Path]) -> None:
+    # Its certificate is about other weights.
+    recipe, folder = finished
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(CastuneError, match="adapter"):
+        run(recipe)
+
+
+# -- faults before anything is spent
+
+
+def test_no_fault_of_the_input_leaves_a_run_directory(
+    models: Models, recipe_of: RecipeOf, own_data: dict[str, Path], tmp_path: Path
+) -> None:
+    model = models()
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    bare = str(tmp_path / "bare.jsonl")
+    faults: dict[str, dict[str, Any]] = {
+        "a missing file": {"align": "/nowhere.jsonl"},
+        "prompts without safe replies": {"safety": bare},
+        "prompts for questions": {"utility": bare},
+        "prompts without completions": {"align": bare},
+        "a missing suite": {"evaluate__suites": ["nothing-such"]},
+    }
+    for name, change in faults.items():
+        with pytest.raises(DataError):
+            run(recipe_of(model, **change))
+        assert not (tmp_path / "run").exists(), name
+
+
+def test_a_model_that_cannot_be_used_leaves_no_run_directory(recipe_of: RecipeOf, tmp_path: Path) -> None:
+    # Else the mended recipe would be refused: the directory belongs to the broken one.
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CastuneError, match="empty"):
+        run(recipe_of(tmp_path / "empty"))
+    assert not (tmp_path / "run").exists()
+
+
+# -- arms
+
+
+@pytest.mark.parametrize("main", [{"buckets": 6, "bucket": 6}, {"fraction": 0.5}, {"zone": "safe", "fraction": 1 / 3}])
+def test_arms_to_compare_are_of_the_same_size(
+    finished: tuple[Recipe, Path], tmp_path: Path, main: dict[str, Any]
+) -> None:
+    cmap = ConflictMap.load(finished[1])
+    folder = RunDirectory(tmp_path / "arms-only")
+    arms = select_step(folder, SelectConfig(**main, compare=("risky", "random"), seed=3), cmap)
+    sizes = {arm.name: len(folder.load_selection(arm, cmap).heads) for arm in arms}
+    assert len(sizes) == 3
+    assert len(set(sizes.values())) == 1, sizes
+
+
+def test_the_selection_of_a_run_is_that_of_select(finished: tuple[Recipe, Path]) -> None:
+    folder = RunDirectory(finished[1])
+    cmap = folder.load_map()
+    assert folder.load_selection(folder.arm(None), cmap) == select(cmap, zone="safe", fraction=0.25)
+    assert folder.load_selection(folder.arm("risky"), cmap) == select(cmap, zone="risky", fraction=0.25)

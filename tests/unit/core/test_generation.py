@@ -1,0 +1,109 @@
+"""Batched greedy replies against plain generation, one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from castune.core.generation import Reply, generate_replies
+
+END = 257
+# Unsorted lengths, some beyond the sliding windows of 16.
+PROMPTS = [list(range(40, 40 + n)) for n in (5, 30, 1, 18, 5, 11)]
+
+
+@torch.no_grad()
+def greedy_alone(model: Any, prompt: list[int], n_tokens: int, end: set[int]) -> list[int]:
+    """Argmax, append, repeat: no generate, no cache."""
+    ids = list(prompt)
+    for _ in range(n_tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in end:
+            break
+    return ids[len(prompt) :]
+
+
+def replies_of(model: Any, tokenizer: Any, end: list[int] | None = None, **changes: Any) -> list[Reply]:
+    settings = {"max_new_tokens": 8, "batch_tokens": 120, "end_tokens": end or [END], **changes}
+    return generate_replies(model, tokenizer, PROMPTS, **settings)
+
+
+def test_batches_equal_one_by_one_in_order(any_tiny_model: Any, tiny_tokenizer: Any) -> None:
+    expected = [greedy_alone(any_tiny_model, prompt, 8, {END}) for prompt in PROMPTS]
+    assert len({tuple(e) for e in expected}) > 3, "replies must differ, or their order proves nothing"
+    for batch_tokens in (1, 120, 10_000):
+        found = replies_of(any_tiny_model, tiny_tokenizer, batch_tokens=batch_tokens)
+        assert [list(reply.tokens) for reply in found] == [e[:-1] if e[-1] == END else e for e in expected]
+        assert [reply.text for reply in found] == [
+            tiny_tokenizer.decode(reply.tokens, skip_special_tokens=True) for reply in found
+        ]
+        assert [reply.finished for reply in found] == [e[-1] == END for e in expected]
+
+
+def test_replies_end_at_any_end_token_which_is_cut_off(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    free = [greedy_alone(model, prompt, 8, set()) for prompt in PROMPTS]
+    first, second = free[0][3], free[1][2]
+    found = replies_of(model, tiny_tokenizer, end=[first, second])
+    for reply, tokens in zip(found, free, strict=True):
+        stop = next((t for t, token in enumerate(tokens) if token in (first, second)), None)
+        assert list(reply.tokens) == tokens[:stop]
+        assert reply.finished is (stop is not None)
+    assert any(reply.finished for reply in found)
+
+
+def test_a_reply_that_ends_at_once_is_empty(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    first = greedy_alone(model, PROMPTS[3], 1, set())[0]
+    assert replies_of(model, tiny_tokenizer, end=[first])[3] == Reply("", (), True)
+
+
+def test_a_prompt_full_of_padding_tokens_is_read(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """The padding token is the end of turn, which stands in every conversation."""
+    model = tiny_model("gpt2")
+    prompts = [[END, 40, END, 41, END], [42] * 12]
+    found = generate_replies(model, tiny_tokenizer, prompts, max_new_tokens=6, end_tokens=[END], batch_tokens=1000)
+    for reply, prompt in zip(found, prompts, strict=True):
+        expected = greedy_alone(model, prompt, 6, {END})
+        assert list(reply.tokens) == (expected[:-1] if expected[-1] == END else expected)
+
+
+@pytest.mark.parametrize(
+    "shipped",
+    [
+        {"repetition_penalty": 5.0},
+        {"do_sample": True, "temperature": 9.0, "top_k": 50, "top_p": 0.5},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 1},
+        {"max_length": 3},
+        {"max_new_tokens": 2},
+        {"eos_token_id": 40},
+        {"num_return_sequences": 1, "do_sample": True, "min_p": 0.2},
+        {"min_new_tokens": 8},
+        {"suppress_tokens": list(range(100, 257))},
+        {"bad_words_ids": [[t] for t in range(100, 257)]},
+        {"encoder_repetition_penalty": 3.0},
+    ],
+    ids=lambda shipped: next(iter(shipped)),
+)
+def test_a_shipped_generation_config_bends_nothing(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, shipped: dict[str, Any]
+) -> None:
+    model = tiny_model("llama")
+    # An end token that comes early, so that a minimum length would show.
+    end = [greedy_alone(model, PROMPTS[0], 8, set())[2]]
+    expected = replies_of(model, tiny_tokenizer, end=end)
+    assert expected[0].finished
+    for name, value in shipped.items():
+        setattr(model.generation_config, name, value)
+    assert replies_of(model, tiny_tokenizer, end=end) == expected
+
+
+def test_progress_counts_every_reply_once(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    done: list[float] = []
+    replies_of(tiny_model("llama"), tiny_tokenizer, batch_tokens=60, advance=done.append)
+    assert sum(done) == len(PROMPTS)
+    assert len(done) > 1

@@ -1,0 +1,206 @@
+"""Evaluation of a tiny model against counting by hand with nothing but its plain forward and its plain generate."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import castune.core.judges
+from castune.artifacts import EvalResult
+from castune.config import EvaluateConfig
+from castune.data.example import LETTERS, Example, content_hash
+from castune.evaluate.run import evaluate
+from castune.evaluate.suites import Suite
+
+CONFIG = EvaluateConfig(max_new_tokens=6, batch_tokens=300, max_length=600)
+
+
+def suite(purpose: str, rows: Sequence[Example], name: str = "own") -> Suite:
+    return Suite(name, purpose, tuple(rows))
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    turns = [{"role": "user", "content": text}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def scores_by_hand(model: Any, tokenizer: Any, example: Example) -> list[float]:
+    """One plain forward a choice, no batch, no padding."""
+    start = prompt_ids(tokenizer, example.user_text)
+    scores = []
+    for index, choice in enumerate(example.choices):
+        reply = LETTERS[index] if example.scoring == "letter" else choice
+        ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+        log_probs = model(input_ids=torch.tensor([start + ids])).logits[0].float().log_softmax(-1)
+        scores.append(sum(log_probs[len(start) - 1 + t, token].item() for t, token in enumerate(ids)) / len(ids))
+    return scores
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
+def test_accuracy_is_the_hand_count(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], family: str
+) -> None:
+    model = tiny_model(family)
+    expected = [scores_by_hand(model, tiny_tokenizer, example) for example in questions]
+    right = [max(range(len(s)), key=s.__getitem__) == e.answer for s, e in zip(expected, questions, strict=True)]
+    result = evaluate(model, tiny_tokenizer, suites=[suite("utility", questions)], config=CONFIG)
+    [found] = result.suites
+    for sample, scores in zip(result.samples, expected, strict=True):
+        assert sample["choice_scores"] == pytest.approx(scores, abs=2e-4)
+    assert [sample["outcome"] for sample in result.samples] == right
+    assert (found.metric, found.judge, found.max_new_tokens) == ("accuracy", "argmax", None)
+    assert (found.value, found.n, found.unscored) == (pytest.approx(sum(right) / 6), 6, 0)
+    margins = []
+    for scores, example in zip(expected, questions, strict=True):
+        wrong = [score for index, score in enumerate(scores) if index != example.answer]
+        margins.append(scores[example.answer] - max(wrong))
+    assert found.extra["answer_margin"] == pytest.approx(sum(margins) / 6, abs=2e-4)
+
+
+def test_right_answers_decide_not_their_place(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example]
+) -> None:
+    # Each question once with every choice as the right one: exactly one of them can be right.
+    model = tiny_model("llama")
+    turned = [
+        dataclasses.replace(example, id=f"{example.id}-{answer}", answer=answer)
+        for example in questions
+        for answer in range(len(example.choices))
+    ]
+    result = evaluate(model, tiny_tokenizer, suites=[suite("utility", turned)], config=CONFIG)
+    assert sum(sample["outcome"] for sample in result.samples) == len(questions)
+    assert result.suites[0].value == pytest.approx(len(questions) / len(turned))
+
+
+def test_replies_are_those_of_plain_greedy_generation(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example]
+) -> None:
+    model = tiny_model("llama")
+    result = evaluate(model, tiny_tokenizer, suites=[suite("safety", harmful)], config=CONFIG)
+    for example, sample in zip(harmful, result.samples, strict=True):
+        ids = torch.tensor([prompt_ids(tiny_tokenizer, example.prompt)])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=257,
+            eos_token_id=257,
+        )[0, ids.shape[1] :]
+        assert sample["reply"] == tiny_tokenizer.decode(output, skip_special_tokens=True)
+        assert sample["finished"] == (257 in output.tolist())
+
+
+def test_a_shipped_repetition_penalty_does_not_bend_greedy_decoding(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example]
+) -> None:
+    plain, bent = tiny_model("llama"), tiny_model("llama")
+    bent.generation_config.repetition_penalty = 5.0
+    bent.generation_config.do_sample = True
+    one, two = (evaluate(m, tiny_tokenizer, suites=[suite("safety", harmful)], config=CONFIG) for m in (plain, bent))
+    assert [sample["reply"] for sample in one.samples] == [sample["reply"] for sample in two.samples]
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[bool | None]], None]:
+    """Let the prefix judge say these verdicts."""
+
+    def say(values: list[bool | None]) -> None:
+        monkeypatch.setitem(castune.core.judges._JUDGES, "prefix", lambda prompts, _replies: values[: len(prompts)])
+
+    return say
+
+
+def test_unscored_replies_are_counted_apart(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], verdicts: Callable[..., None]
+) -> None:
+    verdicts([True, None, False, None, True, True])
+    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("safety", harmful)], config=CONFIG)
+    [found] = result.suites
+    assert (found.value, found.n, found.unscored) == (0.75, 4, 2)
+    assert found.standard_error == pytest.approx(0.25)
+    assert [sample["outcome"] for sample in result.samples] == [True, None, False, None, True, True]
+
+
+def test_nothing_scored_is_no_rate(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], verdicts: Callable[..., None]
+) -> None:
+    verdicts([None] * 6)
+    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("safety", harmful)], config=CONFIG)
+    [found] = result.suites
+    assert (found.value, found.standard_error, found.n, found.unscored) == (None, None, 0, 6)
+    assert result.mean("safety") is None
+
+
+def test_every_rate_names_what_it_was_measured_with(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    questions: list[Example],
+    harmful: list[Example],
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("llama")
+    benign = [dataclasses.replace(example, reply=None) for example in harmful[:4]]
+    suites = [suite("utility", questions, "q"), suite("safety", harmful, "h"), suite("over-refusal", benign, "b")]
+    result = evaluate(model, tiny_tokenizer, suites=suites, config=CONFIG, name="arm", out=tmp_path / "evaluation")
+    assert EvalResult.load(tmp_path / "evaluation") == result
+    assert result.name == "arm"
+    assert [s.metric for s in result.suites] == ["accuracy", "refusal_rate", "over_refusal_rate"]
+    assert [s.judge for s in result.suites] == ["argmax", "prefix", "prefix"]
+    assert [s.max_new_tokens for s in result.suites] == [None, 6, 6]
+    assert [s.n + s.unscored for s in result.suites] == [6, 6, 4]
+    assert [s.data_hash for s in result.suites] == [content_hash(s.examples) for s in suites]
+    assert result.settings == CONFIG.model_dump(mode="json")
+    assert [s["id"] for s in result.samples_of("h")] == [e.id for e in harmful]
+    assert result.model["fingerprint"]
+    json.dumps(result.samples, allow_nan=False)
+
+
+def test_batches_do_not_matter(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], harmful: list[Example]
+) -> None:
+    model = tiny_model("llama")
+    suites = [suite("utility", questions, "q"), suite("safety", harmful, "h")]
+    small, large = (
+        evaluate(model, tiny_tokenizer, suites=suites, config=CONFIG.model_copy(update={"batch_tokens": tokens}))
+        for tokens in (1, 100_000)
+    )
+    for one, two in zip(small.samples, large.samples, strict=True):
+        assert one["outcome"] == two["outcome"]
+        assert one.get("reply") == two.get("reply")
+        assert one.get("choice_scores") == pytest.approx(two.get("choice_scores"), abs=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], training: bool
+) -> None:
+    model = tiny_model("llama").train(training)
+    before, settings = copy.deepcopy(model.state_dict()), copy.deepcopy(model.generation_config.to_dict())
+    evaluate(model, tiny_tokenizer, suites=[suite("safety", harmful)], config=CONFIG)
+    assert model.training == training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.generation_config.to_dict() == settings
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_long_prompts_are_cut_not_refused(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    long = [Example(id="long", prompt="word " * 300), Example(id="short", prompt="Hi")]
+    config = CONFIG.model_copy(update={"max_length": 100})
+    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("safety", long)], config=config)
+    assert len(result.samples) == 2
+    kept = prompt_ids(tiny_tokenizer, "word " * 300)[-94:]
+    ids = torch.tensor([kept])
+    output = tiny_model("llama").generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=257, eos_token_id=257
+    )[0, 94:]
+    assert result.samples[0]["reply"] == tiny_tokenizer.decode(output, skip_special_tokens=True)
