@@ -172,12 +172,12 @@ def evaluate_step(
         if (arm.adapter / "tune.json").is_file():
             tuning = folder.load_tuning(arm, folder.load_selection(arm, cmap))
             todo.append((arm.name, arm, {**identity, "adapter": tuning.certificate.adapter_hash}))
-    for name, arm, record in todo:
+    for name, adapted, record in todo:
         if _is_evaluated(folder.evaluation(name), record, config, suites):
             logger.info("evaluation of %s: already there", name)
             continue
         logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in suites))
-        with _tuned(model, arm) as tuned:
+        with _tuned(model, adapted) as tuned:
             result = evaluate(
                 tuned,
                 tokenizer,

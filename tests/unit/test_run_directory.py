@@ -186,7 +186,8 @@ def test_an_adapter_of_another_selection_or_model_is_refused(folder: RunDirector
     selection = select(cmap, zone="safe")
     selection.save(folder.path)
     arm = folder.arm(None)
-    assert folder.load_tuning(arm, selection) == save_tuning(selection, arm.adapter)
+    saved = save_tuning(selection, arm.adapter)
+    assert folder.load_tuning(arm, selection) == saved
     with pytest.raises(ArtifactError, match="another selection"):
         folder.load_tuning(arm, select(cmap, zone="risky"))
     with pytest.raises(ArtifactError, match="another"):
