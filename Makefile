@@ -24,11 +24,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/castune run
 
+# Each worker holds the default model; files stay together because they share what they measured.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not real'
+	$(PYTEST) -m 'not real'
 
 lint: setup
 	$(BIN)/ruff check .

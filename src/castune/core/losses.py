@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from castune.data.rows import Row
 
+# For a few rows not a multiple of 8, CPU matrix products sum the vocabulary one after the other: the gradient through
+# the output head then loses two of float32's seven digits.
+_SCORED_MULTIPLE = 8
+
 
 @dataclass(frozen=True)
 class RowBatch:
@@ -38,9 +42,9 @@ class RowBatch:
         """Pad rows to their longest. Padding ids are 0; they are never attended to by a scored position."""
         ids_BS, positions_BT, tokens_BT, scored_BT = (
             _padded([row.ids for row in rows], 0, device),
-            _padded([row.positions for row in rows], 0, device),
-            _padded([row.tokens for row in rows], 0, device),
-            _padded([[True] * len(row.tokens) for row in rows], False, device),
+            _padded([row.positions for row in rows], 0, device, multiple=_SCORED_MULTIPLE),
+            _padded([row.tokens for row in rows], 0, device, multiple=_SCORED_MULTIPLE),
+            _padded([[True] * len(row.tokens) for row in rows], False, device, multiple=_SCORED_MULTIPLE),
         )
         if not any(row.branches for row in rows):
             return cls(ids_BS, positions_BT, tokens_BT, scored_BT)
@@ -60,8 +64,10 @@ class RowBatch:
         return torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device) <= last_B[:, None]
 
 
-def _padded(values: Sequence[Sequence[int]], filling: int, device: torch.device | str) -> Tensor:
-    longest = max(map(len, values))
+def _padded(
+    values: Sequence[Sequence[int]], filling: int, device: torch.device | str, *, multiple: int = 1
+) -> Tensor:
+    longest = -(-max(map(len, values)) // multiple) * multiple
     return torch.tensor([[*row, *[filling] * (longest - len(row))] for row in values], device=device)
 
 
