@@ -64,9 +64,7 @@ class RowBatch:
         return torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device) <= last_B[:, None]
 
 
-def _padded(
-    values: Sequence[Sequence[int]], filling: int, device: torch.device | str, *, multiple: int = 1
-) -> Tensor:
+def _padded(values: Sequence[Sequence[int]], filling: int, device: torch.device | str, *, multiple: int = 1) -> Tensor:
     longest = -(-max(map(len, values)) // multiple) * multiple
     return torch.tensor([[*row, *[filling] * (longest - len(row))] for row in values], device=device)
 
