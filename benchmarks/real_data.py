@@ -2,8 +2,9 @@
 
     python benchmarks/real_data.py DATA OUT && castune run OUT/recipe.toml
 
-DATA holds local copies with the hub's columns: `sft_safety_tuned_llamas_safety_only.jsonl` and `sft_alpaca_en_demo.jsonl`
-(instruction, input, output), `mmlu_test_sample.jsonl`, `advbench_harmful_behaviors.jsonl`, `xstest_prompts.jsonl`.
+DATA holds local copies with the hub's columns: `sft_safety_tuned_llamas_safety_only.jsonl` and
+`sft_alpaca_en_demo.jsonl` (instruction, input, output), `mmlu_test_sample.jsonl`, `advbench_harmful_behaviors.jsonl`,
+`xstest_prompts.jsonl`.
 No row is in two of the sets.
 """
 
@@ -37,7 +38,11 @@ learning_rate = 1e-3
 max_steps = 100
 
 [evaluate]
-suites = ["mmlu={out}/mmlu-eval.jsonl", "advbench={data}/advbench_harmful_behaviors.jsonl", "xstest={data}/xstest_prompts.jsonl"]
+suites = [
+  "mmlu={out}/mmlu-eval.jsonl",
+  "advbench={data}/advbench_harmful_behaviors.jsonl",
+  "xstest={data}/xstest_prompts.jsonl",
+]
 limit = 200
 """
 
