@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from castune import __version__
-from castune.errors import CastuneError
+from castune.errors import CastuneError, MapUnfinished
 
 if TYPE_CHECKING:
     from castune.artifacts import ConflictMap, EvalResult
@@ -79,7 +79,10 @@ def diagnose(
     sensitivity_rank: Annotated[
         str, typer.Option(help="difference (Eq. 5) or of-difference (Table 7).")
     ] = "difference",
-    batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
+    batch_tokens: Annotated[str, typer.Option(help="Rows x tokens of a forward; auto: measured here.")] = "2048",
+    shard: Annotated[
+        Optional[str], typer.Option(metavar="I/N", help="Do share I of N; the jobs have --out in common.")
+    ] = None,
     layers: Annotated[Optional[str], typer.Option(help="Only these layers, e.g. 0,15,29.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 21,
     dtype: DtypeOption = "auto",
@@ -90,6 +93,7 @@ def diagnose(
     from castune import pipeline
     from castune.config import Recipe
     from castune.core.loading import load
+    from castune.core.shards import Shard
     from castune.run_directory import RunDirectory
 
     settings: dict[str, Any] = {
@@ -97,7 +101,7 @@ def diagnose(
         "ablation": ablation,
         "max_new_tokens": max_new_tokens,
         "sensitivity_rank": sensitivity_rank,
-        "batch_tokens": batch_tokens,
+        "batch_tokens": int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens,
         "layers": _integers(layers, "--layers"),
     }
     recipe = Recipe.of(
@@ -116,7 +120,13 @@ def diagnose(
     calibration = pipeline.load_calibration(recipe)
     loaded, tokenizer = load(model, dtype=dtype, device=device, revision=revision)
     made_before = folder.map_file.is_file()
-    cmap = pipeline.diagnose_step(folder, recipe, loaded, tokenizer, *calibration)
+    try:
+        cmap = pipeline.diagnose_step(folder, recipe, loaded, tokenizer, *calibration, shard=shard)
+    except MapUnfinished as unfinished:
+        _say(str(unfinished))
+        return
+    if not Shard.of(shard).writes:
+        return
     if not made_before:
         folder.save_recipe(recipe)
     _print_diagnosis(cmap)

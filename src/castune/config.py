@@ -56,8 +56,8 @@ class DiagnoseConfig(_Config):
     """Tokens of a reply that the judge sees (`decision`), or that the margin compares (`margin`)."""
     judge: Literal["prefix"] = "prefix"
     """Who decides whether a reply refuses."""
-    batch_tokens: Count = 2048
-    """Rows x tokens of one forward."""
+    batch_tokens: Count | Literal["auto"] = 2048
+    """Rows x tokens of one forward. `auto`: what runs fastest on this machine, noted in the map."""
     max_length: Count = 1024
     """Limit of prompt + reply in tokens; prompts are cut on the left."""
     sensitivity_rank: Literal["difference", "of-difference"] = "difference"

@@ -27,3 +27,7 @@ class TrainingError(CastuneError):
 
 class CertificateError(CastuneError):
     """An adapter changes, or could change, something outside the selected heads."""
+
+
+class MapUnfinished(CastuneError):
+    """This process has done its share of a diagnosis; other shares are still missing."""

@@ -16,6 +16,7 @@ from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.config import DataConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import load
 from castune.core.provenance import fingerprint, model_record
+from castune.core.shards import Shard
 from castune.data.example import Example, content_hash, require_questions, require_replies
 from castune.data.sources import examples
 from castune.diagnose.run import diagnose
@@ -75,8 +76,10 @@ def diagnose_step(
     tokenizer: Any,
     safety: Sequence[Example],
     utility: Sequence[Example],
+    *,
+    shard: str | None = None,
 ) -> ConflictMap:
-    """The conflict map of the run, measured unless it is there."""
+    """The conflict map of the run, measured unless it is there; `shard` is this process's share of the measuring."""
     if folder.map_file.is_file():
         cmap = folder.load_map(fingerprint(model))
         _check_same("the conflict map", cmap.metadata["settings"], recipe.diagnose.model_dump(mode="json"), folder)
@@ -97,10 +100,12 @@ def diagnose_step(
         utility=utility,
         config=recipe.diagnose,
         out=folder.path,
+        shard=shard,
         sources={"safety": recipe.safety.source, "utility": recipe.utility.source},
         seed=recipe.seed,
     )
-    folder.record_step("diagnose", cmap.metadata["provenance"])
+    if Shard.of(shard).writes:
+        folder.record_step("diagnose", cmap.metadata["provenance"])
     return cmap
 
 

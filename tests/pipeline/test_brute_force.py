@@ -13,11 +13,15 @@ from brute_force import BruteForce, decision_shift, margin_shift, percentile_ran
 
 import castune
 from castune.core.ablation import can_resume
+from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
 from castune.core.judges import judge
+from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
-from castune.diagnose.ablate import Ablator, refusal_outcomes
+from castune.diagnose.decode import RefusalMeasure
+from castune.diagnose.journal import Journal
+from castune.diagnose.sweep import Ablator, sweep
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 MAX_NEW_TOKENS = 8
@@ -142,9 +146,18 @@ def test_refusal_outcomes_equal_brute_force(model: Any, tiny_tokenizer: Any, har
 
     layout, chat = HeadLayout.of(model), ChatFormat(tiny_tokenizer)
     ablator = Ablator(model, layout, layout.heads, can_resume(model, layout))
-    found = refusal_outcomes(
-        ablator, tiny_tokenizer, chat, harmful, chance_judge, max_new_tokens=MAX_NEW_TOKENS, batch_tokens=150
+    prompts = [chat.prompt_ids(example)[0] for example in harmful]
+    options: dict[str, Any] = {
+        "end_tokens": chat.end_tokens(model), "max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": 150,
+    }  # fmt: skip
+    replies = generate_replies(model, tiny_tokenizer, prompts, **options)
+    texts = [example.prompt for example in harmful]
+    measure = RefusalMeasure(
+        ablator, tiny_tokenizer, prompts, texts, replies, judge=chance_judge, is_settled=lambda _: False, **options
     )
+    found = sweep("safety", ablator, measure, len(harmful), journal=Journal.of(None, 0), shard=Shard())
+    assert found is not None
+    assert 0 < found.n_decoded <= found.ablated_HN.size
     reference = BruteForce(model, tiny_tokenizer, max_new_tokens=MAX_NEW_TOKENS)
     expected = reference.refusals(harmful, chance_judge)
     assert len({tuple(row) for row in expected}) > 3, "outcomes must vary over heads"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from castune.core.losses import batches_by_length
 from castune.core.progress import Advance, no_progress
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reply:
-    """A generated reply. `finished`: it ended by itself before `max_new_tokens`."""
+    """A generated reply. `finished`: it ended by itself, with an end-of-turn token."""
 
     text: str
     tokens: tuple[int, ...]
@@ -35,6 +35,9 @@ def generate_replies(
     max_new_tokens: int,
     end_tokens: Sequence[int],
     batch_tokens: int,
+    begun: Sequence[Sequence[int]] | None = None,
+    is_settled: Callable[[str], bool] | None = None,
+    around: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
     advance: Advance = no_progress,
 ) -> list[Reply]:
     """Pure greedy replies to tokenised prompts, in their order.
@@ -49,28 +52,59 @@ def generate_replies(
         max_new_tokens: length limit of a reply.
         end_tokens: tokens that end a reply; they are not part of the text.
         batch_tokens: limit of rows x (longest prompt + `max_new_tokens`) of a batch.
+        begun: first tokens of each reply, where they are known already.
+        is_settled: tells from a reply's text that it is long enough; the reply then ends there, not `finished`.
+        around: a context for each batch, from the numbers of its prompts in batch order.
         advance: called with the number of replies of each finished batch.
     """
     replies: list[Reply | None] = [None] * len(prompts)
     device = next(model.parameters()).device
     end, pad = set(end_tokens), end_tokens[0]
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(end), pad_token_id=pad, do_sample=False, num_beams=1
-    )
-    for indices in batches_by_length([len(p) + max_new_tokens for p in prompts], batch_tokens):
-        longest = max(len(prompts[i]) for i in indices)
-        ids = [[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in indices]
-        mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
-        with _generation_config(model, greedy):
+    begun = begun or [()] * len(prompts)
+    inputs = [[*prompt, *first] for prompt, first in zip(prompts, begun, strict=True)]
+    for indices in batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
+        longest = max(len(inputs[i]) for i in indices)
+        ids = [[pad] * (longest - len(inputs[i])) + inputs[i] for i in indices]
+        mask = [[0] * (longest - len(inputs[i])) + [1] * len(inputs[i]) for i in indices]
+        greedy = GenerationConfig(
+            max_new_tokens=max(max_new_tokens - len(begun[i]) for i in indices),
+            eos_token_id=sorted(end),
+            pad_token_id=pad,
+            do_sample=False,
+            num_beams=1,
+        )
+        stopping = StoppingCriteriaList()
+        if is_settled is not None:
+            stopping.append(_Settled(tokenizer, is_settled, [begun[i] for i in indices], longest))
+        with _generation_config(model, greedy), around(indices) if around is not None else nullcontext():
             output = model.generate(
-                input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device)
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                stopping_criteria=stopping,
             )
-        for index, tokens in zip(indices, output[:, longest:].tolist(), strict=True):
+        for index, new in zip(indices, output[:, longest:].tolist(), strict=True):
+            tokens = [*begun[index], *new][:max_new_tokens]
             stop = next((t for t, token in enumerate(tokens) if token in end), None)
             kept = tuple(tokens if stop is None else tokens[:stop])
             replies[index] = Reply(tokenizer.decode(kept, skip_special_tokens=True), kept, stop is not None)
         advance(len(indices))
     return [reply for reply in replies if reply is not None]
+
+
+class _Settled(StoppingCriteria):
+    """Ends each row of a batch as soon as its text is settled."""
+
+    def __init__(
+        self, tokenizer: Any, is_settled: Callable[[str], bool], begun: Sequence[Sequence[int]], n_input: int
+    ) -> None:
+        self.tokenizer, self.is_settled, self.begun, self.n_input = tokenizer, is_settled, begun, n_input
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_options: Any) -> Any:
+        texts = (
+            self.tokenizer.decode([*first, *new], skip_special_tokens=True)
+            for first, new in zip(self.begun, input_ids[:, self.n_input :].tolist(), strict=True)
+        )
+        return torch.tensor([self.is_settled(text) for text in texts], device=input_ids.device)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 A query head h of layer l owns rows of the query projection (what is trained) and a contiguous slice of the
 *input* of the output projection (what is ablated): every supported family ends its attention with
 `attn_output.reshape(..., H * K)` followed by the output projection. Both are found by names and shapes, and then
-proven by a perturbation probe: noise on the claimed rows of a head must move that head's slice and no other.
+proven by a perturbation probe: noise on the claimed rows of a head must move that head's slice and no other, and no
+token but those whose queries were changed (a key or a value would move later tokens).
 
 Shape letters: B batch row, S sequence position, D model width, L layer, H query head, G KV group, K head width.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,9 @@ _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack")
 _OUTPUT = ("o_proj", "dense", "c_proj", "out_proj", "wo")
 
 SUPPORTED = (
-    "llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, smollm3, mixtral, qwen3_moe and models "
-    "with the same attention layout"
+    "llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, smollm3, mixtral, qwen3_moe, falcon, llama4, "
+    "gpt_oss, qwen3_next, deepseek_v3, opt, bloom, granite, cohere2, glm4, starcoder2, exaone4 and models with the "
+    "same attention layout"
 )
 
 
@@ -47,6 +49,8 @@ class AttentionLayer:
     `layout` says how the query rows of head h lie in the projection's output dimension:
     `separate` and `block` start at h * q_dim; `interleaved` at h * 3 * q_dim (`[q_h | k_h | v_h]` a head);
     `interleaved_gqa` at (h // g) * (g + 2) * q_dim + (h % g) * q_dim with g query heads in a KV group.
+    q_dim and o_dim differ where a head's rows hold an output gate beside the query (qwen3_next) or where queries
+    and values have different widths (deepseek_v3).
     """
 
     layer: int
@@ -93,6 +97,7 @@ class HeadLayout:
     model_type: str
     decoder_path: str
     attention: tuple[AttentionLayer | None, ...]  # None: a layer without softmax attention
+    layers_return_tuples: bool = False  # falcon's decoder takes `[0]` of what a layer returns
 
     @classmethod
     def of(cls, model: nn.Module) -> HeadLayout:
@@ -103,7 +108,7 @@ class HeadLayout:
                 the message names the layer.
         """
         layout = _locate(model)
-        _probe(model, layout)
+        layout = replace(layout, layers_return_tuples=_probe(model, layout))
         return layout
 
     @property
@@ -210,7 +215,7 @@ def _attention_child(layer: nn.Module) -> tuple[str, nn.Module, str, str] | None
 
 def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any) -> AttentionLayer | None:
     found = _attention_child(layer)
-    if found is None:
+    if found is None or _is_linear(config, index):
         return None
     name, attention, query_name, output_name = found
     query, output = attention.get_submodule(query_name), attention.get_submodule(output_name)
@@ -252,6 +257,12 @@ def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any)
     )
 
 
+def _is_linear(config: Any, index: int) -> bool:
+    """Whether the config declares linear attention here; some such layers (olmo_hybrid) have a q_proj and an o_proj."""
+    layer_types = getattr(config, "layer_types", None) or ()
+    return index < len(layer_types) and layer_types[index] == "linear_attention"
+
+
 def _first_int(module: nn.Module, config: Any, *names: str) -> int | None:
     for owner in (module, config):
         for name in names:
@@ -278,19 +289,35 @@ class _Call(NamedTuple):
 
 
 @torch.no_grad()
-def _probe(model: nn.Module, layout: HeadLayout) -> None:
-    """Prove the layout: noise on a head's query rows moves that head's slice of the o_proj input and no other.
+def _probe(model: nn.Module, layout: HeadLayout) -> bool:
+    """Prove the layout: noise on a head's queries moves that head's slice of the o_proj input, at the same tokens.
 
     One forward records how each attention module is called; each is then called again on its own with noise on
-    one head, so the cost is three attention calls a layer whatever the depth.
+    one head, so the cost is three attention calls a layer whatever the depth. Returns whether decoder layers return
+    tuples.
     """
     calls: dict[int, _Call] = {}
+    outputs: list[Any] = []
     with evaluation_mode(model):
         with _recorded_attention_calls(model, layout, calls):
             ids = torch.arange(5, 13, device=next(model.parameters()).device)[None]
-            model(input_ids=ids, use_cache=False)
-        for layer in layout.layers_with_heads:
-            _probe_layer(model, layout.at(layer), calls[layer])
+            seen = layout.decoder_layers(model)[0].register_forward_hook(lambda _m, _a, output: outputs.append(output))
+            try:
+                model(input_ids=ids, use_cache=False)
+            finally:
+                seen.remove()
+        global_norms = [
+            layout.at(layer).path
+            for layer in layout.layers_with_heads
+            if _probe_layer(model, layout.at(layer), calls[layer])
+        ]
+    if global_norms:
+        warnings.warn(
+            f"{global_norms[0]} normalises queries across all heads: training one head's rows changes the scale of "
+            "the others. Diagnosis is exact, but frozen heads do not stay functionally frozen.",
+            stacklevel=4,  # the caller of HeadLayout.of; torch.no_grad is a frame of its own
+        )
+    return isinstance(outputs[0], tuple)
 
 
 @contextmanager
@@ -312,36 +339,42 @@ def _recorded_attention_calls(model: nn.Module, layout: HeadLayout, calls: dict[
             handle.remove()
 
 
-def _probe_layer(model: nn.Module, attention: AttentionLayer, call: _Call) -> None:
+def _probe_layer(model: nn.Module, attention: AttentionLayer, call: _Call) -> bool:
+    """Probe the first two heads and the last; returns whether a query norm spans all heads of the layer."""
     module = model.get_submodule(attention.path)
     global_norm = _normalises_across_heads(module, attention)
     before = _output_projection_input(module, attention, call, noisy_head=None)
     for head in sorted({0, 1, attention.n_heads - 1} & set(range(attention.n_heads))):
         after = _output_projection_input(module, attention, call, noisy_head=head)
-        moved_H = (after - before).abs().flatten(0, -2).amax(0).reshape(attention.n_heads, attention.o_dim).amax(1)
+        moved_SH = (after - before).abs().flatten(0, -2).unflatten(-1, (attention.n_heads, attention.o_dim)).amax(-1)
+        moved_H = moved_SH.amax(0)
         others = torch.cat([moved_H[:head], moved_H[head + 1 :]])
         # The heads do not share arithmetic, so the others should not move at all; 1e-3 leaves room for kernels
         # whose rounding depends on neighbours.
-        leaks = bool(others.numel()) and bool(others.max() > 1e-3 * moved_H[head])
-        if moved_H[head] == 0 or (leaks and not global_norm):
+        limit = 1e-3 * moved_H[head]
+        effect = None
+        if others.numel() and others.max() > limit and not global_norm:
+            effect = "also moved other heads"
+        elif moved_H[head] == 0:
+            effect = "did not move its output"
+        elif moved_SH[-1].max() > limit:
+            effect = "moved a token whose queries had no noise: the rows hold keys or values"
+        if effect:
             raise UnsupportedArchitecture(
-                f"layer {attention.layer} ({attention.path}): noise on the query rows of head {head} "
-                f"{'also moved other heads' if leaks else 'did not move its output'}; "
+                f"layer {attention.layer} ({attention.path}): noise on the query rows of head {head} {effect}; "
                 f"castune supports {SUPPORTED}"
             )
-    if global_norm and attention.layer == 0:
-        warnings.warn(
-            f"{attention.path} normalises queries across all heads: training one head's rows changes the scale of "
-            "the others. Diagnosis is exact, but frozen heads do not stay functionally frozen.",
-            stacklevel=2,
-        )
+    return global_norm
 
 
 def _normalises_across_heads(module: nn.Module, attention: AttentionLayer) -> bool:
-    """Whether a query norm spans all heads (olmo2, olmoe) instead of each head's width."""
+    """Whether a query norm spans all heads (olmo2, olmoe) instead of each head's width.
+
+    A weight `[H, K]` scales every head on its own and normalises each by itself (cohere).
+    """
     norm = getattr(module, "q_norm", None)
     weight = getattr(norm, "weight", None)
-    return attention.n_heads > 1 and weight is not None and weight.numel() == attention.n_heads * attention.q_dim
+    return attention.n_heads > 1 and weight is not None and weight.shape == (attention.n_heads * attention.q_dim,)
 
 
 def _output_projection_input(
@@ -353,10 +386,11 @@ def _output_projection_input(
     def add_noise(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         assert noisy_head is not None
         rows = attention.query_rows(noisy_head)
-        noise = torch.randn(output[..., rows].shape, generator=generator).to(output)
+        noise = torch.randn(output[..., :-1, rows].shape, generator=generator).to(output)
         noisy = output.clone()
-        # Ten standard deviations: enough to change where the head attends, whatever the scale of the weights.
-        noisy[..., rows] += 10 * (output.std() + 1) * noise
+        # Ten standard deviations: enough to change where the head attends, whatever the scale of the weights. The
+        # last token's query stays: it would notice if the rows held keys or values.
+        noisy[..., :-1, rows] += 10 * (output.std() + 1) * noise
         return noisy
 
     handles = [

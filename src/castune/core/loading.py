@@ -105,6 +105,13 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castune"
 
 
+def display_name(path: str) -> str:
+    """What to call a model loaded from `path` in artifacts, which travel: a hub id, or the last part of a path."""
+    if Path(path).parent == cache_home():
+        return DEFAULT_MODEL
+    return Path(path).name if Path(path).is_absolute() else path
+
+
 def _resolve(name: str) -> tuple[str, str | None]:
     """(source for from_pretrained, gguf file name or None)."""
     if name == "default":
@@ -175,7 +182,10 @@ def _convert(gguf: Path, target: Path) -> None:
 def _placement(device: str | torch.device) -> Any:
     if str(device) != "auto":
         return str(device)
-    return "auto" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    # Ranks of a torchrun job hold a model each; a single process may spread its model over all GPUs.
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "auto"
 
 
 def _dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:

@@ -27,7 +27,7 @@ class RowBatch:
     """Rows padded on the right; `scored_BT` masks the padding of positions and tokens.
 
     Plain rows need no attention mask: with causal attention the padding comes after everything that is scored.
-    Rows whose replies share a prompt bring `places_BS` (position ids) and `visible_BSS`.
+    Rows that are trees bring `places_BS` (position ids) and `visible_BSS`.
     """
 
     ids_BS: Tensor
@@ -49,13 +49,29 @@ class RowBatch:
         if not any(row.branches for row in rows):
             return cls(ids_BS, positions_BT, tokens_BT, scored_BT)
         places_BS = _padded([row.places for row in rows], 0, device)
-        branches_BS = _padded([row.branches or [0] * len(row.ids) for row in rows], -1, device)
-        same_BSS = branches_BS[:, :, None] == branches_BS[:, None, :]
-        prompt_BSS = (branches_BS == 0)[:, None, :]
-        n = branches_BS.shape[1]
-        causal_SS = torch.ones(n, n, dtype=torch.bool, device=branches_BS.device).tril()
-        visible_BSS = (same_BSS | prompt_BSS) & causal_SS
+        # Padding is a branch of its own, which nothing else sees.
+        n_branches = max(len(row.parents) for row in rows) + 1
+        sees_BGG = torch.eye(n_branches, dtype=torch.bool).repeat(len(rows), 1, 1)
+        for row, sees_GG in zip(rows, sees_BGG, strict=True):
+            if row.branches:
+                sees_GG[: len(row.parents), : len(row.parents)] = torch.tensor(row.sees())
+        branches_BS = _padded([row.branches or [0] * len(row.ids) for row in rows], n_branches - 1, device)
+        row_B = torch.arange(len(rows), device=branches_BS.device)[:, None, None]
+        visible_BSS = sees_BGG.to(branches_BS.device)[row_B, branches_BS[:, :, None], branches_BS[:, None, :]].tril()
         return cls(ids_BS, positions_BT, tokens_BT, scored_BT, places_BS, visible_BSS)
+
+    def rows(self, index: Tensor) -> RowBatch:
+        """The rows at `index` `[B']`, which may name a row several times."""
+        places_BS = None if self.places_BS is None else self.places_BS[index]
+        visible_BSS = None if self.visible_BSS is None else self.visible_BSS[index]
+        return RowBatch(
+            self.ids_BS[index],
+            self.positions_BT[index],
+            self.tokens_BT[index],
+            self.scored_BT[index],
+            places_BS,
+            visible_BSS,
+        )
 
     @property
     def real_BS(self) -> Tensor:
@@ -69,8 +85,8 @@ def _padded(values: Sequence[Sequence[int]], filling: int, device: torch.device 
     return torch.tensor([[*row, *[filling] * (longest - len(row))] for row in values], device=device)
 
 
-def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:
-    """Log-probability of every scored token, `[B, T]` float32; 0 where `scored_BT` is False. Differentiable."""
+def scored_logits(model: nn.Module, batch: RowBatch) -> Tensor:
+    """Logits that predict every scored token, `[B, T, V]` float32. Differentiable."""
     options: dict[str, Any] = {}
     if batch.visible_BSS is not None:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -78,7 +94,13 @@ def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:
         options["attention_mask"] = mask.masked_fill_(~batch.visible_BSS, torch.finfo(dtype).min)[:, None]
         options["position_ids"] = batch.places_BS
     output: Any = model(input_ids=batch.ids_BS, logits_to_keep=batch.positions_BT, use_cache=False, **options)
-    logits_BTV = output.logits.float()
+    logits_BTV: Tensor = output.logits.float()
+    return logits_BTV
+
+
+def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:
+    """Log-probability of every scored token, `[B, T]` float32; 0 where `scored_BT` is False. Differentiable."""
+    logits_BTV = scored_logits(model, batch)
     chosen_BT = logits_BTV.gather(-1, batch.tokens_BT[..., None])[..., 0]
     return (chosen_BT - logits_BTV.logsumexp(-1)) * batch.scored_BT
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from castune.core.loading import display_name
+
 # Elements sampled from every tensor for the fingerprint.
 _SAMPLES = 4096
 
@@ -42,7 +44,7 @@ def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
     """Identity of a model as it is stored in artifacts."""
     config = model.config
     return {
-        "name": name or getattr(config, "_name_or_path", "") or type(model).__name__,
+        "name": name or display_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "type": config.model_type,
         "fingerprint": fingerprint(model),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 
 @dataclass(frozen=True)
@@ -11,9 +12,11 @@ class Row:
     """One token sequence and the tokens whose log-probability is wanted.
 
     `tokens[t]` is scored by the logits at `positions[t]`; for a reply the positions are those just before its
-    tokens. Several replies to one prompt can share it: `branches` then names the reply each input token belongs to
-    (0: the prompt), and a token sees the prompt and its own branch only. `cut` tells that the prompt lost tokens on
-    its left to fit the length limit.
+    tokens. `cut` tells that the prompt lost tokens on its left to fit the length limit.
+
+    Several continuations can share what they have in common, as a tree: `branches` names the branch of each input
+    token, `parents` the branch each branch continues (-1: none), and a token sees the earlier tokens of its own
+    branch and of those above it. Both are empty for a plain sequence.
     """
 
     ids: tuple[int, ...]
@@ -21,6 +24,7 @@ class Row:
     tokens: tuple[int, ...]
     cut: bool = False
     branches: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
 
     @classmethod
     def of_replies(cls, prompt: Sequence[int], replies: Sequence[Sequence[int]], *, cut: bool = False) -> Row:
@@ -35,16 +39,55 @@ class Row:
             ids += reply[:-1]
             branches += [branch] * (len(reply) - 1)
         tokens = tuple(token for reply in replies for token in reply)
-        return cls(tuple(ids), tuple(positions), tokens, cut, tuple(branches) if len(replies) > 1 else ())
+        if len(replies) == 1:
+            return cls(tuple(ids), tuple(positions), tokens, cut)
+        return cls(tuple(ids), tuple(positions), tokens, cut, tuple(branches), (-1, *(0,) * len(replies)))
+
+    @classmethod
+    def packed(cls, rows: Sequence[Row]) -> Row:
+        """One row that scores the tokens of all `rows`, in their order, with the prefix they share run once."""
+        if len(rows) == 1:
+            return rows[0]
+        n_shared = shared_prefix(rows)
+        ids, branches = list(rows[0].ids[:n_shared]), [0] * n_shared
+        parents, positions = [-1], []
+        for row in rows:
+            moved = len(ids) - n_shared
+            positions += [place if place < n_shared else place + moved for place in row.positions]
+            first = len(parents)
+            parents += [0, *(first + parent for parent in row.parents[1:])]
+            ids += row.ids[n_shared:]
+            branches += [first + branch for branch in (row.branches or (0,) * len(row.ids))[n_shared:]]
+        tokens = tuple(token for row in rows for token in row.tokens)
+        cut = any(row.cut for row in rows)
+        return cls(tuple(ids), tuple(positions), tokens, cut, tuple(branches), tuple(parents))
 
     @property
     def places(self) -> list[int]:
-        """Place of each input token in its own conversation: branches all start right behind the prompt."""
+        """Place of each input token in its own conversation: a branch starts right behind the one it continues."""
         if not self.branches:
             return list(range(len(self.ids)))
-        n_prompt, used = self.branches.count(0), dict.fromkeys(self.branches, 0)
+        lengths = [self.branches.count(branch) for branch in range(len(self.parents))]
+        next_place: list[int] = []
+        for parent in self.parents:
+            next_place.append(0 if parent < 0 else next_place[parent] + lengths[parent])
         places = []
         for branch in self.branches:
-            places.append((n_prompt if branch else 0) + used[branch])
-            used[branch] += 1
+            places.append(next_place[branch])
+            next_place[branch] += 1
         return places
+
+    def sees(self) -> list[list[bool]]:
+        """`[branch][other]`: whether tokens of `branch` see those of `other` that come before them."""
+        above = [[branch == other for other in range(len(self.parents))] for branch in range(len(self.parents))]
+        for branch, parent in enumerate(self.parents):
+            if parent >= 0:
+                above[branch] = [a or b for a, b in zip(above[branch], above[parent], strict=True)]
+        return above
+
+
+def shared_prefix(rows: Sequence[Row]) -> int:
+    """How many input tokens all `rows` begin with, within their root branches."""
+    roots = [row.ids[: row.branches.count(0)] if row.branches else row.ids for row in rows]
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*roots, strict=False))
+    return sum(1 for _ in same)

@@ -60,15 +60,28 @@ def partial_gradients(
                 layer: torch.zeros_like(weight, dtype=torch.float32, device="cpu")
                 for layer, weight in zip(layers, weights, strict=True)
             }
-            for indices in batches_by_length([len(row.ids) for row in chunk], batch_tokens):
-                batch = RowBatch.of([chunk[i] for i in indices], weights[0].device)
-                loss = reply_nll(model, batch).sum() / len(rows)
+            todo = list(batches_by_length([len(row.ids) for row in chunk], batch_tokens))
+            while todo:
+                indices = todo.pop(0)
+                try:
+                    batch = RowBatch.of([chunk[i] for i in indices], weights[0].device)
+                    loss = reply_nll(model, batch).sum() / len(rows)
+                    gradients = torch.autograd.grad(loss, weights)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    if len(indices) == 1:
+                        raise CastuneError(
+                            f"out of memory on the gradient of one example of {len(chunk[indices[0]].ids)} tokens; "
+                            "lower max_length or use a smaller dtype"
+                        ) from None
+                    todo[:0] = equal_parts(indices, 2)
+                    continue
                 if not torch.isfinite(loss):
                     raise CastuneError(
                         f"the loss of a calibration batch is {loss.item()} in {weights[0].dtype}; "
                         "try --dtype float32, and check the data for extreme inputs"
                     )
-                for layer, gradient in zip(layers, torch.autograd.grad(loss, weights), strict=True):
+                for layer, gradient in zip(layers, gradients, strict=True):
                     if not torch.isfinite(gradient).all():
                         raise CastuneError(
                             f"gradients of layer {layer} are not finite in {gradient.dtype}; try --dtype float32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import replacing
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
-from castune.core.generation import generate_replies
+from castune.core.batching import tuned_batch_tokens
+from castune.core.generation import Reply, generate_replies
 from castune.core.heads import HeadId, HeadLayout
+from castune.core.judges import is_settled
 from castune.core.judges import judge as judge_named
 from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
@@ -33,11 +36,14 @@ from castune.core.scoring import (
     reply_rows,
     shared_if_exact,
 )
+from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_questions, require_replies
 from castune.data.rows import Row
-from castune.diagnose.ablate import Ablator, Outcomes, mean_replacements, refusal_outcomes, scored_outcomes
+from castune.diagnose.ablate import ScoredMeasure, mean_replacements
+from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.gradients import gram_matrices, partial_gradients
+from castune.diagnose.journal import Journal
 from castune.diagnose.score import (
     Floats,
     conflict_from_gram,
@@ -47,7 +53,8 @@ from castune.diagnose.score import (
     functional_sensitivity,
     margin_shift,
 )
-from castune.errors import CastuneError, DataError
+from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep, sweep_cost
+from castune.errors import CastuneError, DataError, MapUnfinished
 
 
 def diagnose(
@@ -58,10 +65,14 @@ def diagnose(
     utility: Sequence[Example],
     config: DiagnoseConfig | None = None,
     out: str | Path | None = None,
+    shard: str | None = None,
     sources: dict[str, str] | None = None,
     seed: int | None = None,
 ) -> ConflictMap:
     """Measure O(h), H_gen(h), H_safe(h), S(h) and C(h) of every head (Sections 3.2-3.4 of the paper).
+
+    With `out`, every result is in a journal there as soon as it is known: the same call continues after an
+    interruption at any point. Under `torchrun` the ranks share the work and all return the map.
 
     Args:
         model: a transformers model for causal language modelling; it is left as it was.
@@ -70,6 +81,7 @@ def diagnose(
         utility: D_util, multiple-choice questions.
         config: settings; the paper's by default.
         out: a run directory to write `conflict_map.parquet` and `ablation.parquet` into.
+        shard: `"i/n"`: do this share only, of n jobs that have `out` in common. The last to end returns the map.
         sources: names of the data sources, `{"safety": ..., "utility": ...}`, for the record.
         seed: seed the subsets were drawn with, for the record.
 
@@ -79,6 +91,7 @@ def diagnose(
     Raises:
         UnsupportedArchitecture: the heads of this model could not be located.
         CastuneError: data without replies or answers, layers that do not exist, a loss that is not finite.
+        MapUnfinished: this share is done, others are missing.
     """
     config = config or DiagnoseConfig()
     started = time.perf_counter()
@@ -86,32 +99,51 @@ def diagnose(
     safety_rows, utility_rows = _loss_rows(chat, safety, utility)
     layout = HeadLayout.of(model)
     heads = _heads(layout, config.layers)
+    share = Shard.of(shard)
+    if share.count > 1 and out is None:
+        raise CastuneError("processes share their work through the run directory: give `out`")
+    identity = model_record(model)
+    data = {
+        "safety": _data_record((sources or {}).get("safety"), safety, safety_rows),
+        "utility": _data_record((sources or {}).get("utility"), utility, utility_rows),
+    }
+    key = [{name: identity[name] for name in ("fingerprint", "dtype")}, config.model_dump(mode="json"), data]
+    journal = Journal.of(None if out is None else Path(out), key)
+    settings = config.model_dump(mode="json")
     with evaluation_mode(model):
-        gram = _gradients(model, layout, heads, safety_rows, utility_rows, config)
+        config = _with_batch_tokens(model, config, journal, share)
+        gram = _gradients(model, layout, heads, safety_rows, utility_rows, config, journal, share)
         ablator = _ablator(model, layout, heads, [*safety_rows, *utility_rows], config)
-        of_utility = _measure_utility(ablator, chat, utility, config)
-        of_safety = _measure_safety(ablator, tokenizer, chat, safety, config)
-
-    sources = sources or {}
+        sweeper = _Sweeper(ablator, tokenizer, chat, config, journal, share)
+        of_utility = sweeper.utility(utility)
+        of_safety = sweeper.safety(safety)
+    if gram is None:
+        gram = _journaled_gram(journal)
+    if gram is None or of_utility is None or of_safety is None:
+        raise MapUnfinished(
+            f"share {share.index + 1} of {share.count} is done, others are missing; the last one to end makes the map, "
+            "or the same command without a shard does what is missing"
+        )
     metadata = {
-        "model": model_record(model),
-        "settings": config.model_dump(mode="json"),
-        "data": {
-            "safety": _data_record(sources.get("safety"), safety, safety_rows),
-            "utility": _data_record(sources.get("utility"), utility, utility_rows),
-        },
+        "model": identity,
+        "settings": settings,
+        "data": data,
+        "batch_tokens": config.batch_tokens,
         "baseline": {
             "utility_accuracy": _rate(of_utility.decisions_N),
             "refusal_rate": _rate(of_safety.decisions_N),
         },
         "resumed": ablator.resumable,
+        "replies": _reply_counts(of_safety.outcomes, config),
         "seconds": round(time.perf_counter() - started, 2),
         "provenance": provenance(seed),
     }
     cmap = _conflict_map(heads, gram, of_utility.outcomes, of_safety.outcomes, config, metadata)
-    if out is not None:
+    if out is not None and share.writes:
         _save_outcomes(Path(out), heads, utility, of_utility.outcomes, safety, of_safety.outcomes)
         cmap.save(out)
+        journal.remove()
+    share.wait()
     return cmap
 
 
@@ -149,6 +181,21 @@ def _heads(layout: HeadLayout, layers: Sequence[int] | None) -> list[HeadId]:
     return [head for head in layout.heads if head.layer in layers]
 
 
+def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, share: Shard) -> DiagnoseConfig:
+    """The settings with `batch_tokens` as a number: what this diagnosis began with, else what is measured now."""
+
+    def noted() -> int | None:
+        return next((record["batch_tokens"] for record in journal.records() if "batch_tokens" in record), None)
+
+    if config.batch_tokens != "auto":
+        return config
+    if noted() is None and share.writes:
+        journal.append({"batch_tokens": (found := tuned_batch_tokens(model))})
+        config = config.model_copy(update={"batch_tokens": found})
+    share.wait()
+    return config.model_copy(update={"batch_tokens": noted() or config.batch_tokens})
+
+
 def _gradients(
     model: Any,
     layout: HeadLayout,
@@ -156,102 +203,159 @@ def _gradients(
     safety_rows: Sequence[Row],
     utility_rows: Sequence[Row],
     config: DiagnoseConfig,
-) -> _Gram:
+    journal: Journal,
+    share: Shard,
+) -> _Gram | None:
+    """The first share's work, which costs no more than a few heads; None for the others."""
+    if not share.is_first:
+        return None
+    known = _journaled_gram(journal)
+    if known is not None:
+        return known
     layers = sorted({head.layer for head in heads})
+    assert config.batch_tokens != "auto"
+    parts = []
     with progress("gradients", len(safety_rows) + len(utility_rows)) as advance:
-        safety, utility = (
-            partial_gradients(
-                model,
-                layout,
-                layers,
-                rows,
-                n_chunks=config.gradient_chunks,
-                batch_tokens=config.batch_tokens,
-                advance=advance,
+        for rows in (safety_rows, utility_rows):
+            parts.append(
+                partial_gradients(
+                    model,
+                    layout,
+                    layers,
+                    rows,
+                    n_chunks=config.gradient_chunks,
+                    batch_tokens=config.batch_tokens,
+                    advance=advance,
+                )
             )
-            for rows in (safety_rows, utility_rows)
-        )
-    return _Gram(gram_matrices(layout, layers, [*safety, *utility]), len(safety))
+    safety, utility = parts
+    gram = _Gram(gram_matrices(layout, layers, [*safety, *utility]), len(safety))
+    journal.append({"gram": gram.products_HCC.tolist(), "n_safety": gram.n_safety})
+    return gram
+
+
+def _journaled_gram(journal: Journal) -> _Gram | None:
+    for record in journal.records():
+        if "gram" in record:
+            return _Gram(np.array(record["gram"]), record["n_safety"])
+    return None
 
 
 def _ablator(
     model: Any, layout: HeadLayout, heads: Sequence[HeadId], rows: Sequence[Row], config: DiagnoseConfig
 ) -> Ablator:
     filling = None
+    assert config.batch_tokens != "auto"
     if config.ablation == "mean":
         filling = mean_replacements(model, layout, rows, batch_tokens=config.batch_tokens)
     return Ablator(model, layout, heads, can_resume(model, layout), filling)
 
 
-def _measure_utility(
-    ablator: Ablator, chat: ChatFormat, examples: Sequence[Example], config: DiagnoseConfig
-) -> _Measured:
-    rows_of = shared_if_exact(
-        ablator.model, lambda share: [question_rows(chat, e, share_prompt=share) for e in examples]
-    )
+@dataclass(frozen=True)
+class _Sweeper:
+    """Both sweeps over the heads."""
 
-    def outcome(n: int, values: Sequence[Floats]) -> float:
-        scores = choice_scores(chat, examples[n], values)
-        if not np.isfinite(scores).all():
-            return np.nan
-        return answer_margin(examples[n], scores) if config.measure == "margin" else is_correct(examples[n], scores)
+    ablator: Ablator
+    tokenizer: Any
+    chat: ChatFormat
+    config: DiagnoseConfig
+    journal: Journal
+    share: Shard
 
-    with progress("ablations, utility", ablator.work_per_row * sum(map(len, rows_of))) as advance:
-        outcomes = scored_outcomes(ablator, rows_of, outcome, batch_tokens=config.batch_tokens, advance=advance)
-    decisions_N = outcomes.baseline_N
-    return _Measured(outcomes, (decisions_N > 0).astype(float) if config.measure == "margin" else decisions_N)
+    @property
+    def batch_tokens(self) -> int:
+        assert self.config.batch_tokens != "auto"
+        return self.config.batch_tokens
 
-
-def _measure_safety(
-    ablator: Ablator, tokenizer: Any, chat: ChatFormat, examples: Sequence[Example], config: DiagnoseConfig
-) -> _Measured:
-    if config.measure == "margin":
-        return _refusal_margins(ablator, tokenizer, chat, examples, config)
-    with progress("ablations, safety", len(examples) * (1 + len(ablator.heads))) as advance:
-        outcomes = refusal_outcomes(
-            ablator,
-            tokenizer,
-            chat,
-            examples,
-            judge_named(config.judge),
-            max_new_tokens=config.max_new_tokens,
-            batch_tokens=config.batch_tokens,
-            advance=advance,
+    def utility(self, examples: Sequence[Example]) -> _Measured | None:
+        rows_of = shared_if_exact(
+            self.ablator.model, lambda share: [question_rows(self.chat, e, share_prompt=share) for e in examples]
         )
-    return _Measured(outcomes, outcomes.baseline_N)
+        by_margin = self.config.measure == "margin"
+
+        def outcome(n: int, values: Sequence[Floats]) -> float:
+            scores = choice_scores(self.chat, examples[n], values)
+            if not np.isfinite(scores).all():
+                return np.nan
+            return answer_margin(examples[n], scores) if by_margin else is_correct(examples[n], scores)
+
+        measure = ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self.batch_tokens)
+        outcomes = self._swept("utility", measure, len(examples))
+        if outcomes is None:
+            return None
+        decisions_N = outcomes.baseline_N
+        return _Measured(outcomes, _positive(decisions_N) if by_margin else decisions_N)
+
+    def safety(self, examples: Sequence[Example]) -> _Measured | None:
+        prompts = [self.chat.prompt_ids(example, reserve=self.config.max_new_tokens)[0] for example in examples]
+        replies = generate_replies(
+            self.ablator.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.config.max_new_tokens,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            batch_tokens=self.batch_tokens,
+        )
+        if self.config.measure == "margin":
+            return self._refusal_margins(examples, replies)
+        name = self.config.judge
+        measure = RefusalMeasure(
+            self.ablator,
+            self.tokenizer,
+            prompts,
+            [example.prompt for example in examples],
+            replies,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            judge=judge_named(name),
+            is_settled=partial(is_settled, name),
+            max_new_tokens=self.config.max_new_tokens,
+            batch_tokens=self.batch_tokens,
+        )
+        outcomes = self._swept("safety", measure, len(examples))
+        return None if outcomes is None else _Measured(outcomes, outcomes.baseline_N)
+
+    def _refusal_margins(self, examples: Sequence[Example], replies: Sequence[Reply]) -> _Measured | None:
+        """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
+        n_tokens = self.config.max_new_tokens
+        pairs = []
+        for example, reply in zip(examples, replies, strict=True):
+            own = [*reply.tokens, *([self.chat.end_token] if reply.finished else [])]
+            assert example.reply is not None
+            pairs.append([self.chat.reply_ids(example.reply)[:n_tokens], own[:n_tokens]])
+        rows_of = shared_if_exact(
+            self.ablator.model,
+            lambda share: [
+                reply_rows(self.chat, e, pair, share_prompt=share) for e, pair in zip(examples, pairs, strict=True)
+            ],
+        )
+
+        def margin(n: int, values: Sequence[Floats]) -> float:
+            refusal, own = reply_means([len(tokens) for tokens in pairs[n]], values)
+            return float(refusal - own)
+
+        measure = ScoredMeasure(self.ablator, rows_of, margin, batch_tokens=self.batch_tokens)
+        outcomes = self._swept("safety", measure, len(examples))
+        if outcomes is None:
+            return None
+        verdicts = judge_named(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
+        return _Measured(outcomes, np.array([np.nan if v is None else float(v) for v in verdicts]))
+
+    def _swept(self, name: str, measure: Measure, n_examples: int) -> Outcomes | None:
+        with progress(f"ablations, {name}", sweep_cost(self.ablator, n_examples, self.share)) as advance:
+            return sweep(
+                name, self.ablator, measure, n_examples, journal=self.journal, shard=self.share, advance=advance
+            )
 
 
-def _refusal_margins(
-    ablator: Ablator, tokenizer: Any, chat: ChatFormat, examples: Sequence[Example], config: DiagnoseConfig
-) -> _Measured:
-    """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
-    prompts = [chat.prompt_ids(example, reserve=config.max_new_tokens)[0] for example in examples]
-    replies = generate_replies(
-        ablator.model,
-        tokenizer,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        end_tokens=chat.end_tokens(ablator.model),
-        batch_tokens=config.batch_tokens,
-    )
-    pairs = []
-    for example, reply in zip(examples, replies, strict=True):
-        own = [*reply.tokens, *([chat.end_token] if reply.finished else [])]
-        assert example.reply is not None
-        pairs.append([chat.reply_ids(example.reply)[: config.max_new_tokens], own[: config.max_new_tokens]])
-    rows_of = shared_if_exact(
-        ablator.model,
-        lambda share: [reply_rows(chat, e, pair, share_prompt=share) for e, pair in zip(examples, pairs, strict=True)],
-    )
+def _positive(margins_N: Floats) -> Floats:
+    return np.where(np.isfinite(margins_N), margins_N > 0, np.nan)
 
-    def margin(n: int, values: Sequence[Floats]) -> float:
-        refusal, own = reply_means([len(tokens) for tokens in pairs[n]], values)
-        return float(refusal - own)
 
-    with progress("ablations, safety", ablator.work_per_row * sum(map(len, rows_of))) as advance:
-        outcomes = scored_outcomes(ablator, rows_of, margin, batch_tokens=config.batch_tokens, advance=advance)
-    verdicts = judge_named(config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
-    return _Measured(outcomes, np.array([np.nan if v is None else float(v) for v in verdicts]))
+def _reply_counts(outcomes: Outcomes, config: DiagnoseConfig) -> dict[str, int] | None:
+    """How many replies were verified and how many of them decoded; None where none are generated under ablation."""
+    if config.measure == "margin":
+        return None
+    return {"verified": outcomes.ablated_HN.size, "decoded": outcomes.n_decoded}
 
 
 def _conflict_map(

@@ -17,10 +17,6 @@ from castune import CastuneError, HeadId, HeadLayout, UnsupportedArchitecture
 
 IDS = torch.arange(40, 64).reshape(2, 12)
 
-# More families with the fused, interleaved layouts; not in the list of supported ones, and yet right.
-FALCON = {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False, "bias": False}
-FALCON_MULTI_QUERY = {"new_decoder_architecture": False, "multi_query": True, "alibi": False}
-
 
 def expected_query_rows(model: Any, weight: Tensor) -> Tensor:
     """`[H, d, D]` of a weight-shaped tensor, cut by what each family's attention code does with the projection."""
@@ -28,9 +24,16 @@ def expected_query_rows(model: Any, weight: Tensor) -> Tensor:
     n_heads = config.num_attention_heads
     if kind == "gpt2":  # Conv1D (in, out), out = q | k | v
         return weight[:, : config.n_embd].reshape(config.n_embd, n_heads, -1).permute(1, 2, 0)
-    if kind == "gpt_neox":  # (head, q | k | v, width)
+    if kind in ("gpt_neox", "bloom"):  # (head, q | k | v, width)
         return weight.reshape(n_heads, 3, -1, weight.shape[1])[:, 0]
+    if kind == "falcon":  # (KV group, its queries | k | v, width)
+        groups = config.num_kv_heads if config.new_decoder_architecture else 1
+        return weight.reshape(groups, n_heads // groups + 2, -1, weight.shape[1])[:, :-2].flatten(0, 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    if kind == "qwen3_next":  # (head, q | output gate, width)
+        width = 2 * width
+    if kind == "deepseek_v3":  # (head, without position | rotary)
+        width = config.qk_nope_head_dim + config.qk_rope_head_dim
     return weight[: n_heads * width].reshape(n_heads, width, -1)
 
 
@@ -43,10 +46,11 @@ def hooks_left(model: nn.Module) -> int:
 
 def test_every_family_has_its_heads(any_tiny_model: Any) -> None:
     layout = HeadLayout.of(any_tiny_model)
-    assert layout.heads == tuple(HeadId(layer, head) for layer in range(3) for head in range(4))
+    with_heads = (1, 2) if any_tiny_model.config.model_type == "qwen3_next" else (0, 1, 2)
+    assert layout.heads == tuple(HeadId(layer, head) for layer in with_heads for head in range(4))
     assert layout.n_layers == 3
-    assert layout.layers_with_heads == (0, 1, 2)
-    for layer in range(3):
+    assert layout.layers_with_heads == with_heads
+    for layer in with_heads:
         in_features = (
             layout.output_projection(any_tiny_model, layer).weight.numel() // any_tiny_model.config.hidden_size
         )
@@ -57,7 +61,7 @@ def test_every_family_has_its_heads(any_tiny_model: Any) -> None:
 def test_head_blocks_put_together_equal_the_full_gradient(any_tiny_model: Any) -> None:
     layout = HeadLayout.of(any_tiny_model)
     any_tiny_model(IDS, labels=IDS).loss.backward()
-    for layer in range(3):
+    for layer in layout.layers_with_heads:
         gradient = layout.query_projection(any_tiny_model, layer).weight.grad
         expected = expected_query_rows(any_tiny_model, gradient)
         assert expected.abs().amax((1, 2)).min() > 0, "a head without gradient would prove nothing"
@@ -77,11 +81,11 @@ def _attention_outputs(model: Any, layout: HeadLayout, layer: int) -> Tensor:
     return captured[0]
 
 
-def _assert_weight_noise_moves_one_slice(model: Any) -> None:
-    layout = HeadLayout.of(model)
+def test_noise_on_a_heads_weights_moves_its_slice_only(any_tiny_model: Any) -> None:
+    layout = HeadLayout.of(any_tiny_model)
     for layer, head in layout.heads:
-        before = _attention_outputs(model, layout, layer)
-        noisy = copy.deepcopy(model)
+        before = _attention_outputs(any_tiny_model, layout, layer)
+        noisy = copy.deepcopy(any_tiny_model)
         weight = layout.query_projection(noisy, layer).weight
         rows = layout.query_rows(layer, head)
         with torch.no_grad():
@@ -94,29 +98,53 @@ def _assert_weight_noise_moves_one_slice(model: Any) -> None:
         assert change.max() == 0, (layer, head)
 
 
-def test_noise_on_a_heads_weights_moves_its_slice_only(any_tiny_model: Any) -> None:
-    _assert_weight_noise_moves_one_slice(any_tiny_model)
+def test_claimed_rows_are_queries(any_tiny_model: Any) -> None:
+    """A query decides what its own token reads; a key or a value would change what later tokens read."""
+    layout = HeadLayout.of(any_tiny_model)
+    for layer, head in layout.heads:
+        before = _attention_outputs(any_tiny_model, layout, layer)
+        projection, rows = layout.query_projection(any_tiny_model, layer), layout.query_rows(layer, head)
+        noise = 3 * torch.randn(rows.stop - rows.start, generator=torch.Generator().manual_seed(layer + head))
 
+        def nudge(_module: nn.Module, _args: Any, output: Tensor, rows: slice = rows, noise: Tensor = noise) -> Tensor:
+            nudged = output.clone()
+            nudged[:, 6, rows] += noise
+            return nudged
 
-@pytest.mark.parametrize(("kind", "changes"), [("falcon", FALCON), ("falcon", FALCON_MULTI_QUERY), ("bloom", {})])
-def test_other_fused_layouts(kind: str, changes: dict[str, Any]) -> None:
-    sizes = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    config = (
-        AutoConfig.for_model(kind, **sizes, n_head=4, n_layer=3, initializer_range=0.2, **changes)
-        if kind == "bloom"
-        else AutoConfig.for_model(kind, **sizes, initializer_range=0.2, **changes)
-    )
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    assert len(HeadLayout.of(model).heads) == 12
-    _assert_weight_noise_moves_one_slice(model)
+        handle = projection.register_forward_hook(nudge)
+        change = (_attention_outputs(any_tiny_model, layout, layer) - before).abs()
+        handle.remove()
+        columns = layout.output_columns(layer, head)
+        assert change[:, 6, columns].amax(-1).min() > 1e-4, (layer, head)
+        change[:, 6, columns] = 0
+        assert change.max() == 0, (layer, head)
 
 
 def test_a_norm_over_all_heads_is_told(tiny_model: Callable[..., Any]) -> None:
     with pytest.warns(UserWarning, match="normalises queries across all heads") as caught:
         layout = HeadLayout.of(tiny_model("olmo2"))
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert len(layout.heads) == 12
+
+
+def test_a_norm_that_scales_every_head_on_its_own_is_not(tiny_model: Callable[..., Any]) -> None:
+    """Its weight has as many elements as one over all heads; warnings are errors here."""
+    assert len(HeadLayout.of(tiny_model("cohere", use_qk_norm=True)).heads) == 12
+
+
+def test_linear_attention_with_familiar_names_has_no_heads(tiny_model: Callable[..., Any]) -> None:
+    """Olmo hybrid's linear layers own a q_proj and an o_proj; the first layer with heads has the norm over all."""
+    model = tiny_model(
+        "olmo_hybrid",
+        layer_types=["linear_attention", "full_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    with pytest.warns(UserWarning, match=r"layers\.1\.self_attn normalises queries across all heads"):
+        assert HeadLayout.of(model).layers_with_heads == (1, 2)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -141,6 +169,22 @@ def test_permuted_query_heads_are_refused(
     with pytest.raises(
         UnsupportedArchitecture, match=rf"layer {layer} \(model\.layers\.{layer}\.self_attn\).*castune supports llama"
     ):
+        HeadLayout.of(model)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0)], ids=["key-first", "value-first"])
+def test_keys_and_values_taken_for_queries_are_refused(tiny_model: Callable[..., Any], order: tuple[int, ...]) -> None:
+    """A bloom whose projection holds `[k_h | q_h | v_h]` or `[v_h | k_h | q_h]` a head: no other head moves."""
+    model = tiny_model("bloom")
+    attention = model.transformer.h[1].self_attention
+    split = attention._reshape
+
+    def reordered(fused: Tensor) -> tuple[Tensor, ...]:
+        parts = split(fused)
+        return tuple(parts[i] for i in order)
+
+    attention._reshape = reordered
+    with pytest.raises(UnsupportedArchitecture, match=r"layer 1 .*the rows hold keys or values"):
         HeadLayout.of(model)
 
 

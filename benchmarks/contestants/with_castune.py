@@ -1,0 +1,94 @@
+"""castune's own sweeps. `utility` and `safety` are the only calls into its engine: change them when it changes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from work import Outcome, Work, main
+
+import castune as ct
+from castune.core.ablation import can_resume
+from castune.core.generation import generate_replies
+from castune.core.heads import HeadLayout
+from castune.core.judges import is_settled
+from castune.core.scoring import answer_margin, choice_scores, question_rows, shared_if_exact
+from castune.core.shards import Shard
+from castune.data.chat import ChatFormat
+from castune.diagnose.ablate import ScoredMeasure
+from castune.diagnose.decode import RefusalMeasure
+from castune.diagnose.journal import Journal
+from castune.diagnose.sweep import Ablator, Measure, sweep
+
+Loaded = tuple[Any, Any]
+
+# A diagnosis measures the best number once at its start; here it is fixed, so that runs can be compared.
+BATCH_TOKENS = 2048
+
+
+def load(work: Work) -> Loaded:
+    return ct.load("default", dtype=work.dtype)
+
+
+def _ablator(model: Any, work: Work) -> Ablator:
+    layout = HeadLayout.of(model)
+    return Ablator(model, layout, [ct.HeadId(*head) for head in work.heads], can_resume(model, layout))
+
+
+def _ablated(name: str, ablator: Ablator, measure: Measure, n_examples: int) -> list[list[float]]:
+    outcomes = sweep(name, ablator, measure, n_examples, journal=Journal(None, "benchmark"), shard=Shard())
+    assert outcomes is not None
+    values: list[list[float]] = outcomes.ablated_HN.tolist()
+    return values
+
+
+def utility(loaded: Loaded, work: Work) -> Outcome:
+    """The utility sweep as `castune diagnose` runs it; its checks at the start and the whole model are timed too."""
+    model, tokenizer = loaded
+    chat = ChatFormat(tokenizer)
+    questions = ct.examples("starter-utility", limit=work.n_questions, seed=work.example_seed)[: len(work.questions)]
+    ablator = _ablator(model, work)
+    rows_of = shared_if_exact(model, lambda share: [question_rows(chat, q, share_prompt=share) for q in questions])
+    measure = ScoredMeasure(
+        ablator,
+        rows_of,
+        lambda n, values: answer_margin(questions[n], choice_scores(chat, questions[n], values)),
+        batch_tokens=BATCH_TOKENS,
+    )
+    return {"margins": _ablated("utility", ablator, measure, len(questions))}
+
+
+def safety(loaded: Loaded, work: Work) -> Outcome:
+    """The safety sweep as `castune diagnose` runs it; its checks at the start and the whole model are timed too.
+
+    Replies are decoded only as far as the judge needs them, so there are no full replies to compare.
+    """
+    model, tokenizer = loaded
+    end_tokens = work.end_tokens
+    ablator = _ablator(model, work)
+    replies = generate_replies(
+        model,
+        tokenizer,
+        work.prompts,
+        max_new_tokens=work.max_new_tokens,
+        end_tokens=end_tokens,
+        batch_tokens=BATCH_TOKENS,
+    )
+    measure = RefusalMeasure(
+        ablator,
+        tokenizer,
+        work.prompts,
+        work.prompt_texts,
+        replies,
+        end_tokens=end_tokens,
+        judge=ct.judge("prefix"),
+        is_settled=partial(is_settled, "prefix"),
+        max_new_tokens=work.max_new_tokens,
+        batch_tokens=BATCH_TOKENS,
+    )
+    found = _ablated("safety", ablator, measure, len(work.prompts))
+    return {"refusals": [[None if r != r else bool(r) for r in refused] for refused in found], "replies": None}
+
+
+if __name__ == "__main__":
+    main(load, {"utility": utility, "safety": safety})

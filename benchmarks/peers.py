@@ -1,0 +1,155 @@
+"""castune's ablation sweeps against a plain hook loop, nnsight and TransformerLens; prints one table.
+
+Every contestant (`contestants/with_*.py`) runs in a process of its own, one after the other, on the same token ids,
+heads and dtype, and is timed on the sweep alone. The ratio counts; absolute seconds depend on the machine.
+
+nnsight and TransformerLens are installed by `pip install -c constraints.txt -e '.[bench]'`, or, without that extra, by
+
+    pip install -c constraints.txt nnsight==0.8.1 transformer-lens==4.3.0
+
+They live with the pinned torch 2.13.0 and transformers 5.23.0. They bring wandb and its dependencies, so an environment
+of their own is advisable; `--python` names its interpreter (castune must be installed there as well).
+A contestant whose library is missing is reported as such and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import castune as ct
+from castune.core.heads import HeadLayout
+from castune.data.chat import ChatFormat
+
+CONTESTANTS = Path(__file__).parent / "contestants"
+sys.path.insert(0, str(CONTESTANTS))
+from work import Question, Work  # noqa: E402
+
+MAX_NEW_TOKENS = 24
+SEED = 0
+
+# Row of the table, script, sweep of that script. castune comes first: the others are compared with it.
+UTILITY = (
+    ("castune", "with_castune.py", "utility"),
+    ("plain hooks, a choice a forward", "with_hooks.py", "utility-choice-by-choice"),
+    ("plain hooks, choices batched", "with_hooks.py", "utility"),
+    ("nnsight, choices batched", "with_nnsight.py", "utility"),
+    ("TransformerLens, choices batched", "with_transformer_lens.py", "utility"),
+)
+SAFETY = (
+    ("castune", "with_castune.py", "safety"),
+    ("plain hooks, a prompt a generate", "with_hooks.py", "safety-prompt-by-prompt"),
+    ("plain hooks, prompts batched", "with_hooks.py", "safety"),
+    ("nnsight, prompts batched", "with_nnsight.py", "safety"),
+    ("TransformerLens, prompts batched", "with_transformer_lens.py", "safety"),
+)
+
+
+def the_work(*, heads: int, questions: int, prompts: int, dtype: str) -> Work:
+    """Heads spread evenly over all layers, and the first examples of the bundled sets, as token ids."""
+    model, tokenizer = ct.load("default", dtype=dtype)
+    chat, layout = ChatFormat(tokenizer), HeadLayout.of(model)
+    chosen = [layout.heads[i] for i in np.linspace(0, len(layout.heads) - 1, heads).round().astype(int)]
+    asked = ct.examples("starter-utility", limit=questions, seed=SEED)
+    harmful = ct.examples("starter-safety", limit=prompts, seed=SEED)
+    return Work(
+        dtype=dtype,
+        heads=[(head.layer, head.head) for head in chosen],
+        questions=[
+            Question(
+                chat.prompt_ids(question)[0],
+                [chat.reply_ids(choice, end_of_turn=False) for choice in question.choices],
+                int(question.answer or 0),
+            )
+            for question in asked
+        ],
+        prompts=[chat.prompt_ids(example)[0] for example in harmful],
+        prompt_texts=[example.prompt for example in harmful],
+        end_tokens=chat.end_tokens(model),
+        max_new_tokens=MAX_NEW_TOKENS,
+        n_questions=questions,
+        example_seed=SEED,
+    )
+
+
+def run(python: str, script: str, sweep: str, work_file: Path) -> dict[str, Any] | str:
+    """The result of one contestant, or the last line of its error."""
+    result_file = work_file.with_name("result.json")
+    result_file.unlink(missing_ok=True)
+    command = [python, str(CONTESTANTS / script), str(work_file), str(result_file), sweep]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode:
+        return (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+    result: dict[str, Any] = json.loads(result_file.read_text())
+    return result
+
+
+def agreement(result: dict[str, Any], castune: dict[str, Any]) -> str:
+    """How a contestant's outcomes compare with castune's."""
+    if "margins" in result:
+        mine, theirs = np.array(result["margins"]), np.array(castune["margins"])
+        same = ((mine > 0) == (theirs > 0)).mean()
+        return f"{same:10.4f}   margins differ by at most {np.abs(mine - theirs).max():.1e}"
+    mine, theirs = np.array(result["refusals"]), np.array(castune["refusals"])
+    text = f"{(mine == theirs).mean():10.4f}   {int((mine == True).sum())} refusals"  # noqa: E712 (None is no refusal)
+    if result["replies"] and castune["replies"]:
+        text += f", {(np.array(result['replies']) == np.array(castune['replies'])).mean():.4f} of replies identical"
+    return text
+
+
+def print_sweep(title: str, contestants: tuple[tuple[str, str, str], ...], python: str, work_file: Path) -> None:
+    print(f"\n{title}")
+    print(f"{'':34}{'seconds':>9}{'s a head':>10}{'x castune':>11}{'agreement':>11}")
+    n_heads = len(Work.load(work_file).heads)
+    castune: dict[str, Any] | None = None
+    for label, script, sweep in contestants:
+        result = run(python, script, sweep, work_file)
+        if isinstance(result, str):
+            print(f"{label:34}  not run: {result}", flush=True)
+            continue
+        castune = castune or (result if label == "castune" else None)
+        seconds = result["seconds"]
+        line = f"{label:34}{seconds:9.1f}{seconds / n_heads:10.3f}"
+        if castune:
+            line += f"{seconds / castune['seconds']:11.1f} {agreement(result, castune)}"
+        print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--heads", type=int, default=60)
+    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--sweep", choices=["utility", "safety", "both"], default="both")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the contestants")
+    options = parser.parse_args()
+    if options.python == sys.executable and not all(map(find_spec, ("nnsight", "transformer_lens"))):
+        print("nnsight or TransformerLens is not installed here; see the top of this file.", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as directory:
+        work_file = Path(directory) / "work.json"
+        work = the_work(heads=options.heads, questions=options.questions, prompts=options.prompts, dtype=options.dtype)
+        work.save(work_file)
+        layers = len({layer for layer, _ in work.heads})
+        print(
+            f"SmolLM2-135M-Instruct, {options.dtype}, {len(work.heads)} heads of {layers} layers, {os.cpu_count()} CPUs"
+        )
+        if options.sweep != "safety":
+            print_sweep(f"utility sweep, {len(work.questions)} questions", UTILITY, options.python, work_file)
+        if options.sweep != "utility":
+            title = f"safety sweep, {len(work.prompts)} prompts, {MAX_NEW_TOKENS} tokens a reply"
+            print_sweep(title, SAFETY, options.python, work_file)
+
+
+if __name__ == "__main__":
+    main()

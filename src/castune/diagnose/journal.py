@@ -1,0 +1,81 @@
+"""The journal of a diagnosis: every result is on disk as soon as it is known.
+
+A folder of JSONL files, one for each process that wrote, so that nothing needs a lock: a diagnosis that was killed, or
+that is spread over processes and machines with a common file system, reads them all. A line that a killed process
+left half-written is skipped; what it held is measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Records of one diagnosis.
+
+    Attributes:
+        folder: where they lie; None keeps none.
+        writer: name of this process's own file.
+    """
+
+    folder: Path | None
+    writer: str
+
+    @classmethod
+    def of(cls, out: Path | None, key: object) -> Journal:
+        """The journal in run directory `out` of the diagnosis that `key` (plain JSON) describes.
+
+        Records made under another model, other data or other settings lie in another folder and are never read.
+        """
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        writer = f"{time.time_ns():x}-{os.getpid()}"
+        return cls(None if out is None else out / "journal" / digest, writer)
+
+    def append(self, record: Record) -> None:
+        """Add a record; it is in the operating system's hands when this returns."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{self.writer}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def records(self) -> Iterator[Record]:
+        """All records of all processes."""
+        if self.folder is None:
+            return
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        record = json.loads(line)
+                    except json.JSONDecodeError:
+                        logger.warning("%s line %d: cut off; what it held is measured again", path, number)
+                        continue
+                    if isinstance(record, dict):
+                        yield record
+
+    def remove(self) -> None:
+        """Delete the records, once the artifacts made from them are saved."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
+
+
+def nullable(values: Sequence[float]) -> list[float | None]:
+    """Numbers as JSON has them: null where not finite."""
+    return [float(value) if abs(value) != float("inf") and value == value else None for value in values]

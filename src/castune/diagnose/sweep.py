@@ -1,0 +1,278 @@
+"""The sweep over all heads: which work there is, which of it is done, and who does the rest.
+
+A unit of work is one layer with all its heads on one batch of examples. What is measured there is a `Measure`'s
+affair: log-probabilities (`ablate.py`) or replies (`decode.py`).
+
+Shape letters: H head, N example.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from castune.core.ablation import ablate, record_residuals, resume_from
+from castune.core.heads import HeadId, HeadLayout
+from castune.core.losses import RowBatch
+from castune.core.progress import Advance, no_progress
+from castune.core.shards import Shard
+from castune.diagnose.journal import Journal, Record, nullable
+from castune.diagnose.score import Floats
+from castune.errors import CastuneError
+
+logger = logging.getLogger(__name__)
+
+Read = Callable[[Any, RowBatch], Tensor]
+"""Runs the model on rows and keeps what is wanted of its output, one entry a row."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Outcomes of the examples of one set: 0/1 decisions (NaN: unscored) or margins."""
+
+    baseline_N: Floats
+    ablated_HN: Floats
+    n_decoded: int = 0
+    """How many of the ablated replies differed from the whole model's and had to be decoded."""
+
+
+@dataclass(frozen=True)
+class Ablator:
+    """A model with the heads to ablate and what to put in their place."""
+
+    model: Any
+    layout: HeadLayout
+    heads: Sequence[HeadId]
+    resumable: bool
+    replacements: dict[int, Tensor] | None = None  # layer -> [H, K]; None: zero
+
+    def without(self, layer: int, heads: Tensor) -> AbstractContextManager[None]:
+        """The model with head `heads[b]` of `layer` ablated in batch row b, inside a `with` block."""
+        filling = None if self.replacements is None else self.replacements[layer]
+        return ablate(self.model, self.layout, layer, heads, filling)
+
+    def layers_run(self, layer: int) -> int:
+        """Decoder layers that a forward with a head of `layer` ablated has to run."""
+        return self.layout.n_layers - (layer if self.resumable else 0)
+
+
+class Measure(Protocol):
+    """What a sweep measures. `n_decoded`: replies that the last `ablated` had to decode."""
+
+    n_decoded: int
+
+    def batches(self) -> list[list[int]]:
+        """Examples that are measured together."""
+
+    def baseline(self, examples: Sequence[int]) -> Floats:
+        """Outcomes `[N]` of the whole model; keeps what `ablated` resumes from."""
+
+    def ablated(self, layer: int, heads: Sequence[int]) -> Floats:
+        """Outcomes `[H, N]` of the examples of the last `baseline`, without each of `heads`."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """All heads of one layer on one batch of examples."""
+
+    batch: int
+    layer: int
+
+
+def sweep(
+    name: str,
+    ablator: Ablator,
+    measure: Measure,
+    n_examples: int,
+    *,
+    journal: Journal,
+    shard: Shard,
+    advance: Advance = no_progress,
+) -> Outcomes | None:
+    """Outcomes of all examples, for the whole model and without each head.
+
+    What the journal holds is not measured again, and the outcome does not depend on how the work was split.
+
+    Args:
+        name: of the example set, in the journal.
+        ablator: the model and the heads.
+        measure: what is measured.
+        n_examples: how many examples there are.
+        journal: where results go.
+        shard: which share of the work is this process's.
+        advance: called with the decoder layers x examples done.
+
+    Returns:
+        The outcomes; None while other shares are missing.
+    """
+    of_layer: dict[int, list[int]] = {}
+    for number, head in enumerate(ablator.heads):
+        of_layer.setdefault(head.layer, []).append(number)
+    batches = measure.batches()
+    units = [Unit(batch, layer) for batch in range(len(batches)) for layer in of_layer]
+
+    def cost(unit: Unit) -> float:
+        return ablator.layers_run(unit.layer) * len(of_layer[unit.layer]) * len(batches[unit.batch])
+
+    known = _Known(name, ablator.heads, n_examples)
+    known.read(journal)
+    recorded = None
+    for unit in shard.share(units, cost):
+        examples, numbers = batches[unit.batch], of_layer[unit.layer]
+        if not known.has(numbers, examples):
+            if recorded != unit.batch:
+                values_N = measure.baseline(examples)
+                recorded = unit.batch
+                known.add(journal, None, [], examples, values_N[None], 0)
+            values_HN = measure.ablated(unit.layer, [ablator.heads[n].head for n in numbers])
+            known.add(journal, unit.layer, numbers, examples, values_HN, measure.n_decoded)
+        advance(cost(unit))
+    shard.wait()
+    if shard.count > 1:
+        known.read(journal)
+    return known.outcomes()
+
+
+def sweep_cost(ablator: Ablator, n_examples: int, shard: Shard) -> float:
+    """What `sweep` advances by in all, about."""
+    return sum(ablator.layers_run(head.layer) for head in ablator.heads) * n_examples / shard.count
+
+
+@dataclass
+class _Known:
+    """Outcomes so far. Row 0 is the whole model, row 1 + i the i-th head."""
+
+    name: str
+    heads: Sequence[HeadId]
+    n_examples: int
+
+    def __post_init__(self) -> None:
+        shape = (1 + len(self.heads), self.n_examples)
+        self.values, self.is_known = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+        self.n_decoded: dict[tuple[int, tuple[int, ...]], int] = {}
+        self.row_of = {(head.layer, head.head): 1 + i for i, head in enumerate(self.heads)}
+
+    def has(self, numbers: Sequence[int], examples: Sequence[int]) -> bool:
+        rows = [0, *(1 + number for number in numbers)]
+        return bool(self.is_known[np.ix_(rows, examples)].all())
+
+    def add(
+        self,
+        journal: Journal,
+        layer: int | None,
+        numbers: Sequence[int],
+        examples: Sequence[int],
+        values_HN: Floats,
+        n_decoded: int,
+    ) -> None:
+        record = {
+            "set": self.name,
+            "layer": layer,
+            "heads": [self.heads[number].head for number in numbers],
+            "examples": list(examples),
+            "values": [nullable(values_N) for values_N in values_HN],
+            "decoded": n_decoded,
+        }
+        journal.append(record)
+        self._fill(record)
+
+    def read(self, journal: Journal) -> None:
+        for record in journal.records():
+            if record.get("set") == self.name:
+                self._fill(record)
+
+    def outcomes(self) -> Outcomes | None:
+        if not self.is_known.all():
+            return None
+        return Outcomes(self.values[0], self.values[1:], sum(self.n_decoded.values()))
+
+    def _fill(self, record: Record) -> None:
+        layer, heads, examples = record["layer"], record["heads"], record["examples"]
+        values_HN = np.array(record["values"], dtype=float)
+        if layer is not None:
+            self.n_decoded[layer, tuple(examples)] = record["decoded"]
+        rows = [0] if layer is None else [self.row_of[layer, head] for head in heads]
+        self.values[np.ix_(rows, examples)] = values_HN
+        self.is_known[np.ix_(rows, examples)] = True
+
+
+class RecordedBatch:
+    """One batch of rows with its residuals: runs again with heads ablated, many heads in one forward.
+
+    Args:
+        ablator: the model and the heads.
+        rows: the rows.
+        batch_tokens: rows x tokens of one forward; halved for good where memory does not suffice.
+    """
+
+    def __init__(self, ablator: Ablator, rows: RowBatch, batch_tokens: int) -> None:
+        self.ablator, self.rows, self.batch_tokens = ablator, rows, batch_tokens
+        self._residuals: dict[int, Tensor] = {}
+
+    def baseline(self, read: Read) -> Tensor:
+        """`read` of every row for the whole model, `[B, ...]`; records the residuals."""
+        parts: list[dict[int, Tensor]] = []
+
+        def forward(row_b: Tensor) -> Tensor:
+            residuals: dict[int, Tensor] = {}
+            recording = record_residuals(self.ablator.model, self.ablator.layout, residuals)
+            with recording if self.ablator.resumable else nullcontext():
+                values = read(self.ablator.model, self.rows.rows(row_b))
+            parts.append(residuals)
+            return values
+
+        values_B = self._in_parts(torch.arange(len(self.rows.ids_BS)), forward)
+        layers = parts[0].keys()
+        self._residuals = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+        return values_B
+
+    def ablated(self, layer: int, heads: Sequence[int], read: Read) -> Tensor:
+        """`read` of every row without each of `heads`, `[H, B, ...]`. Needs `baseline` first where resumable."""
+        n_rows = len(self.rows.ids_BS)
+        device = self.rows.ids_BS.device
+        head_P = torch.tensor(heads, device=device).repeat_interleave(n_rows)
+        row_P = torch.arange(n_rows, device=device).repeat(len(heads))
+
+        def forward(pair_p: Tensor) -> Tensor:
+            pair_p = pair_p.to(device)
+            rows = self.rows.rows(row_P[pair_p])
+            start: AbstractContextManager[None] = nullcontext()
+            if self.ablator.resumable:
+                residual_BSD = self._residuals[layer]
+                residual_PSD = residual_BSD[row_P[pair_p].to(residual_BSD.device)]
+                start = resume_from(self.ablator.model, self.ablator.layout, layer, residual_PSD)
+            with start, self.ablator.without(layer, head_P[pair_p]):
+                return read(self.ablator.model, rows)
+
+        return self._in_parts(torch.arange(len(head_P)), forward).unflatten(0, (len(heads), n_rows))
+
+    @torch.no_grad()
+    def _in_parts(self, index: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        length = self.rows.ids_BS.shape[1]
+        values: list[Tensor] = []
+        done = 0
+        while done < len(index):
+            most = max(1, self.batch_tokens // length)
+            # Parts of equal size: a small last one would use the machine badly.
+            n_parts = -(-(len(index) - done) // most)
+            size = -(-(len(index) - done) // n_parts)
+            try:
+                values.append(forward(index[done : done + size]).cpu())
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                if size == 1:
+                    raise CastuneError(
+                        f"out of memory on one example of {length} tokens; lower max_length or use a smaller dtype"
+                    ) from None
+                self.batch_tokens = size // 2 * length
+                logger.warning("out of memory: going on with %d tokens a forward", self.batch_tokens)
+            else:
+                done += size
+        return torch.cat(values)
