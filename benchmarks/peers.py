@@ -99,17 +99,19 @@ def agreement(result: dict[str, Any], castune: dict[str, Any]) -> str:
     if "margins" in result:
         mine, theirs = np.array(result["margins"]), np.array(castune["margins"])
         same = ((mine > 0) == (theirs > 0)).mean()
-        return f"{same:10.4f}   margins differ by at most {np.abs(mine - theirs).max():.1e}"
-    mine, theirs = np.array(result["refusals"]), np.array(castune["refusals"])
-    text = f"{(mine == theirs).mean():10.4f}   {int((mine == True).sum())} refusals"  # noqa: E712 (None is no refusal)
+        return f"{same:.4f} of {mine.size} decisions, margins differ by at most {np.abs(mine - theirs).max():.1e}"
+    mine, theirs = np.array(result["refusals"], dtype=object), np.array(castune["refusals"], dtype=object)
+    refused = sum(verdict is True for verdict in mine.flat)
+    text = f"{(mine == theirs).mean():.4f} of {mine.size} verdicts ({refused} refusals)"
     if result["replies"] and castune["replies"]:
-        text += f", {(np.array(result['replies']) == np.array(castune['replies'])).mean():.4f} of replies identical"
+        same = (np.array(result["replies"]) == np.array(castune["replies"])).mean()
+        text += f", {same:.4f} of replies identical"
     return text
 
 
 def print_sweep(title: str, contestants: tuple[tuple[str, str, str], ...], python: str, work_file: Path) -> None:
     print(f"\n{title}")
-    print(f"{'':34}{'seconds':>9}{'s a head':>10}{'x castune':>11}{'agreement':>11}")
+    print(f"{'':34}{'seconds':>9}{'s a head':>10}{'x castune':>11}  agreement with castune")
     n_heads = len(Work.load(work_file).heads)
     castune: dict[str, Any] | None = None
     for label, script, sweep in contestants:
@@ -117,12 +119,16 @@ def print_sweep(title: str, contestants: tuple[tuple[str, str, str], ...], pytho
         if isinstance(result, str):
             print(f"{label:34}  not run: {result}", flush=True)
             continue
-        castune = castune or (result if label == "castune" else None)
-        seconds = result["seconds"]
-        line = f"{label:34}{seconds:9.1f}{seconds / n_heads:10.3f}"
-        if castune:
-            line += f"{seconds / castune['seconds']:11.1f} {agreement(result, castune)}"
+        line = f"{label:34}{result['seconds']:9.1f}{result['seconds'] / n_heads:10.3f}"
+        if label == "castune":
+            castune = result
+            line += f"{1:11.1f}"
+        elif castune:
+            line += f"{result['seconds'] / castune['seconds']:11.1f}  {agreement(result, castune)}"
         print(line, flush=True)
+        if label == "castune" and sweep == "safety":
+            full = run(python, script, "safety-replies", work_file)
+            result["replies"] = None if isinstance(full, str) else full["replies"]
 
 
 def main() -> None:

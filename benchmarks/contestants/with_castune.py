@@ -1,7 +1,9 @@
-"""castune's own sweeps. `utility` and `safety` are the only calls into its engine: change them when it changes."""
+"""castune's own sweeps. Nothing else in this benchmark calls its engine: change this file when the engine changes."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,7 @@ import castune as ct
 from castune.core.ablation import can_resume
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
-from castune.core.judges import is_settled
+from castune.core.judges import Judge, is_settled
 from castune.core.scoring import answer_margin, choice_scores, question_rows, shared_if_exact
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
@@ -63,15 +65,35 @@ def safety(loaded: Loaded, work: Work) -> Outcome:
 
     Replies are decoded only as far as the judge needs them, so there are no full replies to compare.
     """
+    found = _safety(loaded, work, ct.judge("prefix"), partial(is_settled, "prefix"))
+    return {"refusals": [[None if r != r else bool(r) for r in refused] for refused in found], "replies": None}
+
+
+def safety_replies(loaded: Loaded, work: Work) -> Outcome:
+    """The same sweep with a judge that tells replies apart instead of judging them, so that all are decoded in full.
+
+    For comparison with the others' replies, not for timing: where a model refuses nothing, equal verdicts say little.
+    """
+    texts: dict[int, str] = {}
+
+    def name(_prompts: Sequence[str], replies: Sequence[str]) -> list[Any]:
+        names = [zlib.crc32(reply.encode()) for reply in replies]
+        texts.update(zip(names, replies, strict=True))
+        return names
+
+    found = _safety(loaded, work, name, lambda _reply: False)
+    return {"refusals": None, "replies": [[texts[int(reply)] for reply in replies] for replies in found]}
+
+
+def _safety(loaded: Loaded, work: Work, judge: Judge, settled: Callable[[str], bool]) -> list[list[float]]:
     model, tokenizer = loaded
-    end_tokens = work.end_tokens
     ablator = _ablator(model, work)
     replies = generate_replies(
         model,
         tokenizer,
         work.prompts,
         max_new_tokens=work.max_new_tokens,
-        end_tokens=end_tokens,
+        end_tokens=work.end_tokens,
         batch_tokens=BATCH_TOKENS,
     )
     measure = RefusalMeasure(
@@ -80,15 +102,14 @@ def safety(loaded: Loaded, work: Work) -> Outcome:
         work.prompts,
         work.prompt_texts,
         replies,
-        end_tokens=end_tokens,
-        judge=ct.judge("prefix"),
-        is_settled=partial(is_settled, "prefix"),
+        end_tokens=work.end_tokens,
+        judge=judge,
+        is_settled=settled,
         max_new_tokens=work.max_new_tokens,
         batch_tokens=BATCH_TOKENS,
     )
-    found = _ablated("safety", ablator, measure, len(work.prompts))
-    return {"refusals": [[None if r != r else bool(r) for r in refused] for refused in found], "replies": None}
+    return _ablated("safety", ablator, measure, len(work.prompts))
 
 
 if __name__ == "__main__":
-    main(load, {"utility": utility, "safety": safety})
+    main(load, {"utility": utility, "safety": safety, "safety-replies": safety_replies})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from castune.core.losses import batches_by_length
+from castune.core.losses import batches_by_length, run_batches
 from castune.core.progress import Advance, no_progress
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ def generate_replies(
     end, pad = set(end_tokens), end_tokens[0]
     begun = begun or [()] * len(prompts)
     inputs = [[*prompt, *first] for prompt, first in zip(prompts, begun, strict=True)]
-    for indices in batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
+
+    def generate(indices: list[int]) -> tuple[int, Any]:
         longest = max(len(inputs[i]) for i in indices)
         ids = [[pad] * (longest - len(inputs[i])) + inputs[i] for i in indices]
         mask = [[0] * (longest - len(inputs[i])) + [1] * len(inputs[i]) for i in indices]
@@ -82,6 +83,10 @@ def generate_replies(
                 attention_mask=torch.tensor(mask, device=device),
                 stopping_criteria=stopping,
             )
+        return longest, output
+
+    batches = batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens)
+    for indices, (longest, output) in run_batches(batches, generate):
         for index, new in zip(indices, output[:, longest:].tolist(), strict=True):
             tokens = [*begun[index], *new][:max_new_tokens]
             stop = next((t for t, token in enumerate(tokens) if token in end), None)

@@ -8,14 +8,17 @@ Shape letters: B batch row, S sequence position, T scored token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from castune.data.rows import Row
+from castune.errors import CastuneError
+
+T = TypeVar("T")
 
 # For a few rows not a multiple of 8, CPU matrix products sum the vocabulary one after the other: the gradient through
 # the output head then loses two of float32's seven digits.
@@ -108,6 +111,29 @@ def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:
 def reply_nll(model: nn.Module, batch: RowBatch) -> Tensor:
     """Mean NLL of the scored tokens of each row, `[B]` float32; its mean over rows is the loss."""
     return -token_log_probs(model, batch).sum(1) / batch.scored_BT.sum(1)
+
+
+def run_batches(batches: Iterable[list[int]], run: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
+    """Each batch with what `run` returns for it; batches for which memory does not suffice are halved.
+
+    Raises:
+        CastuneError: a single example does not fit.
+    """
+    todo = list(batches)
+    while todo:
+        batch = todo.pop(0)
+        try:
+            result = run(batch)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if len(batch) == 1:
+                raise CastuneError(
+                    "out of memory on a single example; lower max_length or use a smaller dtype"
+                ) from None
+            middle = (len(batch) + 1) // 2
+            todo[:0] = [batch[:middle], batch[middle:]]
+            continue
+        yield batch, result
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

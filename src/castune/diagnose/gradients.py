@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from castune.core.heads import HeadLayout
-from castune.core.losses import RowBatch, batches_by_length, reply_nll
+from castune.core.losses import RowBatch, batches_by_length, reply_nll, run_batches
 from castune.core.progress import Advance, no_progress
 from castune.core.ranking import equal_parts
 from castune.data.rows import Row
@@ -60,22 +60,13 @@ def partial_gradients(
                 layer: torch.zeros_like(weight, dtype=torch.float32, device="cpu")
                 for layer, weight in zip(layers, weights, strict=True)
             }
-            todo = list(batches_by_length([len(row.ids) for row in chunk], batch_tokens))
-            while todo:
-                indices = todo.pop(0)
-                try:
-                    batch = RowBatch.of([chunk[i] for i in indices], weights[0].device)
-                    loss = reply_nll(model, batch).sum() / len(rows)
-                    gradients = torch.autograd.grad(loss, weights)
-                except torch.OutOfMemoryError:
-                    torch.cuda.empty_cache()
-                    if len(indices) == 1:
-                        raise CastuneError(
-                            f"out of memory on the gradient of one example of {len(chunk[indices[0]].ids)} tokens; "
-                            "lower max_length or use a smaller dtype"
-                        ) from None
-                    todo[:0] = equal_parts(indices, 2)
-                    continue
+
+            def backward(indices: list[int], chunk: Sequence[Row] = chunk) -> tuple[Tensor, tuple[Tensor, ...]]:
+                loss = reply_nll(model, RowBatch.of([chunk[i] for i in indices], weights[0].device)).sum() / len(rows)
+                return loss, torch.autograd.grad(loss, weights)
+
+            batches = batches_by_length([len(row.ids) for row in chunk], batch_tokens)
+            for indices, (loss, gradients) in run_batches(batches, backward):
                 if not torch.isfinite(loss):
                     raise CastuneError(
                         f"the loss of a calibration batch is {loss.item()} in {weights[0].dtype}; "

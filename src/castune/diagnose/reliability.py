@@ -99,20 +99,14 @@ class Measurements:
             safety_RC=np.ones((1, self.n_safety)),
         )
 
-    def columns(self, weights: Weights, *, drawn: bool = False) -> dict[str, Floats]:
+    def columns(self, weights: Weights) -> dict[str, Floats]:
         """O, H_gen, H_safe, S and C of every head in every resample (Eqs. 2-6).
-
-        Args:
-            weights: of the resamples.
-            drawn: see `weighted_conflict`.
 
         Returns:
             For each of `COLUMNS` an array [R, H]. NaN where none of a head's scored examples has a weight; S ranks
             the other heads among themselves.
         """
-        conflict_RH = weighted_conflict(
-            self.gram_HCC, self.n_safety, weights.safety_RC, weights.utility_RC, drawn=drawn
-        )
+        conflict_RH = weighted_conflict(self.gram_HCC, self.n_safety, weights.safety_RC, weights.utility_RC)
         utility_RH, safety_RH = (np.abs(change_RH) for change_RH in self.mean_changes(weights))
         sensitivity_RH = np.stack(
             [_sensitivity(u_H, s_H, self.sensitivity_rank) for u_H, s_H in zip(utility_RH, safety_RH, strict=True)]
@@ -211,7 +205,8 @@ def bootstrap(measurements: Measurements, *, n_resamples: int = 400, seed: int) 
     - Where few decisions change, the interval is short: it is [0, 0] where none does, though a rate of up to 3 / n is
       compatible with that.
     - O is that of a gradient of n examples, whose noise alone draws it towards 0.5; the interval is about that value.
-      The noise that resampling adds on top is taken off (`weighted_conflict`).
+      The noise that resampling adds on top is taken off (`drawn` of `weighted_conflict`), in the intervals of O and
+      C; the zones are those of the resamples as they are.
     - S and C depend on ranks: their intervals are the spread over resamples, not a promise of coverage.
 
     Args:
@@ -228,7 +223,14 @@ def bootstrap(measurements: Measurements, *, n_resamples: int = 400, seed: int) 
     rng = np.random.default_rng(seed)
     whole = measurements.whole
     weights = Weights(*(_random_counts(ones.shape[1], n_resamples, rng) for ones in whole))
-    columns = measurements.columns(weights, drawn=True)
+    columns = measurements.columns(weights)
+    map_RH = np.broadcast_to(measurements.columns(whole)["conflict_score"], columns["conflict_score"].shape)
+    zones = zone_stability(map_RH, columns["conflict_score"])
+    conflict_RH = weighted_conflict(
+        measurements.gram_HCC, measurements.n_safety, weights.safety_RC, weights.utility_RC, drawn=True
+    )
+    columns["optimization_conflict"] = conflict_RH
+    columns["conflict_score"] = conflict_score(conflict_RH, columns["functional_sensitivity"])
     bounds = {name: _percentiles(values_RH) for name, values_RH in columns.items()}
     if measurements.measure == "decision":
         for name, change_RH in zip(COLUMNS[1:3], measurements.mean_changes(weights), strict=True):
@@ -236,9 +238,7 @@ def bootstrap(measurements: Measurements, *, n_resamples: int = 400, seed: int) 
     intervals: dict[str, Floats] = {}
     for name, (low_H, high_H) in bounds.items():
         intervals |= {f"{name}_low": low_H, f"{name}_high": high_H}
-    resampled_RH = columns["conflict_score"]
-    map_RH = np.broadcast_to(measurements.columns(whole)["conflict_score"], resampled_RH.shape)
-    return Bootstrap(intervals, zone_stability(map_RH, resampled_RH))
+    return Bootstrap(intervals, zones)
 
 
 def zone_stability(one_RH: Floats, other_RH: Floats) -> ZoneStability:

@@ -269,7 +269,7 @@ class RecordedBatch:
                 torch.cuda.empty_cache()
                 if size == 1:
                     raise CastuneError(
-                        f"out of memory on one example of {length} tokens; lower max_length or use a smaller dtype"
+                        f"out of memory on a single row of {length} tokens; lower max_length or use a smaller dtype"
                     ) from None
                 self.batch_tokens = size // 2 * length
                 logger.warning("out of memory: going on with %d tokens a forward", self.batch_tokens)
