@@ -353,6 +353,22 @@ def _print_diagnosis(cmap: ConflictMap) -> None:
     _say(f"  base model: accuracy {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
     _say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")
     _say(f"  tied heads: {ties['utility_shift']:.0%} by utility shift, {ties['safety_shift']:.0%} by safety shift")
+    found = metadata["reliability"]
+    columns = found["split_half"]["columns"]
+    shown = {"O": "optimization_conflict", "H_gen": "utility_shift", "H_safe": "safety_shift", "C": "conflict_score"}
+    _say("  reliability: " + ", ".join(f"{sign} {_number(columns[name]['full'])}" for sign, name in shown.items()))
+    zones = found["split_half"]["zones"]
+    _say(
+        f"  safe zones of two halves of the examples overlap by {_number(zones['safe'])} "
+        f"({_number(zones['safe_by_chance'])} by chance)"
+    )
+    if found["examples_needed"] and (found["reliability"] is None or found["reliability"] < 0.5):
+        needed = found["examples_needed"]
+        _say(f"  a reliability of 0.5 would need about {needed['utility']} questions and {needed['safety']} prompts")
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
 
 
 def _print_evaluations(evaluations: dict[str, EvalResult]) -> None:

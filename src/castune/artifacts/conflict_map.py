@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _KIND = "conflict map"
 _METADATA_KEY = b"castune"
 
-# `_se` columns are standard errors of the column they are named after; null where none could be computed.
+# `_se` columns are standard errors of the column they are named after, `_low` and `_high` ends of its 95 % interval;
+# null where none could be computed.
 SCHEMA = pa.schema(
     [
         ("unit", pa.string()),
@@ -30,14 +31,24 @@ SCHEMA = pa.schema(
         ("head", pa.int32()),
         ("optimization_conflict", pa.float64()),
         ("optimization_conflict_se", pa.float64()),
+        ("optimization_conflict_low", pa.float64()),
+        ("optimization_conflict_high", pa.float64()),
         ("utility_shift", pa.float64()),
         ("utility_shift_se", pa.float64()),
+        ("utility_shift_low", pa.float64()),
+        ("utility_shift_high", pa.float64()),
         ("safety_shift", pa.float64()),
         ("safety_shift_se", pa.float64()),
+        ("safety_shift_low", pa.float64()),
+        ("safety_shift_high", pa.float64()),
         ("utility_rank", pa.float64()),
         ("safety_rank", pa.float64()),
         ("functional_sensitivity", pa.float64()),
+        ("functional_sensitivity_low", pa.float64()),
+        ("functional_sensitivity_high", pa.float64()),
         ("conflict_score", pa.float64()),
+        ("conflict_score_low", pa.float64()),
+        ("conflict_score_high", pa.float64()),
         ("bucket", pa.int32()),
     ]
 )
@@ -49,7 +60,7 @@ class ConflictMap:
 
     Attributes:
         table: the columns of `SCHEMA`, sorted by layer and head.
-        metadata: model, data, settings, baselines, ties, seconds, provenance; plain JSON.
+        metadata: model, data, settings, baselines, ties, reliability, seconds, provenance; plain JSON.
     """
 
     table: pa.Table

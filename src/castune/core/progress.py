@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 60
 
 
 class Advance(Protocol):
@@ -22,10 +29,37 @@ def no_progress(work: float = 1, /) -> None:
 
 @contextmanager
 def progress(description: str, total: float) -> Iterator[Advance]:
-    """A bar over `total` units of work; its ETA is right when equal work takes equal time.
+    """Progress over `total` units of work; its ETA is right when equal work takes equal time.
 
-    It is drawn on terminals only, so logs of batch jobs stay readable.
+    A bar on terminals. Elsewhere a line of the log now and then, so that logs of batch jobs tell the state and stay
+    readable.
     """
+    if not sys.stderr.isatty():
+        yield _LogLines(description, total)
+        return
     layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left"
-    with tqdm(total=total, desc=description, bar_format=layout, disable=None, leave=False) as bar:
+    with tqdm(total=total, desc=description, bar_format=layout, leave=False) as bar:
         yield bar.update
+
+
+class _LogLines:
+    def __init__(self, description: str, total: float) -> None:
+        self.description, self.total = description, total
+        self.done, self.started = 0.0, time.monotonic()
+        self.last_line = self.started
+
+    def __call__(self, work: float = 1, /) -> None:
+        self.done += work
+        now = time.monotonic()
+        if now - self.last_line < _SECONDS_BETWEEN_LINES or self.done >= self.total:
+            return
+        self.last_line = now
+        elapsed = now - self.started
+        left = elapsed * (self.total - self.done) / self.done
+        logger.info(
+            "%s: %.0f %%, %s elapsed, about %s left",
+            self.description,
+            100 * self.done / self.total,
+            tqdm.format_interval(elapsed),
+            tqdm.format_interval(left),
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from castune.diagnose.ablate import ScoredMeasure, mean_replacements
 from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.gradients import gram_matrices, partial_gradients
 from castune.diagnose.journal import Journal
+from castune.diagnose.reliability import Measurements, reliability
 from castune.diagnose.score import (
     Floats,
     conflict_from_gram,
@@ -55,6 +57,8 @@ from castune.diagnose.score import (
 )
 from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep, sweep_cost
 from castune.errors import CastuneError, DataError, MapUnfinished
+
+logger = logging.getLogger(__name__)
 
 
 def diagnose(
@@ -378,6 +382,17 @@ def _conflict_map(
     conflict = conflict_from_gram(gram.products_HCC, gram.n_safety)
     sensitivity = functional_sensitivity(utility_shift, safety_shift, rank=config.sensitivity_rank)
     score = conflict_score(conflict, sensitivity)
+    measurements = Measurements(
+        gram_HCC=gram.products_HCC,
+        n_safety=gram.n_safety,
+        utility=utility,
+        safety=safety,
+        measure=config.measure,
+        sensitivity_rank=config.sensitivity_rank,
+    )
+    intervals, summary = reliability(measurements, seed=metadata["provenance"]["seed"] or 0)
+    for warning in summary.warnings():
+        logger.warning(warning)
     columns = {
         "unit": ["q_head"] * len(heads),
         "layer": [head.layer for head in heads],
@@ -393,9 +408,10 @@ def _conflict_map(
         "functional_sensitivity": sensitivity,
         "conflict_score": score,
         "bucket": bucket_numbers(score),
+        **{name: _nullable(values) for name, values in intervals.items()},
     }
     ties = {"utility_shift": tie_share(utility_shift), "safety_shift": tie_share(safety_shift)}
-    return ConflictMap(pa.table(columns, schema=SCHEMA), {**metadata, "ties": ties})
+    return ConflictMap(pa.table(columns, schema=SCHEMA), {**metadata, "ties": ties, "reliability": summary.to_json()})
 
 
 def _nullable(values: Floats) -> list[float | None]:

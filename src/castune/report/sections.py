@@ -140,6 +140,7 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         ("Heads tied with another in utility shift", _share(ties.get("utility_shift"))),
         ("Heads tied with another in safety shift", _share(ties.get("safety_shift"))),
         ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
+        *_reliability(cmap.metadata.get("reliability", {})),
         ("Time", duration(cmap.metadata.get("seconds"))),
     ]
     caption = (
@@ -177,6 +178,32 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         zones,
         _selection_table(selections),
     )
+
+
+def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far the map can be trusted, as facts."""
+    halves = found.get("split_half", {})
+    columns, zones = halves.get("columns", {}), halves.get("zones", {})
+    symbols = (
+        ("O", "optimization_conflict"),
+        ("H_gen", "utility_shift"),
+        ("H_safe", "safety_shift"),
+        ("C", "conflict_score"),
+    )
+    parts = [f"{symbol} {_number(columns[name]['full'])}" for symbol, name in symbols if name in columns]
+    facts = [("Reliability over heads (split halves, Spearman-Brown)", ", ".join(parts) or known(None))]
+    for zone in ("safe", "risky"):
+        shown = f"{_number(zones.get(zone))}; {_number(zones.get(f'{zone}_by_chance'))} by chance"
+        facts.append((f"Overlap of the {zone} zones of two halves of the examples", shown))
+    needed, reliability = found.get("examples_needed"), found.get("reliability")
+    if needed and (reliability is None or reliability < 0.5):
+        counts = " and ".join(f"{n} {name}" for name, n in needed.items())
+        facts.append(("More noise than signal", f"a reliability of 0.5 would need about {counts} examples"))
+    return facts
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
 
 
 def _suites(evaluations: Mapping[str, EvalResult]) -> list[str]:

@@ -82,6 +82,9 @@ def make_map(heads_by_layer: Sequence[int], seed: int = 0, **metadata: Any) -> C
         "conflict_score": score,
         "bucket": bucket,
     }
+    for name in ("optimization_conflict", "utility_shift", "safety_shift", "functional_sensitivity", "conflict_score"):
+        columns |= {f"{name}_low": np.asarray(columns[name]) * 0.8, f"{name}_high": np.asarray(columns[name]) * 1.3}
+    agreement = {"half": 0.21, "full": 0.347, "n_splits": 50}
     plain = {
         "model": MODEL,
         "settings": {"measure": "margin", "ablation": "zero", "judge": "prefix", "max_new_tokens": 24},
@@ -94,6 +97,14 @@ def make_map(heads_by_layer: Sequence[int], seed: int = 0, **metadata: Any) -> C
             "refusal_rate": {"value": 0.0781, "standard_error": 0.0335, "n": 64, "unscored": 2},
         },
         "ties": {"utility_shift": 0.0, "safety_shift": 0.037},
+        "reliability": {
+            "reliability": 0.347,
+            "split_half": {
+                "columns": {"conflict_score": agreement, "safety_shift": {**agreement, "full": None}},
+                "zones": {"safe": 0.41, "safe_by_chance": 0.145, "risky": None, "risky_by_chance": 0.145},
+            },
+            "examples_needed": {"utility": 151, "safety": 121},
+        },
         "seconds": 412.5,
         "provenance": PROVENANCE,
     }
