@@ -35,7 +35,7 @@ compare = ["risky"]
 
 [tune]
 learning_rate = 1e-3
-max_steps = 100
+max_steps = 50
 
 [evaluate]
 suites = [

@@ -37,8 +37,8 @@ def _ablator(model: Any, work: Work) -> Ablator:
     return Ablator(model, layout, [ct.HeadId(*head) for head in work.heads], can_resume(model, layout))
 
 
-def _ablated(name: str, ablator: Ablator, measure: Measure, n_examples: int) -> list[list[float]]:
-    outcomes = sweep(name, ablator, measure, n_examples, journal=Journal(None, "benchmark"), shard=Shard())
+def _ablated(name: str, ablator: Ablator, measure: Measure) -> list[list[float]]:
+    outcomes = sweep(name, ablator, measure, journal=Journal(None, "benchmark"), shard=Shard())
     assert outcomes is not None
     values: list[list[float]] = outcomes.ablated_HN.tolist()
     return values
@@ -57,7 +57,7 @@ def utility(loaded: Loaded, work: Work) -> Outcome:
         lambda n, values: answer_margin(questions[n], choice_scores(chat, questions[n], values)),
         batch_tokens=BATCH_TOKENS,
     )
-    return {"margins": _ablated("utility", ablator, measure, len(questions))}
+    return {"margins": _ablated("utility", ablator, measure)}
 
 
 def safety(loaded: Loaded, work: Work) -> Outcome:

@@ -155,7 +155,7 @@ def test_refusal_outcomes_equal_brute_force(model: Any, tiny_tokenizer: Any, har
     measure = RefusalMeasure(
         ablator, tiny_tokenizer, prompts, texts, replies, judge=chance_judge, is_settled=lambda _: False, **options
     )
-    found = sweep("safety", ablator, measure, len(harmful), journal=Journal.of(None, 0), shard=Shard())
+    found = sweep("safety", ablator, measure, journal=Journal.of(None, 0), shard=Shard())
     assert found is not None
     assert 0 < found.n_decoded <= found.ablated_HN.size
     reference = BruteForce(model, tiny_tokenizer, max_new_tokens=MAX_NEW_TOKENS)

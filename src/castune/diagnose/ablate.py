@@ -39,16 +39,12 @@ class ScoredMeasure:
         self, ablator: Ablator, rows_of: Sequence[Sequence[Row]], outcome: Outcome, *, batch_tokens: int
     ) -> None:
         self.ablator, self.outcome, self.batch_tokens = ablator, outcome, batch_tokens
-        self._batches = {tuple(b.examples): b for b in example_batches(ablator.model, rows_of, batch_tokens)}
+        self.batches = example_batches(ablator.model, rows_of, batch_tokens)
 
-    def batches(self) -> list[list[int]]:
-        """Examples that are run together."""
-        return [batch.examples for batch in self._batches.values()]
-
-    def baseline(self, examples: Sequence[int]) -> Floats:
+    def baseline(self, batch: ExampleBatch) -> Floats:
         """Outcomes of the whole model."""
-        self._batch = self._batches[tuple(examples)]
-        rows = RowBatch.of(self._batch.rows, next(self.ablator.model.parameters()).device)
+        self._batch = batch
+        rows = RowBatch.of(batch.rows, next(self.ablator.model.parameters()).device)
         self._recorded = RecordedBatch(self.ablator, rows, self.batch_tokens)
         return self._outcomes(self._batch, self._recorded.baseline(token_log_probs))
 

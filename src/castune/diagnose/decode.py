@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castune.core.batching import example_batches
+from castune.core.batching import ExampleBatch, example_batches
 from castune.core.generation import Reply, generate_replies
 from castune.core.judges import Judge
 from castune.core.losses import RowBatch, scored_logits
@@ -76,22 +76,17 @@ class RefusalMeasure:
         self._judge, self._is_settled = judge, is_settled
         self._expected = [self._needed(reply) for reply in replies]
         rows = [Row.of_replies(prompt, [tokens]) for prompt, tokens in zip(prompts, self._expected, strict=True)]
-        batches = example_batches(ablator.model, [[row] for row in rows], batch_tokens)
-        self._batches = {tuple(batch.examples): batch for batch in batches}
+        self.batches = example_batches(ablator.model, [[row] for row in rows], batch_tokens)
         self._verdicts = self._judged(range(len(replies)), [reply.text for reply in replies])
         self.n_decoded = 0
 
-    def batches(self) -> list[list[int]]:
-        """Examples that are verified together."""
-        return [batch.examples for batch in self._batches.values()]
-
-    def baseline(self, examples: Sequence[int]) -> Floats:
+    def baseline(self, batch: ExampleBatch) -> Floats:
         """Verdicts on the whole model's replies."""
-        self._batch = self._batches[tuple(examples)]
-        rows = RowBatch.of(self._batch.rows, next(self.ablator.model.parameters()).device)
+        self._batch = batch
+        rows = RowBatch.of(batch.rows, next(self.ablator.model.parameters()).device)
         self._recorded = RecordedBatch(self.ablator, rows, self.batch_tokens)
         self._recorded.baseline(_top_tokens)
-        return self._verdicts[list(examples)]
+        return self._verdicts[batch.examples]
 
     def ablated(self, layer: int, heads: Sequence[int]) -> Floats:
         """Verdicts on the replies without each head."""

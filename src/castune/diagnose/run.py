@@ -55,7 +55,7 @@ from castune.diagnose.score import (
     functional_sensitivity,
     margin_shift,
 )
-from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep, sweep_cost
+from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep, sweep_work
 from castune.errors import CastuneError, DataError, MapUnfinished
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ class _Sweeper:
             return answer_margin(examples[n], scores) if by_margin else is_correct(examples[n], scores)
 
         measure = ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self.batch_tokens)
-        outcomes = self._swept("utility", measure, len(examples))
+        outcomes = self._swept("utility", measure)
         if outcomes is None:
             return None
         decisions_N = outcomes.baseline_N
@@ -315,7 +315,7 @@ class _Sweeper:
             max_new_tokens=self.config.max_new_tokens,
             batch_tokens=self.batch_tokens,
         )
-        outcomes = self._swept("safety", measure, len(examples))
+        outcomes = self._swept("safety", measure)
         return None if outcomes is None else _Measured(outcomes, outcomes.baseline_N)
 
     def _refusal_margins(self, examples: Sequence[Example], replies: Sequence[Reply]) -> _Measured | None:
@@ -338,17 +338,15 @@ class _Sweeper:
             return float(refusal - own)
 
         measure = ScoredMeasure(self.ablator, rows_of, margin, batch_tokens=self.batch_tokens)
-        outcomes = self._swept("safety", measure, len(examples))
+        outcomes = self._swept("safety", measure)
         if outcomes is None:
             return None
         verdicts = judge_named(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
         return _Measured(outcomes, np.array([np.nan if v is None else float(v) for v in verdicts]))
 
-    def _swept(self, name: str, measure: Measure, n_examples: int) -> Outcomes | None:
-        with progress(f"ablations, {name}", sweep_cost(self.ablator, n_examples, self.share)) as advance:
-            return sweep(
-                name, self.ablator, measure, n_examples, journal=self.journal, shard=self.share, advance=advance
-            )
+    def _swept(self, name: str, measure: Measure) -> Outcomes | None:
+        with progress(f"ablations, {name}", sweep_work(self.ablator, measure, self.share)) as advance:
+            return sweep(name, self.ablator, measure, journal=self.journal, shard=self.share, advance=advance)
 
 
 def _positive(margins_N: Floats) -> Floats:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from castune.core.ablation import ablate, record_residuals, resume_from
+from castune.core.batching import ExampleBatch
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.losses import RowBatch
 from castune.core.progress import Advance, no_progress
@@ -64,18 +65,24 @@ class Ablator:
 
 
 class Measure(Protocol):
-    """What a sweep measures. `n_decoded`: replies that the last `ablated` had to decode."""
+    """What a sweep measures.
 
-    n_decoded: int
+    Attributes:
+        batches: examples that are measured together; all examples are in one of them.
+        n_decoded: replies that the last `ablated` had to decode.
+    """
 
-    def batches(self) -> list[list[int]]:
-        """Examples that are measured together."""
+    @property
+    def batches(self) -> Sequence[ExampleBatch]: ...  # noqa: D102
 
-    def baseline(self, examples: Sequence[int]) -> Floats:
-        """Outcomes `[N]` of the whole model; keeps what `ablated` resumes from."""
+    @property
+    def n_decoded(self) -> int: ...  # noqa: D102
+
+    def baseline(self, batch: ExampleBatch) -> Floats:
+        """Outcomes `[N]` of the whole model on a batch; keeps what `ablated` resumes from."""
 
     def ablated(self, layer: int, heads: Sequence[int]) -> Floats:
-        """Outcomes `[H, N]` of the examples of the last `baseline`, without each of `heads`."""
+        """Outcomes `[H, N]` of the batch of the last `baseline`, without each of `heads`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,6 @@ def sweep(
     name: str,
     ablator: Ablator,
     measure: Measure,
-    n_examples: int,
     *,
     journal: Journal,
     shard: Shard,
@@ -104,10 +110,9 @@ def sweep(
         name: of the example set, in the journal.
         ablator: the model and the heads.
         measure: what is measured.
-        n_examples: how many examples there are.
         journal: where results go.
         shard: which share of the work is this process's.
-        advance: called with the decoder layers x examples done.
+        advance: called with the work done, see `sweep_work`.
 
     Returns:
         The outcomes; None while other shares are missing.
@@ -115,24 +120,23 @@ def sweep(
     of_layer: dict[int, list[int]] = {}
     for number, head in enumerate(ablator.heads):
         of_layer.setdefault(head.layer, []).append(number)
-    batches = measure.batches()
-    units = [Unit(batch, layer) for batch in range(len(batches)) for layer in of_layer]
+    units = [Unit(batch, layer) for batch in range(len(measure.batches)) for layer in of_layer]
 
     def cost(unit: Unit) -> float:
-        return ablator.layers_run(unit.layer) * len(of_layer[unit.layer]) * len(batches[unit.batch])
+        return ablator.layers_run(unit.layer) * len(of_layer[unit.layer]) * measure.batches[unit.batch].n_tokens
 
-    known = _Known(name, ablator.heads, n_examples)
+    known = _Known(name, ablator.heads, sum(len(batch.examples) for batch in measure.batches))
     known.read(journal)
     recorded = None
     for unit in shard.share(units, cost):
-        examples, numbers = batches[unit.batch], of_layer[unit.layer]
-        if not known.has(numbers, examples):
+        batch, numbers = measure.batches[unit.batch], of_layer[unit.layer]
+        if not known.has(numbers, batch.examples):
             if recorded != unit.batch:
-                values_N = measure.baseline(examples)
+                values_N = measure.baseline(batch)
                 recorded = unit.batch
-                known.add(journal, None, [], examples, values_N[None], 0)
+                known.add(journal, None, [], batch.examples, values_N[None], 0)
             values_HN = measure.ablated(unit.layer, [ablator.heads[n].head for n in numbers])
-            known.add(journal, unit.layer, numbers, examples, values_HN, measure.n_decoded)
+            known.add(journal, unit.layer, numbers, batch.examples, values_HN, measure.n_decoded)
         advance(cost(unit))
     shard.wait()
     if shard.count > 1:
@@ -140,9 +144,10 @@ def sweep(
     return known.outcomes()
 
 
-def sweep_cost(ablator: Ablator, n_examples: int, shard: Shard) -> float:
-    """What `sweep` advances by in all, about."""
-    return sum(ablator.layers_run(head.layer) for head in ablator.heads) * n_examples / shard.count
+def sweep_work(ablator: Ablator, measure: Measure, shard: Shard) -> float:
+    """Work of one share of a sweep in decoder layers x tokens, about."""
+    n_tokens = sum(batch.n_tokens for batch in measure.batches)
+    return sum(ablator.layers_run(head.layer) for head in ablator.heads) * n_tokens / shard.count
 
 
 @dataclass
