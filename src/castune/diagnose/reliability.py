@@ -10,153 +10,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any
 
 import numpy as np
 
 from castune.core.ranking import bucket_numbers, percentile_rank, tie_share
-from castune.diagnose.score import Floats, conflict_from_gram, conflict_score, functional_sensitivity
+from castune.diagnose.measurements import COLUMNS, Measurements, Weights, weighted_conflict
+from castune.diagnose.score import Floats, conflict_score
 
-COLUMNS = ("optimization_conflict", "utility_shift", "safety_shift", "functional_sensitivity", "conflict_score")
 # Reliability is the share of the variance over heads that another set of examples would reproduce. Below one half the
 # order of the heads is more noise than signal.
 RELIABLE = 0.5
 _PERCENTILES = (0.025, 0.975)
 _BUCKETS = 4
-
-Measure = Literal["decision", "margin"]
-SensitivityRank = Literal["difference", "of-difference"]
-
-
-class PairedOutcomes(Protocol):
-    """Outcomes of the examples of one set with the whole model and without each head; NaN is unscored."""
-
-    @property
-    def baseline_N(self) -> Floats: ...  # noqa: D102
-
-    @property
-    def ablated_HN(self) -> Floats: ...  # noqa: D102
-
-
-class Weights(NamedTuple):
-    """How often every example and every chunk counts, one row a resample."""
-
-    utility_RN: Floats
-    safety_RN: Floats
-    utility_RC: Floats
-    safety_RC: Floats
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurements:
-    """What a diagnosis measured, before it is summed over examples.
-
-    Args:
-        gram_HCC: inner products of the partial gradients of each head, those of the safety loss first.
-        n_safety: how many of the partial gradients belong to the safety loss.
-        utility: outcomes on D_util.
-        safety: outcomes on D_safe.
-        measure: `decision` for 0/1 outcomes (NaN: unscored), `margin` for real ones.
-        sensitivity_rank: see `functional_sensitivity`.
-
-    Raises:
-        ValueError: shapes that do not fit, fewer than 2 examples or chunks of a set, unknown names, unscored margins.
-    """
-
-    gram_HCC: Floats
-    n_safety: int
-    utility: PairedOutcomes
-    safety: PairedOutcomes
-    measure: Measure
-    sensitivity_rank: SensitivityRank
-
-    def __post_init__(self) -> None:
-        n_heads, n_chunks, _ = self.gram_HCC.shape
-        if self.measure not in get_args(Measure) or self.sensitivity_rank not in get_args(SensitivityRank):
-            raise ValueError(
-                f"measure {self.measure!r}, sensitivity_rank {self.sensitivity_rank!r}; accepted are "
-                f"{get_args(Measure)} and {get_args(SensitivityRank)}"
-            )
-        if not 2 <= self.n_safety <= n_chunks - 2:
-            raise ValueError(f"{self.n_safety} of {n_chunks} chunks are of the safety loss; each set needs at least 2")
-        for name, outcomes in (("utility", self.utility), ("safety", self.safety)):
-            n_examples = len(outcomes.baseline_N)
-            if n_examples < 2 or outcomes.ablated_HN.shape != (n_heads, n_examples):
-                raise ValueError(
-                    f"{name}: {n_examples} examples, ablated_HN of shape {outcomes.ablated_HN.shape}; needed are at "
-                    f"least 2 examples and shape {(n_heads, n_examples)}"
-                )
-            if self.measure == "margin" and not np.isfinite(self._changes(outcomes)).all():
-                raise ValueError(f"{name}: margins that are not finite; no map is made of them")
-
-    @property
-    def whole(self) -> Weights:
-        """Every example and every chunk once: the map itself, as the only resample."""
-        return Weights(
-            utility_RN=np.ones((1, len(self.utility.baseline_N))),
-            safety_RN=np.ones((1, len(self.safety.baseline_N))),
-            utility_RC=np.ones((1, self.gram_HCC.shape[1] - self.n_safety)),
-            safety_RC=np.ones((1, self.n_safety)),
-        )
-
-    def columns(self, weights: Weights) -> dict[str, Floats]:
-        """O, H_gen, H_safe, S and C of every head in every resample (Eqs. 2-6).
-
-        Returns:
-            For each of `COLUMNS` an array [R, H]. NaN where none of a head's scored examples has a weight; S ranks
-            the other heads among themselves.
-        """
-        conflict_RH = weighted_conflict(self.gram_HCC, self.n_safety, weights.safety_RC, weights.utility_RC)
-        utility_RH, safety_RH = (np.abs(change_RH) for change_RH in self.mean_changes(weights))
-        sensitivity_RH = np.stack(
-            [_sensitivity(u_H, s_H, self.sensitivity_rank) for u_H, s_H in zip(utility_RH, safety_RH, strict=True)]
-        )
-        score_RH = conflict_score(conflict_RH, sensitivity_RH)
-        return dict(zip(COLUMNS, (conflict_RH, utility_RH, safety_RH, sensitivity_RH, score_RH), strict=True))
-
-    def mean_changes(self, weights: Weights) -> tuple[Floats, Floats]:
-        """Mean change of the outcomes of D_util and of D_safe without each head, [R, H] each.
-
-        H_gen and H_safe are its absolute value. Decisions keep their sign here; of margins the mean is that of
-        absolute changes already.
-        """
-        utility_RH, safety_RH = (
-            _weighted_mean(self._changes(outcomes), weights_RN)
-            for outcomes, weights_RN in ((self.utility, weights.utility_RN), (self.safety, weights.safety_RN))
-        )
-        return utility_RH, safety_RH
-
-    def _changes(self, outcomes: PairedOutcomes) -> Floats:
-        change_HN = np.asarray(outcomes.ablated_HN - outcomes.baseline_N, dtype=np.float64)
-        return np.abs(change_HN) if self.measure == "margin" else change_HN
-
-
-def weighted_conflict(
-    gram_HCC: Floats, n_safety: int, safety_RC: Floats, utility_RC: Floats, *, drawn: bool = False
-) -> Floats:
-    """O(h) with every chunk counted as often as its weight tells (Eq. 2).
-
-    With g = sum of w_c g_c, the inner products of the two gradients are w_s' G_su w_u, w_s' G_ss w_s, w_u' G_uu w_u.
-
-    Args:
-        gram_HCC: see `conflict_from_gram`.
-        n_safety: how many of the chunks belong to the safety loss.
-        safety_RC: weights of the safety chunks, one row a resample.
-        utility_RC: weights of the utility chunks.
-        drawn: the weights are counts of C draws with replacement. Such draws add as much noise to a gradient as it
-            has already, which makes it longer: the mean of w'Gw is 1'G1 + tr G - 1'G1 / C, and O would be drawn
-            towards 0.5. The excess is taken off the squared lengths.
-
-    Returns:
-        O(h) in [0, 1], [R, H]; 0.5 where the excess is more than a length.
-    """
-    safety, utility = slice(None, n_safety), slice(n_safety, None)
-    square_safety_RH = _weighted_products(gram_HCC[:, safety, safety], safety_RC, safety_RC, drawn)
-    square_utility_RH = _weighted_products(gram_HCC[:, utility, utility], utility_RC, utility_RC, drawn)
-    dot_RH = _weighted_products(gram_HCC[:, safety, utility], safety_RC, utility_RC)
-    # Each set is one partial gradient now. A product of two negative squares must not pass for a length.
-    gram_RH4 = np.stack([np.maximum(square_safety_RH, 0), dot_RH, dot_RH, np.maximum(square_utility_RH, 0)], axis=-1)
-    return np.stack([conflict_from_gram(gram_H4.reshape(-1, 2, 2), 1) for gram_H4 in gram_RH4])
 
 
 @dataclass(frozen=True)
@@ -480,36 +346,6 @@ def _random_halves(n: int, n_splits: int, rng: np.random.Generator) -> tuple[Flo
     place_RN = rng.permuted(np.tile(np.arange(n), (n_splits, 1)), axis=1)
     half_RN = place_RN // (n // 2)
     return (half_RN == 0).astype(np.float64), (half_RN == 1).astype(np.float64)
-
-
-def _weighted_products(gram_HAB: Floats, left_RA: Floats, right_RB: Floats, drawn: bool = False) -> Floats:
-    """Left' G right for every resample and head."""
-    pairs_RAB = left_RA[:, :, None] * right_RB[:, None, :]
-    if drawn:  # <1 - 11' / C, G> is the excess tr G - 1'G1 / C.
-        pairs_RAB -= np.eye(pairs_RAB.shape[1]) - 1 / pairs_RAB.shape[1]
-    return _sums(pairs_RAB.reshape(len(pairs_RAB), -1), gram_HAB.reshape(len(gram_HAB), -1))
-
-
-def _weighted_mean(change_HN: Floats, weights_RN: Floats) -> Floats:
-    """Weighted mean over the examples that are not NaN, [R, H]; NaN where none of them has a weight."""
-    scored_HN = np.isfinite(change_HN)
-    sum_RH = _sums(weights_RN, np.where(scored_HN, change_HN, 0))
-    count_RH = _sums(weights_RN, scored_HN.astype(np.float64))
-    return np.divide(sum_RH, count_RH, out=np.full_like(sum_RH, np.nan), where=count_RH > 0)
-
-
-def _sums(weights_RX: Floats, values_HX: Floats) -> Floats:
-    """Weighted sums of every head in every resample, [R, H]."""
-    # Not a BLAS product, which rounds by a head's place in the array: equal heads would no longer tie.
-    return np.einsum("rx,hx->rh", weights_RX, np.ascontiguousarray(values_HX, dtype=np.float64))
-
-
-def _sensitivity(utility_H: Floats, safety_H: Floats, rank: SensitivityRank) -> Floats:
-    measured_H = np.isfinite(utility_H) & np.isfinite(safety_H)
-    sensitivity_H = np.full(len(utility_H), np.nan)
-    if measured_H.any():
-        sensitivity_H[measured_H] = functional_sensitivity(utility_H[measured_H], safety_H[measured_H], rank=rank)
-    return sensitivity_H
 
 
 def _percentiles(values_RH: Floats) -> tuple[Floats, Floats]:

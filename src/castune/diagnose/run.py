@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,21 @@ from castune.artifacts.files import replacing
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
 from castune.core.batching import tuned_batch_tokens
-from castune.core.generation import Reply, generate_replies
 from castune.core.heads import HeadId, HeadLayout
-from castune.core.judges import is_settled
-from castune.core.judges import judge as judge_named
 from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
 from castune.core.ranking import bucket_numbers, percentile_rank, tie_share
-from castune.core.scoring import (
-    answer_margin,
-    choice_scores,
-    is_correct,
-    question_rows,
-    reply_means,
-    reply_rows,
-    shared_if_exact,
-)
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_questions, require_replies
 from castune.data.rows import Row
-from castune.diagnose.ablate import ScoredMeasure, mean_replacements
-from castune.diagnose.decode import RefusalMeasure
+from castune.diagnose.ablate import mean_replacements
 from castune.diagnose.gradients import gram_matrices, partial_gradients
 from castune.diagnose.journal import Journal
-from castune.diagnose.reliability import Measurements, reliability
+from castune.diagnose.measurements import Measurements
+from castune.diagnose.objectives import Sweeps
+from castune.diagnose.reliability import reliability
 from castune.diagnose.score import (
     Floats,
     conflict_from_gram,
@@ -55,7 +43,7 @@ from castune.diagnose.score import (
     functional_sensitivity,
     margin_shift,
 )
-from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep, sweep_work
+from castune.diagnose.sweep import Ablator, Outcomes
 from castune.errors import CastuneError, DataError, MapUnfinished
 
 logger = logging.getLogger(__name__)
@@ -118,9 +106,9 @@ def diagnose(
         config = _with_batch_tokens(model, config, journal, share)
         gram = _gradients(model, layout, heads, safety_rows, utility_rows, config, journal, share)
         ablator = _ablator(model, layout, heads, [*safety_rows, *utility_rows], config)
-        sweeper = _Sweeper(ablator, tokenizer, chat, config, journal, share)
-        of_utility = sweeper.utility(utility)
-        of_safety = sweeper.safety(safety)
+        sweeps = Sweeps(ablator, tokenizer, chat, config, journal, share)
+        of_utility = sweeps.utility(utility)
+        of_safety = sweeps.safety(safety)
     if gram is None:
         gram = _journaled_gram(journal)
     if gram is None or of_utility is None or of_safety is None:
@@ -149,14 +137,6 @@ def diagnose(
         journal.remove()
     share.wait()
     return cmap
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Outcomes of one set, and the whole model's decisions (NaN: unscored) on it."""
-
-    outcomes: Outcomes
-    decisions_N: Floats
 
 
 @dataclass(frozen=True)
@@ -253,104 +233,6 @@ def _ablator(
     if config.ablation == "mean":
         filling = mean_replacements(model, layout, rows, batch_tokens=config.batch_tokens)
     return Ablator(model, layout, heads, can_resume(model, layout), filling)
-
-
-@dataclass(frozen=True)
-class _Sweeper:
-    """Both sweeps over the heads."""
-
-    ablator: Ablator
-    tokenizer: Any
-    chat: ChatFormat
-    config: DiagnoseConfig
-    journal: Journal
-    share: Shard
-
-    @property
-    def batch_tokens(self) -> int:
-        assert self.config.batch_tokens != "auto"
-        return self.config.batch_tokens
-
-    def utility(self, examples: Sequence[Example]) -> _Measured | None:
-        rows_of = shared_if_exact(
-            self.ablator.model, lambda share: [question_rows(self.chat, e, share_prompt=share) for e in examples]
-        )
-        by_margin = self.config.measure == "margin"
-
-        def outcome(n: int, values: Sequence[Floats]) -> float:
-            scores = choice_scores(self.chat, examples[n], values)
-            if not np.isfinite(scores).all():
-                return np.nan
-            return answer_margin(examples[n], scores) if by_margin else is_correct(examples[n], scores)
-
-        measure = ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self.batch_tokens)
-        outcomes = self._swept("utility", measure)
-        if outcomes is None:
-            return None
-        decisions_N = outcomes.baseline_N
-        return _Measured(outcomes, _positive(decisions_N) if by_margin else decisions_N)
-
-    def safety(self, examples: Sequence[Example]) -> _Measured | None:
-        prompts = [self.chat.prompt_ids(example, reserve=self.config.max_new_tokens)[0] for example in examples]
-        replies = generate_replies(
-            self.ablator.model,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=self.config.max_new_tokens,
-            end_tokens=self.chat.end_tokens(self.ablator.model),
-            batch_tokens=self.batch_tokens,
-        )
-        if self.config.measure == "margin":
-            return self._refusal_margins(examples, replies)
-        name = self.config.judge
-        measure = RefusalMeasure(
-            self.ablator,
-            self.tokenizer,
-            prompts,
-            [example.prompt for example in examples],
-            replies,
-            end_tokens=self.chat.end_tokens(self.ablator.model),
-            judge=judge_named(name),
-            is_settled=partial(is_settled, name),
-            max_new_tokens=self.config.max_new_tokens,
-            batch_tokens=self.batch_tokens,
-        )
-        outcomes = self._swept("safety", measure)
-        return None if outcomes is None else _Measured(outcomes, outcomes.baseline_N)
-
-    def _refusal_margins(self, examples: Sequence[Example], replies: Sequence[Reply]) -> _Measured | None:
-        """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
-        n_tokens = self.config.max_new_tokens
-        pairs = []
-        for example, reply in zip(examples, replies, strict=True):
-            own = [*reply.tokens, *([self.chat.end_token] if reply.finished else [])]
-            assert example.reply is not None
-            pairs.append([self.chat.reply_ids(example.reply)[:n_tokens], own[:n_tokens]])
-        rows_of = shared_if_exact(
-            self.ablator.model,
-            lambda share: [
-                reply_rows(self.chat, e, pair, share_prompt=share) for e, pair in zip(examples, pairs, strict=True)
-            ],
-        )
-
-        def margin(n: int, values: Sequence[Floats]) -> float:
-            refusal, own = reply_means([len(tokens) for tokens in pairs[n]], values)
-            return float(refusal - own)
-
-        measure = ScoredMeasure(self.ablator, rows_of, margin, batch_tokens=self.batch_tokens)
-        outcomes = self._swept("safety", measure)
-        if outcomes is None:
-            return None
-        verdicts = judge_named(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
-        return _Measured(outcomes, np.array([np.nan if v is None else float(v) for v in verdicts]))
-
-    def _swept(self, name: str, measure: Measure) -> Outcomes | None:
-        with progress(f"ablations, {name}", sweep_work(self.ablator, measure, self.share)) as advance:
-            return sweep(name, self.ablator, measure, journal=self.journal, shard=self.share, advance=advance)
-
-
-def _positive(margins_N: Floats) -> Floats:
-    return np.where(np.isfinite(margins_N), margins_N > 0, np.nan)
 
 
 def _reply_counts(outcomes: Outcomes, config: DiagnoseConfig) -> dict[str, int] | None:

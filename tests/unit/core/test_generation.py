@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -107,3 +108,39 @@ def test_progress_counts_every_reply_once(tiny_model: Callable[..., Any], tiny_t
     replies_of(tiny_model("llama"), tiny_tokenizer, batch_tokens=60, advance=done.append)
     assert sum(done) == len(PROMPTS)
     assert len(done) > 1
+
+
+def test_replies_continue_from_their_first_tokens(any_tiny_model: Any, tiny_tokenizer: Any) -> None:
+    """The rest of a greedy reply is the same when its first tokens are given; so is the rest of any other beginning."""
+    whole = replies_of(any_tiny_model, tiny_tokenizer)
+    begun = [reply.tokens[: i % 4] for i, reply in enumerate(whole)]
+    assert replies_of(any_tiny_model, tiny_tokenizer, begun=begun) == whole
+    other = [[45 + i] for i in range(len(PROMPTS))]
+    found = replies_of(any_tiny_model, tiny_tokenizer, begun=other)
+    for prompt, first, reply in zip(PROMPTS, other, found, strict=True):
+        expected = [*first, *greedy_alone(any_tiny_model, prompt + first, 7, {END})]
+        assert list(reply.tokens) == (expected[:-1] if expected[-1] == END else expected)
+
+
+def test_a_reply_ends_where_it_is_settled(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    whole = replies_of(model, tiny_tokenizer)
+    found = replies_of(model, tiny_tokenizer, is_settled=lambda text: len(text) >= 3)
+    for reply, full in zip(found, whole, strict=True):
+        assert full.tokens[: len(reply.tokens)] == reply.tokens
+        assert len(reply.text) >= 3 or reply == full
+        shorter = tiny_tokenizer.decode(reply.tokens[:-1], skip_special_tokens=True)
+        assert len(shorter) < 3, "it went on after it was settled"
+
+
+def test_every_batch_runs_inside_its_context(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    inside: list[list[int]] = []
+
+    @contextmanager
+    def around(indices: Sequence[int]) -> Iterator[None]:
+        inside.append(list(indices))
+        yield
+
+    replies_of(tiny_model("llama"), tiny_tokenizer, around=around, batch_tokens=60)
+    assert len(inside) > 1
+    assert sorted(i for batch in inside for i in batch) == list(range(len(PROMPTS)))

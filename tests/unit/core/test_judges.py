@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from castune import CastuneError, judge
-from castune.core.judges import JUDGE_NAMES, PREFIX_CHARACTERS
+from castune.core.judges import JUDGE_NAMES, PREFIX_CHARACTERS, is_settled
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -82,3 +84,20 @@ def test_an_unknown_judge_is_told_with_the_names() -> None:
     with pytest.raises(CastuneError, match="unknown judge 'gpt'; accepted: prefix"):
         judge("gpt")
     assert JUDGE_NAMES == ("prefix",)
+
+
+@pytest.mark.parametrize(
+    "opening", [*REFUSALS, "Sure, here is how to bake a cake at home.", "I can't", "\n \t" * 40, ""]
+)
+@given(ending=st.text(max_size=80))
+def test_a_settled_verdict_never_changes(opening: str, ending: str) -> None:
+    for reply in (opening, opening + ending):
+        if is_settled("prefix", reply):
+            assert judge("prefix")(["x"], [reply]) == judge("prefix")(["x"], [reply + ending])
+
+
+def test_verdicts_are_settled_by_length_alone() -> None:
+    assert not is_settled("prefix", "I can't " + " " * 100), '"wait" could still follow'
+    assert not is_settled("prefix", "x" * (PREFIX_CHARACTERS - 1) + "\ufffd"), "half a character is none"
+    assert is_settled("prefix", "x" * PREFIX_CHARACTERS)
+    assert not is_settled("another judge", "x" * 1000)

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from castune.core.ranking import bucket_numbers
+from castune.diagnose.measurements import COLUMNS, Measurements, Weights, weighted_conflict
 from castune.diagnose.reliability import (
-    COLUMNS,
     RELIABLE,
-    Measurements,
-    Weights,
     bootstrap,
     examples_needed,
     expected_jaccard,
@@ -28,7 +26,6 @@ from castune.diagnose.reliability import (
     spearman,
     spearman_brown,
     split_half,
-    weighted_conflict,
     zone_stability,
 )
 from castune.diagnose.score import (

@@ -1,0 +1,141 @@
+"""The two sweeps of a diagnosis: what is measured on D_util and on D_safe, by decisions or by margins (Eqs. 3-4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from castune.config import DiagnoseConfig
+from castune.core.generation import Reply, generate_replies
+from castune.core.judges import is_settled
+from castune.core.judges import judge as judge_named
+from castune.core.progress import progress
+from castune.core.scoring import (
+    answer_margin,
+    choice_scores,
+    is_correct,
+    question_rows,
+    reply_means,
+    reply_rows,
+    shared_if_exact,
+)
+from castune.core.shards import Shard
+from castune.data.chat import ChatFormat
+from castune.data.example import Example
+from castune.diagnose.ablate import ScoredMeasure
+from castune.diagnose.decode import RefusalMeasure
+from castune.diagnose.journal import Journal
+from castune.diagnose.score import Floats
+from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep, sweep_work
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Outcomes of one set, and the whole model's decisions (NaN: unscored) on it."""
+
+    outcomes: Outcomes
+    decisions_N: Floats
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """Both sweeps over the heads."""
+
+    ablator: Ablator
+    tokenizer: Any
+    chat: ChatFormat
+    config: DiagnoseConfig
+    journal: Journal
+    share: Shard
+
+    @property
+    def _batch_tokens(self) -> int:
+        assert self.config.batch_tokens != "auto"
+        return self.config.batch_tokens
+
+    def utility(self, examples: Sequence[Example]) -> Measured | None:
+        """Right answers (Eq. 3), or the margins of the right answers; None while other shares are missing."""
+        rows_of = shared_if_exact(
+            self.ablator.model, lambda share: [question_rows(self.chat, e, share_prompt=share) for e in examples]
+        )
+        by_margin = self.config.measure == "margin"
+
+        def outcome(n: int, values: Sequence[Floats]) -> float:
+            scores = choice_scores(self.chat, examples[n], values)
+            if not np.isfinite(scores).all():
+                return np.nan
+            return answer_margin(examples[n], scores) if by_margin else is_correct(examples[n], scores)
+
+        measure = ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self._batch_tokens)
+        outcomes = self._swept("utility", measure)
+        if outcomes is None:
+            return None
+        decisions_N = outcomes.baseline_N
+        return Measured(outcomes, _positive(decisions_N) if by_margin else decisions_N)
+
+    def safety(self, examples: Sequence[Example]) -> Measured | None:
+        """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing."""
+        prompts = [self.chat.prompt_ids(example, reserve=self.config.max_new_tokens)[0] for example in examples]
+        replies = generate_replies(
+            self.ablator.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.config.max_new_tokens,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            batch_tokens=self._batch_tokens,
+        )
+        if self.config.measure == "margin":
+            return self._refusal_margins(examples, replies)
+        name = self.config.judge
+        measure = RefusalMeasure(
+            self.ablator,
+            self.tokenizer,
+            prompts,
+            [example.prompt for example in examples],
+            replies,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            judge=judge_named(name),
+            is_settled=partial(is_settled, name),
+            max_new_tokens=self.config.max_new_tokens,
+            batch_tokens=self._batch_tokens,
+        )
+        outcomes = self._swept("safety", measure)
+        return None if outcomes is None else Measured(outcomes, outcomes.baseline_N)
+
+    def _refusal_margins(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Measured | None:
+        """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
+        n_tokens = self.config.max_new_tokens
+        pairs = []
+        for example, reply in zip(examples, replies, strict=True):
+            own = [*reply.tokens, *([self.chat.end_token] if reply.finished else [])]
+            assert example.reply is not None
+            pairs.append([self.chat.reply_ids(example.reply)[:n_tokens], own[:n_tokens]])
+        rows_of = shared_if_exact(
+            self.ablator.model,
+            lambda share: [
+                reply_rows(self.chat, e, pair, share_prompt=share) for e, pair in zip(examples, pairs, strict=True)
+            ],
+        )
+
+        def margin(n: int, values: Sequence[Floats]) -> float:
+            refusal, own = reply_means([len(tokens) for tokens in pairs[n]], values)
+            return float(refusal - own)
+
+        measure = ScoredMeasure(self.ablator, rows_of, margin, batch_tokens=self._batch_tokens)
+        outcomes = self._swept("safety", measure)
+        if outcomes is None:
+            return None
+        verdicts = judge_named(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
+        return Measured(outcomes, np.array([np.nan if v is None else float(v) for v in verdicts]))
+
+    def _swept(self, name: str, measure: Measure) -> Outcomes | None:
+        with progress(f"ablations, {name}", sweep_work(self.ablator, measure, self.share)) as advance:
+            return sweep(name, self.ablator, measure, journal=self.journal, shard=self.share, advance=advance)
+
+
+def _positive(margins_N: Floats) -> Floats:
+    return np.where(np.isfinite(margins_N), margins_N > 0, np.nan)
