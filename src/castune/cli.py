@@ -171,6 +171,34 @@ def select(
 
 
 @app.command()
+def group(
+    run_directory: RunArgument,
+    buckets: Annotated[int, typer.Option(help="Cut the heads into this many equal buckets.")] = 4,
+) -> None:
+    """Ablate whole buckets: does a bucket matter more together than its heads do one by one?"""
+    from castune import pipeline
+    from castune.core.loading import load
+    from castune.run_directory import RunDirectory
+
+    folder = RunDirectory(run_directory)
+    recipe = folder.load_recipe()
+    cmap = folder.load_map()
+    if not 1 <= buckets <= len(cmap):
+        raise CastuneError(f"--buckets {buckets}: accepted are 1 to {len(cmap)}, the number of heads")
+    calibration = pipeline.load_calibration(recipe)
+    model, tokenizer = load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
+    for record in pipeline.group_step(folder, recipe, model, tokenizer, *calibration, buckets=buckets):
+        parts = []
+        for name in ("utility", "safety"):
+            error = record[f"{name}_shift_se"]
+            known = "" if error is None else f" ± {error:.3f}"
+            single = record[f"{name}_shift_sum"]
+            parts.append(f"{name} shift {record[f'{name}_shift']:.3f}{known} together, {single:.3f} in sum")
+        _say(f"bucket {record['bucket']} ({record['heads']} heads): {'; '.join(parts)}")
+    _say(f"group ablation: {folder.path / 'group_ablation.json'}")
+
+
+@app.command()
 def tune(
     run_directory: RunArgument,
     data: Annotated[str, typer.Option(help="D_align: prompts with replies.")] = "starter-align",

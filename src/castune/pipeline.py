@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts.files import write_json
 from castune.config import DataConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import load
-from castune.core.provenance import fingerprint, model_record
+from castune.core.provenance import fingerprint, model_record, provenance
 from castune.core.shards import Shard
 from castune.data.example import Example, content_hash, require_questions, require_replies
 from castune.data.sources import examples
+from castune.diagnose.groups import ablate_groups
 from castune.diagnose.run import diagnose
 from castune.errors import ArtifactError
 from castune.evaluate.run import evaluate
@@ -107,6 +110,46 @@ def diagnose_step(
     if Shard.of(shard).writes:
         folder.record_step("diagnose", cmap.metadata["provenance"])
     return cmap
+
+
+def group_step(
+    folder: RunDirectory,
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    safety: Sequence[Example],
+    utility: Sequence[Example],
+    *,
+    buckets: int,
+) -> list[dict[str, Any]]:
+    """Joint shifts of every bucket beside the sums of its heads' own; written to `group_ablation.json`.
+
+    Returns:
+        A record a bucket, the riskiest first: `bucket`, `heads`, and for both sets the joint shift with its standard
+        error and the sum over its heads ablated one at a time.
+    """
+    cmap = folder.load_map(fingerprint(model))
+    groups = [select(cmap, buckets=buckets, bucket=number).heads for number in range(1, buckets + 1)]
+    shifts = ablate_groups(model, tokenizer, groups=groups, safety=safety, utility=utility, config=recipe.diagnose)
+    row_of = {head: row for row, head in enumerate(cmap.heads)}
+    records = []
+    for number, heads in enumerate(groups):
+        rows = [row_of[head] for head in heads]
+        record: dict[str, Any] = {"bucket": number + 1, "heads": len(heads)}
+        for name in ("utility_shift", "safety_shift"):
+            error = float(getattr(shifts, f"{name}_se")[number])
+            record[name] = float(getattr(shifts, name)[number])
+            record[f"{name}_se"] = error if isfinite(error) else None
+            record[f"{name}_sum"] = float(cmap.column(name)[rows].sum())
+        records.append(record)
+    content = {
+        "conflict_map_hash": cmap.content_hash,
+        "buckets": records,
+        "settings": recipe.diagnose.model_dump(mode="json"),
+        "provenance": provenance(recipe.seed),
+    }
+    write_json(folder.path / "group_ablation.json", "group ablation", content)
+    return records
 
 
 def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -> list[Arm]:

@@ -21,7 +21,15 @@ from castune.core.provenance import fingerprint
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.run import evaluate
 from castune.evaluate.suites import load_suites
-from castune.pipeline import evaluate_step, load_data, run, select_step, tune_step
+from castune.pipeline import (
+    evaluate_step,
+    group_step,
+    load_calibration,
+    load_data,
+    run,
+    select_step,
+    tune_step,
+)
 from castune.run_directory import RunDirectory
 from castune.select import select
 
@@ -317,3 +325,19 @@ def test_the_selection_of_a_run_is_that_of_select(finished: tuple[Recipe, Path])
     cmap = folder.load_map()
     assert folder.load_selection(folder.arm(None), cmap) == select(cmap, zone="safe", fraction=0.25)
     assert folder.load_selection(folder.arm("risky"), cmap) == select(cmap, zone="risky", fraction=0.25)
+
+
+def test_joint_shifts_of_buckets_stand_beside_the_sums_of_single_ones(models: Models, recipe_of: RecipeOf) -> None:
+    recipe = recipe_of(models(), select__compare=[])
+    folder = run(recipe)
+    model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
+    records = group_step(folder, recipe, model, tokenizer, *load_calibration(recipe), buckets=3)
+    cmap = folder.load_map()
+    assert [record["bucket"] for record in records] == [1, 2, 3]
+    assert sum(record["heads"] for record in records) == len(cmap)
+    for name in ("utility_shift", "safety_shift"):
+        total = sum(record[f"{name}_sum"] for record in records)
+        assert total == pytest.approx(cmap.column(name).sum())
+    written = json.loads((folder.path / "group_ablation.json").read_text())
+    assert written["buckets"] == records
+    assert written["conflict_map_hash"] == cmap.content_hash

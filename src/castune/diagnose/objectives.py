@@ -43,7 +43,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sweeps:
-    """Both sweeps over the heads."""
+    """Both sweeps over the heads, and what they measure."""
 
     ablator: Ablator
     tokenizer: Any
@@ -59,6 +59,24 @@ class Sweeps:
 
     def utility(self, examples: Sequence[Example]) -> Measured | None:
         """Right answers (Eq. 3), or the margins of the right answers; None while other shares are missing."""
+        outcomes = self._swept("utility", self.utility_measure(examples))
+        if outcomes is None:
+            return None
+        decisions_N = outcomes.baseline_N
+        return Measured(outcomes, _positive(decisions_N) if self.config.measure == "margin" else decisions_N)
+
+    def safety(self, examples: Sequence[Example]) -> Measured | None:
+        """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing."""
+        replies = self.replies(examples)
+        by_margin = self.config.measure == "margin"
+        measure = self.margin_measure(examples, replies) if by_margin else self._refusal_measure(examples, replies)
+        outcomes = self._swept("safety", measure)
+        if outcomes is None:
+            return None
+        return Measured(outcomes, self.refusals(examples, replies) if by_margin else outcomes.baseline_N)
+
+    def utility_measure(self, examples: Sequence[Example]) -> ScoredMeasure:
+        """Decisions on questions, or the margins of their right answers."""
         rows_of = shared_if_exact(
             self.ablator.model, lambda share: [question_rows(self.chat, e, share_prompt=share) for e in examples]
         )
@@ -70,43 +88,9 @@ class Sweeps:
                 return np.nan
             return answer_margin(examples[n], scores) if by_margin else is_correct(examples[n], scores)
 
-        measure = ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self._batch_tokens)
-        outcomes = self._swept("utility", measure)
-        if outcomes is None:
-            return None
-        decisions_N = outcomes.baseline_N
-        return Measured(outcomes, _positive(decisions_N) if by_margin else decisions_N)
+        return ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self._batch_tokens)
 
-    def safety(self, examples: Sequence[Example]) -> Measured | None:
-        """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing."""
-        prompts = [self.chat.prompt_ids(example, reserve=self.config.max_new_tokens)[0] for example in examples]
-        replies = generate_replies(
-            self.ablator.model,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=self.config.max_new_tokens,
-            end_tokens=self.chat.end_tokens(self.ablator.model),
-            batch_tokens=self._batch_tokens,
-        )
-        if self.config.measure == "margin":
-            return self._refusal_margins(examples, replies)
-        name = self.config.judge
-        measure = RefusalMeasure(
-            self.ablator,
-            self.tokenizer,
-            prompts,
-            [example.prompt for example in examples],
-            replies,
-            end_tokens=self.chat.end_tokens(self.ablator.model),
-            judge=judge_named(name),
-            is_settled=partial(is_settled, name),
-            max_new_tokens=self.config.max_new_tokens,
-            batch_tokens=self._batch_tokens,
-        )
-        outcomes = self._swept("safety", measure)
-        return None if outcomes is None else Measured(outcomes, outcomes.baseline_N)
-
-    def _refusal_margins(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Measured | None:
+    def margin_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ScoredMeasure:
         """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
         n_tokens = self.config.max_new_tokens
         pairs = []
@@ -125,12 +109,40 @@ class Sweeps:
             refusal, own = reply_means([len(tokens) for tokens in pairs[n]], values)
             return float(refusal - own)
 
-        measure = ScoredMeasure(self.ablator, rows_of, margin, batch_tokens=self._batch_tokens)
-        outcomes = self._swept("safety", measure)
-        if outcomes is None:
-            return None
+        return ScoredMeasure(self.ablator, rows_of, margin, batch_tokens=self._batch_tokens)
+
+    def replies(self, examples: Sequence[Example]) -> list[Reply]:
+        """Greedy replies of the model as it is now."""
+        return generate_replies(
+            self.ablator.model,
+            self.tokenizer,
+            self._prompts(examples),
+            max_new_tokens=self.config.max_new_tokens,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            batch_tokens=self._batch_tokens,
+        )
+
+    def refusals(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Floats:
+        """The judge's verdicts on replies: 1, 0, or NaN where it could not tell."""
         verdicts = judge_named(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
-        return Measured(outcomes, np.array([np.nan if v is None else float(v) for v in verdicts]))
+        return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
+
+    def _refusal_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> RefusalMeasure:
+        return RefusalMeasure(
+            self.ablator,
+            self.tokenizer,
+            self._prompts(examples),
+            [example.prompt for example in examples],
+            replies,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            judge=judge_named(self.config.judge),
+            is_settled=partial(is_settled, self.config.judge),
+            max_new_tokens=self.config.max_new_tokens,
+            batch_tokens=self._batch_tokens,
+        )
+
+    def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        return [self.chat.prompt_ids(example, reserve=self.config.max_new_tokens)[0] for example in examples]
 
     def _swept(self, name: str, measure: Measure) -> Outcomes | None:
         with progress(f"ablations, {name}", sweep_work(self.ablator, measure, self.share)) as advance:

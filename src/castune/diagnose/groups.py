@@ -1,0 +1,116 @@
+"""Ablating whole groups of heads: does a bucket matter more together than its heads do one by one?
+
+The paper explains its inverted U (Section 5.3) by heads that stand in for one another: alone none of them is missed.
+The joint shift of a bucket, beside the sum of its heads' single shifts, tests that.
+
+Shape letters: G group, N example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from castune.config import DiagnoseConfig
+from castune.core.ablation import ablate
+from castune.core.batching import tuned_batch_tokens
+from castune.core.heads import HeadLayout
+from castune.core.modes import evaluation_mode
+from castune.core.progress import progress
+from castune.core.shards import Shard
+from castune.data.chat import ChatFormat
+from castune.data.example import Example, require_questions, require_replies
+from castune.diagnose.ablate import ScoredMeasure, mean_replacements
+from castune.diagnose.journal import Journal
+from castune.diagnose.objectives import Sweeps
+from castune.diagnose.score import Floats, decision_shift, margin_shift
+from castune.diagnose.sweep import Ablator
+
+
+@dataclass(frozen=True)
+class GroupShifts:
+    """Shifts of each group, `[G]`, with standard errors (NaN where there is none), as in Eqs. 3-4."""
+
+    utility_shift: Floats
+    utility_shift_se: Floats
+    safety_shift: Floats
+    safety_shift_se: Floats
+
+
+def ablate_groups(
+    model: Any,
+    tokenizer: Any,
+    *,
+    groups: Sequence[Sequence[tuple[int, int]]],
+    safety: Sequence[Example],
+    utility: Sequence[Example],
+    config: DiagnoseConfig | None = None,
+) -> GroupShifts:
+    """H_gen and H_safe of groups of heads, each group ablated as a whole.
+
+    Args:
+        model: a transformers model for causal language modelling; it is left as it was.
+        tokenizer: its tokenizer, with a chat template.
+        groups: (layer, head) of the heads of each group.
+        safety: D_safe, harmful prompts with a safe reply each.
+        utility: D_util, multiple-choice questions.
+        config: settings of the diagnosis that the groups are compared with.
+
+    Raises:
+        UnsupportedArchitecture: the heads of this model could not be located.
+        CastuneError: data without replies or answers.
+    """
+    config = config or DiagnoseConfig()
+    require_replies(safety, "safety", "prompt, target")
+    require_questions(utility, "utility")
+    chat, layout = ChatFormat(tokenizer, max_length=config.max_length), HeadLayout.of(model)
+    with evaluation_mode(model), progress("groups of heads", len(groups) + 1) as advance:
+        if config.batch_tokens == "auto":
+            config = config.model_copy(update={"batch_tokens": tuned_batch_tokens(model)})
+        assert config.batch_tokens != "auto"
+        filling = None
+        if config.ablation == "mean":
+            rows = [chat.loss_row(example) for example in (*safety, *utility)]
+            filling = mean_replacements(model, layout, rows, batch_tokens=config.batch_tokens)
+        ablator = Ablator(model, layout, (), resumable=False, replacements=filling)
+        sweeps = Sweeps(ablator, tokenizer, chat, config, Journal.of(None, None), Shard())
+        of_utility, replies = sweeps.utility_measure(utility), sweeps.replies(safety)
+        of_margins = sweeps.margin_measure(safety, replies) if config.measure == "margin" else None
+
+        def measured() -> tuple[Floats, Floats]:
+            if of_margins is not None:
+                return _outcomes(of_utility, len(utility)), _outcomes(of_margins, len(safety))
+            return _outcomes(of_utility, len(utility)), sweeps.refusals(safety, sweeps.replies(safety))
+
+        baseline = measured()
+        advance()
+        ablated: list[tuple[Floats, Floats]] = []
+        for group in groups:
+            with _without(ablator, group):
+                ablated.append(measured())
+            advance()
+    shift = margin_shift if config.measure == "margin" else decision_shift
+    utility_shift, utility_se = shift(np.array([u_N for u_N, _ in ablated]), baseline[0])
+    safety_shift, safety_se = shift(np.array([s_N for _, s_N in ablated]), baseline[1])
+    return GroupShifts(utility_shift, utility_se, safety_shift, safety_se)
+
+
+def _outcomes(measure: ScoredMeasure, n_examples: int) -> Floats:
+    outcomes_N = np.full(n_examples, np.nan)
+    for batch in measure.batches:
+        outcomes_N[batch.examples] = measure.baseline(batch)
+    return outcomes_N
+
+
+@contextmanager
+def _without(ablator: Ablator, group: Sequence[tuple[int, int]]) -> Iterator[None]:
+    with ExitStack() as stack, torch.no_grad():
+        for layer, head in group:
+            filling = None if ablator.replacements is None else ablator.replacements[layer]
+            stack.enter_context(ablate(ablator.model, ablator.layout, layer, head, filling))
+        yield
