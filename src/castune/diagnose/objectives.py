@@ -13,7 +13,6 @@ from castune.config import DiagnoseConfig
 from castune.core.generation import Reply, generate_replies
 from castune.core.judges import is_settled
 from castune.core.judges import judge as judge_named
-from castune.core.progress import progress
 from castune.core.scoring import (
     answer_margin,
     choice_scores,
@@ -30,7 +29,7 @@ from castune.diagnose.ablate import ScoredMeasure
 from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.journal import Journal
 from castune.diagnose.score import Floats
-from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep, sweep_work
+from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,7 @@ class Sweeps:
         return [self.chat.prompt_ids(example, reserve=self.config.max_new_tokens)[0] for example in examples]
 
     def _swept(self, name: str, measure: Measure) -> Outcomes | None:
-        with progress(f"ablations, {name}", sweep_work(self.ablator, measure, self.share)) as advance:
-            return sweep(name, self.ablator, measure, journal=self.journal, shard=self.share, advance=advance)
+        return sweep(name, self.ablator, measure, journal=self.journal, shard=self.share)
 
 
 def _positive(margins_N: Floats) -> Floats:

@@ -22,7 +22,7 @@ from castune.core.ablation import ablate, record_residuals, resume_from
 from castune.core.batching import ExampleBatch
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.losses import RowBatch
-from castune.core.progress import Advance, no_progress
+from castune.core.progress import progress
 from castune.core.shards import Shard
 from castune.diagnose.journal import Journal, Record, nullable
 from castune.diagnose.score import Floats
@@ -100,7 +100,6 @@ def sweep(
     *,
     journal: Journal,
     shard: Shard,
-    advance: Advance = no_progress,
 ) -> Outcomes | None:
     """Outcomes of all examples, for the whole model and without each head.
 
@@ -112,7 +111,6 @@ def sweep(
         measure: what is measured.
         journal: where results go.
         shard: which share of the work is this process's.
-        advance: called with the work done, see `sweep_work`.
 
     Returns:
         The outcomes; None while other shares are missing.
@@ -127,27 +125,26 @@ def sweep(
 
     known = _Known(name, ablator.heads, sum(len(batch.examples) for batch in measure.batches))
     known.read(journal)
+    todo = [
+        unit
+        for unit in shard.share(units, cost)
+        if not known.has(of_layer[unit.layer], measure.batches[unit.batch].examples)
+    ]
     recorded = None
-    for unit in shard.share(units, cost):
-        batch, numbers = measure.batches[unit.batch], of_layer[unit.layer]
-        if not known.has(numbers, batch.examples):
+    with progress(f"ablations, {name}", sum(map(cost, todo))) as advance:
+        for unit in todo:
+            batch, numbers = measure.batches[unit.batch], of_layer[unit.layer]
             if recorded != unit.batch:
                 values_N = measure.baseline(batch)
                 recorded = unit.batch
                 known.add(journal, None, [], batch.examples, values_N[None], 0)
             values_HN = measure.ablated(unit.layer, [ablator.heads[n].head for n in numbers])
             known.add(journal, unit.layer, numbers, batch.examples, values_HN, measure.n_decoded)
-        advance(cost(unit))
+            advance(cost(unit))
     shard.wait()
     if shard.count > 1:
         known.read(journal)
     return known.outcomes()
-
-
-def sweep_work(ablator: Ablator, measure: Measure, shard: Shard) -> float:
-    """Work of one share of a sweep in decoder layers x tokens, about."""
-    n_tokens = sum(batch.n_tokens for batch in measure.batches)
-    return sum(ablator.layers_run(head.layer) for head in ablator.heads) * n_tokens / shard.count
 
 
 @dataclass
