@@ -108,7 +108,7 @@ def _safety(loaded: Loaded, work: Work, judge: Judge, settled: Callable[[str], b
         max_new_tokens=work.max_new_tokens,
         batch_tokens=BATCH_TOKENS,
     )
-    return _ablated("safety", ablator, measure, len(work.prompts))
+    return _ablated("safety", ablator, measure)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def diagnose(
         utility={"source": utility, "limit": utility_limit},
         diagnose=settings,
     )
+    share = Shard.of(shard)
     folder = RunDirectory(Path(out))
     folder.check(recipe)
     calibration = pipeline.load_calibration(recipe)
@@ -125,7 +126,7 @@ def diagnose(
     except MapUnfinished as unfinished:
         _say(str(unfinished))
         return
-    if not Shard.of(shard).writes:
+    if not share.writes:
         return
     if not made_before:
         folder.save_recipe(recipe)
@@ -390,9 +391,6 @@ def _print_diagnosis(cmap: ConflictMap) -> None:
         f"  safe zones of two halves of the examples overlap by {_number(zones['safe'])} "
         f"({_number(zones['safe_by_chance'])} by chance)"
     )
-    if found["examples_needed"] and (found["reliability"] is None or found["reliability"] < 0.5):
-        needed = found["examples_needed"]
-        _say(f"  a reliability of 0.5 would need about {needed['utility']} questions and {needed['safety']} prompts")
 
 
 def _number(value: float | None) -> str:

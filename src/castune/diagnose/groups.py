@@ -14,20 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from castune.config import DiagnoseConfig
-from castune.core.ablation import ablate
 from castune.core.batching import tuned_batch_tokens
 from castune.core.heads import HeadLayout
 from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
-from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, require_questions, require_replies
 from castune.diagnose.ablate import ScoredMeasure, mean_replacements
-from castune.diagnose.journal import Journal
-from castune.diagnose.objectives import Sweeps
+from castune.diagnose.objectives import Objectives
 from castune.diagnose.score import Floats, decision_shift, margin_shift
 from castune.diagnose.sweep import Ablator
 
@@ -78,14 +74,14 @@ def ablate_groups(
             rows = [chat.loss_row(example) for example in (*safety, *utility)]
             filling = mean_replacements(model, layout, rows, batch_tokens=config.batch_tokens)
         ablator = Ablator(model, layout, (), resumable=False, replacements=filling)
-        sweeps = Sweeps(ablator, tokenizer, chat, config, Journal.of(None, None), Shard())
-        of_utility, replies = sweeps.utility_measure(utility), sweeps.replies(safety)
-        of_margins = sweeps.margin_measure(safety, replies) if config.measure == "margin" else None
+        objectives = Objectives(ablator, tokenizer, chat, config)
+        of_utility, replies = objectives.utility_measure(utility), objectives.replies(safety)
+        of_margins = objectives.margin_measure(safety, replies) if config.measure == "margin" else None
 
         def measured() -> tuple[Floats, Floats]:
             if of_margins is not None:
                 return _outcomes(of_utility, len(utility)), _outcomes(of_margins, len(safety))
-            return _outcomes(of_utility, len(utility)), sweeps.refusals(safety, sweeps.replies(safety))
+            return _outcomes(of_utility, len(utility)), objectives.refusals(safety, objectives.replies(safety))
 
         baseline = measured()
         advance()
@@ -109,8 +105,7 @@ def _outcomes(measure: ScoredMeasure, n_examples: int) -> Floats:
 
 @contextmanager
 def _without(ablator: Ablator, group: Sequence[tuple[int, int]]) -> Iterator[None]:
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for layer, head in group:
-            filling = None if ablator.replacements is None else ablator.replacements[layer]
-            stack.enter_context(ablate(ablator.model, ablator.layout, layer, head, filling))
+            stack.enter_context(ablator.without(layer, head))
         yield

@@ -58,15 +58,20 @@ class Journal:
         if self.folder is None:
             return
         for path in sorted(self.folder.glob("*.jsonl")):
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                for number, line in enumerate(lines, start=1):
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError:
-                        logger.warning("%s line %d: cut off; what it held is measured again", path, number)
-                        continue
-                    if isinstance(record, dict):
-                        yield record
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except FileNotFoundError:
+                return  # another share has just made the map, and removed the journal
+            for number, line in enumerate(text.split("\n"), start=1):
+                if not line:
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    logger.warning("%s line %d: cut off; what it held is measured again", path, number)
+                    continue
+                if isinstance(record, dict):
+                    yield record
 
     def remove(self) -> None:
         """Delete the records, once the artifacts made from them are saved."""

@@ -29,7 +29,7 @@ from castune.diagnose.ablate import ScoredMeasure
 from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.journal import Journal
 from castune.diagnose.score import Floats
-from castune.diagnose.sweep import Ablator, Measure, Outcomes, sweep
+from castune.diagnose.sweep import Ablator, Outcomes, sweep
 
 
 @dataclass(frozen=True)
@@ -41,35 +41,33 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Sweeps:
-    """Both sweeps over the heads, and what they measure."""
+class Objectives:
+    """What is measured on D_util and on D_safe, and the sweeps over the heads."""
 
     ablator: Ablator
     tokenizer: Any
     chat: ChatFormat
     config: DiagnoseConfig
-    journal: Journal
-    share: Shard
 
     @property
     def _batch_tokens(self) -> int:
         assert self.config.batch_tokens != "auto"
         return self.config.batch_tokens
 
-    def utility(self, examples: Sequence[Example]) -> Measured | None:
+    def utility(self, examples: Sequence[Example], journal: Journal, shard: Shard) -> Measured | None:
         """Right answers (Eq. 3), or the margins of the right answers; None while other shares are missing."""
-        outcomes = self._swept("utility", self.utility_measure(examples))
+        outcomes = sweep("utility", self.ablator, self.utility_measure(examples), journal=journal, shard=shard)
         if outcomes is None:
             return None
         decisions_N = outcomes.baseline_N
         return Measured(outcomes, _positive(decisions_N) if self.config.measure == "margin" else decisions_N)
 
-    def safety(self, examples: Sequence[Example]) -> Measured | None:
+    def safety(self, examples: Sequence[Example], journal: Journal, shard: Shard) -> Measured | None:
         """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing."""
         replies = self.replies(examples)
         by_margin = self.config.measure == "margin"
         measure = self.margin_measure(examples, replies) if by_margin else self._refusal_measure(examples, replies)
-        outcomes = self._swept("safety", measure)
+        outcomes = sweep("safety", self.ablator, measure, journal=journal, shard=shard)
         if outcomes is None:
             return None
         return Measured(outcomes, self.refusals(examples, replies) if by_margin else outcomes.baseline_N)
@@ -142,9 +140,6 @@ class Sweeps:
 
     def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
         return [self.chat.prompt_ids(example, reserve=self.config.max_new_tokens)[0] for example in examples]
-
-    def _swept(self, name: str, measure: Measure) -> Outcomes | None:
-        return sweep(name, self.ablator, measure, journal=self.journal, shard=self.share)
 
 
 def _positive(margins_N: Floats) -> Floats:

@@ -279,7 +279,8 @@ class Reliability:
 
     def to_json(self) -> dict[str, Any]:
         """Everything above as plain JSON types."""
-        return {**asdict(self), "reliability": self.of_score, "examples_needed": self.examples_needed()}
+        found = {"reliability": self.of_score, "examples_needed": self.examples_needed(), "warnings": self.warnings()}
+        return {**asdict(self), **found}
 
     def warnings(self) -> list[str]:
         """One sentence if the reliability of C is undefined or below `RELIABLE`."""

@@ -32,7 +32,7 @@ from castune.diagnose.ablate import mean_replacements
 from castune.diagnose.gradients import gram_matrices, partial_gradients
 from castune.diagnose.journal import Journal
 from castune.diagnose.measurements import Measurements
-from castune.diagnose.objectives import Sweeps
+from castune.diagnose.objectives import Objectives
 from castune.diagnose.reliability import reliability
 from castune.diagnose.score import (
     Floats,
@@ -99,16 +99,16 @@ def diagnose(
         "safety": _data_record((sources or {}).get("safety"), safety, safety_rows),
         "utility": _data_record((sources or {}).get("utility"), utility, utility_rows),
     }
-    key = [{name: identity[name] for name in ("fingerprint", "dtype")}, config.model_dump(mode="json"), data]
-    journal = Journal.of(None if out is None else Path(out), key)
-    settings = config.model_dump(mode="json")
+    settings, record = config.model_dump(mode="json"), provenance(seed)
+    made_by = [identity["fingerprint"], identity["dtype"], record["versions"]["castune"]]
+    journal = Journal.of(None if out is None else Path(out), [*made_by, settings, data])
     with evaluation_mode(model):
         config = _with_batch_tokens(model, config, journal, share)
         gram = _gradients(model, layout, heads, safety_rows, utility_rows, config, journal, share)
         ablator = _ablator(model, layout, heads, [*safety_rows, *utility_rows], config)
-        sweeps = Sweeps(ablator, tokenizer, chat, config, journal, share)
-        of_utility = sweeps.utility(utility)
-        of_safety = sweeps.safety(safety)
+        objectives = Objectives(ablator, tokenizer, chat, config)
+        of_utility = objectives.utility(utility, journal, share)
+        of_safety = objectives.safety(safety, journal, share)
     if gram is None:
         gram = _journaled_gram(journal)
     if gram is None or of_utility is None or of_safety is None:
@@ -128,9 +128,10 @@ def diagnose(
         "resumed": ablator.resumable,
         "replies": _reply_counts(of_safety.outcomes, config),
         "seconds": round(time.perf_counter() - started, 2),
-        "provenance": provenance(seed),
+        "provenance": record,
     }
     cmap = _conflict_map(heads, gram, of_utility.outcomes, of_safety.outcomes, config, metadata)
+    share.wait()  # all ranks have read the journal before it is removed
     if out is not None and share.writes:
         _save_outcomes(Path(out), heads, utility, of_utility.outcomes, safety, of_safety.outcomes)
         cmap.save(out)

@@ -54,8 +54,8 @@ class Ablator:
     resumable: bool
     replacements: dict[int, Tensor] | None = None  # layer -> [H, K]; None: zero
 
-    def without(self, layer: int, heads: Tensor) -> AbstractContextManager[None]:
-        """The model with head `heads[b]` of `layer` ablated in batch row b, inside a `with` block."""
+    def without(self, layer: int, heads: int | Tensor) -> AbstractContextManager[None]:
+        """The model without a head of `layer`, or without `heads[b]` in batch row b, inside a `with` block."""
         filling = None if self.replacements is None else self.replacements[layer]
         return ablate(self.model, self.layout, layer, heads, filling)
 

@@ -195,10 +195,7 @@ def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     for zone in ("safe", "risky"):
         shown = f"{_number(zones.get(zone))}; {_number(zones.get(f'{zone}_by_chance'))} by chance"
         facts.append((f"Overlap of the {zone} zones of two halves of the examples", shown))
-    needed, reliability = found.get("examples_needed"), found.get("reliability")
-    if needed and (reliability is None or reliability < 0.5):
-        counts = " and ".join(f"{n} {name}" for name, n in needed.items())
-        facts.append(("More noise than signal", f"a reliability of 0.5 would need about {counts} examples"))
+    facts += [("Warning", warning) for warning in found.get("warnings", [])]
     return facts
 
 

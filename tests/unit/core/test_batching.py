@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,5 +132,4 @@ def test_models_without_trees_keep_their_rows_apart(tiny_model: Callable[..., An
 
 def test_the_measured_batch_size_is_a_power_of_two(tiny_model: Callable[..., Any]) -> None:
     found = tuned_batch_tokens(tiny_model("llama"))
-    assert all(b == 2 * a for a, b in pairwise([512, 1024, 2048, 4096]))
     assert found in (512, 1024, 2048, 4096)

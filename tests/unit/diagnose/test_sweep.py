@@ -84,7 +84,7 @@ def test_an_interrupted_diagnosis_continues_to_the_same_map(
         if number == stop:
             raise KeyboardInterrupt
 
-    done, stop, repeated = False, 0, 0
+    done, stop = False, 0
     while not done:
         # Each try gets a little further, and at least past what every start repeats.
         stop += max(3, len(every) // 7)
@@ -94,7 +94,6 @@ def test_an_interrupted_diagnosis_continues_to_the_same_map(
                 done = True
             except KeyboardInterrupt:
                 assert not (tmp_path / "run" / "conflict_map.parquet").exists()
-        repeated += len(again)
     assert continued.table.equals(whole.table)
     assert files(tmp_path / "run") == files(tmp_path / "whole")
     assert len(again) < len(every), "the last try repeated everything"

@@ -103,7 +103,7 @@ def make_map(heads_by_layer: Sequence[int], seed: int = 0, **metadata: Any) -> C
                 "columns": {"conflict_score": agreement, "safety_shift": {**agreement, "full": None}},
                 "zones": {"safe": 0.41, "safe_by_chance": 0.145, "risky": None, "risky_by_chance": 0.145},
             },
-            "examples_needed": {"utility": 151, "safety": 121},
+            "warnings": ["The reliability of the conflict scores is 0.35, below 0.5."],
         },
         "seconds": 412.5,
         "provenance": PROVENANCE,
