@@ -16,6 +16,7 @@ from castune.errors import CastuneError, MapUnfinished
 
 if TYPE_CHECKING:
     from castune.artifacts import ConflictMap, EvalResult
+    from castune.diagnose.plan import Plan
 
 app = typer.Typer(
     name="castune",
@@ -63,6 +64,45 @@ def run(
     _print_diagnosis(folder.load_map())
     _print_evaluations(folder.load_evaluations())
     _say(f"report: {folder.report_file}")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="default, a hub id, a model directory, or a config.json alone.")],
+    safety: Annotated[str, typer.Option(help="D_safe: harmful prompts with safe replies.")] = "starter-safety",
+    utility: Annotated[str, typer.Option(help="D_util: multiple-choice questions.")] = "starter-utility",
+    safety_limit: Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")] = None,
+    utility_limit: Annotated[Optional[int], typer.Option(help="Examples of D_util; all when absent.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
+    batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
+    accelerator: Annotated[
+        Optional[str], typer.Option(help="a100, h100, h200 or l40s: project from its data sheet, measure nothing.")
+    ] = None,
+    decoded_share: Annotated[
+        float, typer.Option(help="Share of replies that change without a head (decisions only).")
+    ] = 0.9,
+    seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 21,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """What a diagnosis will cost, before anything is spent: from the config alone, and half a minute of measuring."""
+    from castune import pipeline
+    from castune.config import Recipe
+
+    recipe = Recipe.of(
+        model=model,
+        revision=revision,
+        dtype="bfloat16" if accelerator and dtype == "auto" else dtype,
+        device=device,
+        out="unused",
+        seed=seed,
+        safety={"source": safety, "limit": safety_limit},
+        utility={"source": utility, "limit": utility_limit},
+        diagnose={"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens},
+    )
+    found, notes = pipeline.plan_diagnosis(recipe, accelerator=accelerator, decoded_share=decoded_share)
+    _print_plan(found, notes, accelerator)
 
 
 @app.command()
@@ -391,6 +431,55 @@ def _print_diagnosis(cmap: ConflictMap) -> None:
         f"  safe zones of two halves of the examples overlap by {_number(zones['safe'])} "
         f"({_number(zones['safe_by_chance'])} by chance)"
     )
+
+
+def _print_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    where = f"on one {accelerator}" if accelerator else "here"
+    _say(
+        f"{found.model_type}: {found.n_layers} layers, {found.n_heads} heads, "
+        f"{found.n_parameters / 1e6:,.1f} M parameters, {_gigabytes(found.weight_bytes)} of weights in {found.dtype}"
+    )
+    table = Table("part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}")
+    names = {
+        "gradients": "gradients",
+        "utility": "utility sweep",
+        "margins": "safety sweep, margins",
+        "decisions": "safety sweep, decisions",
+    }
+    for name, label in names.items():
+        stage = found.stages[name]
+        counts = [f"{stage.forwards:,}", f"{stage.tokens:,}", f"{stage.step_tokens:,}"]
+        table.add_row(label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _duration(stage.seconds))
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(table)
+    for measure in ("margin", "decision"):
+        flops = sum(map(found.stage_flops, found.parts(measure)))
+        _say(f"map by {measure}s: {_duration(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
+    if found.peak_memory is not None:
+        _say(f"peak memory: about {_gigabytes(found.peak_memory)}")
+    _say(f"partial gradients: {_gigabytes(found.gradient_sums)} of the CPU's memory (diagnose.gradient_chunks)")
+    if accelerator:
+        notes = [*notes, "time: a roofline at 40 % of the data sheet's FLOP/s and 80 % of its bandwidth, not measured"]
+    else:
+        notes = [*notes, f"time and memory: measured on {found.slice_layers} layers with random weights"]
+    if not found.resumable:
+        notes = [*notes, "this architecture cannot resume: every ablation runs all layers"]
+    for note in notes:
+        _say(f"note: {note}")
+
+
+def _gigabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:,.2f} GB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _number(value: float | None) -> str:

@@ -16,14 +16,15 @@ from typing import Any
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import write_json
 from castune.config import DataConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
-from castune.core.loading import load
+from castune.core.loading import device_of, find_default_gguf, load, load_config, torch_dtype_of
 from castune.core.provenance import fingerprint, model_record, provenance
 from castune.core.shards import Shard
 from castune.data.example import Example, content_hash, require_questions, require_replies
 from castune.data.sources import examples
 from castune.diagnose.groups import ablate_groups
+from castune.diagnose.plan import DECODED_SHARE, Plan, plan
 from castune.diagnose.run import diagnose
-from castune.errors import ArtifactError
+from castune.errors import ArtifactError, CastuneError
 from castune.evaluate.run import evaluate
 from castune.evaluate.stats import Estimate, paired_difference, utility_cost_ratio
 from castune.evaluate.suites import Suite, load_suites
@@ -70,6 +71,36 @@ def load_calibration(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     require_replies(safety, "safety", "prompt, target")
     require_questions(utility, "utility")
     return safety, utility
+
+
+def plan_diagnosis(
+    recipe: Recipe, *, accelerator: str | None = None, decoded_share: float = DECODED_SHARE
+) -> tuple[Plan, list[str]]:
+    """What the recipe's diagnosis will cost, from the model's config and the data; no weights are loaded.
+
+    Returns:
+        The plan, and what the user should know about it.
+    """
+    safety, utility = load_calibration(recipe)
+    config, tokenizer = load_config(recipe.model, revision=recipe.revision)
+    notes = []
+    if tokenizer is None:
+        if find_default_gguf() is None:
+            raise CastuneError(f"{recipe.model} has no tokenizer, which a plan needs to count tokens")
+        tokenizer = load_config("default")[1]
+        notes.append("no tokenizer there: tokens are counted with the default model's, which makes more of them")
+    found = plan(
+        config,
+        tokenizer,
+        safety=safety,
+        utility=utility,
+        settings=recipe.diagnose,
+        dtype=torch_dtype_of(recipe.dtype, recipe.device),
+        device=device_of(recipe.device),
+        accelerator=accelerator,
+        decoded_share=decoded_share,
+    )
+    return found, notes
 
 
 def diagnose_step(

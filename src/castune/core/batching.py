@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from castune.core.losses import batches_by_length
+from castune.core.flops import ForwardFlops
+from castune.core.heads import HeadLayout
+from castune.core.losses import SCORED_MULTIPLE, batches_by_length
 from castune.core.scoring import can_share_prompts
 from castune.data.rows import Row, shared_prefix
 from castune.errors import CastuneError
@@ -46,9 +48,24 @@ class ExampleBatch:
     parts: list[list[tuple[int, int]]]
 
     @property
+    def length(self) -> int:
+        """Tokens of the longest row, to which the others are padded."""
+        return max(len(row.ids) for row in self.rows)
+
+    @property
     def n_tokens(self) -> int:
-        """Tokens the model is given."""
-        return sum(len(row.ids) for row in self.rows)
+        """Tokens the model is given, padding included."""
+        return len(self.rows) * self.length
+
+    @property
+    def n_scored(self) -> int:
+        """Scored positions, padding included."""
+        most = max(len(row.tokens) for row in self.rows)
+        return len(self.rows) * -(-most // SCORED_MULTIPLE) * SCORED_MULTIPLE
+
+    def flops(self, flops: ForwardFlops, *, first_layer: int = 0) -> float:
+        """FLOPs of running all rows once, from `first_layer` on."""
+        return flops.forward(n_rows=len(self.rows), length=self.length, n_scored=self.n_scored, first_layer=first_layer)
 
     def by_example(self, values: Sequence[NDArray[Any]]) -> list[list[NDArray[Any]]]:
         """Values of the scored tokens of `rows`, as those of each example's original rows, `[example][row]`."""
@@ -61,16 +78,19 @@ class ExampleBatch:
         return [found[example] for example in self.examples]
 
 
-def example_batches(model: Any, rows_of: Sequence[Sequence[Row]], batch_tokens: int) -> list[ExampleBatch]:
+def example_batches(
+    model: Any, layout: HeadLayout, rows_of: Sequence[Sequence[Row]], batch_tokens: int
+) -> list[ExampleBatch]:
     """Batches of at most `batch_tokens` rows x tokens, longest examples first; the rows of an example stay together.
 
     Args:
         model: the model, in evaluation mode.
+        layout: its head layout.
         rows_of: the rows of each example.
         batch_tokens: limit of a batch; an example beyond it is a batch of its own.
     """
     # A unit is what must stay together: one example, or several that share a row.
-    units = _packed_units(model, rows_of, batch_tokens)
+    units = _packed_units(model, layout, rows_of, batch_tokens)
     unit_rows: list[list[Row]] = []
     unit_parts: list[list[list[tuple[int, int]]]] = []
     for unit in units:
@@ -125,7 +145,9 @@ def _seconds(model: Any, ids: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _packed_units(model: Any, rows_of: Sequence[Sequence[Row]], batch_tokens: int) -> list[list[int]]:
+def _packed_units(
+    model: Any, layout: HeadLayout, rows_of: Sequence[Sequence[Row]], batch_tokens: int
+) -> list[list[int]]:
     """Which examples to put into one row, so that the least work is done; each alone where the model takes no trees."""
     order = sorted(range(len(rows_of)), key=lambda n: (-max(len(row.ids) for row in rows_of[n]), n))
     alone = [[n] for n in order]
@@ -134,12 +156,12 @@ def _packed_units(model: Any, rows_of: Sequence[Sequence[Row]], batch_tokens: in
     prefix = shared_prefix([row for rows in rows_of for row in rows])
     rests = {n: len(rows_of[n][0].ids) - prefix for n in order}
     rest = float(np.mean(list(rests.values())))
-    config = model.config.get_text_config(decoder=True)
-    weights = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
-    attention = 2 * _ATTENTION_OVERHEAD * config.num_hidden_layers * config.hidden_size / max(weights, 1)
+    flops = ForwardFlops.of(model, layout)
 
     def work(n_packed: int) -> float:
-        return (prefix / n_packed + rest) * (1 + attention * (prefix + n_packed * rest))
+        """What a packed example costs: its tokens, and its share of the attention over the whole row."""
+        tokens, length = prefix / n_packed + rest, prefix + n_packed * rest
+        return tokens * (sum(flops.token_L) + _ATTENTION_OVERHEAD * sum(flops.pair_L) * length)
 
     best = min(range(1, min(_MOST_PACKED, len(rows_of)) + 1), key=work)
     room = min(prefix + best * rest, batch_tokens) - prefix

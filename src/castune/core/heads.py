@@ -107,9 +107,17 @@ class HeadLayout:
             UnsupportedArchitecture: no attention heads were found, shapes do not fit, or the probe failed;
                 the message names the layer.
         """
-        layout = _locate(model)
-        layout = replace(layout, layers_return_tuples=_probe(model, layout))
-        return layout
+        layout = cls.unproven(model)
+        return replace(layout, layers_return_tuples=_probe(model, layout))
+
+    @classmethod
+    def unproven(cls, model: nn.Module) -> HeadLayout:
+        """Locate the heads by names and shapes alone: for models without weights (meta device), to count, not to run.
+
+        Raises:
+            UnsupportedArchitecture: no attention heads were found, or shapes do not fit.
+        """
+        return _locate(model)
 
     @property
     def n_layers(self) -> int:

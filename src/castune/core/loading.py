@@ -33,6 +33,8 @@ _CONVERSION = 1
 # What transformers, tokenizers and safetensors raise for files that are missing, damaged or of another kind.
 _NOT_LOADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
+_ACCEPTED = "default, a hub id, a model directory, a .gguf file"
+
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -65,7 +67,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, gguf_file = _resolve(str(name))
-    place, torch_dtype = _placement(device), _dtype(dtype, device)
+    place, torch_dtype = placement(device), torch_dtype_of(dtype, device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         if gguf_file is not None:
@@ -77,19 +79,41 @@ def load(
                 gguf_file=gguf_file,
                 dtype=torch_dtype,
                 quantization_config=GgufConfig(dequantize=True),
-            ).to("cpu" if place == "cpu" else torch.device("cuda" if place == "auto" else place))
+            ).to(device_of(device))
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, device_map=place, **options)
     except _NOT_LOADABLE as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise CastuneError(
-            f"could not load {name}: {reason} Accepted: default, a hub id, a model directory, a .gguf file."
-        ) from error
-    if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        logger.warning("%s has no chat template: using plain '### User: ... ### Assistant:' turns", name)
-    return model.eval(), tokenizer
+        raise CastuneError(f"could not load {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
+    return model.eval(), _with_template(tokenizer, name)
+
+
+def load_config(name: str | Path = "default", *, revision: str | None = None) -> tuple[Any, Any]:
+    """The config of a model and its tokenizer, without weights; None for a tokenizer that is not there.
+
+    Args:
+        name: as for `load`; a directory may hold a config.json alone, and the file itself may be named.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CastuneError: no config at that name.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = Path(name)
+    source, gguf_file = _resolve(str(path.parent if path.name == "config.json" and path.is_file() else name))
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if gguf_file is None:
+        options = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except _NOT_LOADABLE as error:
+        raise CastuneError(f"no model config at {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
+    try:
+        tokenizer = _with_template(AutoTokenizer.from_pretrained(source, **options), name)
+    except _NOT_LOADABLE:
+        tokenizer = None
+    return config, tokenizer
 
 
 def find_default_gguf() -> Path | None:
@@ -110,6 +134,17 @@ def display_name(path: str) -> str:
     if Path(path).parent == cache_home():
         return DEFAULT_MODEL
     return Path(path).name if Path(path).is_absolute() else path
+
+
+def _with_template(tokenizer: Any, name: str | Path) -> Any:
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        logger.warning("%s has no chat template: using plain '### User: ... ### Assistant:' turns", name)
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def _resolve(name: str) -> tuple[str, str | None]:
@@ -179,7 +214,8 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _placement(device: str | torch.device) -> Any:
+def placement(device: str | torch.device) -> Any:
+    """Where a model goes: a device, or `auto` to spread it over all accelerators (accelerate's `device_map`)."""
     if str(device) != "auto":
         return str(device)
     if not torch.cuda.is_available():
@@ -188,11 +224,22 @@ def _placement(device: str | torch.device) -> Any:
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "auto"
 
 
-def _dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
+def device_of(device: str | torch.device) -> torch.device:
+    """The device a name means; of several accelerators that `auto` would use, the first."""
+    place = placement(device)
+    return torch.device("cuda" if place == "auto" else place)
+
+
+def torch_dtype_of(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
+    """The dtype that a name means on a device.
+
+    Raises:
+        CastuneError: no such dtype.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        on_cpu = _placement(device) == "cpu"
+        on_cpu = placement(device) == "cpu"
         native = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else True
         return torch.bfloat16 if native else torch.float32
     if dtype not in _DTYPES:

@@ -20,9 +20,9 @@ from castune.errors import CastuneError
 
 T = TypeVar("T")
 
-# For a few rows not a multiple of 8, CPU matrix products sum the vocabulary one after the other: the gradient through
-# the output head then loses two of float32's seven digits.
-_SCORED_MULTIPLE = 8
+# Scored positions of a row are padded to this multiple. For a few rows not a multiple of 8, CPU matrix products sum the
+# vocabulary one after the other: the gradient through the output head then loses two of float32's seven digits.
+SCORED_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class RowBatch:
         """Pad rows to their longest. Padding ids are 0; they are never attended to by a scored position."""
         ids_BS, positions_BT, tokens_BT, scored_BT = (
             _padded([row.ids for row in rows], 0, device),
-            _padded([row.positions for row in rows], 0, device, multiple=_SCORED_MULTIPLE),
-            _padded([row.tokens for row in rows], 0, device, multiple=_SCORED_MULTIPLE),
-            _padded([[True] * len(row.tokens) for row in rows], False, device, multiple=_SCORED_MULTIPLE),
+            _padded([row.positions for row in rows], 0, device, multiple=SCORED_MULTIPLE),
+            _padded([row.tokens for row in rows], 0, device, multiple=SCORED_MULTIPLE),
+            _padded([[True] * len(row.tokens) for row in rows], False, device, multiple=SCORED_MULTIPLE),
         )
         if not any(row.branches for row in rows):
             return cls(ids_BS, positions_BT, tokens_BT, scored_BT)

@@ -39,7 +39,7 @@ class ScoredMeasure:
         self, ablator: Ablator, rows_of: Sequence[Sequence[Row]], outcome: Outcome, *, batch_tokens: int
     ) -> None:
         self.ablator, self.outcome, self.batch_tokens = ablator, outcome, batch_tokens
-        self.batches = example_batches(ablator.model, rows_of, batch_tokens)
+        self.batches = example_batches(ablator.model, ablator.layout, rows_of, batch_tokens)
 
     def baseline(self, batch: ExampleBatch) -> Floats:
         """Outcomes of the whole model."""

@@ -76,7 +76,7 @@ class RefusalMeasure:
         self._judge, self._is_settled = judge, is_settled
         self._expected = [self._needed(reply) for reply in replies]
         rows = [Row.of_replies(prompt, [tokens]) for prompt, tokens in zip(prompts, self._expected, strict=True)]
-        self.batches = example_batches(ablator.model, [[row] for row in rows], batch_tokens)
+        self.batches = example_batches(ablator.model, ablator.layout, [[row] for row in rows], batch_tokens)
         self._verdicts = self._judged(range(len(replies)), [reply.text for reply in replies])
         self.n_decoded = 0
 

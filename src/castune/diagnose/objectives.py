@@ -66,7 +66,7 @@ class Objectives:
         """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing."""
         replies = self.replies(examples)
         by_margin = self.config.measure == "margin"
-        measure = self.margin_measure(examples, replies) if by_margin else self._refusal_measure(examples, replies)
+        measure = self.margin_measure(examples, replies) if by_margin else self.refusal_measure(examples, replies)
         outcomes = sweep("safety", self.ablator, measure, journal=journal, shard=shard)
         if outcomes is None:
             return None
@@ -124,7 +124,8 @@ class Objectives:
         verdicts = judge_named(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
         return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
 
-    def _refusal_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> RefusalMeasure:
+    def refusal_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> RefusalMeasure:
+        """Refusals, by verifying and decoding replies."""
         return RefusalMeasure(
             self.ablator,
             self.tokenizer,

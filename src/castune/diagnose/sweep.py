@@ -20,6 +20,7 @@ from torch import Tensor
 
 from castune.core.ablation import ablate, record_residuals, resume_from
 from castune.core.batching import ExampleBatch
+from castune.core.flops import ForwardFlops
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.losses import RowBatch
 from castune.core.progress import progress
@@ -59,9 +60,9 @@ class Ablator:
         filling = None if self.replacements is None else self.replacements[layer]
         return ablate(self.model, self.layout, layer, heads, filling)
 
-    def layers_run(self, layer: int) -> int:
-        """Decoder layers that a forward with a head of `layer` ablated has to run."""
-        return self.layout.n_layers - (layer if self.resumable else 0)
+    def first_layer(self, layer: int) -> int:
+        """The decoder layer at which a forward with a head of `layer` ablated begins."""
+        return layer if self.resumable else 0
 
 
 class Measure(Protocol):
@@ -120,8 +121,11 @@ def sweep(
         of_layer.setdefault(head.layer, []).append(number)
     units = [Unit(batch, layer) for batch in range(len(measure.batches)) for layer in of_layer]
 
+    flops = ForwardFlops.of(ablator.model, ablator.layout)
+
     def cost(unit: Unit) -> float:
-        return ablator.layers_run(unit.layer) * len(of_layer[unit.layer]) * measure.batches[unit.batch].n_tokens
+        once = measure.batches[unit.batch].flops(flops, first_layer=ablator.first_layer(unit.layer))
+        return len(of_layer[unit.layer]) * once
 
     known = _Known(name, ablator.heads, sum(len(batch.examples) for batch in measure.batches))
     known.read(journal)
@@ -205,6 +209,12 @@ class _Known:
         self.is_known[np.ix_(rows, examples)] = True
 
 
+def part_size(n_rows: int, length: int, batch_tokens: int) -> int:
+    """How many of `n_rows` rows the next forward takes: parts of equal size, for a small last one is slow."""
+    n_parts = -(-n_rows // max(1, batch_tokens // length))
+    return -(-n_rows // n_parts)
+
+
 class RecordedBatch:
     """One batch of rows with its residuals: runs again with heads ablated, many heads in one forward.
 
@@ -261,10 +271,7 @@ class RecordedBatch:
         values: list[Tensor] = []
         done = 0
         while done < len(index):
-            most = max(1, self.batch_tokens // length)
-            # Parts of equal size: a small last one would use the machine badly.
-            n_parts = -(-(len(index) - done) // most)
-            size = -(-(len(index) - done) // n_parts)
+            size = part_size(len(index) - done, length, self.batch_tokens)
             try:
                 values.append(forward(index[done : done + size]).cpu())
             except torch.OutOfMemoryError:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castune.core.batching import example_batches, tuned_batch_tokens
+from castune.core.heads import HeadLayout
 from castune.core.scoring import can_share_prompts, score_batch
 from castune.data.rows import Row, shared_prefix
 
@@ -98,13 +99,13 @@ def test_every_example_is_in_one_batch_with_its_own_values(
     """`split`: several rows an example, which are never packed."""
     model = tiny_model("qwen2")
     of = [[row] if not split else [row, SEVERAL[1]] for row in SEVERAL]
-    batches = example_batches(model, of, batch_tokens)
+    batches = example_batches(model, HeadLayout.of(model), of, batch_tokens)
     assert sorted(n for batch in batches for n in batch.examples) == list(range(len(of)))
     for batch in batches:
         longest = max(len(row.ids) for row in batch.rows)
         alone = len(batch.examples) == 1
         assert alone or len(batch.rows) * longest <= batch_tokens
-        assert batch.n_tokens == sum(len(row.ids) for row in batch.rows)
+        assert batch.n_tokens == len(batch.rows) * longest
         values = batch.by_example(score_batch(model, batch.rows))
         for n, found in zip(batch.examples, values, strict=True):
             for one, expected in zip(found, scores_alone(model, of[n]), strict=True):
@@ -115,18 +116,18 @@ def test_long_common_prefixes_are_packed_and_long_examples_are_not(tiny_model: C
     model = tiny_model("llama")
     prefix = [(7 * i) % 250 for i in range(60)]
     alike = rows_of([([i], [[5]]) for i in range(8)], prefix)
-    (batch,) = example_batches(model, [[row] for row in alike], 10_000)
+    (batch,) = example_batches(model, HeadLayout.of(model), [[row] for row in alike], 10_000)
     assert len(batch.rows) < len(alike)
     assert batch.n_tokens < sum(len(row.ids) for row in alike) / 2
     long = rows_of([([(3 * i + k) % 250 for i in range(300)], [[5]]) for k in range(3)], prefix)
-    batches = example_batches(model, [[row] for row in [*alike, *long]], 10_000)
+    batches = example_batches(model, HeadLayout.of(model), [[row] for row in [*alike, *long]], 10_000)
     lengths = [len(row.ids) for batch in batches for row in batch.rows]
     assert max(lengths) == 360, "an example that is long already shares its row with none"
 
 
 def test_models_without_trees_keep_their_rows_apart(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("bloom")
-    batches = example_batches(model, [[SEVERAL[1]], [SEVERAL[3]]], 10_000)
+    batches = example_batches(model, HeadLayout.of(model), [[SEVERAL[1]], [SEVERAL[3]]], 10_000)
     assert [len(parts) for batch in batches for parts in batch.parts] == [1, 1]
 
 

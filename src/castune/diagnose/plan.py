@@ -1,0 +1,402 @@
+"""What a diagnosis will cost, from the model's config and the data alone, before anything is spent.
+
+The batches are made by the diagnosis' own code, so forwards and tokens are those it will run. Unknown beforehand are
+the model's own replies: the data's safe replies stand in for them, and a share of them is taken to change under
+ablation. Seconds come from a calibration on this machine (`calibrate.py`) or from an accelerator's data sheet.
+
+Shape letters: L layer, H head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from castune.config import DiagnoseConfig
+from castune.core.ablation import can_resume
+from castune.core.batching import ExampleBatch
+from castune.core.flops import ForwardFlops
+from castune.core.generation import Reply
+from castune.core.heads import HeadLayout
+from castune.core.losses import batches_by_length
+from castune.core.memory import resident_memory
+from castune.core.ranking import equal_parts
+from castune.core.skeleton import random_slice, skeleton
+from castune.data.chat import ChatFormat
+from castune.data.example import Example
+from castune.data.rows import Row
+from castune.diagnose.calibrate import GRADIENT_PASSES, Calibration, calibrate
+from castune.diagnose.objectives import Objectives
+from castune.diagnose.sweep import Ablator, part_size
+from castune.errors import CastuneError
+
+# Share of replies that differ once a head is gone: 0.9 on the default model, which is small and unsure. Larger models
+# change fewer, and their plans are then too high.
+DECODED_SHARE = 0.9
+# Layers of the slice that stands for the model: where a layer is small, more are needed to be timed well.
+_SLICE_WEIGHTS = 50e6
+_MOST_SLICE_LAYERS = 6
+# What big matrix products and weight streaming reach in practice, as shares of the data sheet.
+_COMPUTE_SHARE, _BANDWIDTH_SHARE = 0.4, 0.8
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Data sheet of an accelerator: dense bfloat16 FLOP/s and bytes/s of memory."""
+
+    flops: float
+    bandwidth: float
+
+
+ACCELERATORS = {
+    "a100": Accelerator(312e12, 2.0e12),
+    "h100": Accelerator(989e12, 3.35e12),
+    "h200": Accelerator(989e12, 4.8e12),
+    "l40s": Accelerator(362e12, 0.86e12),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Work of one part of a diagnosis. Stages add up.
+
+    Attributes:
+        forwards: passes through all decoder layers or a part of them, decoding steps aside.
+        tokens: tokens of these passes, padding included.
+        layer_flops: FLOPs of these passes in decoder layers.
+        n_scored: positions of these passes at which the output head is used.
+        weight_reads: how often these passes read the whole of the decoder's weights.
+        steps: decoding steps, each of a batch of replies.
+        step_tokens: tokens decoded.
+        seconds: predicted; None without calibration or accelerator.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    layer_flops: float = 0.0
+    n_scored: int = 0
+    weight_reads: float = 0.0
+    steps: int = 0
+    step_tokens: int = 0
+    seconds: float | None = None
+
+    def __add__(self, other: Stage) -> Stage:
+        counts = [field.name for field in fields(self) if field.name != "seconds"]
+        return Stage(**{name: getattr(self, name) + getattr(other, name) for name in counts})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cost of a diagnosis by either measure.
+
+    Attributes:
+        model_type: of the config.
+        n_layers: decoder layers.
+        n_heads: query heads of all layers.
+        n_parameters: of the whole model.
+        weight_bytes: of the whole model, in its dtype.
+        dtype: of the weights.
+        flops: of a forward of the whole model, by part.
+        stages: `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`.
+        peak_memory: bytes at the peak on the device of the model, the weights included; None where not measured.
+        gradient_sums: bytes of partial gradients, kept in the memory of the CPU.
+        slice_layers: depth of the slice that stood for the model.
+        resumable: whether layers below the ablated one are skipped.
+    """
+
+    model_type: str
+    n_layers: int
+    n_heads: int
+    n_parameters: int
+    weight_bytes: int
+    dtype: str
+    flops: ForwardFlops
+    stages: dict[str, Stage]
+    peak_memory: int | None
+    gradient_sums: int
+    slice_layers: int
+    resumable: bool
+
+    def parts(self, measure: str) -> dict[str, Stage]:
+        """The stages of a diagnosis by `margin` or `decision`."""
+        left_out = "decisions" if measure == "margin" else "margins"
+        return {name: stage for name, stage in self.stages.items() if name != left_out}
+
+    def seconds(self, measure: str) -> float | None:
+        """Seconds of the whole diagnosis by `margin` or `decision`; None where not predicted."""
+        seconds = [stage.seconds for stage in self.parts(measure).values()]
+        return None if None in seconds else sum(filter(None, seconds))
+
+    def stage_flops(self, name: str) -> float:
+        """All FLOPs of a stage."""
+        stage = self.stages[name]
+        step = sum(self.flops.token_L) + self.flops.scored
+        return stage.layer_flops + stage.n_scored * self.flops.scored + stage.step_tokens * step
+
+
+def plan(
+    config: Any,
+    tokenizer: Any,
+    *,
+    safety: Sequence[Example],
+    utility: Sequence[Example],
+    settings: DiagnoseConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    accelerator: str | None = None,
+    decoded_share: float = DECODED_SHARE,
+) -> Plan:
+    """Predict work, seconds and memory of a diagnosis.
+
+    Args:
+        config: the model's config; no weights are loaded.
+        tokenizer: the model's.
+        safety: D_safe.
+        utility: D_util.
+        settings: of the diagnosis; `batch_tokens` is a number.
+        dtype: of the weights.
+        device: where the slice is measured.
+        accelerator: take seconds from this one's data sheet (`ACCELERATORS`) instead of measuring here.
+        decoded_share: share of replies that change when a head is ablated.
+
+    Raises:
+        UnsupportedArchitecture: the heads of this architecture could not be located.
+        CastuneError: an unknown accelerator, a share outside [0, 1], `batch_tokens = "auto"`.
+    """
+    if accelerator is not None and accelerator not in ACCELERATORS:
+        raise CastuneError(f"accelerator {accelerator!r}: accepted are {', '.join(ACCELERATORS)}")
+    if not 0 <= decoded_share <= 1:
+        raise CastuneError(f"decoded share {decoded_share}: accepted is 0 to 1")
+    if settings.batch_tokens == "auto":
+        raise CastuneError('batch_tokens is "auto"; a plan needs a number, for example 2048')
+    model = skeleton(config, dtype)
+    layout = HeadLayout.unproven(model)
+    own_memory = resident_memory() or 0
+    work = _Work(
+        config=settings,
+        chat=ChatFormat(tokenizer, max_length=settings.max_length),
+        safety=safety,
+        utility=utility,
+        layout=layout,
+        flops=ForwardFlops.of(model, layout),
+        ablator=_slice_ablator(config, model, layout, dtype, device),
+        decoded_share=decoded_share,
+    )
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    n_query = sum(layout.query_projection(model, layer).weight.numel() for layer in layout.layers_with_heads)
+    found = Plan(
+        model_type=config.model_type,
+        n_layers=layout.n_layers,
+        n_heads=len(layout.heads),
+        n_parameters=n_parameters,
+        weight_bytes=n_parameters * dtype.itemsize,
+        dtype=str(dtype).removeprefix("torch."),
+        flops=work.flops,
+        stages=work.stages(),
+        peak_memory=None,
+        gradient_sums=2 * settings.gradient_chunks * n_query * 4,
+        slice_layers=work.ablator.layout.n_layers,
+        resumable=work.ablator.resumable,
+    )
+    if accelerator is not None:
+        return _on_accelerator(found, ACCELERATORS[accelerator])
+    return _as_calibrated(found, work, own_memory if device.type == "cpu" else 0)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What has to be run: batches made on the slice, FLOPs of the whole model."""
+
+    config: DiagnoseConfig
+    chat: ChatFormat
+    safety: Sequence[Example]
+    utility: Sequence[Example]
+    layout: HeadLayout
+    flops: ForwardFlops
+    ablator: Ablator
+    decoded_share: float
+
+    def stages(self) -> dict[str, Stage]:
+        """Every stage's work."""
+        replies = self._decoding(len(self.safety), self.config.max_new_tokens)
+        return {
+            "gradients": self._gradients(),
+            "utility": self._swept(self.utility_batches),
+            "margins": self._swept(self._margin_batches) + replies,
+            "decisions": self._swept(self._refusal_batches) + replies + self._decoded(),
+        }
+
+    @cached_property
+    def objectives(self) -> Objectives:
+        """The diagnosis' own measures, on the slice."""
+        return Objectives(self.ablator, self.chat.tokenizer, self.chat, self.config)
+
+    @cached_property
+    def utility_batches(self) -> Sequence[ExampleBatch]:
+        """Batches of the utility sweep."""
+        return self.objectives.utility_measure(self.utility).batches
+
+    @cached_property
+    def loss_chunks(self) -> list[list[Row]]:
+        """Rows of every gradient chunk of both sets."""
+        sets = ([self.chat.loss_row(example) for example in examples] for examples in (self.safety, self.utility))
+        return [chunk for rows in sets for chunk in equal_parts(rows, min(self.config.gradient_chunks, len(rows)))]
+
+    @cached_property
+    def prompt(self) -> list[int]:
+        """The harmful prompt of middle length."""
+        prompts = sorted((self.chat.prompt_ids(example)[0] for example in self.safety), key=len)
+        return prompts[len(prompts) // 2]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Rows x tokens of a forward."""
+        assert self.config.batch_tokens != "auto"
+        return self.config.batch_tokens
+
+    @property
+    def most_decoded(self) -> int:
+        """Replies that fit into one batch of decoding."""
+        return max(1, self.batch_tokens // (len(self.prompt) + self.config.max_new_tokens))
+
+    @cached_property
+    def _stand_ins(self) -> list[Reply]:
+        """The data's safe replies in place of the model's own, repeated to the length limit."""
+        n_tokens, replies = self.config.max_new_tokens, []
+        for example in self.safety:
+            assert example.reply is not None
+            ids = self.chat.reply_ids(example.reply, end_of_turn=False)
+            tokens = (ids * n_tokens)[:n_tokens]
+            replies.append(Reply(str(self.chat.tokenizer.decode(tokens)), tuple(tokens), finished=False))
+        return replies
+
+    @cached_property
+    def _margin_batches(self) -> Sequence[ExampleBatch]:
+        return self.objectives.margin_measure(self.safety, self._stand_ins).batches
+
+    @cached_property
+    def _refusal_batches(self) -> Sequence[ExampleBatch]:
+        return self.objectives.refusal_measure(self.safety, self._stand_ins).batches
+
+    def _gradients(self) -> Stage:
+        found = Stage()
+        for chunk in self.loss_chunks:
+            for indices in batches_by_length([len(row.ids) for row in chunk], self.batch_tokens):
+                rows = [chunk[i] for i in indices]
+                size = (len(rows), max(len(row.ids) for row in rows), sum(len(row.tokens) for row in rows))
+                forward = self._forward(*size, forwards=1)
+                passes = {"layer_flops": forward.layer_flops * GRADIENT_PASSES, "weight_reads": GRADIENT_PASSES}
+                found += replace(forward, **passes)
+        return found
+
+    def _swept(self, batches: Sequence[ExampleBatch]) -> Stage:
+        """Every batch once for the whole model, and once for each head."""
+        found = Stage()
+        for batch in batches:
+            found += self._repeated(batch, 1, 0)
+            for layer in self.layout.layers_with_heads:
+                first = layer if self.ablator.resumable else 0
+                found += self._repeated(batch, self.layout.n_heads(layer), first)
+        return found
+
+    def _decoded(self) -> Stage:
+        """Replies that change: run again as far as they are known, and decoded until the judge's answer is settled."""
+        found = Stage()
+        for batch in self._refusal_batches:
+            # A batch of replies is decoded until the last of them is settled.
+            steps = max(n_tokens for parts in batch.parts for _, n_tokens in parts)
+            for layer in self.layout.layers_with_heads:
+                n_replies = round(self.decoded_share * len(batch.examples) * self.layout.n_heads(layer))
+                found += self._decoding(n_replies, steps)
+        return found
+
+    def _decoding(self, n_replies: int, n_steps: int) -> Stage:
+        if not n_replies:
+            return Stage()
+        n_batches = -(-n_replies // self.most_decoded)
+        prefill = self._forward(n_replies, len(self.prompt), n_replies, forwards=n_batches)
+        return replace(prefill, steps=n_batches * n_steps, step_tokens=n_replies * n_steps)
+
+    def _repeated(self, batch: ExampleBatch, times: int, first_layer: int) -> Stage:
+        n_rows = times * len(batch.rows)
+        forwards = -(-n_rows // part_size(n_rows, batch.length, self.batch_tokens))
+        return self._forward(n_rows, batch.length, times * batch.n_scored, forwards=forwards, first_layer=first_layer)
+
+    def _forward(self, n_rows: int, length: int, n_scored: int, *, forwards: int, first_layer: int = 0) -> Stage:
+        return Stage(
+            forwards=forwards,
+            tokens=n_rows * length,
+            layer_flops=self.flops.forward(n_rows=n_rows, length=length, n_scored=0, first_layer=first_layer),
+            n_scored=n_scored,
+            weight_reads=forwards * sum(self.flops.token_L[first_layer:]) / sum(self.flops.token_L),
+        )
+
+
+def _slice_ablator(config: Any, model: Any, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> Ablator:
+    """The slice that stands for the model: two layers beyond the first with heads, more where layers are small."""
+    first = layout.layers_with_heads[0]
+    weights = sum(parameter.numel() for parameter in layout.decoder_layers(model)[first].parameters())
+    deeper = min(_MOST_SLICE_LAYERS, max(2, round(_SLICE_WEIGHTS / weights)))
+    cut = random_slice(config, min(layout.n_layers, first + 1 + deeper), dtype=dtype, device=device)
+    slice_layout = HeadLayout.of(cut)
+    return Ablator(cut, slice_layout, slice_layout.heads, can_resume(cut, slice_layout))
+
+
+def _as_calibrated(found: Plan, work: _Work, own_memory: int) -> Plan:
+    batches = sorted(work.utility_batches, key=lambda batch: -batch.n_tokens)
+    measured = calibrate(
+        work.ablator,
+        work.chat,
+        batches=batches,
+        loss_rows=_first_batch(max(work.loss_chunks, key=_size), work.batch_tokens),
+        prompt=work.prompt,
+        n_decoded=work.most_decoded,
+        batch_tokens=work.batch_tokens,
+    )
+
+    def seconds(name: str, stage: Stage) -> float:
+        speed = measured.gradients if name == "gradients" else measured.sweep
+        step = found.n_layers * measured.steps.layer + measured.steps.rest
+        return speed.seconds(stage.layer_flops, stage.n_scored) + stage.steps * step
+
+    stages = {name: replace(stage, seconds=seconds(name, stage)) for name, stage in found.stages.items()}
+    return replace(found, stages=stages, peak_memory=_peak_memory(found, measured, batches[0], own_memory))
+
+
+def _peak_memory(found: Plan, measured: Calibration, largest: ExampleBatch, own_memory: int) -> int | None:
+    """Weights, what this process needs by itself, and what the hungrier of the two kinds of work adds."""
+    if measured.sweep_memory is None or measured.gradient_memory is None or measured.gradient_memory_layer is None:
+        return None
+    further = found.n_layers - measured.n_layers
+    residuals = largest.n_tokens * measured.residual_bytes if found.resumable else 0
+    sweep = measured.sweep_memory + further * residuals
+    gradients = measured.gradient_memory + further * measured.gradient_memory_layer
+    # The partial gradients lie in the memory of the CPU.
+    sums = found.gradient_sums if own_memory else 0
+    return round(own_memory + found.weight_bytes + max(sweep, gradients + sums))
+
+
+def _on_accelerator(found: Plan, accelerator: Accelerator) -> Plan:
+    """A roofline: each stage takes as long as its arithmetic or its reading of weights, whichever is longer."""
+    flops, bandwidth = _COMPUTE_SHARE * accelerator.flops, _BANDWIDTH_SHARE * accelerator.bandwidth
+    read = found.weight_bytes / bandwidth
+
+    def seconds(stage: Stage) -> float:
+        passes = stage.layer_flops + stage.n_scored * found.flops.scored
+        step = stage.step_tokens * (sum(found.flops.token_L) + found.flops.scored)
+        return max(passes / flops, stage.weight_reads * read) + max(step / flops, stage.steps * read)
+
+    return replace(found, stages={n: replace(stage, seconds=seconds(stage)) for n, stage in found.stages.items()})
+
+
+def _first_batch(chunk: Sequence[Row], batch_tokens: int) -> list[Row]:
+    """The rows of a chunk's first batch, its largest."""
+    return [chunk[i] for i in next(batches_by_length([len(row.ids) for row in chunk], batch_tokens))]
+
+
+def _size(chunk: Sequence[Row]) -> int:
+    return sum(len(row.ids) for row in chunk)
