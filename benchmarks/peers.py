@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ UTILITY = (
 )
 SAFETY = (
     ("castune", "with_castune.py", "safety"),
+    ("castune, margins", "with_castune.py", "safety-margins"),
     ("plain hooks, a prompt a generate", "with_hooks.py", "safety-prompt-by-prompt"),
     ("plain hooks, prompts batched", "with_hooks.py", "safety"),
     ("nnsight, prompts batched", "with_nnsight.py", "safety"),
@@ -80,6 +82,7 @@ def the_work(*, heads: int, questions: int, prompts: int, dtype: str) -> Work:
         end_tokens=chat.end_tokens(model),
         max_new_tokens=MAX_NEW_TOKENS,
         n_questions=questions,
+        n_prompts=prompts,
         example_seed=SEED,
     )
 
@@ -99,6 +102,8 @@ def run(python: str, script: str, sweep: str, work_file: Path) -> dict[str, Any]
 
 def agreement(result: dict[str, Any], castune: dict[str, Any]) -> str:
     """How a contestant's outcomes compare with castune's."""
+    if "margins" in result and "margins" not in castune:
+        return "by another measure"
     if "margins" in result:
         mine, theirs = np.array(result["margins"]), np.array(castune["margins"])
         same = ((mine > 0) == (theirs > 0)).mean()
@@ -112,18 +117,23 @@ def agreement(result: dict[str, Any], castune: dict[str, Any]) -> str:
     return text
 
 
-def print_sweep(title: str, contestants: tuple[tuple[str, str, str], ...], python: str, work_file: Path) -> None:
+def print_sweep(
+    title: str, contestants: Sequence[tuple[str, str, str]], python: str, work_file: Path
+) -> dict[str, float]:
+    """Run the contestants of a sweep and print their table; returns seconds by label."""
     print(f"\n{title}")
     print(f"{'':34}{'seconds':>9}{'s a head':>10}{'x castune':>11}  agreement with castune")
     n_heads = len(Work.load(work_file).heads)
     castune: dict[str, Any] | None = None
     versions: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     for label, script, sweep in contestants:
         result = run(python, script, sweep, work_file)
         if isinstance(result, str):
             print(f"{label:34}  not run: {result}", flush=True)
             continue
         versions.update(result["versions"])
+        seconds[label] = result["seconds"]
         line = f"{label:34}{result['seconds']:9.1f}{result['seconds'] / n_heads:10.3f}"
         if label == "castune":
             castune = result
@@ -135,6 +145,22 @@ def print_sweep(title: str, contestants: tuple[tuple[str, str, str], ...], pytho
             full = run(python, script, "safety-replies", work_file)
             result["replies"] = None if isinstance(full, str) else full["replies"]
     print("; ".join(f"{name} {version}" for name, version in versions.items()))
+    return seconds
+
+
+def print_maps(utility: dict[str, float], safety: dict[str, float]) -> None:
+    """castune's map by margins against the map by decisions that plain hooks make."""
+    if "castune" not in utility or "castune, margins" not in safety:
+        return
+    margins = utility["castune"] + safety["castune, margins"]
+    pairs = [(UTILITY[1][0], SAFETY[2][0]), (UTILITY[2][0], SAFETY[3][0])]
+    for of_utility, of_safety in pairs:
+        if of_utility in utility and of_safety in safety:
+            decisions = utility[of_utility] + safety[of_safety]
+            print(
+                f"both sweeps: castune by margins {margins:.1f} s, by decisions with {of_utility} and {of_safety} "
+                f"{decisions:.1f} s: {decisions / margins:.1f} x"
+            )
 
 
 def main() -> None:
@@ -144,6 +170,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sweep", choices=["utility", "safety", "both"], default="both")
+    parser.add_argument("--contestants", default="castune,hooks,nnsight,transformer_lens", help="comma-separated")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the contestants")
     options = parser.parse_args()
     if options.python == sys.executable and not all(map(find_spec, ("nnsight", "transformer_lens"))):
@@ -156,11 +183,16 @@ def main() -> None:
         print(
             f"SmolLM2-135M-Instruct, {options.dtype}, {len(work.heads)} heads of {layers} layers, {os.cpu_count()} CPUs"
         )
+        scripts = {f"with_{name}.py" for name in options.contestants.split(",")}
+        utility: dict[str, float] = {}
+        safety: dict[str, float] = {}
         if options.sweep != "safety":
-            print_sweep(f"utility sweep, {len(work.questions)} questions", UTILITY, options.python, work_file)
+            title = f"utility sweep, {len(work.questions)} questions"
+            utility = print_sweep(title, [c for c in UTILITY if c[1] in scripts], options.python, work_file)
         if options.sweep != "utility":
             title = f"safety sweep, {len(work.prompts)} prompts, {MAX_NEW_TOKENS} tokens a reply"
-            print_sweep(title, SAFETY, options.python, work_file)
+            safety = print_sweep(title, [c for c in SAFETY if c[1] in scripts], options.python, work_file)
+        print_maps(utility, safety)
 
 
 if __name__ == "__main__":

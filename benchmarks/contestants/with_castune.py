@@ -14,12 +14,11 @@ from castune.core.ablation import can_resume
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
 from castune.core.judges import Judge, is_settled
-from castune.core.scoring import answer_margin, choice_scores, question_rows, shared_if_exact
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
-from castune.diagnose.ablate import ScoredMeasure
 from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.journal import Journal
+from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, Measure, sweep
 
 Loaded = tuple[Any, Any]
@@ -44,20 +43,25 @@ def _ablated(name: str, ablator: Ablator, measure: Measure) -> list[list[float]]
     return values
 
 
+def _objectives(loaded: Loaded, work: Work) -> Objectives:
+    model, tokenizer = loaded
+    config = ct.DiagnoseConfig(measure="margin", max_new_tokens=work.max_new_tokens, batch_tokens=BATCH_TOKENS)
+    return Objectives(_ablator(model, work), tokenizer, ChatFormat(tokenizer), config)
+
+
 def utility(loaded: Loaded, work: Work) -> Outcome:
     """The utility sweep as `castune diagnose` runs it; its checks at the start and the whole model are timed too."""
-    model, tokenizer = loaded
-    chat = ChatFormat(tokenizer)
     questions = ct.examples("starter-utility", limit=work.n_questions, seed=work.example_seed)[: len(work.questions)]
-    ablator = _ablator(model, work)
-    rows_of = shared_if_exact(model, lambda share: [question_rows(chat, q, share_prompt=share) for q in questions])
-    measure = ScoredMeasure(
-        ablator,
-        rows_of,
-        lambda n, values: answer_margin(questions[n], choice_scores(chat, questions[n], values)),
-        batch_tokens=BATCH_TOKENS,
-    )
-    return {"margins": _ablated("utility", ablator, measure)}
+    objectives = _objectives(loaded, work)
+    return {"margins": _ablated("utility", objectives.ablator, objectives.utility_measure(questions))}
+
+
+def safety_margins(loaded: Loaded, work: Work) -> Outcome:
+    """The safety sweep by margins, which nobody else has: the whole model's replies are generated, no ablated ones."""
+    examples = ct.examples("starter-safety", limit=work.n_prompts, seed=work.example_seed)[: len(work.prompts)]
+    objectives = _objectives(loaded, work)
+    measure = objectives.margin_measure(examples, objectives.replies(examples))
+    return {"refusals": None, "replies": None, "margins": _ablated("safety", objectives.ablator, measure)}
 
 
 def safety(loaded: Loaded, work: Work) -> Outcome:
@@ -112,4 +116,12 @@ def _safety(loaded: Loaded, work: Work, judge: Judge, settled: Callable[[str], b
 
 
 if __name__ == "__main__":
-    main(load, {"utility": utility, "safety": safety, "safety-replies": safety_replies})
+    main(
+        load,
+        {
+            "utility": utility,
+            "safety": safety,
+            "safety-replies": safety_replies,
+            "safety-margins": safety_margins,
+        },
+    )

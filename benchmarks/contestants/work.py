@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Work:
-    """The sweeps to run. `example_seed` and `n_questions` let castune draw the same questions by itself."""
+    """The sweeps to run. `example_seed`, `n_questions` and `n_prompts` let castune draw the same examples by itself."""
 
     dtype: str
     heads: list[tuple[int, int]]
@@ -49,6 +49,7 @@ class Work:
     end_tokens: list[int]
     max_new_tokens: int
     n_questions: int
+    n_prompts: int
     example_seed: int
 
     def save(self, path: Path) -> None:
