@@ -1,0 +1,154 @@
+"""Which summary of margin changes predicts what training costs? Trains arms, prints one table.
+
+    python benchmarks/margin_variants.py RUN OUT
+
+RUN is the run directory of a diagnosis by margins. Each variant of the shift (below) makes its own C(h) from the same
+measurements, and its own buckets of heads; every bucket is trained, and the utility that is lost on held-out questions
+is compared with the mean C(h) of its heads, over the arms of all variants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+import castune as ct
+from castune.artifacts import ConflictMap, HeadSelection
+from castune.config import EvaluateConfig, TuneConfig
+from castune.core.ranking import by_descending, equal_parts
+from castune.diagnose.reliability import spearman
+from castune.diagnose.score import conflict_score, functional_sensitivity
+from castune.evaluate.run import evaluate
+from castune.evaluate.suites import load_suites
+from castune.tune.train import tune
+
+Head = tuple[int, int]
+SUITES = ("starter-utility-eval", "starter-safety-eval")
+
+# From the changes of the margins without each head, [H, N], to a shift a head.
+VARIANTS = {
+    "absolute mean": lambda change_HN: np.abs(change_HN.mean(1)),
+    "mean absolute": lambda change_HN: np.abs(change_HN).mean(1),
+    "root mean square": lambda change_HN: np.sqrt((change_HN**2).mean(1)),
+}
+
+
+def changes(run: Path, objective: str, n_heads: int) -> np.ndarray:
+    table = pq.read_table(run / "ablation.parquet").to_pandas()
+    table = table[table["objective"] == objective]
+    return (table["ablated"] - table["baseline"]).to_numpy(dtype=float).reshape(n_heads, -1)
+
+
+def scores(cmap: ConflictMap, run: Path) -> dict[str, np.ndarray]:
+    """C(h) by every variant, and what has no shift in it: O(h) alone."""
+    conflict_H = cmap.column("optimization_conflict")
+    utility_HN, safety_HN = (changes(run, objective, len(cmap)) for objective in ("utility", "safety"))
+    found = {
+        name: conflict_score(conflict_H, functional_sensitivity(shift(utility_HN), shift(safety_HN)))
+        for name, shift in VARIANTS.items()
+    }
+    return {**found, "O alone": conflict_H}
+
+
+def arms_of(cmap: ConflictMap, by_variant: dict[str, np.ndarray], buckets: int, seed: int) -> dict[str, list[Head]]:
+    """Every variant's buckets, and random ones of the same size."""
+    arms = {}
+    for name, score_H in by_variant.items():
+        for number, heads in enumerate(equal_parts(by_descending(cmap.heads, score_H), buckets), start=1):
+            arms[f"{name} {number}"] = sorted(heads)
+    shuffled = random.Random(seed).sample(cmap.heads, len(cmap))
+    for number, heads in enumerate(equal_parts(shuffled, buckets), start=1):
+        arms[f"random {number}"] = sorted(heads)
+    return arms
+
+
+def trained(
+    loaded: tuple[Any, Any], cmap: ConflictMap, heads: Sequence[Head], out: Path, seed: int
+) -> dict[str, dict[str, float]]:
+    """Outcome of every held-out example after training these heads; kept in `out`."""
+    from peft import PeftModel
+
+    model, tokenizer = loaded
+    file = out / "outcomes.json"
+    if not file.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        if heads:
+            selection = HeadSelection(
+                heads=tuple(heads),
+                zone="custom",
+                fraction=None,
+                buckets=None,
+                bucket=None,
+                score="conflict",
+                seed=None,
+                n_total=len(cmap),
+                model_fingerprint=cmap.fingerprint,
+                conflict_map_hash=None,
+            )
+            # B alone, so that all arms have equally many parameters.
+            settings = TuneConfig(
+                learning_rate=1e-3, max_steps=100, batch_size=8, accumulation=1, freeze_a=True, seed=seed
+            )
+            data = ct.examples("starter-align")
+            tune(model, tokenizer, selection, data=data, out=out / "adapter", config=settings)
+        tuned = PeftModel.from_pretrained(model, out / "adapter") if heads else model
+        config = EvaluateConfig(suites=SUITES)
+        result = evaluate(tuned, tokenizer, suites=load_suites(SUITES, limit=None, seed=0), config=config, name="arm")
+        if heads:
+            tuned.unload()
+        outcomes: dict[str, dict[str, float]] = {suite: {} for suite in SUITES}
+        for sample in result.samples:
+            value = sample["margin"] if sample["suite"] == SUITES[0] else sample["outcome"]
+            if value is not None:
+                outcomes[sample["suite"]][sample["id"]] = float(value)
+        file.write_text(json.dumps(outcomes))
+    found: dict[str, dict[str, float]] = json.loads(file.read_text())
+    return found
+
+
+def change(before: dict[str, float], after: dict[str, float]) -> tuple[float, float]:
+    """Mean change over the examples scored both times, and its standard error."""
+    paired = np.array([after[key] - before[key] for key in before.keys() & after.keys()])
+    return float(paired.mean()), float(paired.std(ddof=1) / np.sqrt(len(paired)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--buckets", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=21)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    cmap = ConflictMap.load(options.run)
+    by_variant = scores(cmap, options.run)
+    arms = arms_of(cmap, by_variant, options.buckets, options.seed)
+    loaded = ct.load("default")
+    base = trained(loaded, cmap, [], options.out / "base", options.seed)
+    costs, gains = [], []
+    print(f"{'arm':22}{'utility margin':>20}{'refusals':>18}")
+    for name, heads in arms.items():
+        after = trained(loaded, cmap, heads, options.out / name.replace(" ", "-"), options.seed)
+        utility, safety = (change(base[suite], after[suite]) for suite in SUITES)
+        costs.append(-utility[0])
+        gains.append(safety[0])
+        print(f"{name:22}{utility[0]:+12.3f} ± {utility[1]:.3f}{safety[0]:+10.3f} ± {safety[1]:.3f}", flush=True)
+    cost_A = np.array(costs)
+    row_of = {head: row for row, head in enumerate(cmap.heads)}
+    print(f"\nSpearman over {len(arms)} arms of the mean score of an arm's heads with what it lost and gained")
+    for name, score_H in by_variant.items():
+        mean_A = np.array([score_H[[row_of[head] for head in heads]].mean() for heads in arms.values()])
+        lost, gained = spearman(mean_A, cost_A), spearman(mean_A, np.array(gains))
+        print(f"{name:22} utility lost {lost:+.2f}  refusals gained {gained:+.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Reliability of the map by decisions and by margins at several numbers of examples; prints one table.
+
+    python benchmarks/reliability.py OUT --examples 128
+
+Everything is measured once, at the largest number; smaller numbers are random subsets of it. OUT keeps a journal, so
+the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import castune as ct
+from castune.core.ablation import can_resume
+from castune.core.heads import HeadLayout
+from castune.core.modes import evaluation_mode
+from castune.core.shards import Shard
+from castune.data.chat import ChatFormat
+from castune.diagnose.gradients import gram_matrices, partial_gradients
+from castune.diagnose.journal import Journal
+from castune.diagnose.measurements import Measurements
+from castune.diagnose.objectives import Objectives
+from castune.diagnose.reliability import split_half
+from castune.diagnose.sweep import Ablator, Outcomes, sweep
+
+# Examples of a gradient chunk: a subset takes whole chunks, so that gradients and outcomes are of the same examples.
+CHUNK = 2
+COLUMNS = {"O": "optimization_conflict", "H_gen": "utility_shift", "H_safe": "safety_shift", "C": "conflict_score"}
+
+
+@contextmanager
+def noted(seconds: dict[str, float], name: str, file: Path) -> Any:
+    """Add the seconds of a block to those of earlier calls."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+    file.write_text(json.dumps(seconds))
+
+
+def measured(out: Path, n: int, seed: int) -> tuple[np.ndarray, dict[str, Outcomes], dict[str, float]]:
+    """Gram matrices of the gradient chunks, outcomes of every sweep, and what each took."""
+    model, tokenizer = ct.load("default")
+    chat, layout = ChatFormat(tokenizer), HeadLayout.of(model)
+    safety = ct.examples("starter-safety", limit=n, seed=seed)
+    utility = ct.examples("starter-utility", limit=n, seed=seed)
+    config = ct.DiagnoseConfig(measure="margin", max_new_tokens=24, batch_tokens=2048)
+    journal = Journal.of(out, [n, seed, ct.__version__])
+    out.mkdir(parents=True, exist_ok=True)
+    seconds_file, gram_file = out / "seconds.json", out / "gram.npy"
+    seconds = json.loads(seconds_file.read_text()) if seconds_file.is_file() else {}
+    with evaluation_mode(model):
+        if not gram_file.is_file():
+            with noted(seconds, "gradients", seconds_file):
+                chunks = [
+                    chunk
+                    for examples in (safety, utility)
+                    for chunk in partial_gradients(
+                        model,
+                        layout,
+                        layout.layers_with_heads,
+                        [chat.loss_row(example) for example in examples],
+                        n_chunks=n // CHUNK,
+                        batch_tokens=2048,
+                    )
+                ]
+            np.save(gram_file, gram_matrices(layout, layout.layers_with_heads, chunks))
+        objectives = Objectives(
+            Ablator(model, layout, layout.heads, can_resume(model, layout)), tokenizer, chat, config
+        )
+        replies = objectives.replies(safety)
+        sweeps: dict[str, Callable[[], Any]] = {
+            "utility": lambda: objectives.utility_measure(utility),
+            "safety by margins": lambda: objectives.margin_measure(safety, replies),
+            "safety by decisions": lambda: objectives.refusal_measure(safety, replies),
+        }
+        outcomes = {}
+        for name, measure in sweeps.items():
+            with noted(seconds, name, seconds_file):
+                found = sweep(name, objectives.ablator, measure(), journal=journal, shard=Shard())
+            assert found is not None
+            outcomes[name] = found
+    return np.load(gram_file), outcomes, seconds
+
+
+def subset(
+    gram_HCC: np.ndarray, outcomes: dict[str, Outcomes], measure: Any, safety: np.ndarray, utility: np.ndarray
+) -> Measurements:
+    """The measurements of some chunks of both sets."""
+    n_chunks = gram_HCC.shape[1] // 2
+    kept = np.concatenate([safety, n_chunks + utility])
+
+    def of(found: Outcomes, chunks: np.ndarray, *, sign: bool) -> Outcomes:
+        examples = (chunks[:, None] * CHUNK + np.arange(CHUNK)).ravel()
+        baseline_N, ablated_HN = found.baseline_N[examples], found.ablated_HN[:, examples]
+        # A question is answered right exactly where its margin is positive.
+        return Outcomes((baseline_N > 0) * 1.0, (ablated_HN > 0) * 1.0) if sign else Outcomes(baseline_N, ablated_HN)
+
+    by_decision = measure == "decision"
+    return Measurements(
+        gram_HCC=gram_HCC[:, kept][:, :, kept],
+        n_safety=len(safety),
+        utility=of(outcomes["utility"], utility, sign=by_decision),
+        safety=of(outcomes[f"safety by {measure}s"], safety, sign=False),
+        measure=measure,
+        sensitivity_rank="difference",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--draws", type=int, default=8, help="random subsets of each number")
+    parser.add_argument("--seed", type=int, default=21)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    gram_HCC, outcomes, seconds = measured(options.out, options.examples, options.seed)
+    print(json.dumps({name: round(value) for name, value in seconds.items()}))
+    print("reliability of the whole map (Spearman-Brown from split halves); overlap of the halves' safe zones")
+    print(f"{'measure':10}{'n':>5}" + "".join(f"{sign:>8}" for sign in COLUMNS) + f"{'safe zone':>11}{'seconds':>9}")
+    for measure in ("decision", "margin"):
+        parts = ("gradients", "utility", f"safety by {measure}s")
+        n = 16
+        while n <= options.examples:
+            rng = np.random.default_rng(options.seed)
+            found = []
+            for draw in range(options.draws if n < options.examples else 1):
+                halves = (rng.permutation(options.examples // CHUNK)[: n // CHUNK] for _ in range(2))
+                found.append(split_half(subset(gram_HCC, outcomes, measure, *halves), n_splits=20, seed=draw))
+            columns = {
+                sign: [f.columns[name].full for f in found if f.columns[name].full is not None]
+                for sign, name in COLUMNS.items()
+            }
+            shown = [f"{np.mean(values):8.2f}" if values else f"{'-':>8}" for values in columns.values()]
+            safe = np.mean([f.zones.safe for f in found if f.zones.safe is not None])
+            took = sum(seconds[part] for part in parts) * n / options.examples
+            print(f"{measure:10}{n:5}" + "".join(shown) + f"{safe:11.2f}{took:9.0f}", flush=True)
+            n *= 2
+
+
+if __name__ == "__main__":
+    main()
