@@ -70,9 +70,20 @@ def diagnose(
     model: Annotated[str, typer.Argument(help="default, a hub id, a model directory, or a .gguf file.")],
     out: Annotated[str, typer.Option(help="Run directory to write.")],
     safety: Annotated[str, typer.Option(help="D_safe: harmful prompts with safe replies.")] = "starter-safety",
-    utility: Annotated[str, typer.Option(help="D_util: multiple-choice questions.")] = "starter-utility",
+    utility: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="D_util: multiple-choice questions; starter-utility when absent. Repeat it for several utility "
+            "domains: each has a map of its own, named after its source or file, and they are combined."
+        ),
+    ] = None,
     safety_limit: Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")] = None,
-    utility_limit: Annotated[Optional[int], typer.Option(help="Examples of D_util; all when absent.")] = None,
+    utility_limit: Annotated[
+        Optional[int], typer.Option(help="Examples of D_util, of each domain; all when absent.")
+    ] = None,
+    domains: Annotated[
+        str, typer.Option(help="How domains are combined: mean, or worst (a head's row is that of its worst domain).")
+    ] = "mean",
     measure: Annotated[str, typer.Option(help="decision (the paper) or margin (no generation, no ties).")] = "decision",
     ablation: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
@@ -103,6 +114,7 @@ def diagnose(
         "sensitivity_rank": sensitivity_rank,
         "batch_tokens": int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens,
         "layers": _integers(layers, "--layers"),
+        "domains": domains,
     }
     recipe = Recipe.of(
         model=model,
@@ -112,7 +124,7 @@ def diagnose(
         out=out,
         seed=seed,
         safety={"source": safety, "limit": safety_limit},
-        utility={"source": utility, "limit": utility_limit},
+        utility=_utility(utility or ["starter-utility"], utility_limit),
         diagnose=settings,
     )
     share = Shard.of(shard)
@@ -176,7 +188,10 @@ def group(
     run_directory: RunArgument,
     buckets: Annotated[int, typer.Option(help="Cut the heads into this many equal buckets.")] = 4,
 ) -> None:
-    """Ablate whole buckets: does a bucket matter more together than its heads do one by one?"""
+    """Ablate whole buckets: does a bucket matter more together than its heads do one by one?
+
+    With several utility domains the utility shifts are means over the domains.
+    """
     from castune import pipeline
     from castune.core.loading import load
     from castune.run_directory import RunDirectory
@@ -196,7 +211,8 @@ def group(
             single = record[f"{name}_shift_sum"]
             parts.append(f"{name} shift {record[f'{name}_shift']:.3f}{known} together, {single:.3f} in sum")
         _say(f"bucket {record['bucket']} ({record['heads']} heads): {'; '.join(parts)}")
-    _say(f"group ablation: {folder.path / 'group_ablation.json'}")
+    of_domains = f" (utility: mean over {len(cmap.domains)} domains)" if cmap.domains else ""
+    _say(f"group ablation{of_domains}: {folder.path / 'group_ablation.json'}")
 
 
 @app.command()
@@ -371,13 +387,31 @@ def _integers(text: str | None, option: str) -> tuple[int, ...] | None:
         raise CastuneError(f"{option} {text}: expected numbers separated by commas, for example 0,15,29") from None
 
 
+def _utility(sources: list[str], limit: int | None) -> dict[str, Any]:
+    """One source, or the sources of several domains by name: what stands before `=`, of a path its stem."""
+    if len(sources) == 1:
+        return {"source": sources[0], "limit": limit}
+    domains: dict[str, Any] = {}
+    for source in sources:
+        name = Path(source.partition("=")[0]).stem
+        if name in domains:
+            raise CastuneError(
+                f"--utility {source}: there is a domain {name!r} already; rename the file, or name the domains in a "
+                "recipe for castune run: [utility.NAME] with source and limit"
+            )
+        domains[name] = {"source": source, "limit": limit}
+    return domains
+
+
 def _print_diagnosis(cmap: ConflictMap) -> None:
     metadata = cmap.metadata
     baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
+    domains = metadata.get("domains", {})
+    of_domains = f" of {len(domains)} domains ({metadata['combined']})" if domains else ""
     _say(
         f"{len(cmap)} heads, measure {metadata['settings']['measure']}, "
-        f"n = {metadata['data']['utility']['n']} questions and {metadata['data']['safety']['n']} harmful prompts, "
-        f"{metadata['seconds']:.0f} s"
+        f"n = {metadata['data']['utility']['n']} questions{of_domains} and {metadata['data']['safety']['n']} harmful "
+        f"prompts, {metadata['seconds']:.0f} s"
     )
     _say(f"  base model: accuracy {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
     _say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")
@@ -391,6 +425,11 @@ def _print_diagnosis(cmap: ConflictMap) -> None:
         f"  safe zones of two halves of the examples overlap by {_number(zones['safe'])} "
         f"({_number(zones['safe_by_chance'])} by chance)"
     )
+    for name, record in domains.items():
+        _say(
+            f"  domain {name} (n = {record['data']['n']}): accuracy {_rate(record['utility_accuracy'])}, reliability "
+            f"of C {_number(record['reliability'])}, Spearman of C with the combined C {_number(record['spearman'])}"
+        )
 
 
 def _number(value: float | None) -> str:

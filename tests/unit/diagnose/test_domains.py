@@ -21,7 +21,7 @@ from castune.diagnose import grams
 from castune.diagnose.domains import utility_hash, utility_sets
 from castune.diagnose.journal import Journal
 from castune.diagnose.reliability import spearman
-from castune.errors import ArtifactError
+from castune.errors import ArtifactError, MapUnfinished
 
 MARGIN = DiagnoseConfig(measure="margin", max_new_tokens=4, gradient_chunks=3)
 DECISION = DiagnoseConfig(measure="decision", max_new_tokens=4, gradient_chunks=3)
@@ -254,6 +254,16 @@ def test_an_interrupted_diagnosis_continues_to_the_same_map(
     one, other = (pq.read_table(tmp_path / part / "ablation.parquet") for part in ("whole", "parts"))
     assert one.equals(other)
     assert not (tmp_path / "parts" / "journal").exists()
+
+
+def test_two_shares_make_the_map_of_one_process(
+    diagnosed: Diagnosed, domains: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    with pytest.raises(MapUnfinished):
+        diagnosed(domains, out=tmp_path, shard="2/2")
+    shared = diagnosed(domains, out=tmp_path, shard="1/2")
+    assert shared.table.equals(diagnosed(domains).table)
+    assert ConflictMap.load(tmp_path) == shared
 
 
 def test_what_is_saved_is_what_is_loaded(
