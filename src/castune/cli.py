@@ -413,7 +413,8 @@ def _print_diagnosis(cmap: ConflictMap) -> None:
         f"n = {metadata['data']['utility']['n']} questions{of_domains} and {metadata['data']['safety']['n']} harmful "
         f"prompts, {metadata['seconds']:.0f} s"
     )
-    _say(f"  base model: accuracy {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
+    accuracy = "mean accuracy of the domains" if domains else "accuracy"
+    _say(f"  base model: {accuracy} {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
     _say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")
     _say(f"  tied heads: {ties['utility_shift']:.0%} by utility shift, {ties['safety_shift']:.0%} by safety shift")
     found = metadata["reliability"]

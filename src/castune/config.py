@@ -63,8 +63,8 @@ def check_domain_names(names: Iterable[str]) -> None:
     """
     seen: dict[str, str] = {}
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise CastuneError(f"domain {name!r}: accepted in a name are letters (a to z, A to Z), digits, - and _")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+            raise CastuneError(f"domain {name!r}: accepted are 1 to 100 letters (a to z, A to Z), digits, - and _")
         if name in DataConfig.model_fields:
             raise CastuneError(f"domain {name!r}: this is a key of a data source, and a domain needs another name")
         # Some file systems do not tell capitals from small letters.

@@ -179,7 +179,7 @@ def test_two_sources_of_one_name(own_data: dict[str, Path], tmp_path: Path) -> N
     ("sources", "said"),
     [
         (["mmlu=a.jsonl", "csqa=b.jsonl"], "utility: domain 'mmlu': .*a.jsonl: no such file"),
-        (["my file.jsonl", "starter-utility"], "utility: domain 'my file': accepted in a name are letters"),
+        (["my file.jsonl", "starter-utility"], "utility: domain 'my file': accepted are 1 to 100 letters"),
     ],
 )
 def test_names_are_those_of_sources_and_files(sources: list[str], said: str, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\t\n\r"), min_size=1)
 NUMBERS = st.floats(1e-12, 1e6)
 SOURCES = st.builds(DataConfig, source=TEXT, limit=st.none() | st.integers(1, 10**6))
-NAMES = st.from_regex(r"[A-Za-z0-9_-]+", fullmatch=True).filter(lambda name: name not in ("source", "limit"))
+NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,100}", fullmatch=True).filter(lambda name: name not in ("source", "limit"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -140,6 +140,7 @@ def test_a_table_without_a_source_is_a_table_of_domains(tmp_path: Path) -> None:
     recipe = Recipe.load(written(tmp_path, DOMAINS))
     knowledge = DataConfig(source="mmlu", limit=100)
     assert recipe.utility == {"plain": DataConfig(source="starter-utility"), "knowledge": knowledge}
+    assert Recipe(**{**dict(recipe), "seed": 3}).utility == recipe.utility
     assert "\n[utility]\n" not in recipe.to_toml()
     assert "\n[utility.knowledge]\n" in recipe.to_toml()
 
@@ -165,7 +166,7 @@ BAD_DOMAINS = {
     "{maths = {source = 'x', typo = 1}}": "domain 'maths': unknown key 'typo'; accepted here: source, limit",
     "{maths = {source = 'x', limit = 0}}": "domain 'maths': limit = 0",
     "{maths = 5}": "domain 'maths': accepted: a source, or a table",
-    "{'a b' = 'x'}": "domain 'a b': accepted in a name are letters",
+    "{'a b' = 'x'}": "domain 'a b': accepted are 1 to 100 letters",
     "{'../x' = 'x', y = 'y'}": "domain '../x'",
     "{Maths = 'x', maths = 'y'}": "domains 'Maths' and 'maths' differ in capitals only",
     "['mmlu', 'csqa']": "accepted: a source, or a table",

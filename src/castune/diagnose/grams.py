@@ -68,5 +68,5 @@ def journaled_grams(journal: Journal) -> dict[str, Gram]:
     return {
         record["objective"]: Gram(np.array(record["gram"]), record["n_safety"])
         for record in journal.records()
-        if "gram" in record
+        if "objective" in record
     }
