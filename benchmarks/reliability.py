@@ -27,7 +27,7 @@ from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.diagnose.gradients import gram_matrices, partial_gradients
 from castune.diagnose.journal import Journal
-from castune.diagnose.measurements import Measurements
+from castune.diagnose.measurements import Domain, Measurements
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.reliability import split_half
 from castune.diagnose.sweep import Ablator, Outcomes, sweep
@@ -105,13 +105,14 @@ def subset(
         return Outcomes((baseline_N > 0) * 1.0, (ablated_HN > 0) * 1.0) if sign else Outcomes(baseline_N, ablated_HN)
 
     by_decision = measure == "decision"
+    of_utility = of(outcomes["utility"], utility, sign=by_decision)
     return Measurements(
-        gram_HCC=gram_HCC[:, kept][:, :, kept],
+        domains=[Domain(gram_HCC[:, kept][:, :, kept], of_utility)],
         n_safety=len(safety),
-        utility=of(outcomes["utility"], utility, sign=by_decision),
         safety=of(outcomes[f"safety by {measure}s"], safety, sign=False),
         measure=measure,
         sensitivity_rank="difference",
+        combination="mean",
     )
 
 

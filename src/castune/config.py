@@ -5,8 +5,9 @@ Unknown keys are refused. Values are checked where they are built, so a recipe f
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,32 @@ def _source(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+def _data(value: Any) -> DataConfig:
+    value = _source(value)
+    if isinstance(value, DataConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise CastuneError("accepted: a source, or a table with the keys source and limit")
+    return DataConfig(**value)
+
+
+def check_domain_names(names: Iterable[str]) -> None:
+    """Refuse names of utility domains that could not be file names and keys of a recipe beside each other.
+
+    Raises:
+        CastuneError: the message names the first such name.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+            raise CastuneError(f"domain {name!r}: accepted are 1 to 100 letters (a to z, A to Z), digits, - and _")
+        if name in DataConfig.model_fields:
+            raise CastuneError(f"domain {name!r}: this is a key of a data source, and a domain needs another name")
+        # Some file systems do not tell capitals from small letters.
+        if (other := seen.setdefault(name.lower(), name)) != name:
+            raise CastuneError(f"domains {other!r} and {name!r} differ in capitals only; rename one of them")
+
+
 class DiagnoseConfig(_Config):
     """How heads are measured (Section 3 of the paper)."""
 
@@ -66,6 +93,9 @@ class DiagnoseConfig(_Config):
     """Parts of each set whose gradients are kept apart for the standard error of O(h)."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Diagnose these layers only; ranks are then among their heads. All layers when absent."""
+    domains: Literal["mean", "worst"] = "mean"
+    """How the maps of several utility domains become one. `mean`: of every column. `worst`: a head's row is that of
+    the domain in which its C is highest."""
 
 
 class SelectConfig(_Config):
@@ -160,8 +190,8 @@ class Recipe(_Config):
     """Seed of the calibration subsets; training has its own."""
     safety: DataConfig = DataConfig(source="starter-safety")
     """D_safe: harmful prompts with safe replies."""
-    utility: DataConfig = DataConfig(source="starter-utility")
-    """D_util: multiple-choice questions."""
+    utility: DataConfig | dict[str, DataConfig] = DataConfig(source="starter-utility")
+    """D_util: multiple-choice questions; or several such sets, by the names of their domains."""
     align: DataConfig = DataConfig(source="starter-align")
     """D_align: what is trained on."""
     diagnose: DiagnoseConfig = DiagnoseConfig()
@@ -169,10 +199,25 @@ class Recipe(_Config):
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
-    @field_validator("safety", "utility", "align", mode="before")
+    @field_validator("safety", "align", mode="before")
     @classmethod
     def _plain_source(cls, value: Any) -> Any:
         return _source(value)
+
+    # Before pydantic's own choice between the two kinds, which would tell of both where one is wrong.
+    @field_validator("utility", mode="before")
+    @classmethod
+    def _one_set_or_domains(cls, value: Any) -> DataConfig | dict[str, DataConfig]:
+        if not isinstance(value, Mapping) or "source" in value or value.keys() <= DataConfig.model_fields.keys():
+            return _data(value)
+        check_domain_names(value)
+        domains = {}
+        for name, entry in value.items():
+            try:
+                domains[name] = _data(entry)
+            except CastuneError as error:
+                raise CastuneError(f"domain {name!r}: {error}") from None
+        return domains
 
     @classmethod
     def of(cls, **values: Any) -> Recipe:
@@ -205,21 +250,22 @@ class Recipe(_Config):
         return to_toml(self.model_dump(mode="json"))
 
 
-def to_toml(values: dict[str, Any]) -> str:
-    """TOML text of plain values and one level of tables; absent values (None) are left out."""
+def to_toml(values: Mapping[str, Any], path: str = "") -> str:
+    """TOML text of plain values and nested tables whose names need no quotes; absent values (None) are left out.
+
+    `path` is the table that `values` are, with a dot at its end.
+    """
     import json
 
-    def literal(value: Any) -> str:
-        # JSON's strings, numbers, booleans and arrays are TOML's too.
-        return json.dumps(value, ensure_ascii=False)
-
-    plain = {key: value for key, value in values.items() if not isinstance(value, dict) and value is not None}
-    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    lines = [f"{key} = {literal(value)}" for key, value in plain.items()]
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
+    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    # JSON's strings, numbers, booleans and arrays are TOML's too.
+    text = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in plain.items())
     for name, table in tables.items():
-        lines += ["", f"[{name}]"]
-        lines += [f"{key} = {literal(value)}" for key, value in table.items() if value is not None]
-    return "\n".join(lines) + "\n"
+        content = to_toml(table, f"{path}{name}.")
+        # A table that holds nothing but tables is named by theirs.
+        text += content if content.startswith("\n[") else f"\n[{path}{name}]\n{content}"
+    return text
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -15,16 +15,17 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import write_json
-from castune.config import DataConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
+from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import device_of, find_default_gguf, load, load_config, torch_dtype_of
 from castune.core.provenance import fingerprint, model_record, provenance
 from castune.core.shards import Shard
-from castune.data.example import Example, content_hash, require_questions, require_replies
+from castune.data.example import Example, content_hash, require_replies
 from castune.data.sources import examples
+from castune.diagnose.domains import Utility, utility_hash, utility_sets
 from castune.diagnose.groups import ablate_groups
 from castune.diagnose.plan import DECODED_SHARE, Plan, plan
 from castune.diagnose.run import diagnose
-from castune.errors import ArtifactError, CastuneError
+from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.run import evaluate
 from castune.evaluate.stats import Estimate, paired_difference, utility_cost_ratio
 from castune.evaluate.suites import Suite, load_suites
@@ -65,11 +66,11 @@ def load_data(config: DataConfig, seed: int) -> list[Example]:
     return examples(config.source, limit=config.limit, seed=seed)
 
 
-def load_calibration(recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """D_safe and D_util of a recipe, checked for what a diagnosis needs."""
-    safety, utility = load_data(recipe.safety, recipe.seed), load_data(recipe.utility, recipe.seed)
+def load_calibration(recipe: Recipe) -> tuple[list[Example], Utility]:
+    """D_safe and D_util of a recipe, checked for what a diagnosis needs; D_util by domain where it has domains."""
+    safety, utility = load_data(recipe.safety, recipe.seed), _load_utility(recipe)
     require_replies(safety, "safety", "prompt, target")
-    require_questions(utility, "utility")
+    utility_sets(utility)
     return safety, utility
 
 
@@ -103,30 +104,42 @@ def plan_diagnosis(
     return found, notes
 
 
+def _load_utility(recipe: Recipe) -> Utility:
+    if isinstance(recipe.utility, DataConfig):
+        return load_data(recipe.utility, recipe.seed)
+    domains = {}
+    for name, config in recipe.utility.items():
+        try:
+            domains[name] = load_data(config, recipe.seed)
+        except DataError as error:
+            raise DataError(f"utility: domain {name!r}: {error}") from error
+    return domains
+
+
 def diagnose_step(
     folder: RunDirectory,
     recipe: Recipe,
     model: Any,
     tokenizer: Any,
     safety: Sequence[Example],
-    utility: Sequence[Example],
+    utility: Utility,
     *,
     shard: str | None = None,
 ) -> ConflictMap:
     """The conflict map of the run, measured unless it is there; `shard` is this process's share of the measuring."""
+    sets = utility_sets(utility)
     if folder.map_file.is_file():
         cmap = folder.load_map(fingerprint(model))
-        _check_same("the conflict map", cmap.metadata["settings"], recipe.diagnose.model_dump(mode="json"), folder)
-        for name, data in (("safety", safety), ("utility", utility)):
-            _check_same(
-                f"the conflict map's {name} data",
-                cmap.metadata["data"][name]["hash"],
-                content_hash(data),
-                folder,
-            )
+        # A map that knows nothing of a setting was made before there was a choice, with what is the default now.
+        found = DiagnoseConfig(**cmap.metadata["settings"]).model_dump(mode="json")
+        _check_same("the conflict map", found, recipe.diagnose.model_dump(mode="json"), folder)
+        for name, digest in (("safety", content_hash(safety)), ("utility", utility_hash(sets))):
+            _check_same(f"the conflict map's {name} data", cmap.metadata["data"][name]["hash"], digest, folder)
         logger.info("diagnosis: already there")
         return cmap
-    logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), len(utility))
+    n_questions = sum(len(one.examples) for one in sets)
+    logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), n_questions)
+    configs = {"utility": recipe.utility} if isinstance(recipe.utility, DataConfig) else recipe.utility
     cmap = diagnose(
         model,
         tokenizer,
@@ -135,7 +148,7 @@ def diagnose_step(
         config=recipe.diagnose,
         out=folder.path,
         shard=shard,
-        sources={"safety": recipe.safety.source, "utility": recipe.utility.source},
+        sources={"safety": recipe.safety.source, **{one.objective: configs[one.name].source for one in sets}},
         seed=recipe.seed,
     )
     if Shard.of(shard).writes:
@@ -149,11 +162,13 @@ def group_step(
     model: Any,
     tokenizer: Any,
     safety: Sequence[Example],
-    utility: Sequence[Example],
+    utility: Utility,
     *,
     buckets: int,
 ) -> list[dict[str, Any]]:
     """Joint shifts of every bucket beside the sums of its heads' own; written to `group_ablation.json`.
+
+    With several utility domains, utility shifts are means over the domains, of buckets and of single heads.
 
     Returns:
         A record a bucket, the riskiest first: `bucket`, `heads`, and for both sets the joint shift with its standard
@@ -163,6 +178,8 @@ def group_step(
     groups = [select(cmap, buckets=buckets, bucket=number).heads for number in range(1, buckets + 1)]
     shifts = ablate_groups(model, tokenizer, groups=groups, safety=safety, utility=utility, config=recipe.diagnose)
     row_of = {head: row for row, head in enumerate(cmap.heads)}
+    # The combined map may hold of each head the shift on its worst domain only.
+    maps = list(cmap.domains.values()) or [cmap]
     records = []
     for number, heads in enumerate(groups):
         rows = [row_of[head] for head in heads]
@@ -171,7 +188,7 @@ def group_step(
             error = float(getattr(shifts, f"{name}_se")[number])
             record[name] = float(getattr(shifts, name)[number])
             record[f"{name}_se"] = error if isfinite(error) else None
-            record[f"{name}_sum"] = float(cmap.column(name)[rows].sum())
+            record[f"{name}_sum"] = sum(float(one.column(name)[rows].sum()) for one in maps) / len(maps)
         records.append(record)
     content = {
         "conflict_map_hash": cmap.content_hash,

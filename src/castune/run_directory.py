@@ -1,6 +1,7 @@
 """The run directory: where every artifact lies, and what it was made from.
 
 recipe.toml  provenance.json  conflict_map.parquet  ablation.parquet
+domains/NAME.parquet                         the map of each utility domain, where there are several
 selection.json  adapter/                     the main arm
 arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison
 evaluation/NAME/  figures/  report.html

@@ -89,6 +89,8 @@ def test_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\t\n\r"), min_size=1)
 NUMBERS = st.floats(1e-12, 1e6)
+SOURCES = st.builds(DataConfig, source=TEXT, limit=st.none() | st.integers(1, 10**6))
+NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,100}", fullmatch=True).filter(lambda name: name not in ("source", "limit"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -96,7 +98,10 @@ NUMBERS = st.floats(1e-12, 1e6)
     recipe=st.builds(
         Recipe,
         model=TEXT, out=TEXT, seed=st.integers(-(2**40), 2**40), revision=st.none() | TEXT,
-        safety=st.builds(DataConfig, source=TEXT, limit=st.none() | st.integers(1, 10**6)),
+        safety=SOURCES,
+        utility=SOURCES | st.dictionaries(NAMES, SOURCES, min_size=1).filter(
+            lambda domains: len({name.lower() for name in domains}) == len(domains)
+        ),
         diagnose=st.builds(DiagnoseConfig, layers=st.none() | st.lists(st.integers(0, 99)).map(tuple)),
         select=st.builds(SelectConfig, fraction=st.floats(0, 1, exclude_min=True)),
         tune=st.builds(TuneConfig, learning_rate=NUMBERS, alpha=NUMBERS, weight_decay=NUMBERS, freeze_a=st.booleans()),
@@ -111,6 +116,70 @@ def test_resolved_toml_loads_to_the_same_recipe(tmp_path_factory: pytest.TempPat
 
 def test_to_toml_leaves_absent_values_out() -> None:
     assert tomllib.loads(to_toml({"a": None, "b": {"c": None, "d": [1, 2]}})) == {"b": {"d": [1, 2]}}
+
+
+@pytest.mark.parametrize("values", [{"a": {"b": {"c": {"d": 1}, "e": 2}, "f": {}}, "g": 3}, {"a": {"b": {"c": 1}}}, {}])
+def test_to_toml_writes_tables_in_tables(values: dict[str, Any]) -> None:
+    assert tomllib.loads(to_toml(values)) == values
+
+
+# -- utility domains
+
+
+DOMAINS = """
+out = "r"
+[utility]
+plain = "starter-utility"
+[utility.knowledge]
+source = "mmlu"
+limit = 100
+"""
+
+
+def test_a_table_without_a_source_is_a_table_of_domains(tmp_path: Path) -> None:
+    recipe = Recipe.load(written(tmp_path, DOMAINS))
+    knowledge = DataConfig(source="mmlu", limit=100)
+    assert recipe.utility == {"plain": DataConfig(source="starter-utility"), "knowledge": knowledge}
+    assert Recipe(**{**dict(recipe), "seed": 3}).utility == recipe.utility
+    assert "\n[utility]\n" not in recipe.to_toml()
+    assert "\n[utility.knowledge]\n" in recipe.to_toml()
+
+
+def test_overrides_reach_into_domains(tmp_path: Path) -> None:
+    path = written(tmp_path, DOMAINS)
+    changes = ["utility.knowledge.limit=5", "utility.plain.limit=7", "utility.new=csqa=a b.jsonl"]
+    recipe = Recipe.load(path, changes)
+    assert recipe.utility == {
+        "plain": DataConfig(source="starter-utility", limit=7),
+        "knowledge": DataConfig(source="mmlu", limit=5),
+        "new": DataConfig(source="csqa=a b.jsonl"),
+    }
+    assert Recipe.load(path, ["utility=mmlu"]).utility == DataConfig(source="mmlu")
+
+
+BAD_DOMAINS = {
+    "{}": "'source' is missing",
+    "{limit = 5}": "'source' is missing",
+    "{limit = 5, maths = 'x'}": "domain 'limit': this is a key of a data source",
+    "{source = 'x', maths = 'y'}": "unknown key 'maths'; accepted here: source, limit",
+    "{maths = {limit = 5}}": "domain 'maths': 'source' is missing",
+    "{maths = {source = 'x', typo = 1}}": "domain 'maths': unknown key 'typo'; accepted here: source, limit",
+    "{maths = {source = 'x', limit = 0}}": "domain 'maths': limit = 0",
+    "{maths = 5}": "domain 'maths': accepted: a source, or a table",
+    "{'a b' = 'x'}": "domain 'a b': accepted are 1 to 100 letters",
+    "{'../x' = 'x', y = 'y'}": "domain '../x'",
+    "{Maths = 'x', maths = 'y'}": "domains 'Maths' and 'maths' differ in capitals only",
+    "['mmlu', 'csqa']": "accepted: a source, or a table",
+}
+
+
+@pytest.mark.parametrize("utility", BAD_DOMAINS)
+def test_bad_domains_are_one_line_that_names_them(tmp_path: Path, utility: str) -> None:
+    with pytest.raises(CastuneError) as caught:
+        Recipe.load(written(tmp_path, f'out = "r"\nutility = {utility}\n'))
+    text = one_line(caught.value)
+    assert "utility" in text
+    assert BAD_DOMAINS[utility] in text
 
 
 # -- overrides
@@ -173,7 +242,7 @@ BAD_VALUES = [
     "tune.epochs=inf", "tune.max_steps=0", "tune.batch_size=-4", "tune.warmup_ratio=1", "tune.scheduler=random",
     "tune.weight_decay=-0.1", "tune.weight_decay=inf", "tune.max_grad_norm=0", "diagnose.measure=guess",
     "diagnose.ablation=noise", "diagnose.judge=coin", "diagnose.max_new_tokens=0", "diagnose.gradient_chunks=1",
-    "diagnose.layers=[-1]", "diagnose.sensitivity_rank=both", "evaluate.suites=[]", 'evaluate.suites=["mmlu", "mmlu"]',
+    "diagnose.layers=[-1]", "diagnose.sensitivity_rank=both", "diagnose.domains=best", "evaluate.suites=[]", 'evaluate.suites=["mmlu", "mmlu"]',
     "evaluate.limit=0", "safety.limit=0", "dtype=float8", "seed=often", "safety=5",
 ]  # fmt: skip
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,20 +61,31 @@ class ConflictMap:
 
     Attributes:
         table: the columns of `SCHEMA`, sorted by layer and head.
-        metadata: model, data, settings, baselines, ties, reliability, seconds, provenance; plain JSON.
+        metadata: model, data, settings, baselines, ties, reliability, seconds, provenance; plain JSON. With several
+            utility domains also `domains`, a record each, and `combined`, how their maps became this one.
+        domains: the map of each utility domain by name, where there are several.
     """
 
     table: pa.Table
     metadata: dict[str, Any]
+    domains: Mapping[str, ConflictMap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.table.schema.equals(SCHEMA):
             raise ArtifactError(f"conflict map columns are {self.table.schema.names}, expected {SCHEMA.names}")
+        for name, record in self.metadata.get("domains", {}).items():
+            found = self.domains[name].content_hash if name in self.domains else "missing"
+            if found != record["map_hash"]:
+                raise ArtifactError(
+                    f"the map of utility domain {name!r} is {found}, the combined map was made from "
+                    f"{record['map_hash']}; keep the folder domains with the map, or diagnose again"
+                )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ConflictMap):
             return NotImplemented
-        return self.metadata == other.metadata and self.table.equals(other.table)
+        same = self.metadata == other.metadata and self.table.equals(other.table)
+        return same and self.domains == other.domains
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -107,8 +119,13 @@ class ConflictMap:
         return self.table.to_pandas()
 
     def save(self, path: str | Path) -> Path:
-        """Write a Parquet file, atomically; `path` may be a run directory. Returns the file."""
+        """Write a Parquet file, atomically; `path` may be a run directory. Returns the file.
+
+        The maps of utility domains go into the folder `domains` beside it, and before it: where the file is, they are.
+        """
         path = _file(path)
+        for name, cmap in self.domains.items():
+            cmap.save(_domain_file(path, name))
         header = {"kind": _KIND, "schema_version": SCHEMA_VERSION, **self.metadata}
         table = self.table.replace_schema_metadata({_METADATA_KEY: json.dumps(header, allow_nan=False).encode()})
         with replacing(path) as temporary:
@@ -117,10 +134,10 @@ class ConflictMap:
 
     @classmethod
     def load(cls, path: str | Path) -> ConflictMap:
-        """Read a map from its file or its run directory.
+        """Read a map from its file or its run directory, with the maps of its utility domains.
 
         Raises:
-            ArtifactError: missing, damaged, or of another schema version.
+            ArtifactError: missing, damaged, of another schema version, or beside the domains of another map.
         """
         path = _file(path)
         if not path.is_file():
@@ -134,7 +151,16 @@ class ConflictMap:
             raise ArtifactError(f"{path}: not a conflict map written by castune ({error!r})") from None
         check_schema(header, path, _KIND)
         metadata = {key: value for key, value in header.items() if key not in ("kind", "schema_version")}
-        return cls(table.replace_schema_metadata(None), metadata)
+        files = {name: _domain_file(path, name) for name in metadata.get("domains", {})}
+        domains = {name: cls.load(file) for name, file in files.items() if file.is_file()}
+        try:
+            return cls(table.replace_schema_metadata(None), metadata, domains)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from None
+
+
+def _domain_file(path: Path, name: str) -> Path:
+    return path.parent / "domains" / f"{name}.parquet"
 
 
 def _file(path: str | Path) -> Path:

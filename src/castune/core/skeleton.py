@@ -10,17 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from castune.core.heads import HeadLayout
+from castune.core.heads import SUPPORTED, HeadLayout
+from castune.errors import UnsupportedArchitecture
 
 _BLOCK = 1 << 20
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The whole model on the meta device: names and shapes, no memory."""
+    """The whole model on the meta device: names and shapes, no memory.
+
+    Raises:
+        UnsupportedArchitecture: transformers has no causal language model for this config.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    except ValueError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UnsupportedArchitecture(
+            f"{config.model_type} is no causal language model ({reason}); castune supports {SUPPORTED}"
+        ) from error
 
 
 def random_slice(config: Any, n_layers: int, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 The paper explains its inverted U (Section 5.3) by heads that stand in for one another: alone none of them is missed.
 The joint shift of a bucket, beside the sum of its heads' single shifts, tests that.
 
-Shape letters: G group, N example.
+Shape letters: G group, N example, D utility domain.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from castune.core.heads import HeadLayout
 from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
 from castune.data.chat import ChatFormat
-from castune.data.example import Example, require_questions, require_replies
+from castune.data.example import Example, require_replies
 from castune.diagnose.ablate import ScoredMeasure, mean_replacements
+from castune.diagnose.domains import Utility, utility_sets
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.score import Floats, decision_shift, margin_shift
 from castune.diagnose.sweep import Ablator
@@ -30,7 +32,10 @@ from castune.diagnose.sweep import Ablator
 
 @dataclass(frozen=True)
 class GroupShifts:
-    """Shifts of each group, `[G]`, with standard errors (NaN where there is none), as in Eqs. 3-4."""
+    """Shifts of each group, `[G]`, with standard errors (NaN where there is none), as in Eqs. 3-4.
+
+    The utility shift is the mean over utility domains.
+    """
 
     utility_shift: Floats
     utility_shift_se: Floats
@@ -44,7 +49,7 @@ def ablate_groups(
     *,
     groups: Sequence[Sequence[tuple[int, int]]],
     safety: Sequence[Example],
-    utility: Sequence[Example],
+    utility: Utility,
     config: DiagnoseConfig | None = None,
 ) -> GroupShifts:
     """H_gen and H_safe of groups of heads, each group ablated as a whole.
@@ -54,7 +59,7 @@ def ablate_groups(
         tokenizer: its tokenizer, with a chat template.
         groups: (layer, head) of the heads of each group.
         safety: D_safe, harmful prompts with a safe reply each.
-        utility: D_util, multiple-choice questions.
+        utility: D_util, multiple-choice questions; or several such sets, by the names of their domains.
         config: settings of the diagnosis that the groups are compared with.
 
     Raises:
@@ -63,7 +68,7 @@ def ablate_groups(
     """
     config = config or DiagnoseConfig()
     require_replies(safety, "safety", "prompt, target")
-    require_questions(utility, "utility")
+    sets = [one.examples for one in utility_sets(utility)]
     chat, layout = ChatFormat(tokenizer, max_length=config.max_length), HeadLayout.of(model)
     with evaluation_mode(model), progress("groups of heads", len(groups) + 1) as advance:
         if config.batch_tokens == "auto":
@@ -71,29 +76,34 @@ def ablate_groups(
         assert config.batch_tokens != "auto"
         filling = None
         if config.ablation == "mean":
-            rows = [chat.loss_row(example) for example in (*safety, *utility)]
+            rows = [chat.loss_row(example) for example in chain(safety, *sets)]
             filling = mean_replacements(model, layout, rows, batch_tokens=config.batch_tokens)
         ablator = Ablator(model, layout, (), resumable=False, replacements=filling)
         objectives = Objectives(ablator, tokenizer, chat, config)
-        of_utility, replies = objectives.utility_measure(utility), objectives.replies(safety)
+        of_utility, replies = [objectives.utility_measure(examples) for examples in sets], objectives.replies(safety)
         of_margins = objectives.margin_measure(safety, replies) if config.measure == "margin" else None
 
-        def measured() -> tuple[Floats, Floats]:
+        def measured() -> list[Floats]:
+            """Outcomes of every utility set, then those of the safety set."""
+            found = [_outcomes(measure, len(examples)) for measure, examples in zip(of_utility, sets, strict=True)]
             if of_margins is not None:
-                return _outcomes(of_utility, len(utility)), _outcomes(of_margins, len(safety))
-            return _outcomes(of_utility, len(utility)), objectives.refusals(safety, objectives.replies(safety))
+                return [*found, _outcomes(of_margins, len(safety))]
+            return [*found, objectives.refusals(safety, objectives.replies(safety))]
 
         baseline = measured()
         advance()
-        ablated: list[tuple[Floats, Floats]] = []
+        ablated: list[list[Floats]] = []
         for group in groups:
             with _without(ablator, group):
                 ablated.append(measured())
             advance()
     shift = margin_shift if config.measure == "margin" else decision_shift
-    utility_shift, utility_se = shift(np.array([u_N for u_N, _ in ablated]), baseline[0])
-    safety_shift, safety_se = shift(np.array([s_N for _, s_N in ablated]), baseline[1])
-    return GroupShifts(utility_shift, utility_se, safety_shift, safety_se)
+    pairs = zip(zip(*ablated, strict=True), baseline, strict=True)
+    *of_domains, (safety_shift, safety_se) = [shift(np.array(ablated_GN), whole_N) for ablated_GN, whole_N in pairs]
+    shifts_D2G = np.array(of_domains)
+    # Domains are independent samples.
+    utility_se = np.sqrt((shifts_D2G[:, 1] ** 2).sum(0)) / len(sets)
+    return GroupShifts(shifts_D2G[:, 0].mean(0), utility_se, safety_shift, safety_se)
 
 
 def _outcomes(measure: ScoredMeasure, n_examples: int) -> Floats:

@@ -1,21 +1,23 @@
 """What a diagnosis measured, and the columns of the map for any weighting of its examples. Pure.
 
-Shape letters: H head (all heads of the model in one axis), N example, C gradient chunk, R resample.
+Shape letters: H head (all heads of the model in one axis), N example, C gradient chunk, R resample, D utility domain.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
-from castune.diagnose.score import Floats, conflict_from_gram, conflict_score, functional_sensitivity
+from castune.diagnose.score import Floats, combined, conflict_from_gram, conflict_score, functional_sensitivity
 
 COLUMNS = ("optimization_conflict", "utility_shift", "safety_shift", "functional_sensitivity", "conflict_score")
 
 Measure = Literal["decision", "margin"]
 SensitivityRank = Literal["difference", "of-difference"]
+Combination = Literal["mean", "worst"]
 
 
 class PairedOutcomes(Protocol):
@@ -28,13 +30,31 @@ class PairedOutcomes(Protocol):
     def ablated_HN(self) -> Floats: ...  # noqa: D102
 
 
-class Weights(NamedTuple):
-    """How often every example and every chunk counts, one row a resample."""
+class Domain(NamedTuple):
+    """What was measured on one utility set.
 
-    utility_RN: Floats
+    Attributes:
+        gram_HCC: inner products of the partial gradients of each head, those of the safety loss first.
+        utility: outcomes on the examples.
+    """
+
+    gram_HCC: Floats
+    utility: PairedOutcomes
+
+
+class Weights(NamedTuple):
+    """How often every example and every chunk counts, one row a resample; of utility, an array a domain."""
+
+    utility_RN: Sequence[Floats]
     safety_RN: Floats
-    utility_RC: Floats
+    utility_RC: Sequence[Floats]
     safety_RC: Floats
+
+    @classmethod
+    def of(cls, arrays: Sequence[Floats]) -> Weights:
+        """From one array a set, in the order of `Measurements.sizes`."""
+        n_domains = len(arrays) // 2 - 1
+        return cls(arrays[:n_domains], arrays[n_domains], arrays[n_domains + 1 : -1], arrays[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,34 +62,37 @@ class Measurements:
     """What a diagnosis measured, before it is summed over examples.
 
     Args:
-        gram_HCC: inner products of the partial gradients of each head, those of the safety loss first.
-        n_safety: how many of the partial gradients belong to the safety loss.
-        utility: outcomes on D_util.
+        domains: what was measured on each utility set, one of them or several.
+        n_safety: how many of the partial gradients belong to the safety loss, the same ones in all domains.
         safety: outcomes on D_safe.
         measure: `decision` for 0/1 outcomes (NaN: unscored), `margin` for real ones.
         sensitivity_rank: see `functional_sensitivity`.
+        combination: how several domains become one map, see `combined`.
 
     Raises:
         ValueError: shapes that do not fit, fewer than 2 examples or chunks of a set, unknown names, unscored margins.
     """
 
-    gram_HCC: Floats
+    domains: Sequence[Domain]
     n_safety: int
-    utility: PairedOutcomes
     safety: PairedOutcomes
     measure: Measure
     sensitivity_rank: SensitivityRank
+    combination: Combination = "mean"
 
     def __post_init__(self) -> None:
-        n_heads, n_chunks, _ = self.gram_HCC.shape
-        if self.measure not in get_args(Measure) or self.sensitivity_rank not in get_args(SensitivityRank):
-            raise ValueError(
-                f"measure {self.measure!r}, sensitivity_rank {self.sensitivity_rank!r}; accepted are "
-                f"{get_args(Measure)} and {get_args(SensitivityRank)}"
-            )
-        if not 2 <= self.n_safety <= n_chunks - 2:
-            raise ValueError(f"{self.n_safety} of {n_chunks} chunks are of the safety loss; each set needs at least 2")
-        for name, outcomes in (("utility", self.utility), ("safety", self.safety)):
+        for name, kind in (("measure", Measure), ("sensitivity_rank", SensitivityRank), ("combination", Combination)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} {getattr(self, name)!r}; accepted are {', '.join(get_args(kind))}")
+        n_heads = len(self.domains[0].gram_HCC)
+        for gram_HCC, _ in self.domains:
+            n_chunks = gram_HCC.shape[1]
+            if gram_HCC.shape != (n_heads, n_chunks, n_chunks) or not 2 <= self.n_safety <= n_chunks - 2:
+                raise ValueError(
+                    f"gram_HCC of shape {gram_HCC.shape}, {self.n_safety} of {n_chunks} chunks are of the safety loss; "
+                    f"needed are {n_heads} heads and at least 2 chunks of each set"
+                )
+        for name, outcomes in (*(("utility", domain.utility) for domain in self.domains), ("safety", self.safety)):
             n_examples = len(outcomes.baseline_N)
             if n_examples < 2 or outcomes.ablated_HN.shape != (n_heads, n_examples):
                 raise ValueError(
@@ -80,41 +103,55 @@ class Measurements:
                 raise ValueError(f"{name}: margins that are not finite; no map is made of them")
 
     @property
+    def sizes(self) -> list[int]:
+        """Size of every set that is resampled: examples of utility, of safety, chunks of utility, of safety."""
+        examples = [len(domain.utility.baseline_N) for domain in self.domains]
+        chunks = [domain.gram_HCC.shape[1] - self.n_safety for domain in self.domains]
+        return [*examples, len(self.safety.baseline_N), *chunks, self.n_safety]
+
+    @property
     def whole(self) -> Weights:
         """Every example and every chunk once: the map itself, as the only resample."""
-        return Weights(
-            utility_RN=np.ones((1, len(self.utility.baseline_N))),
-            safety_RN=np.ones((1, len(self.safety.baseline_N))),
-            utility_RC=np.ones((1, self.gram_HCC.shape[1] - self.n_safety)),
-            safety_RC=np.ones((1, self.n_safety)),
-        )
+        return Weights.of([np.ones((1, size)) for size in self.sizes])
 
-    def columns(self, weights: Weights) -> dict[str, Floats]:
-        """O, H_gen, H_safe, S and C of every head in every resample (Eqs. 2-6).
+    def columns(self, weights: Weights, *, drawn: bool = False) -> dict[str, Floats]:
+        """O, H_gen, H_safe, S and C of every head in every resample (Eqs. 2-6); of several domains, combined.
+
+        The safety examples and chunks of a resample are those of all domains.
+
+        Args:
+            weights: of the resamples.
+            drawn: the weights are counts of draws with replacement, and the columns are for intervals. O and C are
+                then without what draws add to the length of a gradient (`weighted_conflict`). The shifts of decisions
+                keep their sign, taken so that the domains of the whole map have one sign on a head: their absolute
+                values would never be near zero, and without one sign domains would cancel.
 
         Returns:
             For each of `COLUMNS` an array [R, H]. NaN where none of a head's scored examples has a weight; S ranks
             the other heads among themselves.
         """
-        conflict_RH = weighted_conflict(self.gram_HCC, self.n_safety, weights.safety_RC, weights.utility_RC)
-        utility_RH, safety_RH = (np.abs(change_RH) for change_RH in self.mean_changes(weights))
-        sensitivity_RH = np.stack(
-            [_sensitivity(u_H, s_H, self.sensitivity_rank) for u_H, s_H in zip(utility_RH, safety_RH, strict=True)]
-        )
-        score_RH = conflict_score(conflict_RH, sensitivity_RH)
-        return dict(zip(COLUMNS, (conflict_RH, utility_RH, safety_RH, sensitivity_RH, score_RH), strict=True))
+        safety_RH = _weighted_mean(self._changes(self.safety), weights.safety_RN)
+        rows: list[dict[str, Floats]] = []
+        for domain, sign_H, utility_RN, utility_RC in zip(
+            self.domains, self._signs(), weights.utility_RN, weights.utility_RC, strict=True
+        ):
+            conflict_RH = weighted_conflict(domain.gram_HCC, self.n_safety, weights.safety_RC, utility_RC, drawn=drawn)
+            utility_RH = _weighted_mean(self._changes(domain.utility), utility_RN)
+            pairs = zip(np.abs(utility_RH), np.abs(safety_RH), strict=True)
+            sensitivity_RH = np.stack([_sensitivity(u_H, s_H, self.sensitivity_rank) for u_H, s_H in pairs])
+            shifts = (utility_RH * sign_H, safety_RH) if drawn else (np.abs(utility_RH), np.abs(safety_RH))
+            score_RH = conflict_score(conflict_RH, sensitivity_RH)
+            rows.append(dict(zip(COLUMNS, (conflict_RH, *shifts, sensitivity_RH, score_RH), strict=True)))
+        score_DRH = np.stack([row["conflict_score"] for row in rows])
+        found = {name: combined(np.stack([r[name] for r in rows]), score_DRH, self.combination) for name in COLUMNS}
+        # All domains have it in common: a mean would add nothing but a rounding error.
+        return {**found, "safety_shift": rows[0]["safety_shift"]}
 
-    def mean_changes(self, weights: Weights) -> tuple[Floats, Floats]:
-        """Mean change of the outcomes of D_util and of D_safe without each head, [R, H] each.
-
-        H_gen and H_safe are its absolute value. Decisions keep their sign here; of margins the mean is that of
-        absolute changes already.
-        """
-        utility_RH, safety_RH = (
-            _weighted_mean(self._changes(outcomes), weights_RN)
-            for outcomes, weights_RN in ((self.utility, weights.utility_RN), (self.safety, weights.safety_RN))
-        )
-        return utility_RH, safety_RH
+    def _signs(self) -> list[Floats]:
+        """Whether a head's mean change on each domain has the sign of that on the first one: 1 or -1, [H] each."""
+        changes = [self._changes(domain.utility) for domain in self.domains]
+        signs = [np.where(_weighted_mean(c_HN, np.ones((1, c_HN.shape[1])))[0] < 0, -1.0, 1.0) for c_HN in changes]
+        return [sign_H * signs[0] for sign_H in signs]
 
     def _changes(self, outcomes: PairedOutcomes) -> Floats:
         change_HN = np.asarray(outcomes.ablated_HN - outcomes.baseline_N, dtype=np.float64)

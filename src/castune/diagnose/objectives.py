@@ -27,6 +27,7 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnose.ablate import ScoredMeasure
 from castune.diagnose.decode import RefusalMeasure
+from castune.diagnose.domains import UtilitySet
 from castune.diagnose.journal import Journal
 from castune.diagnose.score import Floats
 from castune.diagnose.sweep import Ablator, Outcomes, sweep
@@ -54,9 +55,10 @@ class Objectives:
         assert self.config.batch_tokens != "auto"
         return self.config.batch_tokens
 
-    def utility(self, examples: Sequence[Example], journal: Journal, shard: Shard) -> Measured | None:
+    def utility(self, one: UtilitySet, journal: Journal, shard: Shard) -> Measured | None:
         """Right answers (Eq. 3), or the margins of the right answers; None while other shares are missing."""
-        outcomes = sweep("utility", self.ablator, self.utility_measure(examples), journal=journal, shard=shard)
+        measure = self.utility_measure(one.examples)
+        outcomes = sweep(one.objective, self.ablator, measure, journal=journal, shard=shard)
         if outcomes is None:
             return None
         decisions_N = outcomes.baseline_N

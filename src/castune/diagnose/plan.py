@@ -30,6 +30,7 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 from castune.diagnose.calibrate import GRADIENT_PASSES, Calibration, calibrate
+from castune.diagnose.domains import Utility, utility_sets
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, part_size
 from castune.errors import CastuneError
@@ -143,7 +144,7 @@ def plan(
     tokenizer: Any,
     *,
     safety: Sequence[Example],
-    utility: Sequence[Example],
+    utility: Utility,
     settings: DiagnoseConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -156,7 +157,7 @@ def plan(
         config: the model's config; no weights are loaded.
         tokenizer: the model's.
         safety: D_safe.
-        utility: D_util.
+        utility: D_util, by domain if there are several.
         settings: of the diagnosis; `batch_tokens` is a number.
         dtype: of the weights.
         device: where the slice is measured.
@@ -180,7 +181,7 @@ def plan(
         config=settings,
         chat=ChatFormat(tokenizer, max_length=settings.max_length),
         safety=safety,
-        utility=utility,
+        utility=[one.examples for one in utility_sets(utility)],
         layout=layout,
         flops=ForwardFlops.of(model, layout),
         ablator=_slice_ablator(config, model, layout, dtype, device),
@@ -214,7 +215,7 @@ class _Work:
     config: DiagnoseConfig
     chat: ChatFormat
     safety: Sequence[Example]
-    utility: Sequence[Example]
+    utility: Sequence[Sequence[Example]]
     layout: HeadLayout
     flops: ForwardFlops
     ablator: Ablator
@@ -237,13 +238,13 @@ class _Work:
 
     @cached_property
     def utility_batches(self) -> Sequence[ExampleBatch]:
-        """Batches of the utility sweep."""
-        return self.objectives.utility_measure(self.utility).batches
+        """Batches of the utility sweeps of all domains."""
+        return [batch for one in self.utility for batch in self.objectives.utility_measure(one).batches]
 
     @cached_property
     def loss_chunks(self) -> list[list[Row]]:
-        """Rows of every gradient chunk of both sets."""
-        sets = ([self.chat.loss_row(example) for example in examples] for examples in (self.safety, self.utility))
+        """Rows of every gradient chunk of all sets."""
+        sets = ([self.chat.loss_row(example) for example in examples] for examples in (self.safety, *self.utility))
         return [chunk for rows in sets for chunk in equal_parts(rows, min(self.config.gradient_chunks, len(rows)))]
 
     @cached_property

@@ -1,9 +1,11 @@
-"""The paper's Eqs. 2-6 on plain arrays. Pure: numbers in, numbers out.
+"""The paper's Eqs. 2-6 on plain arrays, and how several utility domains become one. Pure: numbers in, numbers out.
 
-Shape letters: H head (all heads of the model in one axis), N example, C gradient chunk.
+Shape letters: H head (all heads of the model in one axis), N example, C gradient chunk, D utility domain.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,25 +35,32 @@ def conflict_from_gram(gram_HCC: Floats, n_safety: int) -> Floats:
     return (1 - np.clip(cosine_H, -1, 1)) / 2
 
 
-def conflict_standard_error(gram_HCC: Floats, n_safety: int) -> Floats:
-    """Standard error of O(h): the delete-one jackknife over the chunks of both sets.
+def conflict_standard_error(grams: Sequence[Floats], n_safety: int) -> Floats:
+    """Standard error of O(h), or of its mean over domains: the delete-one jackknife over the chunks of every set.
 
-    The two sets are independent samples, so their jackknife variances add.
+    The sets are independent samples, so their jackknife variances add. A safety chunk is left out of all domains at
+    once, for they have it in common; a utility chunk changes the O(h) of its own domain, a D-th of the mean.
+
+    Args:
+        grams: `gram_HCC` of each domain, see `conflict_from_gram`.
+        n_safety: how many of the partial gradients belong to the safety loss, the same ones in all.
     """
-    n_chunks = gram_HCC.shape[1]
-    variance_H = np.zeros(gram_HCC.shape[0])
-    for chunks in (range(n_safety), range(n_safety, n_chunks)):
-        if len(chunks) < 2:
-            return np.full(gram_HCC.shape[0], np.nan)
-        replicates = []
-        for left_out in chunks:
-            kept = [c for c in range(n_chunks) if c != left_out]
-            # Leaving a chunk out rescales the mean gradient of its set, which the cosine does not see.
-            n_kept = n_safety - (left_out < n_safety)
-            replicates.append(conflict_from_gram(gram_HCC[np.ix_(range(len(gram_HCC)), kept, kept)], n_kept))
+
+    def without(chunk: int, gram_HCC: Floats) -> Floats:
+        kept = [c for c in range(gram_HCC.shape[1]) if c != chunk]
+        # Leaving a chunk out rescales the mean gradient of its set, which the cosine does not see.
+        return conflict_from_gram(gram_HCC[np.ix_(range(len(gram_HCC)), kept, kept)], n_safety - (chunk < n_safety))
+
+    sets = [[np.mean([without(chunk, gram) for gram in grams], axis=0) for chunk in range(n_safety)]]
+    # What the other domains add to the mean is the same in all of these replicates, and their spread does not see it.
+    sets += [[without(chunk, g) / len(grams) for chunk in range(n_safety, g.shape[1])] for g in grams]
+    variance_H = np.zeros(len(grams[0]))
+    for replicates in sets:
+        if len(replicates) < 2:
+            return np.full_like(variance_H, np.nan)
         replicates_CH = np.stack(replicates)
         spread_H = ((replicates_CH - replicates_CH.mean(0)) ** 2).sum(0)
-        variance_H += spread_H * (len(chunks) - 1) / len(chunks)
+        variance_H += spread_H * (len(replicates) - 1) / len(replicates)
     return np.sqrt(variance_H)
 
 
@@ -94,6 +103,20 @@ def functional_sensitivity(utility_shift: Floats, safety_shift: Floats, *, rank:
 def conflict_score(optimization_conflict: Floats, sensitivity: Floats) -> Floats:
     """C(h) = O(h) * S(h) (Eq. 6)."""
     return optimization_conflict * sensitivity
+
+
+def combined(values_DH: Floats, score_DH: Floats, how: str) -> Floats:
+    """One row from those of several domains.
+
+    Args:
+        values_DH: any column of the map of each domain; there may be more axes between D and H.
+        score_DH: C(h) of each domain, of the same shape.
+        how: `mean` over the domains; `worst`: for each head, of the domain in which its C(h) is highest (the first of
+            equals).
+    """
+    if how == "mean":
+        return np.asarray(values_DH.mean(0))
+    return np.take_along_axis(values_DH, score_DH.argmax(0)[None], 0)[0]
 
 
 def _absolute_mean(difference_HN: Floats) -> tuple[Floats, Floats]:

@@ -26,12 +26,16 @@ _ACROSS, _DOWN = 20, 14
 
 
 def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Any:
-    """Layer x head heatmap (Figure 7 of the paper) with a switch between the scores of `SCORES`.
+    """Layer x head heatmap (Figure 7 of the paper) with a switch between the scores of `SCORES`, and between domains.
 
     Layer 0 is at the top and blue is low, red high, as in the paper's maps. Layers may have different numbers
     of heads: a head that does not exist is left empty. Where a head has no value its cell is empty too.
     """
     grid = _Grid.of(cmap, width=360, height=540, largest=(36, 18), smallest=(9, 7))
+    records = _records(cmap, selections)
+    if cmap.domains:
+        maps = {None: cmap, **cmap.domains}
+        records = [{**row, "domain": name} for name, one in maps.items() for row in _records(one, selections)]
     score = alt.param(
         name="score",
         value="conflict_score",
@@ -42,7 +46,7 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
     chart = (
         grid.cells()
         .properties(
-            data=alt.InlineData(values=_records(cmap, selections)),
+            data=alt.InlineData(values=records),
             title=alt.TitleParams(text=alt.ExprRef(f"({json.dumps(SCORES)})[score]")),
             description="Heat map of all query heads by layer and head index, coloured by the chosen score.",
         )
@@ -59,6 +63,13 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
         )
         .add_params(score)
     )
+    if cmap.domains:
+        # Null stands for the combined map. Colours are those of the shown map's own range.
+        choice = alt.binding_select(
+            options=[None, *cmap.domains], labels=["combined", *cmap.domains], name="Utility domain "
+        )
+        domain = alt.param(name="shown_domain", value=None, bind=choice)
+        chart = chart.transform_filter("datum.domain === shown_domain").add_params(domain)
     if not selections:
         return chart
     # Null stands for all heads.

@@ -17,10 +17,11 @@ import vl_convert
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import replacing, write_text
+from castune.report.diagnosis import conflict_map
 from castune.report.figures import charts
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.samples import provenance, samples
-from castune.report.sections import conflict_map, known, opening, results
+from castune.report.sections import known, opening, results
 from castune.report.summary import Differences
 from castune.report.theme import theme
 from castune.report.training import training

@@ -1,18 +1,17 @@
-"""The numbers of the report as HTML: verdict, results, conflict map, training."""
+"""The numbers of the report as HTML: verdict and results; and what all sections are made with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult
+from castune.artifacts import ConflictMap, EvalResult, SuiteResult
 from castune.report.markup import Markup, join, table, tag
 from castune.report.summary import (
     BASE,
     NOT_MEASURED,
     Differences,
     Estimate,
-    Rate,
     cost_ratio,
     in_order,
     is_seen,
@@ -127,82 +126,6 @@ def results(
     )
 
 
-def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Mapping[str, Any]) -> Markup:
-    """Where conflicts lie, how sure the map is, and what each arm trains of it."""
-    settings, ties = cmap.metadata.get("settings", {}), cmap.metadata.get("ties", {})
-    baseline, data = cmap.metadata.get("baseline", {}), cmap.metadata.get("data", {})
-    facts = [
-        ("Measured by", f"{known(settings.get('measure'))}, {known(settings.get('ablation'))} ablation"),
-        ("Safety prompts", _source(data.get("safety"))),
-        ("Utility questions", _source(data.get("utility"))),
-        ("Utility accuracy before ablation", _baseline(baseline.get("utility_accuracy"))),
-        ("Refusal rate before ablation", _baseline(baseline.get("refusal_rate"))),
-        ("Heads tied with another in utility shift", _share(ties.get("utility_shift"))),
-        ("Heads tied with another in safety shift", _share(ties.get("safety_shift"))),
-        ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
-        *_reliability(cmap.metadata.get("reliability", {})),
-        ("Time", duration(cmap.metadata.get("seconds"))),
-    ]
-    caption = (
-        "A cell is a query head; layer 0 is at the top. Blue is low, red is high on the scale of the score "
-        "shown. Point at a cell for all values with their standard errors."
-    )
-    zones = (
-        figure("zones", "Heads that each arm trains, in colour.")
-        if "zones" in drawn
-        else tag("p", "No heads have been selected in this run.")
-    )
-    return section(
-        "Conflict map",
-        "map",
-        tag(
-            "p",
-            "The conflict score is C(h) = O(h) · S(h): how far the gradients of safety and utility point "
-            "apart on a head, times how much more utility than safety hangs on it. The highest scores make "
-            "the risky zone.",
-        ),
-        tag(
-            "div",
-            figure("conflict_map", caption),
-            tag(
-                "div",
-                figure(
-                    "score_distribution",
-                    "All heads by score. Buckets hold equal numbers of heads; 1 is the riskiest.",
-                ),
-                table([], facts, label="How the map was measured", class_="facts"),
-            ),
-            class_="figures",
-        ),
-        tag("h3", "What each arm trains"),
-        zones,
-        _selection_table(selections),
-    )
-
-
-def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How far the map can be trusted, as facts."""
-    halves = found.get("split_half", {})
-    columns, zones = halves.get("columns", {}), halves.get("zones", {})
-    symbols = (
-        ("O", "optimization_conflict"),
-        ("H_gen", "utility_shift"),
-        ("H_safe", "safety_shift"),
-        ("C", "conflict_score"),
-    )
-    parts = [f"{symbol} {_number(columns[name]['full'])}" for symbol, name in symbols if name in columns]
-    facts = [("Reliability over heads (split halves, Spearman-Brown)", ", ".join(parts) or known(None))]
-    for zone in ("safe", "risky"):
-        shown = f"{_number(zones.get(zone))}; {_number(zones.get(f'{zone}_by_chance'))} by chance"
-        facts.append((f"Overlap of the {zone} zones of two halves of the examples", shown))
-    facts += [("Warning", warning) for warning in found.get("warnings", [])]
-    return facts
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
-
-
 def _suites(evaluations: Mapping[str, EvalResult]) -> list[str]:
     return list(dict.fromkeys(suite.suite for evaluation in evaluations.values() for suite in evaluation.suites))
 
@@ -267,38 +190,3 @@ def _further_numbers(evaluations: Mapping[str, EvalResult]) -> Markup | str:
         return ""
     content = table(["Arm", "Suite", "Number", "Value"], rows, label="Further numbers", class_="numbers")
     return tag("details", tag("summary", "Further numbers of the evaluation"), content)
-
-
-def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
-    if not selections:
-        return ""
-    rows = []
-    for arm, selection in selections.items():
-        zone = selection.zone
-        if selection.bucket is not None:
-            zone += f" {selection.bucket} of {selection.buckets}"
-        seed = "–" if selection.seed is None else str(selection.seed)
-        share = f"{len(selection.heads):,} of {selection.n_total:,}"
-        score = "–" if zone in ("random", "all") else selection.score
-        rows.append([arm, zone, score, share, f"{len(selection.layers):,}", seed])
-    head = ["Arm", "Zone", "Sorted by", "Heads", "Layers", "Seed"]
-    return table(head, rows, label="Selections", class_="numbers")
-
-
-def _source(record: Mapping[str, Any] | None) -> str:
-    if not record:
-        return NOT_RECORDED
-    cut = f", {record['cut']:,} cut" if record.get("cut") else ""
-    return f"{known(record.get('source'))}, n = {known(record.get('n'))}{cut}"
-
-
-def _baseline(record: Mapping[str, Any] | None) -> str:
-    if not record:
-        return NOT_RECORDED
-    rate = Rate(record.get("value"), record.get("standard_error"), record.get("n", 0))
-    unscored = f", {record['unscored']:,} unscored" if "unscored" in record else ""
-    return f"{with_error(rate, percent)}, n = {known(record.get('n'))}{unscored}"
-
-
-def _share(value: float | None) -> str:
-    return NOT_RECORDED if value is None else percent(value)

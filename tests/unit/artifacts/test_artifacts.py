@@ -83,6 +83,45 @@ def test_save_and_load_is_equality(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
 
 
+def with_domains() -> ConflictMap:
+    """A combined map with the maps of two domains."""
+    domains = {"maths": conflict_map(), "a-b_C": conflict_map(conflict_score=np.zeros(6))}
+    records = {name: {"map_hash": cmap.content_hash} for name, cmap in domains.items()}
+    metadata = {**conflict_map().metadata, "combined": "mean", "domains": records}
+    return ConflictMap(conflict_map().table, metadata, domains)
+
+
+def test_maps_of_domains_lie_beside_the_combined_one(tmp_path: Path) -> None:
+    cmap = with_domains()
+    cmap.save(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run" / "domains").iterdir()) == ["a-b_C.parquet", "maths.parquet"]
+    assert ConflictMap.load(tmp_path / "run") == cmap
+    assert ConflictMap.load(tmp_path / "run" / "domains" / "maths.parquet") == cmap.domains["maths"]
+    assert cmap != ConflictMap(cmap.table, cmap.metadata, {**cmap.domains, "c": conflict_map()})
+    with pytest.raises(ArtifactError, match="utility domain 'maths' is missing"):
+        ConflictMap(cmap.table, cmap.metadata)
+    with pytest.raises(
+        ArtifactError, match=f"'a-b_C' is {conflict_map().content_hash}, the combined map was made from"
+    ):
+        ConflictMap(cmap.table, cmap.metadata, {**cmap.domains, "a-b_C": conflict_map()})
+
+
+def test_an_interrupt_between_the_maps_leaves_no_combined_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the combined map is, those of its domains are."""
+    plain, written = pq.write_table, []
+
+    def write(table: pa.Table, path: Path) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        plain(table, path)
+
+    monkeypatch.setattr(pq, "write_table", write)
+    with pytest.raises(KeyboardInterrupt):
+        with_domains().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["domains"]
+
+
 def test_equality_sees_every_field(tmp_path: Path) -> None:
     for artifact in (SELECTION, CERTIFICATE, TUNING, EVALUATION, SUITE):
         for field in dataclasses.fields(artifact):

@@ -40,6 +40,26 @@ def test_groups_of_one_head_are_the_map(
         np.testing.assert_allclose(getattr(found, name), cmap.column(name), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "config", [MARGIN, DECISION, MARGIN.model_copy(update={"ablation": "mean"})], ids=["margin", "decision", "mean"]
+)
+def test_utility_shifts_are_means_over_domains(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    questions: list[Example],
+    harmful: list[Example],
+    config: DiagnoseConfig,
+) -> None:
+    model = tiny_model("qwen2")
+    arguments: dict[str, Any] = {"safety": harmful, "config": config}
+    utility = {"b": questions[:4], "a": questions[3:]}
+    cmap = castune.diagnose(model, tiny_tokenizer, utility=utility, **arguments)
+    groups = [[head] for head in cmap.heads]
+    found = ablate_groups(model, tiny_tokenizer, groups=groups, utility=utility, **arguments)
+    for name in COLUMNS:
+        np.testing.assert_allclose(getattr(found, name), cmap.column(name), atol=1e-5)
+
+
 def test_a_group_equals_zeroed_columns(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], harmful: list[Example]
 ) -> None:

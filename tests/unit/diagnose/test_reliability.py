@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from castune.core.ranking import bucket_numbers
-from castune.diagnose.measurements import COLUMNS, Measurements, Weights, weighted_conflict
+from castune.diagnose.measurements import COLUMNS, Domain, Measurements, Weights, weighted_conflict
 from castune.diagnose.reliability import (
     RELIABLE,
     bootstrap,
@@ -77,9 +78,8 @@ def measurements(
         margins(rng, n_heads, k) if measure == "margin" else decisions(rng, n_heads, k, unscored) for k in n
     )
     return Measurements(
-        gram_HCC=gram(rng.normal(size=(n_heads, sum(chunks), 9))),
+        domains=[Domain(gram(rng.normal(size=(n_heads, sum(chunks), 9))), utility)],
         n_safety=chunks[1],
-        utility=utility,
         safety=safety,
         measure=measure,
         sensitivity_rank=rank,
@@ -96,22 +96,29 @@ def with_signal(seed: int, *, n: int, signal: float, n_heads: int = 120, n_chunk
     parts_HCP = np.concatenate([safety_HP.repeat(n_chunks, 1), utility_HP.repeat(n_chunks, 1)], 1) + noise_HCP
     pairs = [Pairs(np.zeros(n), size_H1 * np.exp(2 * rng.normal(size=(n_heads, n)))) for size_H1 in sizes]
     return Measurements(
-        gram_HCC=gram(parts_HCP),
+        domains=[Domain(gram(parts_HCP), pairs[0])],
         n_safety=n_chunks,
-        utility=pairs[0],
         safety=pairs[1],
         measure="margin",
         sensitivity_rank="difference",
     )
 
 
+def changed(m: Measurements, *, gram_HCC: Floats | None = None, utility: Pairs | None = None, **more: Any) -> Any:
+    """Measurements of one domain with another Gram matrix, other utility outcomes, or anything else."""
+    (domain,) = m.domains
+    domain = Domain(domain.gram_HCC if gram_HCC is None else gram_HCC, domain.utility if utility is None else utility)
+    return replace(m, domains=[domain], **more)
+
+
 def slow_columns(m: Measurements, utility: Any, safety: Any, utility_chunks: Any, safety_chunks: Any) -> list[Floats]:
     """The five columns by the functions of `score.py`, on arrays made of the drawn examples and chunks."""
     shift = margin_shift if m.measure == "margin" else decision_shift
-    utility_H = shift(m.utility.ablated_HN[:, utility], m.utility.baseline_N[utility])[0]
+    ((gram_HCC, pairs),) = m.domains
+    utility_H = shift(pairs.ablated_HN[:, utility], pairs.baseline_N[utility])[0]
     safety_H = shift(m.safety.ablated_HN[:, safety], m.safety.baseline_N[safety])[0]
     order = [*safety_chunks, *(m.n_safety + np.asarray(utility_chunks))]
-    conflict_H = conflict_from_gram(m.gram_HCC[:, order][:, :, order], len(safety_chunks))
+    conflict_H = conflict_from_gram(gram_HCC[:, order][:, :, order], len(safety_chunks))
     sensitivity_H = np.full(len(conflict_H), NAN)
     known_H = np.isfinite(utility_H + safety_H)
     if known_H.any():
@@ -177,13 +184,13 @@ def test_the_interval_of_a_conflict_is_about_the_measured_one() -> None:
     rng = np.random.default_rng(0)
     parts_HCP = rng.normal(size=(20, 16, 3000)) / 40
     parts_HCP[:, :, 0] += 1
-    m = replace(measurements(0, n_heads=20), gram_HCC=gram(parts_HCP), n_safety=8)
+    m = changed(measurements(0, n_heads=20), gram_HCC=gram(parts_HCP), n_safety=8)
     measured_H = m.columns(m.whole)["optimization_conflict"][0]
     found = bootstrap(m, n_resamples=100, seed=0).intervals
     low_H, high_H = (found[f"optimization_conflict_{bound}"] for bound in ("low", "high"))
     assert ((low_H < measured_H) & (measured_H < high_H)).all()
     counts = rng.multinomial(8, np.full(8, 1 / 8), size=(2, 100)).astype(float)
-    plain_RH = weighted_conflict(m.gram_HCC, 8, *counts)
+    plain_RH = weighted_conflict(m.domains[0].gram_HCC, 8, *counts)
     assert (np.quantile(plain_RH, 0.025, axis=0) > measured_H).all()
 
 
@@ -198,10 +205,10 @@ def test_columns_of_the_whole_are_those_of_the_map(measure: str, rank: str, unsc
 @KINDS
 def test_columns_of_resamples_are_those_of_a_slow_loop(measure: str, rank: str, unscored: float) -> None:
     m = measurements(5, n=(6, 4), measure=measure, rank=rank, unscored=unscored)
-    sizes, rng = [w.shape[1] for w in m.whole], np.random.default_rng(1)
+    sizes, rng = m.sizes, np.random.default_rng(1)
     drawn = [[rng.integers(0, size, size) for size in sizes] for _ in range(60)]
     counts = [np.stack([np.bincount(row[k], minlength=sizes[k]) for row in drawn]).astype(float) for k in range(4)]
-    found = m.columns(Weights(*counts))
+    found = m.columns(Weights.of(counts))
     assert list(found) == list(COLUMNS)
     expected_RCH = np.array([slow_columns(m, *row) for row in drawn])
     for number, name in enumerate(COLUMNS):
@@ -214,11 +221,9 @@ def test_bootstrap_intervals_are_percentiles_of_resampled_maps() -> None:
     rng = np.random.default_rng(8)
     # Chunks that differ little: the noise that draws add to the length of a gradient is of second order.
     parts_HCP = rng.normal(size=(25, 2, 9)).repeat([5, 4], axis=1) + 0.05 * rng.normal(size=(25, 9, 9))
-    m = replace(measurements(2, n_heads=25, n=(40, 30), measure="margin"), gram_HCC=gram(parts_HCP), n_safety=5)
+    m = changed(measurements(2, n_heads=25, n=(40, 30), measure="margin"), gram_HCC=gram(parts_HCP), n_safety=5)
     found = bootstrap(m, n_resamples=1500, seed=0).intervals
-    slow_RCH = np.array(
-        [slow_columns(m, *(rng.integers(0, w.shape[1], w.shape[1]) for w in m.whole)) for _ in range(1500)]
-    )
+    slow_RCH = np.array([slow_columns(m, *(rng.integers(0, size, size) for size in m.sizes)) for _ in range(1500)])
     for number, name in enumerate(COLUMNS):
         spread_H = slow_RCH[:, number].std(0)
         for bound, share in (("low", 0.025), ("high", 0.975)):
@@ -254,9 +259,8 @@ def test_intervals_cover_the_truth(measure: Any) -> None:
     for seed in range(n_data):
         parts = [d + rng.normal(size=(n_heads, n_chunks, 4)) for d in directions]
         m = Measurements(
-            gram_HCC=gram(np.concatenate(parts, 1)),
+            domains=[Domain(gram(np.concatenate(parts, 1)), changes(worse_H, better_H))],
             n_safety=n_chunks,
-            utility=changes(worse_H, better_H),
             safety=changes(worse_H[::-1], better_H[::-1]),
             measure=measure,
             sensitivity_rank="difference",
@@ -275,7 +279,7 @@ def test_intervals_cover_the_truth(measure: Any) -> None:
 def test_a_shift_whose_sign_is_not_settled_may_be_zero() -> None:
     """Heads that only shuffle outcomes: 95 % of the intervals must hold 0, which no resampled |mean| does."""
     rng = np.random.default_rng(0)
-    m = replace(
+    m = changed(
         measurements(0, n_heads=500, n=(100, 100)),
         utility=Pairs(np.zeros(100), rng.choice([-1.0, 1.0], size=(500, 100))),
     )
@@ -306,7 +310,7 @@ def test_data_without_noise_have_intervals_without_width() -> None:
 def test_a_resample_without_a_scored_pair_is_left_out_for_that_head_only() -> None:
     m = measurements(1, n_heads=3, n=(2, 5))
     pairs = Pairs(np.array([0.0, 0.0]), np.array([[NAN, 1.0], [NAN, NAN], [0.0, 1.0]]))
-    resampled = bootstrap(replace(m, utility=pairs), n_resamples=200, seed=0)
+    resampled = bootstrap(changed(m, utility=pairs), n_resamples=200, seed=0)
     low_H, high_H = (resampled.intervals[f"utility_shift_{bound}"] for bound in ("low", "high"))
     np.testing.assert_array_equal(low_H, [1, NAN, 0])
     np.testing.assert_array_equal(high_H, [1, NAN, 1])
@@ -323,7 +327,12 @@ def test_the_place_of_a_head_in_memory_does_not_matter(measure: str) -> None:
     def moved(pairs: Any) -> Pairs:
         return Pairs(pairs.baseline_N, np.asfortranarray(pairs.ablated_HN[order]))
 
-    other = replace(m, gram_HCC=np.asfortranarray(m.gram_HCC[order]), utility=moved(m.utility), safety=moved(m.safety))
+    other = changed(
+        m,
+        gram_HCC=np.asfortranarray(m.domains[0].gram_HCC[order]),
+        utility=moved(m.domains[0].utility),
+        safety=moved(m.safety),
+    )
     columns, summary = reliability(m, seed=5, n_resamples=60, n_splits=8)
     moved_columns, moved_summary = reliability(other, seed=5, n_resamples=60, n_splits=8)
     for name, values_H in columns.items():
@@ -340,6 +349,122 @@ def test_the_seed_alone_determines_the_result() -> None:
     assert all(np.array_equal(first[0][name], second[0][name]) for name in first[0])
     assert any(not np.array_equal(first[0][name], third[0][name]) for name in first[0])
     assert first[1].split_half != third[1].split_half
+
+
+# Domains
+
+
+def together(parts: Sequence[Measurements], combination: Any) -> Measurements:
+    """One diagnosis with the domain of each of `parts`; the safety set is that of the first."""
+    first = parts[0]
+    shared = first.n_safety
+    domains = []
+    for part in parts:
+        ((gram_HCC, utility),) = part.domains
+        # Any Gram matrix will do, as long as the safety chunks are the same in all.
+        gram_HCC = gram_HCC.copy()
+        gram_HCC[:, :shared, :shared] = first.domains[0].gram_HCC[:, :shared, :shared]
+        domains.append(Domain(gram_HCC, utility))
+    return replace(first, domains=domains, combination=combination)
+
+
+@KINDS
+@pytest.mark.parametrize("combination", ["mean", "worst"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_domains_are_combined_in_every_resample(
+    measure: str, rank: str, unscored: float, combination: str, drawn: bool
+) -> None:
+    """Each domain by itself with the safety draws of all, then row by row what the combination says."""
+    sizes = [((6, 4), (3, 4)), ((9, 4), (5, 4)), ((4, 4), (2, 4))]
+    parts = [
+        measurements(seed, n=n, chunks=chunks, measure=measure, rank=rank, unscored=unscored / 2)
+        for seed, (n, chunks) in enumerate(sizes)
+    ]
+    m = together(parts, combination)
+    assert m.sizes == [6, 9, 4, 4, 3, 5, 2, 4]
+    rng = np.random.default_rng(3)
+    counts = [rng.multinomial(size, np.full(size, 1 / size), size=30).astype(float) for size in m.sizes]
+    found = m.columns(Weights.of(counts), drawn=drawn)
+    alone = [
+        replace(m, domains=[domain], combination="mean").columns(
+            Weights([counts[d]], counts[3], [counts[4 + d]], counts[7]), drawn=drawn
+        )
+        for d, domain in enumerate(m.domains)
+    ]
+    whole = [c_HN.ablated_HN - c_HN.baseline_N for _, c_HN in m.domains]
+    signs = [np.where(np.nanmean(np.abs(x) if measure == "margin" else x, 1) < 0, -1, 1) for x in whole]
+    for name in COLUMNS:
+        columns = [one[name] for one in alone]
+        if name == "safety_shift":
+            np.testing.assert_array_equal(found[name], columns[0])
+            continue
+        if name == "utility_shift" and drawn:  # every domain counts with the sign that it has on the whole set
+            columns = [column * sign * signs[0] for column, sign in zip(columns, signs, strict=True)]
+        expected = sum(columns) / 3
+        if combination == "worst":
+            scores = np.stack([one["conflict_score"] for one in alone])
+            expected = np.choose(scores.argmax(0), columns)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+@pytest.mark.parametrize("measure", ["decision", "margin"])
+def test_one_domain_is_its_own_mean_and_its_own_worst(measure: str) -> None:
+    m = measurements(2, measure=measure)
+    (mean, of_mean), (worst, of_worst) = (
+        reliability(replace(m, combination=how), seed=0, n_resamples=20, n_splits=3) for how in ("mean", "worst")
+    )
+    assert of_mean == of_worst
+    for name, values_H in mean.items():
+        np.testing.assert_array_equal(worst[name], values_H)
+
+
+def test_intervals_of_a_mean_over_domains_cover_the_truth() -> None:
+    """Rates of two domains that heads change in the same or in opposite directions."""
+    rng, n, n_data, n_chunks = np.random.default_rng(0), 120, 80, 16
+    truth_2H = np.array([[0.1, 0.4, -0.5, 0.3], [0.2, -0.4, -0.1, 0.0]])
+    directions = rng.normal(size=(3, 4, 1, 4))
+    cosines = [
+        np.einsum("hip,hip->h", directions[0], u) / np.prod(np.linalg.norm([directions[0], u], axis=-1), axis=0)[:, 0]
+        for u in directions[1:]
+    ]
+    conflict_H = np.mean([(1 - cosine_H) / 2 for cosine_H in cosines], axis=0)
+    covered, widths = np.zeros((2, 4)), []
+    for seed in range(n_data):
+        safety, *utilities = (d + rng.normal(size=(4, n_chunks, 4)) for d in directions)
+        domains = []
+        for utility, change_H in zip(utilities, truth_2H, strict=True):
+            u_HN = rng.random((4, n))
+            change_HN = np.sign(change_H)[:, None] * (u_HN < np.abs(change_H)[:, None])
+            domains.append(Domain(gram(np.concatenate([safety, utility], 1)), Pairs(np.zeros(n), change_HN)))
+        m = replace(measurements(0, n_heads=4), domains=domains, n_safety=n_chunks)
+        found = bootstrap(m, n_resamples=120, seed=seed).intervals
+        for i, (name, wanted_H) in enumerate(
+            (("utility_shift", np.abs(truth_2H).mean(0)), ("optimization_conflict", conflict_H))
+        ):
+            low_H, high_H = found[f"{name}_low"] - 1e-12, found[f"{name}_high"] + 1e-12
+            covered[i] += ((low_H <= wanted_H) & (wanted_H <= high_H)) / n_data
+        widths.append(found["utility_shift_high"] - found["utility_shift_low"])
+    # The standard error of each share is 0.03; of the binomial interval too little at small n.
+    assert covered.min() > 0.85, covered
+    assert 0.9 < covered.mean() < 0.99
+    # Of independent domains: sqrt(v1 + v2) / 2, each side 1.96 times.
+    expected_H = 1.96 * np.sqrt((np.abs(truth_2H) * (1 - np.abs(truth_2H)) / n).sum(0))
+    np.testing.assert_allclose(np.mean(widths, axis=0), expected_H, rtol=0.1)
+
+
+def test_more_domains_do_not_hide_what_the_safety_set_is_unsure_of() -> None:
+    """Utility without noise: the intervals of C owe all to the safety set, which all domains have in common."""
+    m = measurements(4, n_heads=30, n=(6, 10), chunks=(4, 4), measure="margin")
+    rng = np.random.default_rng(1)
+    still = Pairs(np.zeros(6), rng.normal(size=(30, 1)).repeat(6, 1))
+    parts_HCP = rng.normal(size=(30, 8, 9))
+    parts_HCP[:, 4:] = parts_HCP[:, 4:5]
+    one = changed(m, utility=still, gram_HCC=gram(parts_HCP))
+    five = replace(one, domains=list(one.domains) * 5)
+    (alone, _), (all_five, summary) = (reliability(x, seed=0, n_resamples=300, n_splits=3) for x in (one, five))
+    widths = [x["conflict_score_high"] - x["conflict_score_low"] for x in (alone, all_five)]
+    assert np.median(widths[1] / widths[0]) == pytest.approx(1, abs=0.1)
+    assert (summary.n_utility, summary.chunks_utility) == (30, 20)
 
 
 # Zones
@@ -394,7 +519,7 @@ def test_pairs_with_a_head_without_a_score_have_no_zones() -> None:
 
 def test_resamples_of_noise_overlap_more_than_by_chance_and_its_halves_do_not() -> None:
     m = with_signal(1, n=60, signal=0)
-    m = replace(m, gram_HCC=gram(np.random.default_rng(0).normal(size=(120, 12, 6))))
+    m = changed(m, gram_HCC=gram(np.random.default_rng(0).normal(size=(120, 12, 6))))
     resampled, halves = bootstrap(m, n_resamples=100, seed=0).zones, split_half(m, seed=0).zones
     for zone in ("safe", "risky"):
         chance = getattr(halves, f"{zone}_by_chance")
@@ -425,9 +550,8 @@ def noise_free(n_heads: int = 20) -> Measurements:
     parts_HCP = rng.normal(size=(n_heads, 2, 8)).repeat(6, axis=1)
     utility, safety = (Pairs(rng.normal(size=9), rng.normal(size=(n_heads, 1)).repeat(9, 1)) for _ in range(2))
     return Measurements(
-        gram_HCC=gram(parts_HCP),
+        domains=[Domain(gram(parts_HCP), replace(utility, ablated_HN=utility.ablated_HN + utility.baseline_N))],
         n_safety=6,
-        utility=replace(utility, ablated_HN=utility.ablated_HN + utility.baseline_N),
         safety=replace(safety, ablated_HN=safety.ablated_HN + safety.baseline_N),
         measure="margin",
         sensitivity_rank="difference",
@@ -454,7 +578,7 @@ def test_halves_of_noise_do_not_agree(measure: str) -> None:
 def test_halves_are_disjoint_and_of_one_size() -> None:
     """One head answers for one example each: a head changed in one half cannot be in the other."""
     n = 7
-    m = replace(measurements(0, n_heads=n, n=(n, n)), utility=Pairs(np.zeros(n), np.eye(n)))
+    m = changed(measurements(0, n_heads=n, n=(n, n)), utility=Pairs(np.zeros(n), np.eye(n)))
     # Heads of one half have a shift of 1/3 there and 0 in the other; the one left out has 0 in both.
     x_H, y_H = np.repeat([1, 0, 0], [3, 3, 1]), np.repeat([0, 1, 0], [3, 3, 1])
     expected = stats.spearmanr(x_H, y_H).statistic
@@ -553,7 +677,12 @@ def test_heads_that_are_all_alike_have_no_reliability(measure: str) -> None:
     def repeated(pairs: Any) -> Pairs:
         return Pairs(pairs.baseline_N, pairs.ablated_HN.repeat(101, axis=0))
 
-    alike = replace(m, gram_HCC=m.gram_HCC.repeat(101, axis=0), utility=repeated(m.utility), safety=repeated(m.safety))
+    alike = changed(
+        m,
+        gram_HCC=m.domains[0].gram_HCC.repeat(101, axis=0),
+        utility=repeated(m.domains[0].utility),
+        safety=repeated(m.safety),
+    )
     columns, summary = reliability(alike, seed=0, n_resamples=40, n_splits=7)
     assert {(a.half, a.full, a.n_splits) for a in summary.split_half.columns.values()} == {(None, None, 0)}
     assert set(summary.tie_shares.values()) == {1.0}
@@ -568,7 +697,7 @@ def test_a_column_that_is_constant_in_some_splits_only_counts_in_the_others() ->
     n_heads = 5
     ablated_HN = np.zeros((n_heads, 4))
     ablated_HN[:2, :2] = 1  # defined only if the two examples that differ are in different halves: 2 of 3 splits
-    m = replace(measurements(0, n_heads=n_heads, n=(4, 6)), utility=Pairs(np.zeros(4), ablated_HN))
+    m = changed(measurements(0, n_heads=n_heads, n=(4, 6)), utility=Pairs(np.zeros(4), ablated_HN))
     agreement = split_half(m, n_splits=200, seed=0).columns["utility_shift"]
     assert agreement.half == pytest.approx(1)
     assert 110 < agreement.n_splits < 155
@@ -598,7 +727,7 @@ def test_one_resample_and_one_split_are_enough() -> None:
 @pytest.mark.parametrize("scale", [1e-300, 1e-12, 1e12])
 def test_margins_of_any_size_are_summed(scale: float) -> None:
     m = measurements(0, measure="margin")
-    scaled = replace(m, utility=Pairs(m.utility.baseline_N * scale, m.utility.ablated_HN * scale))
+    scaled = changed(m, utility=Pairs(m.domains[0].utility.baseline_N * scale, m.domains[0].utility.ablated_HN * scale))
     found, plain = (x.columns(x.whole)["utility_shift"] for x in (scaled, m))
     np.testing.assert_allclose(found / scale, plain, rtol=1e-12)
 
@@ -606,8 +735,9 @@ def test_margins_of_any_size_are_summed(scale: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"measure": "accuracy"}, r"measure 'accuracy'.*'decision', 'margin'"),
-        ({"sensitivity_rank": "ratio"}, r"sensitivity_rank 'ratio'.*'of-difference'"),
+        ({"measure": "accuracy"}, "measure 'accuracy'; accepted are decision, margin"),
+        ({"sensitivity_rank": "ratio"}, "sensitivity_rank 'ratio'; accepted are .*of-difference"),
+        ({"combination": "best"}, "combination 'best'; accepted are mean, worst"),
         ({"n_safety": 1}, "1 of 9 chunks are of the safety loss"),
         ({"n_safety": 8}, "8 of 9 chunks"),
         ({"utility": Pairs(np.zeros(1), np.zeros((12, 1)))}, "utility: 1 examples"),
@@ -617,4 +747,4 @@ def test_margins_of_any_size_are_summed(scale: float) -> None:
 )
 def test_measurements_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(measurements(0), **change)
+        changed(measurements(0), **change)

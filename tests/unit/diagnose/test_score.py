@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from castune.diagnose.score import (
+    combined,
     conflict_from_gram,
     conflict_score,
     conflict_standard_error,
@@ -106,7 +108,7 @@ def test_chunks_that_cancel_are_a_zero_gradient() -> None:
 @given(st.integers(0, 200), st.integers(2, 5), st.integers(2, 5))
 def test_standard_error_is_the_delete_one_jackknife(seed: int, n_safety: int, n_utility: int) -> None:
     safety, utility = chunks(seed, n_safety), chunks(seed + 1, n_utility)
-    found = conflict_standard_error(gram(safety, utility), n_safety)
+    found = conflict_standard_error([gram(safety, utility)], n_safety)
     for head in range(H):
         s, u = safety[head], utility[head]
         variance = 0.0
@@ -119,15 +121,34 @@ def test_standard_error_is_the_delete_one_jackknife(seed: int, n_safety: int, n_
         assert found[head] == pytest.approx(math.sqrt(variance), abs=1e-10)
 
 
+@given(st.integers(0, 200), st.integers(2, 4), st.lists(st.integers(2, 4), min_size=2, max_size=3))
+def test_standard_error_of_a_mean_over_domains_is_the_delete_one_jackknife(
+    seed: int, n_safety: int, sizes: list[int]
+) -> None:
+    """Every chunk of every set left out of the mean over domains, the safety chunks out of all domains at once."""
+    safety, domains = chunks(seed, n_safety), [chunks(seed + 1 + d, n) for d, n in enumerate(sizes)]
+    found = conflict_standard_error([gram(safety, utility) for utility in domains], n_safety)
+    for head in range(H):
+        sets = [safety[head], *(utility[head] for utility in domains)]
+        variance = 0.0
+        for number, part in enumerate(sets):
+            means = []
+            for chunk in range(len(part)):
+                s, *us = [np.delete(one, chunk, 0) if i == number else one for i, one in enumerate(sets)]
+                means.append(np.mean([direct_conflict(s.sum(0), u.sum(0)) for u in us]))
+            variance += (len(part) - 1) / len(part) * ((np.array(means) - np.mean(means)) ** 2).sum()
+        assert found[head] == pytest.approx(math.sqrt(variance), abs=1e-10)
+
+
 def test_standard_error_needs_two_chunks_of_each() -> None:
     for n_safety, n_utility in ((1, 3), (3, 1), (1, 1)):
         matrix = gram(chunks(1, n_safety), chunks(2, n_utility))
-        assert np.isnan(conflict_standard_error(matrix, n_safety)).all()
+        assert np.isnan(conflict_standard_error([matrix], n_safety)).all()
 
 
 def test_equal_chunks_have_no_standard_error() -> None:
     safety, utility = np.repeat(chunks(1, 1), 4, axis=1), np.repeat(chunks(2, 1), 3, axis=1)
-    np.testing.assert_allclose(conflict_standard_error(gram(safety, utility), 4), 0, atol=1e-9)
+    np.testing.assert_allclose(conflict_standard_error([gram(safety, utility)], 4), 0, atol=1e-9)
 
 
 def test_standard_error_tells_the_spread_of_repeated_measurements() -> None:
@@ -138,7 +159,7 @@ def test_standard_error_tells_the_spread_of_repeated_measurements() -> None:
     for _ in range(200):
         safety, utility = (mean + rng.normal(size=(H, 8, P)) for mean in means)
         measured.append(conflict(safety, utility))
-        errors.append(conflict_standard_error(gram(safety, utility), 8))
+        errors.append(conflict_standard_error([gram(safety, utility)], 8))
     ratio = np.mean(errors, axis=0).mean() / np.std(measured, axis=0).mean()
     assert 0.75 < ratio < 1.33
 
@@ -220,3 +241,30 @@ def test_a_planted_conflicting_head_ranks_first() -> None:
         score = conflict_score(conflict(safety, utility), functional_sensitivity(utility_shift, safety_shift))
         assert score.argmax() == planted
         assert score[planted] == pytest.approx(math.e)
+
+
+# Domains
+
+
+COLUMNS = st.lists(st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4), min_size=1, max_size=5)
+
+
+@given(COLUMNS, st.permutations(range(5)))
+def test_the_worst_is_at_least_the_mean_and_the_mean_at_least_the_least(rows: list[list[float]], order: Any) -> None:
+    score_DH = np.array(rows)
+    mean_H, worst_H = combined(score_DH, score_DH, "mean"), combined(score_DH, score_DH, "worst")
+    slack = 1e-9 * np.abs(score_DH).max(0)
+    assert (worst_H >= mean_H - slack).all()
+    assert (mean_H >= score_DH.min(0) - slack).all()
+    moved_DH = score_DH[[d for d in order if d < len(rows)]]
+    np.testing.assert_array_equal(combined(moved_DH, moved_DH, "worst"), worst_H)
+    np.testing.assert_allclose(combined(moved_DH, moved_DH, "mean"), mean_H, rtol=1e-9, atol=slack.max())
+
+
+def test_the_worst_row_is_of_one_domain_in_all_columns_and_resamples() -> None:
+    score_DRH, other_DRH = np.random.default_rng(0).normal(size=(2, 3, 7, 5))
+    found_RH = combined(other_DRH, score_DRH, "worst")
+    for r in range(7):
+        for h in range(5):
+            domain = max(range(3), key=lambda d: score_DRH[d, r, h])
+            assert found_RH[r, h] == other_DRH[domain, r, h]

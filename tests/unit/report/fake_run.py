@@ -111,6 +111,23 @@ def make_map(heads_by_layer: Sequence[int], seed: int = 0, **metadata: Any) -> C
     return ConflictMap(pa.table(columns, schema=SCHEMA), {**plain, **metadata})
 
 
+def make_domains(heads_by_layer: Sequence[int], names: Sequence[str], combined: str = "mean") -> ConflictMap:
+    """A combined map with a map for each of `names`, whose numbers are 10 more questions each."""
+    domains = {name: make_map(heads_by_layer, seed=1 + i) for i, name in enumerate(names)}
+    records = {
+        name: {
+            "map_hash": cmap.content_hash,
+            "data": {"source": f"{name}.jsonl", "n": 30 + 10 * i, "hash": "0", "cut": 0},
+            "utility_accuracy": {"value": 0.25 + 0.1 * i, "standard_error": 0.04, "n": 30 + 10 * i, "unscored": i},
+            "reliability": 0.613 if i == 0 else None,
+            "spearman": 0.877 - 0.1 * i,
+        }
+        for i, (name, cmap) in enumerate(domains.items())
+    }
+    plain = make_map(heads_by_layer, combined=combined, domains={})
+    return ConflictMap(plain.table, {**plain.metadata, "domains": records}, domains)
+
+
 def make_selection(cmap: ConflictMap, zone: str) -> HeadSelection:
     count = len(cmap) // 4
     order = (-cmap.column("conflict_score")).argsort(kind="stable")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import vl_convert
-from fake_run import Run, make_evaluation, make_map, make_run, make_selection, make_suite
+from fake_run import Run, make_domains, make_evaluation, make_map, make_run, make_selection, make_suite
 
+from castune.artifacts import ConflictMap
 from castune.report import figures
 from castune.report.labels import place_labels
 from castune.report.page import write_figures
@@ -64,6 +65,30 @@ def test_the_switch_changes_colours_and_title(run: Run, score: str) -> None:
     drawn = vl_convert.vegalite_to_svg(spec)
     assert f">{figures.SCORES[score]}<" in drawn
     assert (_cells(drawn) == _cells(first)) == (score == "conflict_score")
+
+
+def test_the_map_of_every_domain_can_be_shown() -> None:
+    cmap = make_domains((3,) * 4, ["knowledge", "maths"])
+    spec = figures.conflict_heatmap(cmap, {"safe": make_selection(cmap, "safe")}).to_dict()
+    chosen = next(param for param in spec["params"] if param["name"] == "shown_domain")
+    assert chosen["bind"]["options"] == [None, "knowledge", "maths"]
+    shown = {}
+    for name in chosen["bind"]["options"]:
+        chosen["value"] = name
+        one = cmap if name is None else cmap.domains[name]
+        assert [row["conflict_score"] for row in rows(spec) if row["domain"] == name] == one.column(
+            "conflict_score"
+        ).tolist()
+        shown[name] = _cells(vl_convert.vegalite_to_svg(spec))
+        alone = figures.conflict_heatmap(ConflictMap(one.table, {"model": {"fingerprint": ""}}), {}).to_dict()
+        assert shown[name] == _cells(vl_convert.vegalite_to_svg(alone)), "a cell a head, coloured by this map's range"
+    assert shown[None] != shown["knowledge"] != shown["maths"]
+
+
+def test_without_domains_there_is_no_switch(run: Run) -> None:
+    spec = figures.conflict_heatmap(run.cmap, run.selections).to_dict()
+    assert {param["name"] for param in spec["params"]} == {"score", "arm"}
+    assert "domain" not in rows(spec)[0]
 
 
 def test_high_scores_are_red_and_low_ones_blue() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import MODEL, Run, make_evaluation, make_map, make_run, make_suite
+from fake_run import MODEL, Run, make_domains, make_evaluation, make_map, make_run, make_suite
 
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.summary import NOT_MEASURED, Rate
@@ -87,6 +87,34 @@ def test_texts_of_models_and_users_stay_text(tmp_path: Path, attack: str) -> Non
     assert handlers == []
     # Model, prompts, replies, recipe and notes are all there, as they are.
     assert found.text.count(attack) > 50
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_names_and_sources_of_domains_stay_text(tmp_path: Path, attack: str) -> None:
+    """No diagnosis gives such a name; a file that is not ours could."""
+    plain, attacked = make_run((4, 4)), make_run((4, 4))
+    plain.cmap = make_domains((4, 4), ["knowledge", "maths"])
+    attacked.cmap = make_domains((4, 4), ["knowledge", attack], combined=attack)
+    expected, found = (Page(run.write(tmp_path / f"{i}.html")) for i, run in enumerate((plain, attacked)))
+    assert found.open == []
+    assert [name for name, _ in found.elements] == [name for name, _ in expected.elements]
+    assert not [key for _, attributes in found.elements for key in attributes if key.startswith("on")]
+    assert found.text.count(attack) >= 3
+
+
+@pytest.mark.parametrize(("combined", "said"), [("mean", "mean over the utility domains"), ("worst", "is highest")])
+def test_every_domain_has_a_line(tmp_path: Path, run: Run, combined: str, said: str) -> None:
+    assert "Utility domains" not in Page(run.write(tmp_path / "one.html")).text
+    run.cmap = make_domains((4, 4), ["knowledge", "maths"], combined)
+    text = Page(run.write(tmp_path / "two.html")).text
+    assert "Utility domains" in text
+    assert said in text
+    for line in (
+        "knowledge knowledge.jsonl, n = 30 25.0\u202f%\u00a0±\u00a04.0, n = 30, 0 unscored 0.61 0.88",
+        "maths maths.jsonl, n = 40 35.0\u202f%\u00a0±\u00a04.0, n = 40, 1 unscored undefined 0.78",
+    ):
+        assert line in text
+    assert "Utility accuracy before ablation, mean over domains" in text
 
 
 def test_json_in_a_script_cannot_end_it() -> None:

@@ -1,0 +1,134 @@
+"""What the command line shows of plans, maps and evaluations."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from castune.artifacts import ConflictMap, EvalResult
+    from castune.diagnose.plan import Plan
+
+
+def say(text: str) -> None:
+    """A line on standard output."""
+    typer.echo(text)
+
+
+def show_diagnosis(cmap: ConflictMap) -> None:
+    """What a diagnosis found, and how far it can be trusted."""
+    metadata = cmap.metadata
+    baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
+    domains = metadata.get("domains", {})
+    of_domains = f" of {len(domains)} domains ({metadata['combined']})" if domains else ""
+    say(
+        f"{len(cmap)} heads, measure {metadata['settings']['measure']}, "
+        f"n = {metadata['data']['utility']['n']} questions{of_domains} and {metadata['data']['safety']['n']} harmful "
+        f"prompts, {metadata['seconds']:.0f} s"
+    )
+    accuracy = "mean accuracy of the domains" if domains else "accuracy"
+    say(f"  base model: {accuracy} {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
+    say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")
+    say(f"  tied heads: {ties['utility_shift']:.0%} by utility shift, {ties['safety_shift']:.0%} by safety shift")
+    found = metadata["reliability"]
+    columns = found["split_half"]["columns"]
+    shown = {"O": "optimization_conflict", "H_gen": "utility_shift", "H_safe": "safety_shift", "C": "conflict_score"}
+    say("  reliability: " + ", ".join(f"{sign} {_number(columns[name]['full'])}" for sign, name in shown.items()))
+    zones = found["split_half"]["zones"]
+    say(
+        f"  safe zones of two halves of the examples overlap by {_number(zones['safe'])} "
+        f"({_number(zones['safe_by_chance'])} by chance)"
+    )
+    for name, record in domains.items():
+        say(
+            f"  domain {name} (n = {record['data']['n']}): accuracy {_rate(record['utility_accuracy'])}, reliability "
+            f"of C {_number(record['reliability'])}, Spearman of C with the combined C {_number(record['spearman'])}"
+        )
+
+
+def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
+    """Work, time and memory of a diagnosis to come."""
+    where = f"on one {accelerator}" if accelerator else "here"
+    say(
+        f"{found.model_type}: {found.n_layers} layers, {found.n_heads} heads, "
+        f"{found.n_parameters / 1e6:,.1f} M parameters, {_gigabytes(found.weight_bytes)} of weights in {found.dtype}"
+    )
+    from rich.table import Table
+
+    table = Table("part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}")
+    names = {
+        "gradients": "gradients",
+        "utility": "utility sweep",
+        "margins": "safety sweep, margins",
+        "decisions": "safety sweep, decisions",
+    }
+    for name, label in names.items():
+        stage = found.stages[name]
+        counts = [f"{stage.forwards:,}", f"{stage.tokens:,}", f"{stage.step_tokens:,}"]
+        table.add_row(label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _duration(stage.seconds))
+    _show(table)
+    for measure in ("margin", "decision"):
+        flops = sum(map(found.stage_flops, found.parts(measure)))
+        say(f"map by {measure}s: {_duration(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
+    if found.peak_memory is not None:
+        say(f"peak memory: about {_gigabytes(found.peak_memory)}")
+    say(f"partial gradients: {_gigabytes(found.gradient_sums)} of the CPU's memory (diagnose.gradient_chunks)")
+    if accelerator:
+        notes = [*notes, "time: a roofline at 40 % of the data sheet's FLOP/s and 80 % of its bandwidth, not measured"]
+    else:
+        notes = [*notes, f"time and memory: measured on {found.slice_layers} layers with random weights"]
+    if not found.resumable:
+        notes = [*notes, "this architecture cannot resume: every ablation runs all layers"]
+    for note in notes:
+        say(f"note: {note}")
+
+
+def _gigabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:,.2f} GB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, float | None]) -> None:
+    """Rates of every arm, and the utility cost ratios against the base model."""
+    if not evaluations:
+        return
+    from rich.table import Table
+
+    suites = list(dict.fromkeys(result.suite for e in evaluations.values() for result in e.suites))
+    table = Table("arm", *suites, "UCR", caption="rate ± standard error (n, unscored); UCR against base")
+    for name, result in evaluations.items():
+        by_name = {suite.suite: suite for suite in result.suites}
+        cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
+        ratio = ratios.get(name)
+        table.add_row(name, *cells, "" if name not in ratios else "undefined" if ratio is None else f"{ratio:.2f}")
+    _show(table)
+
+
+def _rate(record: dict[str, Any]) -> str:
+    if record["value"] is None:
+        return f"unscored ({record['unscored']})"
+    error = "" if record["standard_error"] is None else f" ± {record['standard_error']:.3f}"
+    unscored = f", {record['unscored']} unscored" if record["unscored"] else ""
+    return f"{record['value']:.3f}{error} ({record['n']}{unscored})"
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    # Into a file or a pipe: wide enough that no name or number is cut.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)

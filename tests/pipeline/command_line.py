@@ -1,0 +1,32 @@
+"""The real command line in a process of its own, and what it must say of bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+def castune(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "castune")] if (BIN / "castune").exists() else [sys.executable, "-m", "castune.cli"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def assert_one_error(done: subprocess.CompletedProcess[str], *said: str) -> str:
+    """Exit code 2 and exactly one line of error, which says all of `said` (regular expressions)."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    assert len(errors) == 1, done.stderr
+    assert lines[-1] == errors[0], "the error is the last thing the user reads"
+    assert "Traceback" not in done.stderr
+    for pattern in said:
+        assert re.search(pattern, errors[0]), (pattern, errors[0])
+    return errors[0]
