@@ -34,8 +34,8 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
     grid = _Grid.of(cmap, width=360, height=540, largest=(36, 18), smallest=(9, 7))
     records = _records(cmap, selections)
     if cmap.domains:
-        maps = {None: cmap, **cmap.domains}
-        records = [{**row, "domain": name} for name, one in maps.items() for row in _records(one, selections)]
+        maps: list[tuple[str | None, ConflictMap]] = [(None, cmap), *cmap.domains.items()]
+        records = [{**row, "domain": name} for name, one in maps for row in _records(one, selections)]
     score = alt.param(
         name="score",
         value="conflict_score",
