@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from castune.core.batching import ExampleBatch
@@ -128,7 +129,7 @@ def _sweeping(ablator: Ablator, batches: Sequence[ExampleBatch], batch_tokens: i
             recorded.baseline(token_log_probs)
             ablated()
         peak = found if number == 0 else peak
-        deep, shallow = _by_depth(ablator, lambda ablated=ablated: timed(ablated))
+        deep, shallow = _by_depth(ablator, partial(timed, ablated))
         size = {"n_rows": len(batch.rows) * n_heads, "length": batch.length}
         work.append((deep, shallow, size, batch.n_scored * n_heads))
     return _speed(ablator, work), peak.extra

@@ -290,8 +290,9 @@ class _Work:
                 rows = [chunk[i] for i in indices]
                 size = (len(rows), max(len(row.ids) for row in rows), sum(len(row.tokens) for row in rows))
                 forward = self._forward(*size, forwards=1)
-                passes = {"layer_flops": forward.layer_flops * GRADIENT_PASSES, "weight_reads": GRADIENT_PASSES}
-                found += replace(forward, **passes)
+                found += replace(
+                    forward, layer_flops=forward.layer_flops * GRADIENT_PASSES, weight_reads=GRADIENT_PASSES
+                )
         return found
 
     def _swept(self, batches: Sequence[ExampleBatch]) -> Stage:
