@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shutil
 import struct
 import subprocess
@@ -32,7 +33,7 @@ OPTIONS = [
 
 
 def browse(page: Path) -> tuple[str, list[str]]:
-    """The document after its scripts ran, and what was said on the console."""
+    """The document after its scripts ran, and what it said on the console."""
     command = [
         str(CHROMIUM),
         *OPTIONS,
@@ -41,7 +42,16 @@ def browse(page: Path) -> tuple[str, list[str]]:
         page.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    # The browser's own pages (new tab, toolbar) speak too, of slow networks for example.
+    return done.stdout, [line for line in said if not re.search(r"source: chrome(-untrusted)?://", line)]
+
+
+def test_what_a_page_says_is_heard(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<script>console.warn('a word'); missing()</script>", encoding="utf-8")
+    _, console = browse(tmp_path / "page.html")
+    assert len(console) == 2
+    assert "a word" in console[0]
 
 
 def test_all_charts_are_drawn_and_the_console_is_silent(tmp_path: Path, run: Run) -> None:
