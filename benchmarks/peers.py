@@ -88,10 +88,12 @@ def the_work(*, heads: int, questions: int, prompts: int, dtype: str) -> Work:
 
 
 def run(python: str, script: str, sweep: str, work_file: Path) -> dict[str, Any] | str:
-    """The result of one contestant, or the last line of its error."""
-    result_file = work_file.with_name("result.json")
-    result_file.unlink(missing_ok=True)
+    """The result of one contestant, or the last line of its error. A result that lies beside the work is taken."""
+    result_file = work_file.with_name(f"{Path(script).stem}-{sweep}.json")
     command = [python, str(CONTESTANTS / script), str(work_file), str(result_file), sweep]
+    if result_file.exists():
+        kept: dict[str, Any] = json.loads(result_file.read_text())
+        return kept
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
@@ -172,12 +174,16 @@ def main() -> None:
     parser.add_argument("--sweep", choices=["utility", "safety", "both"], default="both")
     parser.add_argument("--contestants", default="castune,hooks,nnsight,transformer_lens", help="comma-separated")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the contestants")
+    parser.add_argument("--keep", type=Path, help="directory of results: those there are not measured again")
     options = parser.parse_args()
     if options.python == sys.executable and not all(map(find_spec, ("nnsight", "transformer_lens"))):
         print("nnsight or TransformerLens is not installed here; see the top of this file.", file=sys.stderr)
     with tempfile.TemporaryDirectory() as directory:
-        work_file = Path(directory) / "work.json"
+        work_file = (options.keep or Path(directory)) / "work.json"
         work = the_work(heads=options.heads, questions=options.questions, prompts=options.prompts, dtype=options.dtype)
+        if work_file.exists() and Work.load(work_file) != work:
+            parser.error(f"{options.keep} holds results of other work: choose another directory")
+        work_file.parent.mkdir(parents=True, exist_ok=True)
         work.save(work_file)
         layers = len({layer for layer, _ in work.heads})
         print(

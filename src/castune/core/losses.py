@@ -9,6 +9,7 @@ Shape letters: B batch row, S sequence position, T scored token, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 # Scored positions of a row are padded to this multiple. For a few rows not a multiple of 8, CPU matrix products sum the
 # vocabulary one after the other: the gradient through the output head then loses two of float32's seven digits.
 SCORED_MULTIPLE = 8
+# Rows of the output head that `float32_head` converts at a time.
+_HEAD_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class RowBatch:
     scored_BT: Tensor
     places_BS: Tensor | None = None
     visible_BSS: Tensor | None = None
+    float32_logits: bool = False
 
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu") -> RowBatch:
@@ -49,8 +53,9 @@ class RowBatch:
             _padded([row.tokens for row in rows], 0, device, multiple=SCORED_MULTIPLE),
             _padded([[True] * len(row.tokens) for row in rows], False, device, multiple=SCORED_MULTIPLE),
         )
+        float32_logits = any(row.float32_logits for row in rows)
         if not any(row.branches for row in rows):
-            return cls(ids_BS, positions_BT, tokens_BT, scored_BT)
+            return cls(ids_BS, positions_BT, tokens_BT, scored_BT, float32_logits=float32_logits)
         places_BS = _padded([row.places for row in rows], 0, device)
         # Padding is a branch of its own, which nothing else sees.
         n_branches = max(len(row.parents) for row in rows) + 1
@@ -61,7 +66,7 @@ class RowBatch:
         branches_BS = _padded([row.branches or [0] * len(row.ids) for row in rows], n_branches - 1, device)
         row_B = torch.arange(len(rows), device=branches_BS.device)[:, None, None]
         visible_BSS = sees_BGG.to(branches_BS.device)[row_B, branches_BS[:, :, None], branches_BS[:, None, :]].tril()
-        return cls(ids_BS, positions_BT, tokens_BT, scored_BT, places_BS, visible_BSS)
+        return cls(ids_BS, positions_BT, tokens_BT, scored_BT, places_BS, visible_BSS, float32_logits)
 
     def rows(self, index: Tensor) -> RowBatch:
         """The rows at `index` `[B']`, which may name a row several times."""
@@ -74,6 +79,7 @@ class RowBatch:
             self.scored_BT[index],
             places_BS,
             visible_BSS,
+            self.float32_logits,
         )
 
     @property
@@ -96,9 +102,37 @@ def scored_logits(model: nn.Module, batch: RowBatch) -> Tensor:
         mask = torch.zeros(batch.visible_BSS.shape, dtype=dtype, device=batch.ids_BS.device)
         options["attention_mask"] = mask.masked_fill_(~batch.visible_BSS, torch.finfo(dtype).min)[:, None]
         options["position_ids"] = batch.places_BS
-    output: Any = model(input_ids=batch.ids_BS, logits_to_keep=batch.positions_BT, use_cache=False, **options)
+    with float32_head(model) if batch.float32_logits else nullcontext():
+        output: Any = model(input_ids=batch.ids_BS, logits_to_keep=batch.positions_BT, use_cache=False, **options)
     logits_BTV: Tensor = output.logits.float()
     return logits_BTV
+
+
+@contextmanager
+def float32_head(model: Any) -> Iterator[None]:
+    """Let the output head of a 16-bit model give float32 logits inside the `with` block.
+
+    The 16-bit weights and inputs stay what they are; only sums and logits are no longer rounded. Heads without plain
+    weights in memory (quantized or offloaded ones) are left as they are.
+    """
+
+    def widened(head: Any, args: tuple[Tensor, ...], rounded: Tensor) -> Tensor:
+        weight_VD: Tensor = head.weight
+        is_half = rounded.dtype in (torch.bfloat16, torch.float16) and weight_VD.dtype == rounded.dtype
+        if not is_half or weight_VD.is_meta:
+            return rounded
+        hidden = args[0].float()
+        # Part by part: a float32 copy of a large vocabulary's head would take gigabytes.
+        logits = torch.cat([hidden @ part_VD.float().T for part_VD in weight_VD.split(_HEAD_ROWS)], dim=-1)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(widened) if isinstance(head, nn.Linear) else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:

@@ -28,8 +28,8 @@ Floats = NDArray[np.float64]
 def question_rows(chat: ChatFormat, example: Example, *, share_prompt: bool) -> list[Row]:
     """The rows that score a multiple-choice example.
 
-    `letter`: one row; all option letters are scored at the first reply token. `likelihood`: the mean log-probability
-    a token of each choice as the reply, end-of-turn not counted.
+    `letter`: one row; all option letters are scored at the first reply token, from float32 logits. `likelihood`: the
+    mean log-probability a token of each choice as the reply, end-of-turn not counted.
 
     Args:
         chat: tokenizer and template.
@@ -39,7 +39,7 @@ def question_rows(chat: ChatFormat, example: Example, *, share_prompt: bool) -> 
     if example.scoring == "letter":
         prompt, cut = chat.prompt_ids(example, reserve=1)
         letters = tuple(chat.letter_token(i) for i in range(len(example.choices)))
-        return [Row(tuple(prompt), (len(prompt) - 1,) * len(letters), letters, cut)]
+        return [Row(tuple(prompt), (len(prompt) - 1,) * len(letters), letters, cut, float32_logits=True)]
     choices = [chat.reply_ids(choice, end_of_turn=False) for choice in example.choices]
     return reply_rows(chat, example, choices, share_prompt=share_prompt)
 

@@ -124,7 +124,7 @@ class ReplyTrainer(Trainer):
         # Trainer's own __init__ infers it from the model's forward signature.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Mean over the examples of the batch of the NLL of their replies."""
         batch = RowBatch(**inputs)
         self.tokens_seen += int(batch.real_BS.sum())
@@ -177,7 +177,7 @@ def _check_finite(peft_model: Any, config: TuneConfig) -> None:
         )
 
 
-def _collate(rows: list[Row]) -> dict[str, Tensor]:
+def _collate(rows: list[Row]) -> dict[str, Any]:
     return dict(vars(RowBatch.of(rows)))
 
 

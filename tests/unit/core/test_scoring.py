@@ -56,6 +56,23 @@ def test_choice_scores_equal_each_choice_alone(
         assert is_correct(question, scores) == (np.argmax(expected) == question.answer)
 
 
+@torch.no_grad()
+def test_letters_are_scored_from_float32_logits_in_any_dtype(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example]
+) -> None:
+    """The model runs in bfloat16 to its last hidden state; only the output head is exact. Then it is as it was."""
+    model, chat = tiny_model("llama").to(torch.bfloat16), ChatFormat(tiny_tokenizer)
+    letters = [question for question in questions if question.scoring == "letter"]
+    rows = [row for question in letters for row in question_rows(chat, question, share_prompt=False)]
+    for row, scores in zip(rows, score_rows(model, rows, batch_tokens=1), strict=True):
+        output = model(input_ids=torch.tensor([row.ids]), output_hidden_states=True)
+        logits_V = output.hidden_states[-1][0, -1].float() @ model.lm_head.weight.float().T
+        expected = logits_V.double().log_softmax(-1)[list(row.tokens)].numpy()
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+        assert output.logits.dtype == torch.bfloat16
+        assert np.abs(expected - output.logits[0, -1].double().log_softmax(-1)[list(row.tokens)].numpy()).max() > 1e-5
+
+
 def test_letters_are_one_row_and_likelihoods_one_a_choice_unless_shared(
     tiny_tokenizer: Any, questions: list[Example]
 ) -> None:
