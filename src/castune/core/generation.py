@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from castune.core.losses import batches_by_length, run_batches
 from castune.core.progress import Advance, no_progress
@@ -36,6 +36,7 @@ def generate_replies(
     end_tokens: Sequence[int],
     batch_tokens: int,
     begun: Sequence[Sequence[int]] | None = None,
+    recorded: Callable[[Sequence[int]], Cache] | None = None,
     is_settled: Callable[[str], bool] | None = None,
     around: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
     advance: Advance = no_progress,
@@ -53,6 +54,7 @@ def generate_replies(
         end_tokens: tokens that end a reply; they are not part of the text.
         batch_tokens: limit of rows x (longest prompt + `max_new_tokens`) of a batch.
         begun: first tokens of each reply, where they are known already.
+        recorded: the keys and values of all but the last known token, padded on the left, for a batch of prompts.
         is_settled: tells from a reply's text that it is long enough; the reply then ends there, not `finished`.
         around: a context for each batch, from the numbers of its prompts in batch order.
         advance: called with the number of replies of each finished batch.
@@ -82,6 +84,7 @@ def generate_replies(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 stopping_criteria=stopping,
+                past_key_values=None if recorded is None else recorded(indices),
             )
         return longest, output
 

@@ -94,16 +94,22 @@ def _padded(values: Sequence[Sequence[int]], filling: int, device: torch.device 
     return torch.tensor([[*row, *[filling] * (longest - len(row))] for row in values], device=device)
 
 
-def scored_logits(model: nn.Module, batch: RowBatch) -> Tensor:
-    """Logits that predict every scored token, `[B, T, V]` float32. Differentiable."""
-    options: dict[str, Any] = {}
+def scored_logits(model: nn.Module, batch: RowBatch, cache: Any = None) -> Tensor:
+    """Logits that predict every scored token, `[B, T, V]` float32. Differentiable.
+
+    Args:
+        model: the model.
+        batch: the rows.
+        cache: an empty cache that takes the keys and values.
+    """
+    options: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     if batch.visible_BSS is not None:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         mask = torch.zeros(batch.visible_BSS.shape, dtype=dtype, device=batch.ids_BS.device)
         options["attention_mask"] = mask.masked_fill_(~batch.visible_BSS, torch.finfo(dtype).min)[:, None]
         options["position_ids"] = batch.places_BS
     with float32_head(model) if batch.float32_logits else nullcontext():
-        output: Any = model(input_ids=batch.ids_BS, logits_to_keep=batch.positions_BT, use_cache=False, **options)
+        output: Any = model(input_ids=batch.ids_BS, logits_to_keep=batch.positions_BT, **options)
     logits_BTV: Tensor = output.logits.float()
     return logits_BTV
 

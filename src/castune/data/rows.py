@@ -88,6 +88,13 @@ class Row:
             next_place[branch] += 1
         return places
 
+    def context(self, position: int) -> list[int]:
+        """The input tokens that the one at `position` sees, in order, itself included."""
+        if not self.branches:
+            return list(range(position + 1))
+        seen = self.sees()[self.branches[position]]
+        return [i for i, branch in enumerate(self.branches[: position + 1]) if seen[branch]]
+
     def sees(self) -> list[list[bool]]:
         """`[branch][other]`: whether tokens of `branch` see those of `other` that come before them."""
         above = [[branch == other for other in range(len(self.parents))] for branch in range(len(self.parents))]

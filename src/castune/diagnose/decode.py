@@ -1,30 +1,36 @@
 """H_safe from replies: which of them refuse once a head is gone (Eq. 4).
 
 Most heads change few replies, and a refusal announces itself early. So the whole model's reply is verified in one
-teacher-forced forward, as far as the judge needs it, and only replies that diverge are decoded, many heads in one
-batch, each until the judge's answer is settled. In float32 the verdicts equal those of plain generation; in bfloat16
-up to near ties of two tokens.
+teacher-forced forward, as far as the judge needs it, and only replies that diverge are decoded: many heads in one
+batch, from the keys and values of that forward on, each until the judge's answer is settled. In float32 the verdicts
+equal those of plain generation; in bfloat16 up to near ties of two tokens.
 
 Shape letters: H head, N example, B batch row, T scored token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from castune.core.batching import ExampleBatch, example_batches
+from castune.core.continuation import Context, KeysValues, cache_of, can_continue, context_of, read_keys_values
 from castune.core.generation import Reply, generate_replies
 from castune.core.judges import Judge
 from castune.core.losses import RowBatch, scored_logits
 from castune.data.rows import Row
 from castune.diagnose.score import Floats
 from castune.diagnose.sweep import Ablator, RecordedBatch
+
+# A step of decoding reads all weights, however few rows it has. Keys and values take much less memory than what a
+# forward computes on the way, so more rows fit.
+_DECODED_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class _Diverged:
     head: int
     example: int
     begun: tuple[int, ...]
+    text: str
+    is_done: bool
+    context: Context | None
 
 
 class RefusalMeasure:
@@ -74,6 +83,7 @@ class RefusalMeasure:
         self.prompts, self.texts, self.replies = prompts, texts, replies
         self.end_tokens, self.max_new_tokens, self.batch_tokens = end_tokens, max_new_tokens, batch_tokens
         self._judge, self._is_settled = judge, is_settled
+        self._continues = can_continue(ablator.model, ablator.layout)
         self._expected = [self._needed(reply) for reply in replies]
         rows = [Row.of_replies(prompt, [tokens]) for prompt, tokens in zip(prompts, self._expected, strict=True)]
         self.batches = example_batches(ablator.model, ablator.layout, [[row] for row in rows], batch_tokens)
@@ -85,28 +95,70 @@ class RefusalMeasure:
         self._batch = batch
         rows = RowBatch.of(batch.rows, next(self.ablator.model.parameters()).device)
         self._recorded = RecordedBatch(self.ablator, rows, self.batch_tokens)
-        self._recorded.baseline(_top_tokens)
+        # Where each row's keys and values are, for the layers below an ablated head.
+        self._below: list[tuple[KeysValues, int]] = []
+        for row_b, (_, recorded) in self._recorded.baseline_parts(self._top_tokens):
+            self._below += [(recorded, b) for b in range(len(row_b))]
         return self._verdicts[batch.examples]
 
     def ablated(self, layer: int, heads: Sequence[int]) -> Floats:
         """Verdicts on the replies without each head."""
-        top_HBT = self._recorded.ablated(layer, heads, _top_tokens).numpy()
+        verdicts_HN = np.tile(self._verdicts[self._batch.examples], (len(heads), 1))
+        self.n_decoded = 0
+        waiting: list[_Diverged] = []
+
+        def settle() -> None:
+            if waiting:
+                pairs = tuple(np.array([found.pair for found in waiting]).T)
+                verdicts_HN[pairs] = self._judged([found.example for found in waiting], self._decoded(layer, waiting))
+                self.n_decoded += len(waiting)
+                waiting.clear()
+
+        for pair_p, (top_PT, recorded) in self._recorded.ablated_parts(layer, heads, self._top_tokens):
+            for p, (pair, top_T) in enumerate(zip(pair_p.tolist(), top_PT.tolist(), strict=True)):
+                h, row = divmod(pair, len(self._batch.rows))
+                waiting += self._diverged(h, heads[h], row, top_T, [(recorded, p), self._below[row]])
+            del recorded
+            if sum(map(self._room, waiting)) > self._decoded_tokens:
+                settle()
+        settle()
         self.batch_tokens = self._recorded.batch_tokens
-        examples = self._batch.examples
-        verdicts_HN = np.tile(self._verdicts[examples], (len(heads), 1))
-        diverged: list[_Diverged] = []
-        for h, top_BT in enumerate(top_HBT):
-            rows = [top_BT[i, : len(row.tokens)] for i, row in enumerate(self._batch.rows)]
-            for n, (example, (top_T,)) in enumerate(zip(examples, self._batch.by_example(rows), strict=True)):
-                begun = self._begun(example, top_T.tolist())
-                if begun is not None:
-                    diverged.append(_Diverged((h, n), heads[h], example, begun))
-        self.n_decoded = len(diverged)
-        if diverged:
-            texts = self._decoded(layer, diverged)
-            pairs = tuple(np.array([found.pair for found in diverged]).T)
-            verdicts_HN[pairs] = self._judged([found.example for found in diverged], texts)
         return verdicts_HN
+
+    def _diverged(
+        self, h: int, head: int, row: int, top: Sequence[int], places: Sequence[tuple[KeysValues, int]]
+    ) -> Iterator[_Diverged]:
+        """The replies of a row that differ without a head, from the most likely token at its scored positions."""
+        start = 0
+        for example, n_tokens in self._batch.parts[row]:
+            begun = self._begun(example, top[start : start + n_tokens])
+            if begun is not None:
+                ended = begun[-1] in self.end_tokens
+                text = self._text(begun[:-1] if ended else begun)
+                is_done = ended or len(begun) >= self.max_new_tokens or self._is_settled(text)
+                context = None
+                if self._continues and not is_done:
+                    position = self._batch.rows[row].positions[start + len(begun) - 1]
+                    context = context_of(self._batch.rows[row], position, places)
+                pair = (h, self._batch.examples.index(example))
+                yield _Diverged(pair, head, example, begun, text, is_done, context)
+            start += n_tokens
+
+    @property
+    def _decoded_tokens(self) -> int:
+        """Limit of rows x tokens of a batch of replies that are decoded."""
+        return self.batch_tokens * (_DECODED_TOKENS if self._continues else 1)
+
+    def _room(self, found: _Diverged) -> int:
+        return 0 if found.is_done else len(self.prompts[found.example]) + self.max_new_tokens
+
+    def _top_tokens(self, model: Any, rows: RowBatch) -> tuple[Tensor, KeysValues]:
+        """The most likely token at every scored position, `[B, T]`, and the keys and values if they are of use."""
+        if not self._continues:
+            return scored_logits(model, rows).argmax(-1).cpu(), []
+        cache = DynamicCache()
+        top_BT = scored_logits(model, rows, cache).argmax(-1).cpu()
+        return top_BT, read_keys_values(cache, self.ablator.layout.n_layers)
 
     def _needed(self, reply: Reply) -> list[int]:
         """The tokens of the whole model's reply that settle the judge's answer, else all with the end of the turn."""
@@ -124,28 +176,27 @@ class RefusalMeasure:
 
     def _decoded(self, layer: int, diverged: Sequence[_Diverged]) -> list[str]:
         """Texts of the replies, each as far as the judge needs it."""
-        texts: list[str | None] = []
-        for found in diverged:
-            ended = found.begun[-1] in self.end_tokens
-            text = self._text(found.begun[:-1] if ended else found.begun)
-            is_done = ended or len(found.begun) >= self.max_new_tokens or self._is_settled(text)
-            texts.append(text if is_done else None)
-        rest = [found for found, text in zip(diverged, texts, strict=True) if text is None]
+        rest = [found for found in diverged if not found.is_done]
         device = next(self.ablator.model.parameters()).device
         head_P = torch.tensor([found.head for found in rest], device=device)
+
+        def recorded(indices: Sequence[int]) -> Cache:
+            return cache_of(self.ablator.model, [context for i in indices if (context := rest[i].context) is not None])
+
         replies = generate_replies(
             self.ablator.model,
             self.tokenizer,
             [self.prompts[found.example] for found in rest],
             max_new_tokens=self.max_new_tokens,
             end_tokens=self.end_tokens,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=self._decoded_tokens,
             begun=[found.begun for found in rest],
+            recorded=recorded if self._continues else None,
             is_settled=self._is_settled,
             around=lambda indices: self.ablator.without(layer, head_P[list(indices)]),
         )
         decoded = iter(replies)
-        return [next(decoded).text if text is None else text for text in texts]
+        return [found.text if found.is_done else next(decoded).text for found in diverged]
 
     def _judged(self, examples: Sequence[int], texts: Sequence[str]) -> Floats:
         verdicts = self._judge([self.texts[n] for n in examples], texts)
@@ -153,8 +204,3 @@ class RefusalMeasure:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-
-def _top_tokens(model: Any, rows: RowBatch) -> Tensor:
-    """The most likely token at every scored position, `[B, T]`."""
-    return scored_logits(model, rows).argmax(-1)

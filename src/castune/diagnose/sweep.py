@@ -9,10 +9,10 @@ Shape letters: H head, N example.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from castune.errors import CastuneError
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[Any, RowBatch], Tensor]
+T = TypeVar("T")
+Read = Callable[[Any, RowBatch], T]
 """Runs the model on rows and keeps what is wanted of its output, one entry a row."""
 
 
@@ -228,11 +229,20 @@ class RecordedBatch:
         self.ablator, self.rows, self.batch_tokens = ablator, rows, batch_tokens
         self._residuals: dict[int, Tensor] = {}
 
-    def baseline(self, read: Read) -> Tensor:
+    def baseline(self, read: Read[Tensor]) -> Tensor:
         """`read` of every row for the whole model, `[B, ...]`; records the residuals."""
+        return torch.cat([values.cpu() for _, values in self.baseline_parts(read)])
+
+    def ablated(self, layer: int, heads: Sequence[int], read: Read[Tensor]) -> Tensor:
+        """`read` of every row without each of `heads`, `[H, B, ...]`. Needs `baseline` first where resumable."""
+        values = torch.cat([values.cpu() for _, values in self.ablated_parts(layer, heads, read)])
+        return values.unflatten(0, (len(heads), len(self.rows.ids_BS)))
+
+    def baseline_parts(self, read: Read[T]) -> Iterator[tuple[Tensor, T]]:
+        """The same forward by forward: numbers of rows, and what was read. All have to be taken."""
         parts: list[dict[int, Tensor]] = []
 
-        def forward(row_b: Tensor) -> Tensor:
+        def forward(row_b: Tensor) -> T:
             residuals: dict[int, Tensor] = {}
             recording = record_residuals(self.ablator.model, self.ablator.layout, residuals)
             with recording if self.ablator.resumable else nullcontext():
@@ -240,19 +250,18 @@ class RecordedBatch:
             parts.append(residuals)
             return values
 
-        values_B = self._in_parts(torch.arange(len(self.rows.ids_BS)), forward)
+        yield from self._in_parts(torch.arange(len(self.rows.ids_BS)), forward)
         layers = parts[0].keys()
         self._residuals = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
-        return values_B
 
-    def ablated(self, layer: int, heads: Sequence[int], read: Read) -> Tensor:
-        """`read` of every row without each of `heads`, `[H, B, ...]`. Needs `baseline` first where resumable."""
+    def ablated_parts(self, layer: int, heads: Sequence[int], read: Read[T]) -> Iterator[tuple[Tensor, T]]:
+        """The same forward by forward: numbers of pairs of head and row, rows innermost, and what was read."""
         n_rows = len(self.rows.ids_BS)
         device = self.rows.ids_BS.device
         head_P = torch.tensor(heads, device=device).repeat_interleave(n_rows)
         row_P = torch.arange(n_rows, device=device).repeat(len(heads))
 
-        def forward(pair_p: Tensor) -> Tensor:
+        def forward(pair_p: Tensor) -> T:
             pair_p = pair_p.to(device)
             rows = self.rows.rows(row_P[pair_p])
             start: AbstractContextManager[None] = nullcontext()
@@ -263,17 +272,17 @@ class RecordedBatch:
             with start, self.ablator.without(layer, head_P[pair_p]):
                 return read(self.ablator.model, rows)
 
-        return self._in_parts(torch.arange(len(head_P)), forward).unflatten(0, (len(heads), n_rows))
+        yield from self._in_parts(torch.arange(len(head_P)), forward)
 
-    @torch.no_grad()
-    def _in_parts(self, index: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    def _in_parts(self, index: Tensor, forward: Callable[[Tensor], T]) -> Iterator[tuple[Tensor, T]]:
         length = self.rows.ids_BS.shape[1]
-        values: list[Tensor] = []
         done = 0
         while done < len(index):
             size = part_size(len(index) - done, length, self.batch_tokens)
+            part = index[done : done + size]
             try:
-                values.append(forward(index[done : done + size]).cpu())
+                with torch.no_grad():
+                    values = forward(part)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 if size == 1:
@@ -284,4 +293,5 @@ class RecordedBatch:
                 logger.warning("out of memory: going on with %d tokens a forward", self.batch_tokens)
             else:
                 done += size
-        return torch.cat(values)
+                yield part, values
+                del values  # May hold a cache, which must not outlive the next forward.
