@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from castune.core.losses import batches_by_length, run_batches
 from castune.core.progress import Advance, no_progress
 
 logger = logging.getLogger(__name__)
+
+# Steps after which complete replies leave their batch.
+_ROUND = 8
 
 
 @dataclass(frozen=True)
@@ -56,63 +60,75 @@ def generate_replies(
         begun: first tokens of each reply, where they are known already.
         recorded: the keys and values of all but the last known token, padded on the left, for a batch of prompts.
         is_settled: tells from a reply's text that it is long enough; the reply then ends there, not `finished`.
-        around: a context for each batch, from the numbers of its prompts in batch order.
+        around: a context for each run of a batch, from the numbers of the prompts that are in it, in batch order.
         advance: called with the number of replies of each finished batch.
     """
     replies: list[Reply | None] = [None] * len(prompts)
     device = next(model.parameters()).device
     end, pad = set(end_tokens), end_tokens[0]
     begun = begun or [()] * len(prompts)
-    inputs = [[*prompt, *first] for prompt, first in zip(prompts, begun, strict=True)]
 
-    def generate(indices: list[int]) -> tuple[int, Any]:
-        longest = max(len(inputs[i]) for i in indices)
-        ids = [[pad] * (longest - len(inputs[i])) + inputs[i] for i in indices]
-        mask = [[0] * (longest - len(inputs[i])) + [1] * len(inputs[i]) for i in indices]
-        greedy = GenerationConfig(
-            max_new_tokens=max(max_new_tokens - len(begun[i]) for i in indices),
-            eos_token_id=sorted(end),
-            pad_token_id=pad,
-            do_sample=False,
-            num_beams=1,
-        )
-        stopping = StoppingCriteriaList()
-        if is_settled is not None:
-            stopping.append(_Settled(tokenizer, is_settled, [begun[i] for i in indices], longest))
-        with _generation_config(model, greedy), around(indices) if around is not None else nullcontext():
-            output = model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                stopping_criteria=stopping,
-                past_key_values=None if recorded is None else recorded(indices),
+    def reply_of(index: int, tokens: Sequence[int]) -> Reply | None:
+        """The reply these tokens make, if it is complete."""
+        stop = next((t for t, token in enumerate(tokens) if token in end), None)
+        kept = tuple(tokens if stop is None else tokens[:stop])[:max_new_tokens]
+        if is_settled is not None and is_settled(_text(tokenizer, kept)):
+            first = next(n for n in range(len(begun[index]), len(kept) + 1) if is_settled(_text(tokenizer, kept[:n])))
+            stop, kept = None, kept[:first]
+        elif stop is None and len(tokens) < max_new_tokens:
+            return None
+        return Reply(_text(tokenizer, kept), kept, stop is not None)
+
+    def generate(indices: list[int]) -> dict[int, Reply]:
+        done: dict[int, Reply] = {}
+        inputs = [[*prompts[i], *begun[i]] for i in indices]
+        longest = max(map(len, inputs))
+        ids_BS = torch.tensor([[pad] * (longest - len(row)) + row for row in inputs], device=device)
+        mask_BS = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in inputs], device=device)
+        cache = None if recorded is None else recorded(indices)
+        live, tokens = list(indices), {i: list(begun[i]) for i in indices}
+        while live:
+            n_steps = min(_ROUND, max(max_new_tokens - len(tokens[i]) for i in live))
+            greedy = GenerationConfig(
+                max_new_tokens=n_steps, eos_token_id=sorted(end), pad_token_id=pad, do_sample=False, num_beams=1
             )
-        return longest, output
+            with _generation_config(model, greedy), around(live) if around is not None else nullcontext():
+                output = model.generate(
+                    input_ids=ids_BS, attention_mask=mask_BS, past_key_values=cache, return_dict_in_generate=True
+                )
+            n_new = output.sequences.shape[1] - ids_BS.shape[1]
+            ids_BS, cache = output.sequences, output.past_key_values
+            mask_BS = torch.nn.functional.pad(mask_BS, (0, n_new), value=1)
+            for i, new in zip(live, ids_BS[:, -n_new:].tolist(), strict=True):
+                tokens[i] += new
+                if i not in done and (reply := reply_of(i, tokens[i])) is not None:
+                    done[i] = reply
+            kept = [b for b, i in enumerate(live) if i not in done]
+            if kept and not _takes_rows_out(cache):
+                continue
+            if kept and len(kept) < len(live):
+                index = torch.tensor(kept, device=device)
+                cache.batch_select_indices(index)
+                ids_BS, mask_BS = ids_BS[index], mask_BS[index]
+            live = [live[b] for b in kept]
+        return done
 
     batches = batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens)
-    for indices, (longest, output) in run_batches(batches, generate):
-        for index, new in zip(indices, output[:, longest:].tolist(), strict=True):
-            tokens = [*begun[index], *new][:max_new_tokens]
-            stop = next((t for t, token in enumerate(tokens) if token in end), None)
-            kept = tuple(tokens if stop is None else tokens[:stop])
-            replies[index] = Reply(tokenizer.decode(kept, skip_special_tokens=True), kept, stop is not None)
+    for indices, found in run_batches(batches, generate):
+        for index, reply in found.items():
+            replies[index] = reply
         advance(len(indices))
     return [reply for reply in replies if reply is not None]
 
 
-class _Settled(StoppingCriteria):
-    """Ends each row of a batch as soon as its text is settled."""
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def __init__(
-        self, tokenizer: Any, is_settled: Callable[[str], bool], begun: Sequence[Sequence[int]], n_input: int
-    ) -> None:
-        self.tokenizer, self.is_settled, self.begun, self.n_input = tokenizer, is_settled, begun, n_input
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_options: Any) -> Any:
-        texts = (
-            self.tokenizer.decode([*first, *new], skip_special_tokens=True)
-            for first, new in zip(self.begun, input_ids[:, self.n_input :].tolist(), strict=True)
-        )
-        return torch.tensor([self.is_settled(text) for text in texts], device=input_ids.device)
+def _takes_rows_out(cache: Cache) -> bool:
+    """Whether rows can be taken out of this cache, which linear attention has no way for."""
+    layers = cache.layers
+    return all(isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) for layer in layers)
 
 
 @contextmanager

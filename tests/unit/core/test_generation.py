@@ -122,6 +122,29 @@ def test_replies_continue_from_their_first_tokens(any_tiny_model: Any, tiny_toke
         assert list(reply.tokens) == (expected[:-1] if expected[-1] == END else expected)
 
 
+def test_complete_replies_leave_their_batch(any_tiny_model: Any, tiny_tokenizer: Any) -> None:
+    """After a few steps only rows that are not complete are run, each with the keys of its own prompt."""
+    free = [greedy_alone(any_tiny_model, prompt, 20, set()) for prompt in PROMPTS]
+    # The token with which most replies end soon, but not all.
+    ends = {token: sum(token in tokens[:8] for tokens in free) for tokens in free for token in tokens}
+    end = max((token for token, n in ends.items() if n < len(PROMPTS)), key=lambda token: (ends[token], token))
+    sizes: list[int] = []
+    handle = any_tiny_model.register_forward_pre_hook(
+        lambda _model, _args, options: sizes.append(len(options["input_ids"])), with_kwargs=True
+    )
+    found = replies_of(any_tiny_model, tiny_tokenizer, end=[end], max_new_tokens=20, batch_tokens=10_000)
+    handle.remove()
+    for tokens, reply in zip(free, found, strict=True):
+        expected = tokens[: tokens.index(end)] if end in tokens else tokens
+        assert list(reply.tokens) == expected
+        assert reply.finished == (end in tokens)
+    assert sizes[0] == len(PROMPTS)
+    ended = sum(end in tokens[:8] for tokens in free)
+    assert ended > 0
+    if any_tiny_model.config.model_type != "qwen3_next":
+        assert sizes[-1] <= len(PROMPTS) - ended
+
+
 def test_a_reply_ends_where_it_is_settled(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_model("llama")
     whole = replies_of(model, tiny_tokenizer)
