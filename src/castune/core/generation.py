@@ -18,7 +18,7 @@ from castune.core.progress import Advance, no_progress
 logger = logging.getLogger(__name__)
 
 # Steps after which complete replies leave their batch.
-_ROUND = 8
+ROUND = 8
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def generate_replies(
         cache = None if recorded is None else recorded(indices)
         live, tokens = list(indices), {i: list(begun[i]) for i in indices}
         while live:
-            n_steps = min(_ROUND, max(max_new_tokens - len(tokens[i]) for i in live))
+            n_steps = min(ROUND, max(max_new_tokens - len(tokens[i]) for i in live))
             greedy = GenerationConfig(
                 max_new_tokens=n_steps, eos_token_id=sorted(end), pad_token_id=pad, do_sample=False, num_beams=1
             )

@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
+
+import torch
+from transformers import DynamicCache
 
 from castune.core.batching import ExampleBatch
+from castune.core.continuation import Context, cache_of, context_of, read_keys_values
 from castune.core.flops import ForwardFlops
 from castune.core.generation import generate_replies
-from castune.core.losses import RowBatch, token_log_probs
+from castune.core.losses import RowBatch, scored_logits, token_log_probs
 from castune.core.memory import Peak, peak_memory
 from castune.core.skeleton import at_depth
 from castune.data.chat import ChatFormat
@@ -45,10 +49,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of a decoding step: `layer` for each decoder layer, `rest` for what is outside of them."""
+    """Seconds of decoding with the whole model: `step` for every step, `reply` for each reply in it."""
 
-    layer: float
-    rest: float
+    step: float
+    reply: float
+
+    def seconds(self, n_steps: int, n_tokens: int) -> float:
+        """Seconds of so many steps, in which so many tokens are decoded."""
+        return self.step * n_steps + self.reply * n_tokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Calibration:
     Attributes:
         sweep: forwards under ablation.
         gradients: forwards and backwards.
-        steps: decoding.
+        steps: decoding with the whole model.
         n_layers: depth of the slice.
         residual_bytes: of one token's residual, which is recorded at every layer.
         sweep_memory: of the largest batch, its recorded residuals included, at the depth of the slice.
@@ -84,6 +92,8 @@ def calibrate(
     loss_rows: Sequence[Row],
     prompt: Sequence[int],
     n_decoded: int,
+    continues: bool,
+    n_layers: int,
     batch_tokens: int,
 ) -> Calibration:
     """Time and memory of the diagnosis' parts on a slice of the model.
@@ -95,6 +105,8 @@ def calibrate(
         loss_rows: rows of one gradient batch.
         prompt: a prompt of usual length.
         n_decoded: how many replies are decoded together.
+        continues: whether they go on from recorded keys and values.
+        n_layers: decoder layers of the whole model.
         batch_tokens: rows x tokens of a forward.
     """
     sweep, sweep_memory = _sweeping(ablator, batches, batch_tokens)
@@ -102,7 +114,7 @@ def calibrate(
     return Calibration(
         sweep=sweep,
         gradients=gradients,
-        steps=_decoding(ablator, chat.tokenizer, [prompt] * n_decoded, chat.end_token),
+        steps=_decoding(ablator, chat, prompt, n_decoded, n_layers, continues=continues),
         n_layers=ablator.layout.n_layers,
         residual_bytes=_residual_bytes(ablator),
         sweep_memory=sweep_memory,
@@ -155,28 +167,48 @@ def _gradients(ablator: Ablator, rows: Sequence[Row], batch_tokens: int) -> tupl
     return speed, peak_deep, max(0.0, (peak_deep - peak_shallow) / (ablator.layout.n_layers - _shallow(ablator)))
 
 
-def _decoding(ablator: Ablator, tokenizer: Any, prompts: Sequence[Sequence[int]], end_token: int) -> Steps:
-    """A long and a short generation: the difference is steps alone."""
+def _decoding(
+    ablator: Ablator, chat: ChatFormat, prompt: Sequence[int], n_replies: int, n_layers: int, *, continues: bool
+) -> Steps:
+    """A long and a short generation, of many and of few replies: the differences are steps, and replies in them."""
     few, many = 2, 10
 
-    def generation(n_tokens: int) -> float:
+    def generation(size: int, n_tokens: int) -> float:
+        context = _context(ablator, prompt) if continues else []
         return timed(
             lambda: generate_replies(
                 ablator.model,
-                tokenizer,
-                prompts,
+                chat.tokenizer,
+                [prompt] * size,
                 max_new_tokens=n_tokens,
-                end_tokens=[end_token],
-                batch_tokens=len(prompts) * (len(prompts[0]) + many),
+                end_tokens=[chat.end_token],
+                batch_tokens=size * (len(prompt) + many),
+                recorded=(lambda found: cache_of(ablator.model, [context] * len(found))) if continues else None,
             )
         )
 
-    def step() -> float:
-        return max(0.0, generation(many) - generation(few)) / (many - few)
+    def step(size: int) -> float:
+        def measured() -> float:
+            return max(0.0, generation(size, many) - generation(size, few)) / (many - few)
 
-    deep, shallow = _by_depth(ablator, step)
-    layer = max(0.0, deep - shallow) / (ablator.layout.n_layers - _shallow(ablator))
-    return Steps(layer, max(0.0, shallow - _shallow(ablator) * layer))
+        deep, shallow = _by_depth(ablator, measured)
+        layer = max(0.0, deep - shallow) / (ablator.layout.n_layers - _shallow(ablator))
+        return shallow + layer * (n_layers - _shallow(ablator))
+
+    fewer = -(-n_replies // 4)
+    if fewer == n_replies:
+        return Steps(step(n_replies), 0.0)
+    large, small = step(n_replies), step(fewer)
+    reply = max(0.0, large - small) / (n_replies - fewer)
+    return Steps(max(0.0, large - n_replies * reply), reply)
+
+
+@torch.no_grad()
+def _context(ablator: Ablator, prompt: Sequence[int]) -> Context:
+    """Keys and values of all but the last token of a prompt."""
+    row, cache = Row(tuple(prompt[:-1]), (0,), (0,)), DynamicCache()
+    scored_logits(ablator.model, RowBatch.of([row], next(ablator.model.parameters()).device), cache)
+    return context_of(row, len(prompt) - 2, [(read_keys_values(cache, _depth(ablator)), 0)])
 
 
 def timed(run: Callable[[], object]) -> float:

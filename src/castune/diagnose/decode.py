@@ -30,7 +30,7 @@ from castune.diagnose.sweep import Ablator, RecordedBatch
 
 # A step of decoding reads all weights, however few rows it has. Keys and values take much less memory than what a
 # forward computes on the way, so more rows fit.
-_DECODED_TOKENS = 4
+DECODED_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class RefusalMeasure:
     @property
     def _decoded_tokens(self) -> int:
         """Limit of rows x tokens of a batch of replies that are decoded."""
-        return self.batch_tokens * (_DECODED_TOKENS if self._continues else 1)
+        return self.batch_tokens * (DECODED_TOKENS if self._continues else 1)
 
     def _room(self, found: _Diverged) -> int:
         return 0 if found.is_done else len(self.prompts[found.example]) + self.max_new_tokens

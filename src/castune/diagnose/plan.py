@@ -19,8 +19,9 @@ import torch
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
 from castune.core.batching import ExampleBatch
+from castune.core.continuation import can_continue
 from castune.core.flops import ForwardFlops
-from castune.core.generation import Reply
+from castune.core.generation import ROUND, Reply
 from castune.core.heads import HeadLayout
 from castune.core.losses import batches_by_length
 from castune.core.memory import resident_memory
@@ -30,6 +31,7 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 from castune.diagnose.calibrate import GRADIENT_PASSES, Calibration, calibrate
+from castune.diagnose.decode import DECODED_TOKENS
 from castune.diagnose.domains import Utility, utility_sets
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, part_size
@@ -177,6 +179,7 @@ def plan(
     model = skeleton(config, dtype)
     layout = HeadLayout.unproven(model)
     own_memory = resident_memory() or 0
+    ablator = _slice_ablator(config, model, layout, dtype, device)
     work = _Work(
         config=settings,
         chat=ChatFormat(tokenizer, max_length=settings.max_length),
@@ -184,8 +187,9 @@ def plan(
         utility=[one.examples for one in utility_sets(utility)],
         layout=layout,
         flops=ForwardFlops.of(model, layout),
-        ablator=_slice_ablator(config, model, layout, dtype, device),
+        ablator=ablator,
         decoded_share=decoded_share,
+        continues=can_continue(ablator.model, ablator.layout),
     )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     n_query = sum(layout.query_projection(model, layer).weight.numel() for layer in layout.layers_with_heads)
@@ -220,10 +224,12 @@ class _Work:
     flops: ForwardFlops
     ablator: Ablator
     decoded_share: float
+    continues: bool
 
     def stages(self) -> dict[str, Stage]:
         """Every stage's work."""
-        replies = self._decoding(len(self.safety), self.config.max_new_tokens)
+        n_tokens = self.config.max_new_tokens
+        replies = self._decoding(len(self.safety), n_tokens, n_tokens, self.most_decoded)
         return {
             "gradients": self._gradients(),
             "utility": self._swept(self.utility_batches),
@@ -263,6 +269,11 @@ class _Work:
     def most_decoded(self) -> int:
         """Replies that fit into one batch of decoding."""
         return max(1, self.batch_tokens // (len(self.prompt) + self.config.max_new_tokens))
+
+    @property
+    def most_continued(self) -> int:
+        """Replies that were verified and fit into one batch of decoding."""
+        return self.most_decoded * (DECODED_TOKENS if self.continues else 1)
 
     @cached_property
     def _stand_ins(self) -> list[Reply]:
@@ -306,22 +317,27 @@ class _Work:
         return found
 
     def _decoded(self) -> Stage:
-        """Replies that change: run again as far as they are known, and decoded until the judge's answer is settled."""
+        """Replies that change: decoded until the judge's answer is settled, and run again first where they must be."""
         found = Stage()
         for batch in self._refusal_batches:
-            # A batch of replies is decoded until the last of them is settled.
-            steps = max(n_tokens for parts in batch.parts for _, n_tokens in parts)
+            n_tokens = [n for parts in batch.parts for _, n in parts]
+            # A reply changes at half of its length in the mean, and leaves its batch half a round too late.
+            mean = min(max(n_tokens), round(sum(n_tokens) / len(n_tokens) / 2 + ROUND / 2))
             for layer in self.layout.layers_with_heads:
                 n_replies = round(self.decoded_share * len(batch.examples) * self.layout.n_heads(layer))
-                found += self._decoding(n_replies, steps)
+                stage = self._decoding(n_replies, max(n_tokens), mean, self.most_continued)
+                if self.continues:
+                    stage = Stage(steps=stage.steps, step_tokens=stage.step_tokens)
+                found += stage
         return found
 
-    def _decoding(self, n_replies: int, n_steps: int) -> Stage:
+    def _decoding(self, n_replies: int, n_steps: int, n_tokens: int, most: int) -> Stage:
+        """So many replies of so many tokens in the mean; the longest of a batch takes `n_steps`."""
         if not n_replies:
             return Stage()
-        n_batches = -(-n_replies // self.most_decoded)
+        n_batches = -(-n_replies // most)
         prefill = self._forward(n_replies, len(self.prompt), n_replies, forwards=n_batches)
-        return replace(prefill, steps=n_batches * n_steps, step_tokens=n_replies * n_steps)
+        return replace(prefill, steps=n_batches * n_steps, step_tokens=n_replies * n_tokens)
 
     def _repeated(self, batch: ExampleBatch, times: int, first_layer: int) -> Stage:
         n_rows = times * len(batch.rows)
@@ -356,14 +372,16 @@ def _as_calibrated(found: Plan, work: _Work, own_memory: int) -> Plan:
         batches=batches,
         loss_rows=_first_batch(max(work.loss_chunks, key=_size), work.batch_tokens),
         prompt=work.prompt,
-        n_decoded=work.most_decoded,
+        n_decoded=work.most_continued,
+        continues=work.continues,
+        n_layers=found.n_layers,
         batch_tokens=work.batch_tokens,
     )
 
     def seconds(name: str, stage: Stage) -> float:
         speed = measured.gradients if name == "gradients" else measured.sweep
-        step = found.n_layers * measured.steps.layer + measured.steps.rest
-        return speed.seconds(stage.layer_flops, stage.n_scored) + stage.steps * step
+        steps = measured.steps.seconds(stage.steps, stage.step_tokens)
+        return speed.seconds(stage.layer_flops, stage.n_scored) + steps
 
     stages = {name: replace(stage, seconds=seconds(name, stage)) for name, stage in found.stages.items()}
     return replace(found, stages=stages, peak_memory=_peak_memory(found, measured, batches[0], own_memory))
