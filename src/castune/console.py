@@ -74,8 +74,9 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
     for measure in ("margin", "decision"):
         flops = sum(map(found.stage_flops, found.parts(measure)))
         say(f"map by {measure}s: {_duration(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
-    if found.peak_memory is not None:
-        say(f"peak memory: about {_gigabytes(found.peak_memory)}")
+    if found.peak_memory:
+        by_measure = (f"{_gigabytes(n_bytes)} by {measure}s" for measure, n_bytes in found.peak_memory.items())
+        say(f"peak memory: about {', '.join(by_measure)}")
     say(f"partial gradients: {_gigabytes(found.gradient_sums)} of the CPU's memory (diagnose.gradient_chunks)")
     if accelerator:
         notes = [*notes, "time: a roofline at 40 % of the data sheet's FLOP/s and 80 % of its bandwidth, not measured"]
@@ -96,6 +97,8 @@ def _duration(seconds: float | None) -> str:
         return "unknown"
     if seconds < 100:
         return f"{seconds:.0f} s"
+    if seconds < 10 * 60:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 

@@ -72,6 +72,7 @@ class Calibration:
         sweep_memory: of the largest batch, its recorded residuals included, at the depth of the slice.
         gradient_memory: of a batch, at the depth of the slice.
         gradient_memory_layer: what each further layer adds to that.
+        key_bytes: of one token's keys and values in a layer; 0 where they are not kept.
     """
 
     sweep: Speed
@@ -82,6 +83,7 @@ class Calibration:
     sweep_memory: int | None
     gradient_memory: int | None
     gradient_memory_layer: float | None
+    key_bytes: float
 
 
 def calibrate(
@@ -120,6 +122,7 @@ def calibrate(
         sweep_memory=sweep_memory,
         gradient_memory=gradient_memory,
         gradient_memory_layer=gradient_memory_layer,
+        key_bytes=_key_bytes(ablator, prompt) if continues else 0.0,
     )
 
 
@@ -137,11 +140,11 @@ def _sweeping(ablator: Ablator, batches: Sequence[ExampleBatch], batch_tokens: i
         def ablated(recorded: RecordedBatch = recorded, heads: Sequence[int] = range(n_heads)) -> None:
             recorded.ablated(layer, heads, token_log_probs)
 
+        # Memory that was freed lies scattered and is not all used again: the peak is higher after a few runs.
         with peak_memory(device) as found:
             recorded.baseline(token_log_probs)
-            ablated()
+            deep, shallow = _by_depth(ablator, partial(timed, ablated))
         peak = found if number == 0 else peak
-        deep, shallow = _by_depth(ablator, partial(timed, ablated))
         size = {"n_rows": len(batch.rows) * n_heads, "length": batch.length}
         work.append((deep, shallow, size, batch.n_scored * n_heads))
     return _speed(ablator, work), peak.extra
@@ -156,8 +159,8 @@ def _gradients(ablator: Ablator, rows: Sequence[Row], batch_tokens: int) -> tupl
 
     def measured() -> tuple[float, int | None]:
         with peak_memory(device) as peak:
-            gradients()
-        return timed(gradients), peak.extra
+            seconds = timed(gradients)
+        return seconds, peak.extra
 
     (deep, peak_deep), (shallow, peak_shallow) = _by_depth(ablator, measured)
     size = {"n_rows": len(rows), "length": max(len(row.ids) for row in rows)}
@@ -209,6 +212,12 @@ def _context(ablator: Ablator, prompt: Sequence[int]) -> Context:
     row, cache = Row(tuple(prompt[:-1]), (0,), (0,)), DynamicCache()
     scored_logits(ablator.model, RowBatch.of([row], next(ablator.model.parameters()).device), cache)
     return context_of(row, len(prompt) - 2, [(read_keys_values(cache, _depth(ablator)), 0)])
+
+
+def _key_bytes(ablator: Ablator, prompt: Sequence[int]) -> float:
+    context = _context(ablator, prompt)
+    n_bytes = sum(tensor.numel() * tensor.element_size() for layer in context for tensor in layer)
+    return n_bytes / len(context) / (len(prompt) - 1)
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -53,13 +53,14 @@ def partial_gradients(
         CastuneError: a loss is not finite; the message names the dtype.
     """
     weights = [layout.query_projection(model, layer).weight for layer in layers]
+    parts = equal_parts(rows, min(n_chunks, len(rows)))
+    # One allocation: sums that are allocated between forwards would scatter over the memory these have freed.
+    sums = torch.zeros(len(parts), sum(weight.numel() for weight in weights))
     chunks: list[dict[int, Tensor]] = []
     with _only_these_require_grad(model, weights):
-        for chunk in equal_parts(rows, min(n_chunks, len(rows))):
-            total = {
-                layer: torch.zeros_like(weight, dtype=torch.float32, device="cpu")
-                for layer, weight in zip(layers, weights, strict=True)
-            }
+        for chunk, sum_P in zip(parts, sums, strict=True):
+            flat = sum_P.split([weight.numel() for weight in weights])
+            total = {layer: part.view_as(weight) for layer, part, weight in zip(layers, flat, weights, strict=True)}
 
             def backward(indices: list[int], chunk: Sequence[Row] = chunk) -> tuple[Tensor, tuple[Tensor, ...]]:
                 loss = reply_nll(model, RowBatch.of([chunk[i] for i in indices], weights[0].device)).sum() / len(rows)

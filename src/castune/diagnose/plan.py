@@ -105,7 +105,7 @@ class Plan:
         dtype: of the weights.
         flops: of a forward of the whole model, by part.
         stages: `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`.
-        peak_memory: bytes at the peak on the device of the model, the weights included; None where not measured.
+        peak_memory: by measure, bytes at the peak on the device of the model, weights included; empty where not measured.
         gradient_sums: bytes of partial gradients, kept in the memory of the CPU.
         slice_layers: depth of the slice that stood for the model.
         resumable: whether layers below the ablated one are skipped.
@@ -119,7 +119,7 @@ class Plan:
     dtype: str
     flops: ForwardFlops
     stages: dict[str, Stage]
-    peak_memory: int | None
+    peak_memory: dict[str, int]
     gradient_sums: int
     slice_layers: int
     resumable: bool
@@ -202,7 +202,7 @@ def plan(
         dtype=str(dtype).removeprefix("torch."),
         flops=work.flops,
         stages=work.stages(),
-        peak_memory=None,
+        peak_memory={},
         gradient_sums=2 * settings.gradient_chunks * n_query * 4,
         slice_layers=work.ablator.layout.n_layers,
         resumable=work.ablator.resumable,
@@ -384,20 +384,23 @@ def _as_calibrated(found: Plan, work: _Work, own_memory: int) -> Plan:
         return speed.seconds(stage.layer_flops, stage.n_scored) + steps
 
     stages = {name: replace(stage, seconds=seconds(name, stage)) for name, stage in found.stages.items()}
-    return replace(found, stages=stages, peak_memory=_peak_memory(found, measured, batches[0], own_memory))
+    return replace(found, stages=stages, peak_memory=_peak_memory(found, measured, work, batches[0], own_memory))
 
 
-def _peak_memory(found: Plan, measured: Calibration, largest: ExampleBatch, own_memory: int) -> int | None:
-    """Weights, what this process needs by itself, and what the hungrier of the two kinds of work adds."""
+def _peak_memory(found: Plan, measured: Calibration, work: _Work, largest: ExampleBatch, own: int) -> dict[str, int]:
+    """Weights, what this process needs by itself, and what the hungriest kind of work adds."""
     if measured.sweep_memory is None or measured.gradient_memory is None or measured.gradient_memory_layer is None:
-        return None
+        return {}
     further = found.n_layers - measured.n_layers
     residuals = largest.n_tokens * measured.residual_bytes if found.resumable else 0
     sweep = measured.sweep_memory + further * residuals
     gradients = measured.gradient_memory + further * measured.gradient_memory_layer
     # The partial gradients lie in the memory of the CPU.
-    sums = found.gradient_sums if own_memory else 0
-    return round(own_memory + found.weight_bytes + max(sweep, gradients + sums))
+    gradients += found.gradient_sums if own else 0
+    # Keys and values of the whole model's batch, of a forward, of the replies that wait and of those that are decoded.
+    kept = work.batch_tokens * (2 + 2 * DECODED_TOKENS) * found.n_layers * measured.key_bytes
+    by_measure = {"margin": max(sweep, gradients), "decision": max(sweep + kept, gradients)}
+    return {measure: round(own + found.weight_bytes + extra) for measure, extra in by_measure.items()}
 
 
 def _on_accelerator(found: Plan, accelerator: Accelerator) -> Plan:

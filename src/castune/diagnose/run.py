@@ -19,6 +19,7 @@ from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
 from castune.core.batching import tuned_batch_tokens
 from castune.core.heads import HeadId, HeadLayout
+from castune.core.memory import return_freed_memory
 from castune.core.modes import evaluation_mode
 from castune.core.provenance import model_record, provenance
 from castune.core.shards import Shard
@@ -97,9 +98,11 @@ def diagnose(
         config = _with_batch_tokens(model, config, journal, share)
         # The first share's work, which costs no more than a few heads.
         grams = measure_grams(model, layout, heads, rows, config, journal) if share.is_first else {}
+        return_freed_memory()
         ablator = _ablator(model, layout, heads, list(chain(*rows.values())), config)
         objectives = Objectives(ablator, tokenizer, chat, config)
         of_utility = {one.objective: objectives.utility(one, journal, share) for one in sets}
+        return_freed_memory()
         of_safety = objectives.safety(safety, journal, share)
     grams = grams or journaled_grams(journal)
     complete = {objective: measured for objective, measured in of_utility.items() if measured is not None}
