@@ -105,7 +105,7 @@ class Plan:
         dtype: of the weights.
         flops: of a forward of the whole model, by part.
         stages: `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`.
-        peak_memory: by measure, bytes at the peak on the device of the model, weights included; empty where not measured.
+        peak_memory: by measure, bytes at the peak on the device of the model, weights included; empty: not measured.
         gradient_sums: bytes of partial gradients, kept in the memory of the CPU.
         slice_layers: depth of the slice that stood for the model.
         resumable: whether layers below the ablated one are skipped.
