@@ -18,12 +18,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import castune as ct
 from castune.core.heads import HeadLayout
@@ -82,6 +84,17 @@ def the_work(*, heads: int, questions: int, prompts: int, dtype: str) -> Work:
     )
 
 
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of one large matrix product on this machine, the best of ten."""
+    a = torch.randn(2048, 2048, dtype=getattr(torch, dtype))
+    seconds = []
+    for _ in range(11):
+        started = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(seconds[1:])
+
+
 def run(python: str, script: str, sweep: str, work_file: Path) -> dict[str, Any] | str:
     """The result of one contestant, or the last line of its error. A result that lies beside the work is taken."""
     result_file = work_file.with_name(f"{Path(script).stem}-{sweep}.json")
@@ -123,6 +136,7 @@ def print_sweep(
     n_heads = len(Work.load(work_file).heads)
     castune: dict[str, Any] | None = None
     versions: dict[str, str] = {}
+    shares: list[str] = []
     seconds: dict[str, float] = {}
     for label, script, sweep in contestants:
         result = run(python, script, sweep, work_file)
@@ -130,6 +144,9 @@ def print_sweep(
             print(f"{label:34}  not run: {result}", flush=True)
             continue
         versions.update(result["versions"])
+        if "flops" in result:
+            speed, peak = result["flops"] / result["seconds"], matmul_peak(Work.load(work_file).dtype)
+            shares.append(f"{label}: {speed / 1e9:.0f} GFLOP/s, {speed / peak:.0%} of the {peak / 1e9:.0f} of a matmul")
         seconds[label] = result["seconds"]
         line = f"{label:34}{result['seconds']:9.1f}{result['seconds'] / n_heads:10.3f}"
         if label == "castune":
@@ -141,7 +158,7 @@ def print_sweep(
         if label == "castune" and sweep == "safety":
             full = run(python, script, "safety-replies", work_file)
             result["replies"] = None if isinstance(full, str) else full["replies"]
-    print("; ".join(f"{name} {version}" for name, version in versions.items()))
+    print("; ".join([*shares, *(f"{name} {version}" for name, version in versions.items())]))
     return seconds
 
 

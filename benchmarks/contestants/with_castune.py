@@ -11,6 +11,7 @@ from work import Outcome, Work, main
 
 import castune as ct
 from castune.core.ablation import can_resume
+from castune.core.flops import ForwardFlops
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
 from castune.core.judges import Judge, is_settled
@@ -53,7 +54,15 @@ def utility(loaded: Loaded, work: Work) -> Outcome:
     """The utility sweep as `castune diagnose` runs it; its checks at the start and the whole model are timed too."""
     questions = ct.examples("starter-utility", limit=work.n_questions, seed=work.example_seed)[: len(work.questions)]
     objectives = _objectives(loaded, work)
-    return {"margins": _ablated("utility", objectives.ablator, objectives.utility_measure(questions))}
+    measure = objectives.utility_measure(questions)
+    return {"margins": _ablated("utility", objectives.ablator, measure), "flops": _flops(objectives.ablator, measure)}
+
+
+def _flops(ablator: Ablator, measure: Measure) -> float:
+    """FLOPs of a sweep: every batch once for the whole model, and once without each head."""
+    of_forward = ForwardFlops.of(ablator.model, ablator.layout)
+    first_layers = [0, *(ablator.first_layer(head.layer) for head in ablator.heads)]
+    return sum(batch.flops(of_forward, first_layer=layer) for batch in measure.batches for layer in first_layers)
 
 
 def safety_margins(loaded: Loaded, work: Work) -> Outcome:

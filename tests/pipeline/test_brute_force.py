@@ -137,7 +137,10 @@ def test_full_forwards_and_resumed_forwards_agree(
     assert resumed.table.equals(full.table)
 
 
-def test_refusal_outcomes_equal_brute_force(model: Any, tiny_tokenizer: Any, harmful: list[Example]) -> None:
+@pytest.mark.parametrize("batch_tokens", [150, 2000], ids=["a unit a layer", "a unit of all layers"])
+def test_refusal_outcomes_equal_brute_force(
+    model: Any, tiny_tokenizer: Any, harmful: list[Example], batch_tokens: int
+) -> None:
     """A random model never says "I cannot": a judge of its own kind of reply makes outcomes that vary with the head."""
 
     def chance_judge(prompts: Sequence[str], replies: Sequence[str]) -> list[bool | None]:
@@ -148,7 +151,7 @@ def test_refusal_outcomes_equal_brute_force(model: Any, tiny_tokenizer: Any, har
     ablator = Ablator(model, layout, layout.heads, can_resume(model, layout))
     prompts = [chat.prompt_ids(example)[0] for example in harmful]
     options: dict[str, Any] = {
-        "end_tokens": chat.end_tokens(model), "max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": 150,
+        "end_tokens": chat.end_tokens(model), "max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": batch_tokens,
     }  # fmt: skip
     replies = generate_replies(model, tiny_tokenizer, prompts, **options)
     texts = [example.prompt for example in harmful]

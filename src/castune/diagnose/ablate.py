@@ -6,6 +6,7 @@ Shape letters: H head, N example, B batch row, T scored token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from castune.core.ablation import mean_head_outputs
 from castune.core.batching import ExampleBatch, example_batches
-from castune.core.heads import HeadLayout
+from castune.core.heads import HeadId, HeadLayout
 from castune.core.losses import RowBatch, batches_by_length, token_log_probs
 from castune.data.rows import Row
 from castune.diagnose.score import Floats
@@ -34,6 +35,7 @@ class ScoredMeasure:
     """
 
     n_decoded = 0
+    unit_tokens = 0
 
     def __init__(
         self, ablator: Ablator, rows_of: Sequence[Sequence[Row]], outcome: Outcome, *, batch_tokens: int
@@ -48,11 +50,14 @@ class ScoredMeasure:
         self._recorded = RecordedBatch(self.ablator, rows, self.batch_tokens)
         return self._outcomes(self._batch, self._recorded.baseline(token_log_probs))
 
-    def ablated(self, layer: int, heads: Sequence[int]) -> Floats:
+    def ablated(self, heads: Sequence[HeadId]) -> Floats:
         """Outcomes without each head."""
-        values_HBT = self._recorded.ablated(layer, heads, token_log_probs)
+        outcomes: list[Floats] = []
+        for layer, of_layer in groupby(heads, key=lambda head: head.layer):
+            values_HBT = self._recorded.ablated(layer, [head.head for head in of_layer], token_log_probs)
+            outcomes += [self._outcomes(self._batch, values_BT) for values_BT in values_HBT]
         self.batch_tokens = self._recorded.batch_tokens
-        return np.array([self._outcomes(self._batch, values_BT) for values_BT in values_HBT])
+        return np.array(outcomes)
 
     def _outcomes(self, batch: ExampleBatch, values_BT: Tensor) -> Floats:
         values = values_BT.double().numpy()

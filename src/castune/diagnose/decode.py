@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from castune.core.batching import ExampleBatch, example_batches
 from castune.core.continuation import Context, KeysValues, cache_of, can_continue, context_of, read_keys_values
 from castune.core.generation import Reply, generate_replies
+from castune.core.heads import HeadId
 from castune.core.judges import Judge
 from castune.core.losses import RowBatch, scored_logits
 from castune.data.rows import Row
@@ -38,7 +39,7 @@ class _Diverged:
     """A reply that differs without a head: what is known of it."""
 
     pair: tuple[int, int]  # place in the result: head, example
-    head: int
+    head: HeadId
     example: int
     begun: tuple[int, ...]
     text: str
@@ -89,6 +90,8 @@ class RefusalMeasure:
         self.batches = example_batches(ablator.model, ablator.layout, [[row] for row in rows], batch_tokens)
         self._verdicts = self._judged(range(len(replies)), [reply.text for reply in replies])
         self.n_decoded = 0
+        # Decoding is slow in small batches.
+        self.unit_tokens = self._decoded_tokens
 
     def baseline(self, batch: ExampleBatch) -> Floats:
         """Verdicts on the whole model's replies."""
@@ -101,7 +104,7 @@ class RefusalMeasure:
             self._below += [(recorded, b) for b in range(len(row_b))]
         return self._verdicts[batch.examples]
 
-    def ablated(self, layer: int, heads: Sequence[int]) -> Floats:
+    def ablated(self, heads: Sequence[HeadId]) -> Floats:
         """Verdicts on the replies without each head."""
         verdicts_HN = np.tile(self._verdicts[self._batch.examples], (len(heads), 1))
         self.n_decoded = 0
@@ -110,23 +113,28 @@ class RefusalMeasure:
         def settle() -> None:
             if waiting:
                 pairs = tuple(np.array([found.pair for found in waiting]).T)
-                verdicts_HN[pairs] = self._judged([found.example for found in waiting], self._decoded(layer, waiting))
+                verdicts_HN[pairs] = self._judged([found.example for found in waiting], self._decoded(waiting))
                 self.n_decoded += len(waiting)
                 waiting.clear()
 
-        for pair_p, (top_PT, recorded) in self._recorded.ablated_parts(layer, heads, self._top_tokens):
-            for p, (pair, top_T) in enumerate(zip(pair_p.tolist(), top_PT.tolist(), strict=True)):
-                h, row = divmod(pair, len(self._batch.rows))
-                waiting += self._diverged(h, heads[h], row, top_T, [(recorded, p), self._below[row]])
-            del recorded
-            if sum(map(self._room, waiting)) > self._decoded_tokens:
-                settle()
+        first = 0
+        for layer, found in groupby(heads, key=lambda head: head.layer):
+            of_layer = [head.head for head in found]
+            for pair_p, (top_PT, recorded) in self._recorded.ablated_parts(layer, of_layer, self._top_tokens):
+                for p, (pair, top_T) in enumerate(zip(pair_p.tolist(), top_PT.tolist(), strict=True)):
+                    h, row = divmod(pair, len(self._batch.rows))
+                    places = [(recorded, p), self._below[row]]
+                    waiting += self._diverged(first + h, heads[first + h], row, top_T, places)
+                del recorded
+                if sum(map(self._room, waiting)) > self._decoded_tokens:
+                    settle()
+            first += len(of_layer)
         settle()
         self.batch_tokens = self._recorded.batch_tokens
         return verdicts_HN
 
     def _diverged(
-        self, h: int, head: int, row: int, top: Sequence[int], places: Sequence[tuple[KeysValues, int]]
+        self, h: int, head: HeadId, row: int, top: Sequence[int], places: Sequence[tuple[KeysValues, int]]
     ) -> Iterator[_Diverged]:
         """The replies of a row that differ without a head, from the most likely token at its scored positions."""
         start = 0
@@ -174,11 +182,9 @@ class RefusalMeasure:
                 return (*self._expected[example][:t], found)
         return None
 
-    def _decoded(self, layer: int, diverged: Sequence[_Diverged]) -> list[str]:
+    def _decoded(self, diverged: Sequence[_Diverged]) -> list[str]:
         """Texts of the replies, each as far as the judge needs it."""
         rest = [found for found in diverged if not found.is_done]
-        device = next(self.ablator.model.parameters()).device
-        head_P = torch.tensor([found.head for found in rest], device=device)
 
         def recorded(indices: Sequence[int]) -> Cache:
             return cache_of(self.ablator.model, [context for i in indices if (context := rest[i].context) is not None])
@@ -193,7 +199,7 @@ class RefusalMeasure:
             begun=[found.begun for found in rest],
             recorded=recorded if self._continues else None,
             is_settled=self._is_settled,
-            around=lambda indices: self.ablator.without(layer, head_P[list(indices)]),
+            around=lambda indices: self.ablator.without_each([rest[i].head for i in indices]),
         )
         decoded = iter(replies)
         return [found.text if found.is_done else next(decoded).text for found in diverged]

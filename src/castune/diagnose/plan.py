@@ -34,7 +34,7 @@ from castune.diagnose.calibrate import GRADIENT_PASSES, Calibration, calibrate
 from castune.diagnose.decode import DECODED_TOKENS
 from castune.diagnose.domains import Utility, utility_sets
 from castune.diagnose.objectives import Objectives
-from castune.diagnose.sweep import Ablator, part_size
+from castune.diagnose.sweep import Ablator, part_size, units_of
 from castune.errors import CastuneError
 
 # Share of replies that differ once a head is gone: of 48-token replies of the default model, which is small and unsure,
@@ -273,7 +273,12 @@ class _Work:
     @property
     def most_continued(self) -> int:
         """Replies that were verified and fit into one batch of decoding."""
-        return self.most_decoded * (DECODED_TOKENS if self.continues else 1)
+        return self.most_decoded * self._decoded_batches
+
+    @property
+    def _decoded_batches(self) -> int:
+        """How many times the tokens of a forward one batch of decoding takes."""
+        return DECODED_TOKENS if self.continues else 1
 
     @cached_property
     def _stand_ins(self) -> list[Reply]:
@@ -323,8 +328,8 @@ class _Work:
             n_tokens = [n for parts in batch.parts for _, n in parts]
             # A reply changes at half of its length in the mean, and leaves its batch half a round too late.
             mean = min(max(n_tokens), round(sum(n_tokens) / len(n_tokens) / 2 + ROUND / 2))
-            for layer in self.layout.layers_with_heads:
-                n_replies = round(self.decoded_share * len(batch.examples) * self.layout.n_heads(layer))
+            for unit in units_of(self.layout.heads, [batch], self.batch_tokens * self._decoded_batches):
+                n_replies = round(self.decoded_share * len(batch.examples) * len(unit.heads))
                 stage = self._decoding(n_replies, max(n_tokens), mean, self.most_continued)
                 if self.continues:
                     stage = Stage(steps=stage.steps, step_tokens=stage.step_tokens)

@@ -1,7 +1,8 @@
 """The sweep over all heads: which work there is, which of it is done, and who does the rest.
 
-A unit of work is one layer with all its heads on one batch of examples. What is measured there is a `Measure`'s
-affair: log-probabilities (`ablate.py`) or replies (`decode.py`).
+A unit of work is a layer with all its heads on one batch of examples, or several layers where a measure wants more rows
+together than one has. What is measured there is a `Measure`'s affair: log-probabilities (`ablate.py`) or replies
+(`decode.py`).
 
 Shape letters: H head, N example.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -61,6 +63,15 @@ class Ablator:
         filling = None if self.replacements is None else self.replacements[layer]
         return ablate(self.model, self.layout, layer, heads, filling)
 
+    @contextmanager
+    def without_each(self, heads: Sequence[HeadId]) -> Iterator[None]:
+        """The model without `heads[b]` in batch row b, of whatever layers they are."""
+        with ExitStack() as stack:
+            for layer in sorted({head.layer for head in heads}):
+                of_row = torch.tensor([head.head if head.layer == layer else -1 for head in heads])
+                stack.enter_context(self.without(layer, of_row))
+            yield
+
     def first_layer(self, layer: int) -> int:
         """The decoder layer at which a forward with a head of `layer` ablated begins."""
         return layer if self.resumable else 0
@@ -71,6 +82,7 @@ class Measure(Protocol):
 
     Attributes:
         batches: examples that are measured together; all examples are in one of them.
+        unit_tokens: rows x tokens that a unit should have; layers are put together until it has.
         n_decoded: replies that the last `ablated` had to decode.
     """
 
@@ -78,21 +90,39 @@ class Measure(Protocol):
     def batches(self) -> Sequence[ExampleBatch]: ...  # noqa: D102
 
     @property
+    def unit_tokens(self) -> int: ...  # noqa: D102
+
+    @property
     def n_decoded(self) -> int: ...  # noqa: D102
 
     def baseline(self, batch: ExampleBatch) -> Floats:
         """Outcomes `[N]` of the whole model on a batch; keeps what `ablated` resumes from."""
 
-    def ablated(self, layer: int, heads: Sequence[int]) -> Floats:
-        """Outcomes `[H, N]` of the batch of the last `baseline`, without each of `heads`."""
+    def ablated(self, heads: Sequence[HeadId]) -> Floats:
+        """Outcomes `[H, N]` of the batch of the last `baseline`, without each of `heads`, which lie layer by layer."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """All heads of one layer on one batch of examples."""
+    """All heads of some layers on one batch of examples; `heads` are their numbers."""
 
     batch: int
-    layer: int
+    heads: tuple[int, ...]
+
+
+def units_of(heads: Sequence[HeadId], batches: Sequence[ExampleBatch], unit_tokens: int) -> list[Unit]:
+    """The units of a sweep, batch by batch: layers one after the other, together until a unit has `unit_tokens`."""
+    units: list[Unit] = []
+    for number, batch in enumerate(batches):
+        together: list[int] = []
+        for _, of_layer in groupby(range(len(heads)), key=lambda n: heads[n].layer):
+            together += of_layer
+            if len(together) * batch.n_tokens >= unit_tokens:
+                units.append(Unit(number, tuple(together)))
+                together = []
+        if together:
+            units.append(Unit(number, tuple(together)))
+    return units
 
 
 def sweep(
@@ -117,34 +147,28 @@ def sweep(
     Returns:
         The outcomes; None while other shares are missing.
     """
-    of_layer: dict[int, list[int]] = {}
-    for number, head in enumerate(ablator.heads):
-        of_layer.setdefault(head.layer, []).append(number)
-    units = [Unit(batch, layer) for batch in range(len(measure.batches)) for layer in of_layer]
-
+    units = units_of(ablator.heads, measure.batches, measure.unit_tokens)
     flops = ForwardFlops.of(ablator.model, ablator.layout)
 
     def cost(unit: Unit) -> float:
-        once = measure.batches[unit.batch].flops(flops, first_layer=ablator.first_layer(unit.layer))
-        return len(of_layer[unit.layer]) * once
+        batch, layers = measure.batches[unit.batch], [ablator.heads[number].layer for number in unit.heads]
+        return sum(batch.flops(flops, first_layer=ablator.first_layer(layer)) for layer in layers)
 
     known = _Known(name, ablator.heads, sum(len(batch.examples) for batch in measure.batches))
     known.read(journal)
     todo = [
-        unit
-        for unit in shard.share(units, cost)
-        if not known.has(of_layer[unit.layer], measure.batches[unit.batch].examples)
+        unit for unit in shard.share(units, cost) if not known.has(unit.heads, measure.batches[unit.batch].examples)
     ]
     recorded = None
     with progress(f"ablations, {name}", sum(map(cost, todo))) as advance:
         for unit in todo:
-            batch, numbers = measure.batches[unit.batch], of_layer[unit.layer]
+            batch = measure.batches[unit.batch]
             if recorded != unit.batch:
                 values_N = measure.baseline(batch)
                 recorded = unit.batch
-                known.add(journal, None, [], batch.examples, values_N[None], 0)
-            values_HN = measure.ablated(unit.layer, [ablator.heads[n].head for n in numbers])
-            known.add(journal, unit.layer, numbers, batch.examples, values_HN, measure.n_decoded)
+                known.add(journal, [], batch.examples, values_N[None], 0)
+            values_HN = measure.ablated([ablator.heads[number] for number in unit.heads])
+            known.add(journal, unit.heads, batch.examples, values_HN, measure.n_decoded)
             advance(cost(unit))
     shard.wait()
     if shard.count > 1:
@@ -163,7 +187,7 @@ class _Known:
     def __post_init__(self) -> None:
         shape = (1 + len(self.heads), self.n_examples)
         self.values, self.is_known = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
-        self.n_decoded: dict[tuple[int, tuple[int, ...]], int] = {}
+        self.n_decoded: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         self.row_of = {(head.layer, head.head): 1 + i for i, head in enumerate(self.heads)}
 
     def has(self, numbers: Sequence[int], examples: Sequence[int]) -> bool:
@@ -173,7 +197,6 @@ class _Known:
     def add(
         self,
         journal: Journal,
-        layer: int | None,
         numbers: Sequence[int],
         examples: Sequence[int],
         values_HN: Floats,
@@ -181,8 +204,8 @@ class _Known:
     ) -> None:
         record = {
             "set": self.name,
-            "layer": layer,
-            "heads": [self.heads[number].head for number in numbers],
+            # None of them: the whole model.
+            "heads": [list(self.heads[number]) for number in numbers],
             "examples": list(examples),
             "values": [nullable(values_N) for values_N in values_HN],
             "decoded": n_decoded,
@@ -201,11 +224,10 @@ class _Known:
         return Outcomes(self.values[0], self.values[1:], sum(self.n_decoded.values()))
 
     def _fill(self, record: Record) -> None:
-        layer, heads, examples = record["layer"], record["heads"], record["examples"]
+        heads, examples = [(layer, head) for layer, head in record["heads"]], record["examples"]
         values_HN = np.array(record["values"], dtype=float)
-        if layer is not None:
-            self.n_decoded[layer, tuple(examples)] = record["decoded"]
-        rows = [0] if layer is None else [self.row_of[layer, head] for head in heads]
+        rows = [self.row_of[head] for head in heads] or [0]
+        self.n_decoded[tuple(rows), tuple(examples)] = record["decoded"]
         self.values[np.ix_(rows, examples)] = values_HN
         self.is_known[np.ix_(rows, examples)] = True
 
