@@ -49,6 +49,7 @@ UTILITY = (
 SAFETY = (
     ("castune", "with_castune.py", "safety"),
     ("castune, margins", "with_castune.py", "safety-margins"),
+    ("castune, margins of 8 tokens", "with_castune.py", "safety-short-margins"),
     ("plain hooks, a prompt a generate", "with_hooks.py", "safety-prompt-by-prompt"),
     ("plain hooks, prompts batched", "with_hooks.py", "safety"),
     ("nnsight, prompts batched", "with_nnsight.py", "safety"),

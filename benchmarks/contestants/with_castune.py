@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,13 @@ def safety_margins(loaded: Loaded, work: Work) -> Outcome:
     examples = ct.examples("starter-safety", limit=work.n_prompts, seed=work.example_seed)[: len(work.prompts)]
     objectives = _objectives(loaded, work)
     measure = objectives.margin_measure(examples, objectives.replies(examples))
-    return {"refusals": None, "replies": None, "margins": _ablated("safety", objectives.ablator, measure)}
+    margins = _ablated("safety", objectives.ablator, measure)
+    return {"refusals": None, "replies": None, "margins": margins, "flops": _flops(objectives.ablator, measure)}
+
+
+def safety_short_margins(loaded: Loaded, work: Work) -> Outcome:
+    """The same over the first 8 tokens of the replies, in which a refusal has begun."""
+    return safety_margins(loaded, replace(work, max_new_tokens=min(8, work.max_new_tokens)))
 
 
 def safety(loaded: Loaded, work: Work) -> Outcome:
@@ -132,5 +139,6 @@ if __name__ == "__main__":
             "safety": safety,
             "safety-replies": safety_replies,
             "safety-margins": safety_margins,
+            "safety-short-margins": safety_short_margins,
         },
     )
