@@ -49,14 +49,17 @@ def context_of(row: Row, position: int, places: Sequence[tuple[KeysValues, int]]
     Raises:
         IndexError: a layer that nobody recorded.
     """
-    tokens_N = torch.tensor(row.context(position))
+    tokens = row.context(position)
+    index_on: dict[torch.device, Tensor] = {}
     context: Context = []
     for layer in range(len(places[0][0])):
         held = next(((found, b) for recorded, b in places if (found := recorded[layer]) is not None), None)
         if held is None:
             raise IndexError(f"keys and values of layer {layer} were not recorded")
         (keys_BHSK, values_BHSK), b = held
-        index_N = tokens_N.to(keys_BHSK.device)
+        if keys_BHSK.device not in index_on:
+            index_on[keys_BHSK.device] = torch.tensor(tokens, device=keys_BHSK.device)
+        index_N = index_on[keys_BHSK.device]
         context.append((keys_BHSK[b][:, index_N].transpose(0, 1), values_BHSK[b][:, index_N].transpose(0, 1)))
     return context
 

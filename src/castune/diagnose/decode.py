@@ -123,9 +123,10 @@ class RefusalMeasure:
             for pair_p, (top_PT, recorded) in self._recorded.ablated_parts(layer, of_layer, self._top_tokens):
                 for p, (pair, top_T) in enumerate(zip(pair_p.tolist(), top_PT.tolist(), strict=True)):
                     h, row = divmod(pair, len(self._batch.rows))
-                    places = [(recorded, p), self._below[row]]
-                    waiting += self._diverged(first + h, heads[first + h], row, top_T, places)
-                del recorded
+                    found_here = (recorded, p), self._below[row]
+                    waiting += self._diverged(first + h, heads[first + h], row, top_T, found_here)
+                # Contexts are copies: the cache they came from must not outlive its forward.
+                del recorded, found_here
                 if sum(map(self._room, waiting)) > self._decoded_tokens:
                     settle()
             first += len(of_layer)
