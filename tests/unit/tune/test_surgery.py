@@ -366,6 +366,7 @@ def test_no_conflict_no_change(
     assert result.surgery["mean_cosine"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("method", OWN)
 def test_accumulated_batches_are_operated_on_like_one_large_batch(
     tiny_model: Callable[..., Any],
     tiny_tokenizer: Any,
@@ -374,13 +375,15 @@ def test_accumulated_batches_are_operated_on_like_one_large_batch(
     selection_of: SelectionOf,
     gradients: list[list[tuple[str, Tensor]]],
     tmp_path: Path,
+    method: str,
 ) -> None:
     for batch, accumulation in ((8, 1), (4, 2), (1, 8)):
         model = tiny_model("llama")
         # A small step, so that what Adam makes of rounding does not grow from step to step.
         config = changed_config(
-            batch_size=batch, accumulation=accumulation, surgery_batch_size=3, learning_rate=1e-6, max_steps=2
-        )
+            surgery=method, batch_size=batch, accumulation=accumulation, surgery_batch_size=3, learning_rate=1e-6,
+            max_steps=2,
+        )  # fmt: skip
         tune(
             model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / str(batch), config=config,
             utility=opposed,
@@ -523,8 +526,10 @@ def test_two_processes_train_like_one(
     (tmp_path / "job.py").write_text(TWO_RANKS)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, batch, launch in (("one", 4, []), ("two", 2, torchrun)):
-        # Five utility examples: the ranks' shares differ in size.
-        config = changed_config(batch_size=batch, accumulation=2, surgery_batch_size=5, learning_rate=1e-6, max_steps=2)
+        # Five utility examples: the ranks' shares differ in size. One-way PCGrad is blind to the scale of u; this is not.
+        config = changed_config(
+            surgery="pcgrad-symmetric", batch_size=batch, surgery_batch_size=5, learning_rate=1e-6, max_steps=2
+        )
         job = {
             "name": name, "config": config.model_dump(), "data": [vars(e) for e in aligned],
             "utility": [vars(e) for e in opposed],
