@@ -71,7 +71,9 @@ def run(
     cmap = folder.load_map()
     show_diagnosis(cmap)
     for arm in folder.arms():
-        show_surgery(arm.name, folder.load_tuning(arm, folder.load_selection(arm, cmap)))
+        # Selections made beside a run need not be trained.
+        if (arm.adapter / "tune.json").is_file():
+            show_surgery(arm.name, folder.load_tuning(arm, folder.load_selection(arm, cmap)))
     evaluations = folder.load_evaluations()
     show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
     say(f"report: {folder.report_file}")

@@ -44,9 +44,15 @@ def test_a_recipe_takes_all_utility_domains_together(
         assert found["steps"] == 2
     assert Recipe.load(folder.recipe_file) == recipe
 
-    # The same again is already there; another method is not.
+    # The same again is already there; another method is not. Arms that were never trained have nothing to tell.
     before = (folder.path / "adapter" / "tune.json").read_bytes()
-    run(recipe)
+    assert castune("select", folder.path, "--zone", "all", "--beside", cwd=tmp_path).returncode == 0
+    done = castune("run", folder.recipe_file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(",")[0] for line in done.stdout.splitlines() if "surgery" in line] == [
+        "safe: surgery pcgrad (global)",
+        "risky: surgery pcgrad (global)",
+    ]
     assert (folder.path / "adapter" / "tune.json").read_bytes() == before
     with pytest.raises(CastuneError, match=r"tune\.surgery"):
         run(Recipe(**{**recipe.model_dump(), "tune": {**recipe.tune.model_dump(), "surgery": "pcgrad-symmetric"}}))
