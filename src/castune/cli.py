@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from castune import __version__
-from castune.console import say, show_diagnosis, show_evaluations, show_plan
+from castune.console import say, show_diagnosis, show_evaluations, show_plan, show_surgery
 from castune.errors import CastuneError, MapUnfinished
 
 app = typer.Typer(
@@ -68,7 +68,12 @@ def run(
     if out is not None:
         changes.append(f"out={out!r}")
     folder = pipeline.run(Recipe.load(recipe or quickstart_recipe(), changes))
-    show_diagnosis(folder.load_map())
+    cmap = folder.load_map()
+    show_diagnosis(cmap)
+    for arm in folder.arms():
+        # Selections made beside a run need not be trained.
+        if (arm.adapter / "tune.json").is_file():
+            show_surgery(arm.name, folder.load_tuning(arm, folder.load_selection(arm, cmap)))
     evaluations = folder.load_evaluations()
     show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
     say(f"report: {folder.report_file}")
@@ -270,6 +275,21 @@ def tune(
     alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 32,
     weight_decay: Annotated[float, typer.Option()] = 0.0,
     freeze_a: Annotated[bool, typer.Option("--freeze-a", help="Train B alone: exactly equal budgets.")] = False,
+    surgery: Annotated[
+        str,
+        typer.Option(
+            help="none; pcgrad (the paper: D_util is the reference only); pcgrad-symmetric; by torchjd: cagrad, "
+            "upgrad, mgda, gradvac, alignedmtl, imtlg."
+        ),
+    ] = "none",
+    utility: Annotated[
+        Optional[list[str]], typer.Option(help="D_util for --surgery: questions, or prompts with replies. Repeatable.")
+    ] = None,
+    utility_limit: UtilityLimitOption = None,
+    surgery_granularity: Annotated[str, typer.Option(help="global, tensor or head.")] = "global",
+    surgery_batch_size: Annotated[
+        Optional[int], typer.Option(help="Utility examples a step; as many as alignment examples when absent.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial values and data order.")] = 21,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
 ) -> None:
@@ -277,9 +297,16 @@ def tune(
     from castune import pipeline
     from castune.config import DataConfig, Recipe, TuneConfig
     from castune.run_directory import RunDirectory
+    from castune.tune.surgery import require_method
 
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
+    # Plain text here; the config knows what is accepted.
+    surgery_options: dict[str, Any] = {
+        "surgery": surgery,
+        "surgery_granularity": surgery_granularity,
+        "surgery_batch_size": surgery_batch_size,
+    }
     config = TuneConfig(
         learning_rate=learning_rate,
         epochs=epochs,
@@ -291,18 +318,38 @@ def tune(
         weight_decay=weight_decay,
         freeze_a=freeze_a,
         seed=seed,
+        **surgery_options,
     )
+    if config.surgery == "none" and utility:
+        raise CastuneError("--utility is the reference of gradient surgery: add --surgery, for example pcgrad")
+    if config.surgery != "none" and not utility:
+        raise CastuneError(f"--surgery {surgery} needs the data whose gradient it compares with: add --utility SOURCE")
+    require_method(config.surgery)
     source = DataConfig(source=data, limit=limit)
     target = folder.arm(arm)
     examples = pipeline.load_data(source, recipe.seed)
+    reference = [DataConfig(source=one, limit=utility_limit) for one in utility or ()]
+    utility_examples = [example for one in reference for example in pipeline.load_data(one, recipe.seed)]
     model, tokenizer = _load_model(recipe)
-    result = pipeline.tune_step(folder, target, model, tokenizer, examples, config, data, overwrite=overwrite)
+    result = pipeline.tune_step(
+        folder,
+        target,
+        model,
+        tokenizer,
+        examples,
+        config,
+        data,
+        utility=utility_examples,
+        utility_source=", ".join(utility or ()),
+        overwrite=overwrite,
+    )
     folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
     budget, certificate = result.budget, result.certificate
     say(
         f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, "
         f"{result.steps} steps"
     )
+    show_surgery(target.name, result)
     say(
         f"certificate: {certificate.changed_rows:,} of {certificate.selected_rows:,} selected rows changed, "
         f"{certificate.checked_rows:,} other rows of the adapted layers and all other tensors bit-identical"

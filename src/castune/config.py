@@ -20,6 +20,10 @@ Count = Annotated[int, Field(ge=1)]
 
 Zone = Literal["safe", "risky", "random", "all"]
 Score = Literal["conflict", "gradient", "sensitivity"]
+SurgeryMethod = Literal[
+    "none", "pcgrad", "pcgrad-symmetric", "cagrad", "upgrad", "mgda", "gradvac", "alignedmtl", "imtlg"
+]
+SurgeryGranularity = Literal["global", "tensor", "head"]
 
 
 class _Config(BaseModel):
@@ -151,6 +155,13 @@ class TuneConfig(_Config):
     """Train B alone: budgets of equal head counts are then equal to the parameter."""
     seed: int = 21
     """Seed of the adapter's initial values and of the data order."""
+    surgery: SurgeryMethod = "none"
+    """What is done to a gradient that works against the utility gradient (Section 4.2). `pcgrad`: what points against
+    it is taken out; D_util is the reference only. All others train on D_util too."""
+    surgery_granularity: SurgeryGranularity = "global"
+    """What conflicts and is changed on its own: the whole gradient, each A and B, or each head's rows of B (and A)."""
+    surgery_batch_size: Count | None = None
+    """Utility examples an optimiser step, over all processes; as many as alignment examples when absent."""
 
 
 class EvaluateConfig(_Config):

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from castune.artifacts import ConflictMap, EvalResult
+    from castune.artifacts import ConflictMap, EvalResult, TuneResult
     from castune.diagnose.plan import Plan
 
 
@@ -48,6 +48,19 @@ def show_diagnosis(cmap: ConflictMap) -> None:
             f"  domain {name} (n = {record['data']['n']}): accuracy {_rate(record['utility_accuracy'])}, reliability "
             f"of C {_number(record['reliability'])}, Spearman of C with the combined C {_number(record['spearman'])}"
         )
+
+
+def show_surgery(name: str, result: TuneResult) -> None:
+    """How often the gradients of alignment and utility conflicted in a training with surgery; nothing without."""
+    found = result.surgery
+    if found is None:
+        return
+    cosine = "undefined" if found["mean_cosine"] is None else f"{found['mean_cosine']:.3f}"
+    say(
+        f"{name}: surgery {result.settings['surgery']} ({result.settings['surgery_granularity']}), gradients of "
+        f"alignment and utility conflicted at {found['conflicting_steps']} of {found['steps']} steps, "
+        f"mean cosine {cosine}"
+    )
 
 
 def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:

@@ -32,6 +32,7 @@ from castune.evaluate.suites import Suite, load_suites
 from castune.report.page import write_figures, write_report
 from castune.run_directory import BASE, Arm, RunDirectory
 from castune.select import select
+from castune.tune.surgery import require_method
 from castune.tune.train import tune
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,24 @@ def run(recipe: Recipe) -> RunDirectory:
     align = load_data(recipe.align, recipe.seed)
     suites = load_suites(recipe.evaluate.suites, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
     require_replies(align, "align", "prompt, completion")
+    require_method(recipe.tune.surgery)
     folder.check(recipe)
     model, tokenizer = load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
 
     cmap = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
     folder.save_recipe(recipe)
     for arm in select_step(folder, recipe.select, cmap):
-        tune_step(folder, arm, model, tokenizer, align, recipe.tune, recipe.align.source)
+        tune_step(
+            folder,
+            arm,
+            model,
+            tokenizer,
+            align,
+            recipe.tune,
+            recipe.align.source,
+            utility=all_examples(utility),
+            utility_source=utility_source(recipe),
+        )
     evaluate_step(folder, model, tokenizer, recipe.evaluate, suites)
     report_step(folder)
     return folder
@@ -64,6 +76,18 @@ def run(recipe: Recipe) -> RunDirectory:
 def load_data(config: DataConfig, seed: int) -> list[Example]:
     """The examples of a recipe's data entry."""
     return examples(config.source, limit=config.limit, seed=seed)
+
+
+def all_examples(utility: Utility) -> list[Example]:
+    """The examples of all utility domains together, in the order of the domains' names."""
+    return [example for one in utility_sets(utility) for example in one.examples]
+
+
+def utility_source(recipe: Recipe) -> str:
+    """The sources of a recipe's utility data, in the order of `all_examples`."""
+    if isinstance(recipe.utility, DataConfig):
+        return recipe.utility.source
+    return ", ".join(recipe.utility[name].source for name in sorted(recipe.utility))
 
 
 def load_calibration(recipe: Recipe) -> tuple[list[Example], Utility]:
@@ -236,18 +260,35 @@ def tune_step(
     config: TuneConfig,
     source: str,
     *,
+    utility: Sequence[Example] | None = None,
+    utility_source: str | None = None,
     overwrite: bool = False,
 ) -> TuneResult:
-    """The adapter of an arm, trained unless it is there."""
+    """The adapter of an arm, trained unless it is there; `utility` is the reference of gradient surgery."""
     selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
     if (arm.adapter / "tune.json").is_file() and not overwrite:
         result = folder.load_tuning(arm, selection)
-        _check_same(f"{arm.adapter}", result.settings, config.model_dump(mode="json"), folder)
+        # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
+        found = TuneConfig(**result.settings).model_dump(mode="json")
+        _check_same(f"{arm.adapter}", found, config.model_dump(mode="json"), folder)
         _check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data), folder)
+        if result.surgery is not None and utility is not None:
+            digest = result.surgery["utility"]["hash"]
+            _check_same(f"{arm.adapter}'s utility data", digest, content_hash(utility), folder)
         logger.info("tuning %s: already there", arm.name)
         return result
     logger.info("tuning %s: %d heads, %d examples", arm.name, len(selection.heads), len(data))
-    result = tune(model, tokenizer, selection, data=data, out=arm.adapter, config=config, source=source)
+    result = tune(
+        model,
+        tokenizer,
+        selection,
+        data=data,
+        out=arm.adapter,
+        config=config,
+        source=source,
+        utility=utility,
+        utility_source=utility_source,
+    )
     folder.record_step(f"tune {arm.name}", result.provenance)
     return result
 

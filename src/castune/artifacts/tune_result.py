@@ -74,6 +74,8 @@ class TuneResult:
         seconds: wall time of the training loop.
         model: identity of the base model.
         provenance: versions, machine, command, time.
+        surgery: of a training with gradient surgery: steps, conflicting_steps, mean_cosine of alignment and utility
+            gradient (None: undefined at every step), and the utility data (source, n, hash, cut). None without.
     """
 
     adapter: str
@@ -87,6 +89,7 @@ class TuneResult:
     seconds: float
     model: dict[str, Any]
     provenance: dict[str, Any]
+    surgery: dict[str, Any] | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write `tune.json` into an adapter directory (or to the given file), atomically."""
@@ -104,12 +107,22 @@ class TuneResult:
         record = read_json(path, _TUNE_RESULT, f"castune tune {path.parent.parent} --data DATA")
         certificate = Certificate.load(path.parent)
         losses = parsed(path, _TUNE_RESULT, lambda: tuple((int(step), float(loss)) for step, loss in record["losses"]))
-        fields = [name for name in cls.__dataclass_fields__ if name not in ("certificate", "losses")]
+        fields = [name for name in cls.__dataclass_fields__ if name not in ("certificate", "losses", "surgery")]
+        # Records from before there was surgery know nothing of it.
+        surgery = parsed(path, _TUNE_RESULT, lambda: _record_or_none(record.get("surgery")))
         return parsed(
             path,
             _TUNE_RESULT,
-            lambda: cls(certificate=certificate, losses=losses, **{name: record[name] for name in fields}),
+            lambda: cls(
+                certificate=certificate, losses=losses, surgery=surgery, **{name: record[name] for name in fields}
+            ),
         )
+
+
+def _record_or_none(value: Any) -> dict[str, Any] | None:
+    if value is None or isinstance(value, dict):
+        return value
+    raise TypeError(f"surgery is {value!r}, not a record")
 
 
 def _named(path: str | Path, name: str) -> Path:

@@ -22,8 +22,9 @@ from castune.core.provenance import model_record, provenance
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.rows import Row
-from castune.errors import DataError, TrainingError
+from castune.errors import CastuneError, DataError, TrainingError
 from castune.tune.row_lora import budget, sparse_lora
+from castune.tune.surgery import Operation, parameter_groups, require_method
 from castune.tune.verify import certify
 
 
@@ -36,6 +37,8 @@ def tune(
     out: str | Path,
     config: TuneConfig | None = None,
     source: str | None = None,
+    utility: Sequence[Example] | None = None,
+    utility_source: str | None = None,
 ) -> TuneResult:
     """Train the selected heads and write adapter, certificate and record.
 
@@ -47,10 +50,13 @@ def tune(
         out: the adapter directory. It is complete or absent, never half-written.
         config: settings; the paper's Table 3 by default.
         source: name of the data source, for the record.
+        utility: D_util, the reference of gradient surgery: questions, or prompts with replies. Not used without.
+        utility_source: name of its source, for the record.
 
     Raises:
+        CastuneError: gradient surgery without utility data, or a method of it that is not installed.
         DataError: an example has no reply, or a reply that does not fit.
-        TrainingError: the loss is not finite.
+        TrainingError: a loss is not finite, or surgery cannot reach the gradients.
         CertificateError: the trained adapter touches anything outside the selection.
     """
     config = config or TuneConfig()
@@ -60,6 +66,7 @@ def tune(
         raise DataError("no training examples")
     require_replies(data, "training data", "prompt, completion")
     rows = [chat.loss_row(example) for example in data]
+    utility_rows = _utility_rows(config, chat, utility)
     # Before the adapter is built: the seed also decides the initial A.
     set_seed(config.seed)
     layout = HeadLayout.of(model)
@@ -73,7 +80,11 @@ def tune(
     try:
         try:
             started = time.perf_counter()
-            trainer = _train(peft_model, rows, config, aside)
+            operation = None
+            if config.surgery != "none":
+                groups = parameter_groups(peft_model, layout, selection, config.surgery_granularity)
+                operation = Operation(utility_rows, config, groups)
+            trainer = _train(peft_model, rows, config, aside, operation)
             seconds = time.perf_counter() - started
             _check_finite(peft_model, config)
             peft_model.save_pretrained(aside / "adapter")
@@ -85,23 +96,22 @@ def tune(
                 model.config.use_cache = used_cache  # Trainer turns it off
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(required_grad[name])
+        surgery = None
+        if operation is not None and utility:
+            surgery = {**operation.record, "utility": _data_record(utility, utility_rows, utility_source)}
         result = TuneResult(
             adapter=out.name,
             certificate=certify(model, aside / "adapter", selection),
             budget=ledger,
             settings=config.model_dump(mode="json"),
-            data={
-                "source": source,
-                "n": len(data),
-                "hash": content_hash(data),
-                "cut": sum(row.cut for row in rows),
-            },
+            data=_data_record(data, rows, source),
             losses=tuple((log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log),
             steps=trainer.state.global_step,
             tokens=trainer.tokens_seen,
             seconds=round(seconds, 2),
             model=model_record(model),
             provenance=provenance(config.seed),
+            surgery=surgery,
         )
         result.save(aside / "adapter")
         if out.exists():
@@ -113,9 +123,10 @@ def tune(
 
 
 class ReplyTrainer(Trainer):
-    """HF Trainer on castune's loss; everything else is the Trainer's own."""
+    """HF Trainer on castune's loss, with gradient surgery if `operation` is set; the rest is the Trainer's own."""
 
     tokens_seen = 0
+    operation: Operation | None = None
     # The loss is a mean over examples: the Trainer itself averages over micro-batches.
     model_accepts_loss_kwargs = False
 
@@ -136,8 +147,36 @@ class ReplyTrainer(Trainer):
             )
         return loss
 
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch forward and backward, and gradient surgery after the last one of an optimiser step."""
+        loss: Tensor = super().training_step(model, *args, **kwargs)
+        # Here gradients are accumulated and averaged over processes. A callback would see them clipped.
+        if self.operation is not None and self.accelerator.sync_gradients:
+            bare = self.accelerator.unwrap_model(model)
+            self.operation(bare, self.accelerator, self.compute_loss_context_manager)
+        return loss
 
-def _train(peft_model: Any, rows: Sequence[Row], config: TuneConfig, workspace: Path) -> ReplyTrainer:
+
+def _utility_rows(config: TuneConfig, chat: ChatFormat, utility: Sequence[Example] | None) -> list[Row]:
+    """The rows of D_util that surgery needs; none without surgery."""
+    if config.surgery == "none":
+        return []
+    require_method(config.surgery)
+    if not utility:
+        raise CastuneError(
+            f'surgery = "{config.surgery}" needs utility data, whose gradient it compares with; '
+            "give utility examples (castune tune: --utility SOURCE)"
+        )
+    return [chat.loss_row(example) for example in utility]
+
+
+def _data_record(data: Sequence[Example], rows: Sequence[Row], source: str | None) -> dict[str, Any]:
+    return {"source": source, "n": len(data), "hash": content_hash(data), "cut": sum(row.cut for row in rows)}
+
+
+def _train(
+    peft_model: Any, rows: Sequence[Row], config: TuneConfig, workspace: Path, operation: Operation | None
+) -> ReplyTrainer:
     arguments = TrainingArguments(
         output_dir=str(workspace / "trainer"),
         per_device_train_batch_size=config.batch_size,
@@ -162,6 +201,9 @@ def _train(peft_model: Any, rows: Sequence[Row], config: TuneConfig, workspace: 
     )
     trainer = ReplyTrainer(model=peft_model, args=arguments, train_dataset=_RowDataset(rows), data_collator=_collate)
     trainer.remove_callback(PrinterCallback)
+    if operation is not None:
+        operation.check(trainer.accelerator)
+        trainer.operation = operation
     with progress("training", 1.0) as advance:
         trainer.add_callback(_Progress(advance))
         trainer.train()
