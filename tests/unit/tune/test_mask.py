@@ -100,7 +100,7 @@ def test_selected_rows_are_the_adapters_and_all_else_is_the_bases(
 
     # Plain PEFT reads it back: the same logits as the weights computed row by row.
     expected = tiny_model(family)
-    by_hand(expected, selection, {l: pair(adapter, layout.at(l).query_path) for l in (0, 2)}, 10 / 4)
+    by_hand(expected, selection, {layer: pair(adapter, layout.at(layer).query_path) for layer in (0, 2)}, 10 / 4)
     with torch.no_grad():
         before, wanted = model(input_ids=IDS).logits, expected(input_ids=IDS).logits
         found = PeftModel.from_pretrained(tiny_model(family), tmp_path / "out")(input_ids=IDS).logits
