@@ -87,6 +87,8 @@ def test_a_merged_model_is_base_and_adapter(models: Models, recipe_of: RecipeOf,
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template
     assert GenerationConfig.from_pretrained(tmp_path / "merged").max_new_tokens == 7
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    assert modes == {(tmp_path / "utility.jsonl").stat().st_mode & 0o777}, "as readable as any other file"
     assert str(tmp_path) not in (tmp_path / "merged" / "config.json").read_text()
 
 
@@ -207,6 +209,7 @@ def test_the_card_has_the_numbers_of_the_run(finished: Path, tmp_path: Path) -> 
         assert suite.value is not None
         assert f"{suite.value:.3f} ± {suite.standard_error:.3f} (n = {suite.n})" in line
         assert f"| {suite.judge} | {suite.max_new_tokens or ''} |" in line
+    assert "measured on the base model with the adapter in float32" in card
     assert not re.search(r"\b(?:None|nan|not recorded|not measured)\b", card)
     assert str(tmp_path) not in card, "no paths of this machine"
     assert not any(sample["prompt"] in card for sample in evaluation.samples), "no prompts"

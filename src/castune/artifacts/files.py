@@ -28,10 +28,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     os.close(descriptor)
     try:
         yield Path(temporary)
-        # mkstemp makes files private; an artifact is as readable as any file the user creates.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
+        _as_readable_as_any(Path(temporary))
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -61,6 +58,8 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     inside.mkdir()
     try:
         yield inside
+        for file in inside.iterdir():
+            _as_readable_as_any(file)  # safetensors makes private files too
         if replace and path.exists():
             shutil.rmtree(path)
         inside.rename(path)
@@ -72,6 +71,13 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _as_readable_as_any(file: Path) -> None:
+    # mkstemp makes files private; an artifact is as readable as any file the user creates.
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def check_vacant(path: Path) -> None:

@@ -197,7 +197,8 @@ def _evaluation(facts: CardFacts) -> str:
                 "" if suite.max_new_tokens is None else str(suite.max_new_tokens),
             ]
         )
-    text = _table(head, rows) + "\n\nRates are means ± standard errors over n scored examples."
+    text = _table(head, rows) + "\n\nRates are means ± standard errors over n scored examples, measured on the base "
+    text += f"model with the adapter in {_text(tuned.model.get('dtype', 'its own dtype'))}."
     if facts.cost_ratio is not None:
         text += f" Utility cost ratio (utility lost for safety gained): {facts.cost_ratio:.2f}."
     return text
