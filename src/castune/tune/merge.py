@@ -65,7 +65,7 @@ def write_merged(
         CastuneError: the weights of the base are quantised.
     """
     adapter, out = Path(adapter), Path(out)
-    if getattr(base, "is_quantized", False) or hasattr(base, "hf_quantizer"):
+    if getattr(base, "is_quantized", False):
         raise CastuneError("the base model is quantised: merging would round its weights again; give the full model")
     certificate = certify(base, adapter, selection)
     layout = HeadLayout.of(base)

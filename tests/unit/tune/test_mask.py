@@ -350,3 +350,47 @@ def test_a_merged_model_differs_in_selected_rows_alone(
         assert not torch.equal(new[chosen], old[chosen])
     assert done.identical_tensors == len(before) - 2
     assert done.changed_rows == done.certificate.changed_rows == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "differs from the base in model.layers.1.mlp.up_proj.weight"),
+        (
+            "model.layers.0.self_attn.q_proj.weight",
+            "differs from the merged one in model.layers.0.self_attn.q_proj.weight",
+        ),
+    ],
+)
+def test_a_file_that_is_not_what_was_merged_is_found(
+    tiny_model: TinyModel, tiny_tokenizer: Any, selection_of: SelectionOf, source: Source, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str,
+) -> None:  # fmt: skip
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = 0.0
+    selection = selection_of(model, SOME)
+    mask_adapter(model, source(), selection, tmp_path / "adapter")
+    save = model.save_pretrained
+
+    def tampered(out: Path) -> None:
+        save(out)
+        tensors = load_file(out / "model.safetensors")
+        tensors[name][0, 0] = -0.0  # equal by value
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(model, "save_pretrained", tampered)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(CertificateError, match=said):
+        write_merged(model, tiny_tokenizer, tmp_path / "adapter", selection, tmp_path / "merged")
+
+
+def test_a_quantised_base_is_refused(
+    tiny_model: TinyModel, tiny_tokenizer: Any, selection_of: SelectionOf, source: Source, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    selection = selection_of(model, SOME)
+    mask_adapter(model, source(), selection, tmp_path / "adapter")
+    model.is_quantized = True
+    with pytest.raises(CastuneError, match="quantised"):
+        write_merged(model, tiny_tokenizer, tmp_path / "adapter", selection, tmp_path / "merged")
