@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from castune.evaluate.run import evaluate as evaluate
     from castune.evaluate.stats import correlation as correlation
     from castune.evaluate.stats import utility_cost_ratio as utility_cost_ratio
+    from castune.export import export as export
     from castune.pipeline import run as run
     from castune.select import select as select
+    from castune.tune.mask import mask_adapter as mask_adapter
     from castune.tune.row_lora import sparse_lora as sparse_lora
     from castune.tune.train import tune as tune
     from castune.tune.verify import certify as certify
@@ -62,8 +64,10 @@ _PUBLIC = {
     "evaluate": "castune.evaluate.run",
     "correlation": "castune.evaluate.stats",
     "utility_cost_ratio": "castune.evaluate.stats",
+    "export": "castune.export",
     "run": "castune.pipeline",
     "select": "castune.select",
+    "mask_adapter": "castune.tune.mask",
     "sparse_lora": "castune.tune.row_lora",
     "tune": "castune.tune.train",
     "certify": "castune.tune.verify",

@@ -12,7 +12,15 @@ from typing import Annotated, Any, Optional
 import typer
 
 from castune import __version__
-from castune.console import say, show_diagnosis, show_evaluations, show_plan, show_surgery
+from castune.console import (
+    say,
+    show_certificate,
+    show_diagnosis,
+    show_evaluations,
+    show_masked,
+    show_plan,
+    show_surgery,
+)
 from castune.errors import CastuneError, MapUnfinished
 
 app = typer.Typer(
@@ -344,17 +352,100 @@ def tune(
         overwrite=overwrite,
     )
     folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
-    budget, certificate = result.budget, result.certificate
+    budget = result.budget
     say(
         f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, "
         f"{result.steps} steps"
     )
     show_surgery(target.name, result)
-    say(
-        f"certificate: {certificate.changed_rows:,} of {certificate.selected_rows:,} selected rows changed, "
-        f"{certificate.checked_rows:,} other rows of the adapted layers and all other tensors bit-identical"
-    )
+    show_certificate(result.certificate)
     say(f"adapter: {target.adapter}")
+
+
+@app.command()
+def mask(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Directories of plain PEFT LoRA adapters.")
+    ],
+    out: Annotated[Path, typer.Option(help="Adapter directory to write.")],
+    run: Annotated[Optional[Path], typer.Option(help="The run whose heads are kept; all heads when absent.")] = None,
+    arm: Annotated[
+        Optional[str], typer.Option(help="An arm of the run; the main one when absent; all: every head.")
+    ] = None,
+    base: Annotated[Optional[str], typer.Option(help="The base model, where there is no run.")] = None,
+    combination: Annotated[
+        Optional[str], typer.Option(help="How several adapters become one first: linear or ties.")
+    ] = None,
+    weights: Annotated[
+        Optional[str], typer.Option(help="A weight for each adapter, e.g. 1,0.5,0.5; 1 each when absent.")
+    ] = None,
+    density: Annotated[Optional[float], typer.Option(help="Share of the values ties keeps; 0.5 when absent.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that castune mask wrote.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Keep only the chosen heads' rows of existing adapters, combined or not; write a PEFT adapter and its certificate.
+
+    Without --run, or with --arm all, the rows of all query heads are kept: what is compared with the chosen ones.
+    """
+    from castune.artifacts.files import check_vacant
+    from castune.artifacts.masked_adapter import MASK_FILE
+    from castune.core.loading import load
+    from castune.run_directory import RunDirectory
+    from castune.tune.mask import every_head, mask_adapter
+
+    if (run is None) == (base is None):
+        raise CastuneError("give the heads and their model by --run RUN, or --base MODEL to keep all heads")
+    if run is None and arm not in (None, "all"):
+        raise CastuneError(f"--arm {arm} is an arm of a run; name it with --run RUN")
+    if not (overwrite and (out / MASK_FILE).is_file()):
+        check_vacant(out)
+    settings: dict[str, Any] = {"combination": combination, "weights": _numbers(weights, "--weights")}
+    selection = None
+    if run is not None:
+        folder = RunDirectory(run)
+        recipe = folder.load_recipe()
+        selection = None if arm == "all" else folder.load_selection(folder.arm(arm), folder.load_map())
+        model, _ = _load_model(recipe)
+    else:
+        model, _ = load(str(base))
+    result = mask_adapter(
+        model,
+        adapters,
+        selection or every_head(model),
+        out,
+        density=density,
+        overwrite=overwrite,
+        **settings,
+    )
+    show_masked(result)
+    say(f"adapter: {out}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, or an adapter with certificate.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="The whole model in transformers format; the adapter alone when absent.")
+    ] = False,
+    arm: Annotated[Optional[str], typer.Option(help="An arm of the run; the main one when absent.")] = None,
+    base: Annotated[Optional[str], typer.Option(help="The base model, when it lies elsewhere now.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the merged model; auto: the one the base is stored in, so that nothing is rounded.")
+    ] = "auto",
+) -> None:
+    """Write an adapter, or the model merged with it, as a directory to publish, with a model card."""
+    from castune.export import export as write
+
+    done = write(source, out, merged=merged, arm=arm, base=base, dtype=dtype)
+    if done.merging is not None:
+        say(
+            f"merged ({done.merging.dtype}) and read back: {done.certificate.changed_rows:,} of "
+            f"{done.certificate.selected_rows:,} selected rows changed; {done.merging.identical_tensors:,} other "
+            f"tensors and {done.merging.identical_rows:,} unselected rows bit-identical to the base"
+        )
+    say(f"{'model' if merged else 'adapter'}: {done.path}")
 
 
 @app.command()
@@ -472,6 +563,15 @@ def _integers(text: str | None, option: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise CastuneError(f"{option} {text}: expected numbers separated by commas, for example 0,15,29") from None
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise CastuneError(f"{option} {text}: expected numbers separated by commas, for example 1,0.5,0.5") from None
 
 
 def _utility(sources: list[str] | None, limit: int | None) -> dict[str, Any]:

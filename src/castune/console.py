@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from castune.artifacts import ConflictMap, EvalResult, TuneResult
+    from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
     from castune.diagnose.plan import Plan
 
 
@@ -117,6 +117,29 @@ def _duration(seconds: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
+
+
+def show_certificate(certificate: Certificate) -> None:
+    """What an adapter changes, and what it was proven not to change."""
+    say(
+        f"certificate: {certificate.changed_rows:,} of {certificate.selected_rows:,} selected rows changed, "
+        f"{certificate.checked_rows:,} other rows of the adapted layers and all other tensors bit-identical"
+    )
+
+
+def show_masked(masked: MaskedAdapter) -> None:
+    """What was made of existing adapters, what was left out, and the proof."""
+    heads = masked.certificate.selection
+    layers = len({layer for layer, _ in heads})
+    made = "" if masked.combination is None else f"{len(masked.sources)} adapters, {masked.combination}; "
+    say(f"{made}{masked.zone}: {len(heads)} of {masked.n_total} heads kept, in {layers} layers")
+    if masked.dropped:
+        counts = ", ".join(f"{count} {name}" for name, count in masked.dropped.items())
+        say(f"left out: {counts} (modules adapted by the sources that hold no selected head)")
+    if masked.unadapted_layers:
+        missing = ", ".join(map(str, masked.unadapted_layers))
+        say(f"note: no source adapts the queries of layer {missing}: unchanged there")
+    show_certificate(masked.certificate)
 
 
 def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, float | None]) -> None:

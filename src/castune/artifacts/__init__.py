@@ -3,6 +3,7 @@
 from castune.artifacts.conflict_map import ConflictMap
 from castune.artifacts.eval_result import EvalResult, SuiteResult
 from castune.artifacts.head_selection import HeadSelection
+from castune.artifacts.masked_adapter import MaskedAdapter
 from castune.artifacts.tune_result import Certificate, TuneResult
 
-__all__ = ["Certificate", "ConflictMap", "EvalResult", "HeadSelection", "SuiteResult", "TuneResult"]
+__all__ = ["Certificate", "ConflictMap", "EvalResult", "HeadSelection", "MaskedAdapter", "SuiteResult", "TuneResult"]

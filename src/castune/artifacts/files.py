@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +28,64 @@ def replacing(path: str | Path) -> Iterator[Path]:
     os.close(descriptor)
     try:
         yield Path(temporary)
-        # mkstemp makes files private; an artifact is as readable as any file the user creates.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
+        _as_readable_as_any(Path(temporary))
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; move it into place when the block ends without an error.
+
+    The directory at `path` is complete or absent, whatever happens in the block.
+
+    Args:
+        path: the directory to make; what is there must be an empty directory, unless `replace`.
+        replace: put it in the place of what is there.
+
+    Raises:
+        ArtifactError: something is there already.
+    """
+    path = Path(path).absolute()
+    if not replace:
+        check_vacant(path)
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    # mkdtemp makes directories private; the one inside is as readable as any the user creates.
+    inside = aside / path.name
+    inside.mkdir()
+    try:
+        yield inside
+        for file in inside.iterdir():
+            _as_readable_as_any(file)  # safetensors makes private files too
+        if replace and path.exists():
+            shutil.rmtree(path)
+        inside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _as_readable_as_any(file: Path) -> None:
+    # mkstemp makes files private; an artifact is as readable as any file the user creates.
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
+def check_vacant(path: Path) -> None:
+    """Refuse a place to write to where something is already; an empty directory is none."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise ArtifactError(f"{path}: exists already; give another directory with --out, or remove this one")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -50,22 +50,11 @@ def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: flo
     Raises:
         CastuneError: the selection belongs to another model, or is empty.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     layout = HeadLayout.of(model)
     check_selection(model, layout, selection)
-    names = {layout.at(layer).query_name for layer in selection.layers}
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=sorted(names),
-        layers_to_transform=list(selection.layers),
-        fan_in_fan_out=any(layout.at(layer).transposed for layer in selection.layers),
-        task_type="CAUSAL_LM",
-    )
-    peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(model, query_lora_config(layout, selection, r=r, alpha=alpha))
     wrapped = {name.removeprefix("base_model.model.") for name, _ in lora_layers(peft_model)}
     wanted = {layout.at(layer).query_path for layer in selection.layers}
     if wrapped != wanted:
@@ -77,6 +66,22 @@ def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: flo
         if freeze_a:
             module.lora_A[ADAPTER_NAME].weight.requires_grad_(False)
     return peft_model
+
+
+def query_lora_config(layout: HeadLayout, selection: HeadSelection, *, r: int, alpha: float) -> Any:
+    """The `LoraConfig` of plain LoRA on the query projections of the layers that hold a selected head."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted({layout.at(layer).query_name for layer in selection.layers}),
+        layers_to_transform=list(selection.layers),
+        fan_in_fan_out=any(layout.at(layer).transposed for layer in selection.layers),
+        task_type="CAUSAL_LM",
+    )
 
 
 def check_selection(model: nn.Module, layout: HeadLayout, selection: HeadSelection) -> None:
@@ -101,6 +106,14 @@ def row_mask(layout: HeadLayout, selection: HeadSelection, layer: int) -> Tensor
     mask = torch.zeros(n_rows, dtype=torch.bool)
     for head in heads:
         mask[layout.query_rows(layer, head)] = True
+    return mask
+
+
+def projection_mask(layout: HeadLayout, selection: HeadSelection, layer: int, n_rows: int) -> Tensor:
+    """`row_mask` over all rows of the projection: a fused one has keys and values after or between its queries."""
+    mask = torch.zeros(n_rows, dtype=torch.bool)
+    selected = row_mask(layout, selection, layer)
+    mask[: len(selected)] = selected
     return mask
 
 

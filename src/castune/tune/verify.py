@@ -17,7 +17,7 @@ from castune.artifacts.tune_result import adapter_hash
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
 from castune.errors import CertificateError
-from castune.tune.row_lora import check_selection, row_mask
+from castune.tune.row_lora import check_selection, projection_mask
 
 _PREFIX = "base_model.model."
 
@@ -32,6 +32,10 @@ _REFUSED = {
     "target_parameters": "it adapts parameters outside the query projections",
     "lora_bias": "it trains biases",
     "layer_replication": "it repeats layers",
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "use_qalora": "it pools the inputs",
+    "use_bdlora": "its matrices are block diagonal",
+    "arrow_config": "it routes between adapters",
 }
 _PLAIN_INITS = (True, False, "gaussian")
 
@@ -54,13 +58,15 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     adapter = Path(adapter)
     layout = HeadLayout.of(base)
     check_selection(base, layout, selection)
+    config = plain_lora_config(adapter)
     names = {layout.at(layer).query_name for layer in selection.layers}
-    rank, scaling = _plain_lora(adapter, names, selection.layers)
+    _check_scope(adapter, config, names, selection.layers)
+    rank, scaling = int(config["r"]), config["lora_alpha"] / config["r"]
     weights = adapter / "adapter_model.safetensors"
     expected = {layout.at(layer).query_path: layer for layer in selection.layers}
     checked_rows = changed_rows = selected_rows = 0
     largest = 0.0
-    for path, a, b in _lora_pairs(weights):
+    for path, a, b in lora_pairs(weights):
         if path not in expected:
             raise CertificateError(f"{weights}: the adapter changes {path}, which holds no selected head")
         layer = expected.pop(path)
@@ -71,13 +77,10 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
                 f"{weights}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected "
                 f"{(rank, rows.shape[1])} and {(rows.shape[0], rank)} for r = {rank}"
             )
-        # The arithmetic of peft's own merge: delta in the adapter's dtype, added in the base's.
-        merged = (rows + ((b @ a) * scaling).to(rows.dtype)).contiguous()
-        mask = torch.zeros(len(rows), dtype=torch.bool)
-        selected = row_mask(layout, selection, layer)
-        mask[: len(selected)] = selected
+        merged = merged_rows(rows, a, b, scaling)
+        mask = projection_mask(layout, selection, layer, len(rows))
         # Adding the zero delta of an unselected row turns -0.0 into +0.0: the same number.
-        changed = ((merged != rows) & (_bits(merged) != _bits(rows.contiguous()))).any(1)
+        changed = ((merged != rows) & (bits(merged) != bits(rows.contiguous()))).any(1)
         outside = (changed & ~mask).nonzero().flatten().tolist()
         if outside:
             raise CertificateError(
@@ -103,14 +106,21 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     )
 
 
-def _plain_lora(adapter: Path, names: set[str], layers: tuple[int, ...]) -> tuple[int, float]:
-    """(r, alpha / r) of a plain LoRA adapter on the query projections `names` of `layers`; others are refused."""
+def plain_lora_config(adapter: Path) -> dict[str, Any]:
+    """The settings of a plain LoRA adapter, `r` an int and `lora_alpha` a float; updates are scaled by alpha / r.
+
+    Args:
+        adapter: directory of a PEFT adapter.
+
+    Raises:
+        CertificateError: missing, damaged, or an adapter that changes more than its tensors A and B say.
+    """
     path = adapter / "adapter_config.json"
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
-        peft_type, targets = config["peft_type"], config["target_modules"]
+        peft_type, _ = config["peft_type"], config["target_modules"]
         rank, alpha = int(config.get("r", 0)), float(config.get("lora_alpha", 0))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CertificateError(f"{path}: no such file; give the directory of a PEFT adapter") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise CertificateError(f"{path}: damaged: {error!r}") from None
@@ -128,17 +138,42 @@ def _plain_lora(adapter: Path, names: set[str], layers: tuple[int, ...]) -> tupl
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}: it changes the base weights; "
             f"accepted: {', '.join(map(str, _PLAIN_INITS))}"
         )
+    return {**config, "r": rank, "lora_alpha": alpha}
+
+
+def _check_scope(adapter: Path, config: dict[str, Any], names: set[str], layers: tuple[int, ...]) -> None:
+    """Refuse an adapter that addresses more than the query projections `names` of `layers`."""
+    path, targets = adapter / "adapter_config.json", config["target_modules"]
     if not isinstance(targets, list) or set(targets) != names:
         raise CertificateError(f"{path}: target_modules is {targets!r}, accepted for this model: {sorted(names)}")
     adapted = config.get("layers_to_transform")
     if not isinstance(adapted, list) or sorted(adapted) != list(layers):
         # Layers the file has no weights for would be initialised when it is loaded, B at random if so configured.
         raise CertificateError(f"{path}: layers_to_transform is {adapted!r}, accepted here: {list(layers)}")
-    return rank, alpha / rank
 
 
-def _lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(module path, A, B) of every adapted module; any other tensor in the file is refused."""
+def merged_rows(rows: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`rows + scaling * (b @ a)`, with the arithmetic of PEFT's `merge_and_unload`.
+
+    PEFT reads 16-bit adapters as float32; only the sum is rounded to the dtype of the base.
+
+    Args:
+        rows: weight of the projection, `[rows, D]`.
+        a: LoRA's A, `[R, D]`.
+        b: LoRA's B, `[rows, R]`.
+        scaling: alpha / r.
+    """
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return (rows + (b @ a) * scaling).to(rows.dtype).contiguous()
+
+
+def lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(module path, A, B) of every module an adapter's weights file adapts.
+
+    Raises:
+        CertificateError: no readable safetensors file, or it holds anything but pairs of A and B.
+    """
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
@@ -151,6 +186,6 @@ def _lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield path.removeprefix(_PREFIX), tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """The tensor's bits as integers of the same shape, so that comparison sees the payload of NaN."""
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

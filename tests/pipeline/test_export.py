@@ -1,0 +1,336 @@
+"""`castune mask` and `castune export`: what is published is what was measured, and bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import assert_one_error, castune
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
+
+from castune.artifacts import Certificate, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.cli import app
+from castune.config import Recipe
+from castune.core.heads import HeadLayout
+from castune.errors import CastuneError
+from castune.export import export
+from castune.pipeline import run
+from castune.report.card import CardFacts, Merging, model_card
+from castune.tune.row_lora import projection_mask
+
+Models = Callable[..., Path]
+RecipeOf = Callable[..., Recipe]
+IDS = torch.arange(5, 25)[None]
+
+
+@pytest.fixture
+def finished(models: Models, recipe_of: RecipeOf) -> Path:
+    """A run with a comparison arm, `risky`."""
+    return run(recipe_of(models())).path
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def refused(*arguments: object) -> str:
+    """What the command line refuses, in this process: a user error, of which `main` makes one line and exit code 2."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert isinstance(done.exception, CastuneError), done.exception
+    assert "\n" not in str(done.exception)
+    return str(done.exception)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# -- merged models
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_a_merged_model_is_base_and_adapter(models: Models, recipe_of: RecipeOf, tmp_path: Path, family: str) -> None:
+    model = models(family)
+    GenerationConfig(max_new_tokens=7, eos_token_id=257, pad_token_id=0, bos_token_id=256).save_pretrained(model)
+    folder = run(recipe_of(model, select__compare=[], evaluate__suites=[str(tmp_path / "utility.jsonl")])).path
+    done = castune("export", folder, "--merged", "--out", tmp_path / "merged", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "bit-identical to the base" in done.stdout
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == base.dtype == torch.float32
+    layout, selection = HeadLayout.of(base), HeadSelection.load(folder)
+    layer_of = {f"{layout.at(layer).query_path}.weight": layer for layer in selection.layers}
+    old = base.state_dict()
+    for name, tensor in merged.state_dict().items():
+        different = (tensor.view(torch.int32) != old[name].view(torch.int32)).any(int(not layout.at(0).transposed)) \
+            if tensor.ndim == 2 else (tensor != old[name]).any()  # fmt: skip
+        if name in layer_of:
+            assert not different[~projection_mask(layout, selection, layer_of[name], len(different))].any()
+            assert different.any()
+        else:
+            assert not different.any(), name
+    # The same sums in another order: float32 on logits of order one.
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-5, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.chat_template
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").max_new_tokens == 7
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    assert modes == {(tmp_path / "utility.jsonl").stat().st_mode & 0o777}, "as readable as any other file"
+    assert str(tmp_path) not in (tmp_path / "merged" / "config.json").read_text()
+
+
+def test_a_16_bit_base_stays_16_bit(models: Models, recipe_of: RecipeOf, tmp_path: Path) -> None:
+    # The run computed in float32; the merged model is as the base is stored, so that no weight is widened.
+    model = models(change=lambda model: model.to(torch.bfloat16))
+    folder = run(recipe_of(model, select__compare=[], evaluate__suites=[str(tmp_path / "utility.jsonl")])).path
+    done = export(folder, tmp_path / "merged", merged=True)
+    assert done.merging is not None
+    assert done.merging.dtype == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert Certificate.load(tmp_path / "merged") == done.certificate
+    assert (
+        export(folder, tmp_path / "wide", merged=True, dtype="float32").certificate
+        == TuneResult.load(folder / "adapter").certificate
+    )
+
+
+# -- adapters
+
+
+def test_an_arm_is_exported_as_it_is(finished: Path, tmp_path: Path) -> None:
+    done = castune("export", finished, "--arm", "risky", "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    source = finished / "arms" / "risky" / "adapter"
+    copied = {"adapter_config.json", "adapter_model.safetensors", "certificate.json", "tune.json"}
+    assert files(tmp_path / "out") == copied | {"README.md"}
+    assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in copied)
+    # What was exported can be exported again: as a whole model, from the base it names.
+    assert export(tmp_path / "out", tmp_path / "merged", merged=True).merging is not None
+
+
+# -- masks on the command line
+
+
+@pytest.fixture
+def plain(tmp_path: Path, tiny_model: Callable[..., Any]) -> Callable[..., Path]:
+    def make(name: str = "plain", seed: int = 3, **changes: Any) -> Path:
+        config = LoraConfig(
+            **{
+                "r": 4,
+                "target_modules": ["q_proj", "v_proj"],
+                "init_lora_weights": False,
+                "task_type": "CAUSAL_LM",
+                **changes,
+            }
+        )
+        torch.manual_seed(seed)
+        get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def test_a_mask_of_a_run(finished: Path, plain: Callable[..., Path], tmp_path: Path) -> None:
+    done = castune("mask", plain(), "--run", finished, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "safe: 3 of 12 heads kept" in done.stdout
+    assert re.search(r"left out: .*3 v_proj", done.stdout)
+    result = MaskedAdapter.load(tmp_path / "out")
+    assert result.certificate.selection == HeadSelection.load(finished).heads
+    assert result.dropped["v_proj"] == 3
+    exported = castune(
+        "export", tmp_path / "out", "--merged", "--base", tmp_path / "model", "--out", tmp_path / "m", cwd=tmp_path
+    )
+    assert exported.returncode == 0, exported.stderr
+    card = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
+    assert "| Zone | safe |" in card
+    assert "| plain | " in card
+    assert "3 of 12 attention heads" in card
+
+
+def test_ties_of_all_heads_and_of_chosen_ones(finished: Path, plain: Callable[..., Path], tmp_path: Path) -> None:
+    settings = ["--combination", "ties", "--weights", "1,0.5", "--density", "0.4"]
+    two = [plain("one"), plain("two", seed=4)]
+    for name, where in (
+        ("safe", ["--run", finished]),
+        ("all", ["--run", finished, "--arm", "all"]),
+        ("base", ["--base", tmp_path / "model"]),
+    ):
+        done = CliRunner().invoke(
+            app, [str(part) for part in ("mask", *two, *where, *settings, "--out", tmp_path / name)]
+        )
+        assert done.exit_code == 0, done.exception
+    all_heads, safe = MaskedAdapter.load(tmp_path / "all"), MaskedAdapter.load(tmp_path / "safe")
+    assert (all_heads.combination, all_heads.weights, all_heads.density) == ("ties", (1.0, 0.5), 0.4)
+    assert (all_heads.certificate.selected_rows, safe.certificate.selected_rows) == (96, 24)
+    assert (tmp_path / "all" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "base" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+# -- the card
+
+
+def test_the_card_has_the_numbers_of_the_run(finished: Path, tmp_path: Path) -> None:
+    export(finished, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    tuning = TuneResult.load(finished / "adapter")
+    for label, value in (
+        ("Zone", "safe"),
+        ("Trainable parameters", f"{tuning.budget['trainable_parameters']:,}"),
+        ("Query rows", "24"),
+        ("rank", "4"),
+        ("learning_rate", "0.02"),
+        ("seed", str(tuning.settings["seed"])),
+        ("Data (D_align)", "align.jsonl (n = 8)"),
+        ("Harmful prompts (D_safe)", "safety.jsonl (n = 4)"),
+        ("Questions (D_util)", "utility.jsonl (n = 4)"),
+        ("Selected query rows that changed", "24 of 24"),
+        ("Other rows of the adapted projections, all identical", f"{tuning.certificate.checked_rows}"),
+        ("Adapter", tuning.certificate.adapter_hash),
+    ):
+        assert f"| {label} | {value} |" in card, label
+    evaluation = EvalResult.load(finished / "evaluation" / "safe")
+    for suite in evaluation.suites:
+        line = next(line for line in card.splitlines() if line.startswith(f"| {Path(suite.suite).name} |"))
+        assert suite.value is not None
+        assert f"{suite.value:.3f} ± {suite.standard_error:.3f} (n = {suite.n})" in line
+        assert f"| {suite.judge} | {suite.max_new_tokens or ''} |" in line
+    assert "measured on the base model with the adapter in float32" in card
+    assert not re.search(r"\b(?:None|nan|not recorded|not measured)\b", card)
+    assert str(tmp_path) not in card, "no paths of this machine"
+    assert not any(sample["prompt"] in card for sample in evaluation.samples), "no prompts"
+
+
+def test_what_a_run_does_not_have_is_left_out(finished: Path, tmp_path: Path) -> None:
+    shutil.rmtree(finished / "evaluation")
+    export(finished, tmp_path / "bare")
+    card = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8")
+    assert "## Evaluation" not in card
+    assert "## Training" in card
+    (tmp_path / "bare" / "tune.json").unlink()
+    export(tmp_path / "bare", tmp_path / "barer")
+    card = (tmp_path / "barer" / "README.md").read_text(encoding="utf-8")
+    assert "## Certificate" in card
+    assert not re.search(r"## (?:Training|Evaluation|Conflict map)|Zone", card)
+
+
+def test_an_evaluation_of_another_adapter_is_not_in_the_card(finished: Path, tmp_path: Path) -> None:
+    path = finished / "evaluation" / "safe" / "metrics.json"
+    record = json.loads(path.read_text())
+    record["model"]["adapter"] = "0123-4567"
+    path.write_text(json.dumps(record))
+    export(finished, tmp_path / "out")
+    assert "## Evaluation" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_names_from_outside_stay_in_their_cells() -> None:
+    certificate = Certificate("f" * 16, ((0, 1),), "a-b", 24, 30, 8, 8, 0.5)
+    name = 'x|y\n# title <script>alert(1)</script> [l](http://x) `c` "q"\n```'
+    tuning = TuneResult("adapter", certificate, {}, {"rank": 4}, {"source": name, "n": 2}, (), 1, 2, 3.0, {}, {})
+    card = model_card(CardFacts({"name": name}, certificate, tuning=tuning))
+    assert "<script" not in card
+    assert len(re.findall(r"^# ", card, re.MULTILINE)) == 1
+    assert card.count("```") == 2, "one block of code"
+    assert "base_model" not in card, "no hub id"
+    rows = [line for line in card.splitlines() if line.startswith("| Data (D_align)")]
+    assert len(rows) == 1
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 3
+    merged = model_card(CardFacts({"name": "org/Base-1B"}, certificate, merging=Merging("bfloat16", 29, 24)))
+    assert 'base_model: "org/Base-1B"' in merged
+    assert "29 other tensors and 24 unselected rows" in merged
+
+
+# -- refusals
+
+
+def test_a_place_that_is_taken(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    for command in (
+        ["export", finished],
+        ["export", finished, "--merged"],
+        ["mask", finished / "adapter", "--run", finished],
+    ):
+        assert_one_error(castune(*command, "--out", tmp_path / "taken", cwd=tmp_path), "taken: exists already", "--out")
+    assert files(tmp_path / "taken") == {"notes.txt"}
+
+
+@pytest.mark.parametrize("options", [[], ["--merged"]])
+def test_an_export_that_cannot_be(finished: Path, models: Models, tmp_path: Path, options: list[str]) -> None:
+    out = tmp_path / "made" / "out"
+    (tmp_path / "empty").mkdir()
+    config = finished / "adapter" / "adapter_config.json"
+
+    def fails(source: Path, *said: str, more: tuple[Any, ...] = ()) -> None:
+        before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+        error = refused("export", source, *options, *more, "--out", out)
+        assert all(re.search(pattern, error) for pattern in said), error
+        assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
+
+    fails(tmp_path / "empty", "no recipe.toml")
+    fails(finished, "no selection named saef", "safe, risky", more=("--arm", "saef"))
+    fails(finished / "adapter", "no arms", more=("--arm", "safe"))
+    if options:
+        other = models(name="other", seed=1)
+        fails(finished, "made for model", more=("--base", other))
+        fails(finished / "adapter", "made for model", more=("--base", other))
+        fails(finished, "could not load|no such directory|no model config", more=("--base", "/nowhere/at/all"))
+    config.write_text(config.read_text() + "\n")
+    fails(finished, "is not the one its certificate was made for")
+    fails(finished / "adapter", "is not the one its certificate was made for")
+    (finished / "adapter" / "certificate.json").unlink()
+    fails(finished / "adapter", "without certificate", "castune mask")
+
+
+def test_a_write_that_fails_leaves_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(facts: CardFacts) -> str:
+        raise CastuneError("disk full")
+
+    # The attribute `castune.export` is the function.
+    monkeypatch.setattr(sys.modules["castune.export"], "model_card", broken)
+    for merged in (False, True):
+        with pytest.raises(CastuneError, match="disk full"):
+            export(finished, tmp_path / "made" / "out", merged=merged)
+        assert not (tmp_path / "made").exists()
+
+
+def test_a_mask_that_cannot_be(finished: Path, plain: Callable[..., Path], models: Models, tmp_path: Path) -> None:
+    adapter, dora = plain(), plain("dora", use_dora=True)
+    run_of, base, other = (
+        ["--run", finished],
+        ["--base", tmp_path / "model"],
+        ["--base", models("llama", name="other", seed=1)],
+    )
+    for arguments, said in (
+        ([adapter], "--run RUN, or --base MODEL"),
+        ([adapter, *run_of, *base], "--run RUN, or --base MODEL"),
+        ([adapter, *base, "--arm", "safe"], "--arm safe is an arm of a run"),
+        ([adapter, *run_of, "--arm", "saef"], "no selection named saef"),
+        ([adapter, adapter, *run_of], "linear, ties"),
+        ([adapter, adapter, *run_of, "--combination", "ties", "--weights", "1,x"], "--weights 1,x"),
+        ([adapter, adapter, *run_of, "--combination", "ties", "--density", "2"], "density is 2"),
+        ([tmp_path / "nowhere", *run_of], "no such file"),
+        ([dora, *run_of], "use_dora"),
+        ([finished / "adapter", *other], "was made for model"),
+    ):
+        assert said in refused("mask", *arguments, "--out", tmp_path / "made" / "out")
+        assert not (tmp_path / "made").exists()
+    done = castune("mask", dora, *run_of, "--out", tmp_path / "made" / "out", cwd=tmp_path)
+    assert_one_error(done, "use_dora", "DoRA", "accepted: plain LoRA")
+    done = castune("export", finished, "--merged", *other, "--out", tmp_path / "made" / "out", cwd=tmp_path)
+    assert_one_error(done, "made for model [0-9a-f]{16}")
+    assert not (tmp_path / "made").exists()
