@@ -70,8 +70,10 @@ def generate_replies(
 
     def reply_of(index: int, tokens: Sequence[int]) -> Reply | None:
         """The reply these tokens make, if it is complete."""
+        # Rows of a batch that began with more tokens than others run past the limit.
+        tokens = tokens[:max_new_tokens]
         stop = next((t for t, token in enumerate(tokens) if token in end), None)
-        kept = tuple(tokens if stop is None else tokens[:stop])[:max_new_tokens]
+        kept = tuple(tokens if stop is None else tokens[:stop])
         if is_settled is not None and is_settled(_text(tokenizer, kept)):
             first = next(n for n in range(len(begun[index]), len(kept) + 1) if is_settled(_text(tokenizer, kept[:n])))
             stop, kept = None, kept[:first]

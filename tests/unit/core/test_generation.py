@@ -122,6 +122,19 @@ def test_replies_continue_from_their_first_tokens(any_tiny_model: Any, tiny_toke
         assert list(reply.tokens) == (expected[:-1] if expected[-1] == END else expected)
 
 
+def test_an_end_beyond_the_limit_is_not_reached(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """A reply that began with many tokens shares its batch with one that needs more steps, and ends at the limit."""
+    model = tiny_model("llama")
+    tokens = greedy_alone(model, PROMPTS[0], 12, set())
+    end = next(t for t in tokens[8:] if t not in tokens[:8])
+    found = generate_replies(
+        model, tiny_tokenizer, [PROMPTS[0], PROMPTS[1]], max_new_tokens=8, end_tokens=[end], batch_tokens=10_000,
+        begun=[tokens[:7], []],
+    )  # fmt: skip
+    assert found[0].tokens == tuple(tokens[:8])
+    assert not found[0].finished
+
+
 def test_complete_replies_leave_their_batch(any_tiny_model: Any, tiny_tokenizer: Any) -> None:
     """After a few steps only rows that are not complete are run, each with the keys of its own prompt."""
     free = [greedy_alone(any_tiny_model, prompt, 20, set()) for prompt in PROMPTS]
