@@ -1,8 +1,8 @@
 """Which summary of margin changes predicts what training costs? Trains arms, prints one table.
 
-    python benchmarks/margin_variants.py RUN OUT
+    python benchmarks/margin_variants.py MEASURED OUT
 
-RUN is the run directory of a diagnosis by margins. Each variant of the shift (below) makes its own C(h) from the same
+MEASURED is the directory of `reliability.py`. Each variant of the shift (below) makes its own C(h) from the same
 measurements, and its own buckets of heads; every bucket is trained, and the utility that is lost on held-out questions
 is compared with the mean C(h) of its heads, over the arms of all variants.
 """
@@ -13,24 +13,31 @@ import argparse
 import json
 import logging
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 import castune as ct
-from castune.artifacts import ConflictMap, HeadSelection
+from castune.artifacts import HeadSelection
 from castune.config import EvaluateConfig, TuneConfig
+from castune.core.heads import HeadLayout
+from castune.core.provenance import fingerprint
 from castune.core.ranking import by_descending, equal_parts
 from castune.diagnose.reliability import spearman
-from castune.diagnose.score import conflict_score, functional_sensitivity
+from castune.diagnose.score import conflict_from_gram, conflict_score, functional_sensitivity
+from castune.diagnose.sweep import Outcomes
 from castune.evaluate.run import evaluate
 from castune.evaluate.suites import load_suites
 from castune.tune.train import tune
 
+sys.path.insert(0, str(Path(__file__).parent))
+from reliability import measured
+
 Head = tuple[int, int]
+MARGIN = "margin-8"
 SUITES = ("starter-utility-eval", "starter-safety-eval")
 
 # From the changes of the margins without each head, [H, N], to a shift a head.
@@ -41,16 +48,10 @@ VARIANTS = {
 }
 
 
-def changes(run: Path, objective: str, n_heads: int) -> np.ndarray:
-    table = pq.read_table(run / "ablation.parquet").to_pandas()
-    table = table[table["objective"] == objective]
-    return (table["ablated"] - table["baseline"]).to_numpy(dtype=float).reshape(n_heads, -1)
-
-
-def scores(cmap: ConflictMap, run: Path) -> dict[str, np.ndarray]:
+def scores(gram_HCC: np.ndarray, outcomes: dict[str, Outcomes]) -> dict[str, np.ndarray]:
     """C(h) by every variant, and what has no shift in it: O(h) alone."""
-    conflict_H = cmap.column("optimization_conflict")
-    utility_HN, safety_HN = (changes(run, objective, len(cmap)) for objective in ("utility", "safety"))
+    conflict_H = conflict_from_gram(gram_HCC, gram_HCC.shape[1] // 2)
+    utility_HN, safety_HN = (outcomes[name].ablated_HN - outcomes[name].baseline_N for name in ("utility", MARGIN))
     found = {
         name: conflict_score(conflict_H, functional_sensitivity(shift(utility_HN), shift(safety_HN)))
         for name, shift in VARIANTS.items()
@@ -58,20 +59,20 @@ def scores(cmap: ConflictMap, run: Path) -> dict[str, np.ndarray]:
     return {**found, "O alone": conflict_H}
 
 
-def arms_of(cmap: ConflictMap, by_variant: dict[str, np.ndarray], buckets: int, seed: int) -> dict[str, list[Head]]:
+def arms_of(heads: Sequence[Head], by_variant: dict[str, np.ndarray], buckets: int, seed: int) -> dict[str, list[Head]]:
     """Every variant's buckets, and random ones of the same size."""
     arms = {}
     for name, score_H in by_variant.items():
-        for number, heads in enumerate(equal_parts(by_descending(cmap.heads, score_H), buckets), start=1):
-            arms[f"{name} {number}"] = sorted(heads)
-    shuffled = random.Random(seed).sample(cmap.heads, len(cmap))
-    for number, heads in enumerate(equal_parts(shuffled, buckets), start=1):
-        arms[f"random {number}"] = sorted(heads)
+        for number, chosen in enumerate(equal_parts(by_descending(heads, score_H), buckets), start=1):
+            arms[f"{name} {number}"] = sorted(chosen)
+    shuffled = random.Random(seed).sample(heads, len(heads))
+    for number, chosen in enumerate(equal_parts(shuffled, buckets), start=1):
+        arms[f"random {number}"] = sorted(chosen)
     return arms
 
 
 def trained(
-    loaded: tuple[Any, Any], cmap: ConflictMap, heads: Sequence[Head], out: Path, seed: int
+    loaded: tuple[Any, Any], heads: Sequence[Head], out: Path, *, steps: int, seed: int
 ) -> dict[str, dict[str, float]]:
     """Outcome of every held-out example after training these heads; kept in `out`."""
     from peft import PeftModel
@@ -89,13 +90,13 @@ def trained(
                 bucket=None,
                 score="conflict",
                 seed=None,
-                n_total=len(cmap),
-                model_fingerprint=cmap.fingerprint,
+                n_total=len(HeadLayout.of(model).heads),
+                model_fingerprint=fingerprint(model),
                 conflict_map_hash=None,
             )
             # B alone, so that all arms have equally many parameters.
             settings = TuneConfig(
-                learning_rate=1e-3, max_steps=100, batch_size=8, accumulation=1, freeze_a=True, seed=seed
+                learning_rate=1e-3, max_steps=steps, batch_size=8, accumulation=1, freeze_a=True, seed=seed
             )
             data = ct.examples("starter-align")
             tune(model, tokenizer, selection, data=data, out=out / "adapter", config=settings)
@@ -122,27 +123,34 @@ def change(before: dict[str, float], after: dict[str, float]) -> tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("measured", type=Path, help="directory that reliability.py wrote")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--examples", type=int, default=128, help="as given to reliability.py")
     parser.add_argument("--buckets", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=21)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    cmap = ConflictMap.load(options.run)
-    by_variant = scores(cmap, options.run)
-    arms = arms_of(cmap, by_variant, options.buckets, options.seed)
     loaded = ct.load("default")
-    base = trained(loaded, cmap, [], options.out / "base", options.seed)
+    all_heads = [tuple(head) for head in HeadLayout.of(loaded[0]).heads]
+    gram_HCC, outcomes, _ = measured(options.measured, options.examples, options.seed, [MARGIN])
+    by_variant = scores(gram_HCC, outcomes)
+    arms = arms_of(all_heads, by_variant, options.buckets, options.seed)
+
+    def outcomes_of(name: str, heads: Sequence[Head]) -> dict[str, dict[str, float]]:
+        return trained(loaded, heads, options.out / name.replace(" ", "-"), steps=options.steps, seed=options.seed)
+
+    base = outcomes_of("base", [])
     costs, gains = [], []
     print(f"{'arm':22}{'utility margin':>20}{'refusals':>18}")
     for name, heads in arms.items():
-        after = trained(loaded, cmap, heads, options.out / name.replace(" ", "-"), options.seed)
+        after = outcomes_of(name, heads)
         utility, safety = (change(base[suite], after[suite]) for suite in SUITES)
         costs.append(-utility[0])
         gains.append(safety[0])
         print(f"{name:22}{utility[0]:+12.3f} ± {utility[1]:.3f}{safety[0]:+10.3f} ± {safety[1]:.3f}", flush=True)
     cost_A = np.array(costs)
-    row_of = {head: row for row, head in enumerate(cmap.heads)}
+    row_of = {head: row for row, head in enumerate(all_heads)}
     print(f"\nSpearman over {len(arms)} arms of the mean score of an arm's heads with what it lost and gained")
     for name, score_H in by_variant.items():
         mean_A = np.array([score_H[[row_of[head] for head in heads]].mean() for heads in arms.values()])

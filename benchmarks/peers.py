@@ -49,7 +49,7 @@ UTILITY = (
 SAFETY = (
     ("castune", "with_castune.py", "safety"),
     ("castune, margins", "with_castune.py", "safety-margins"),
-    ("castune, margins of 8 tokens", "with_castune.py", "safety-short-margins"),
+    ("castune, margins of 24 tokens", "with_castune.py", "safety-long-margins"),
     ("plain hooks, a prompt a generate", "with_hooks.py", "safety-prompt-by-prompt"),
     ("plain hooks, prompts batched", "with_hooks.py", "safety"),
     ("nnsight, prompts batched", "with_nnsight.py", "safety"),
@@ -168,7 +168,10 @@ def print_maps(utility: dict[str, float], safety: dict[str, float]) -> None:
     if "castune" not in utility or "castune, margins" not in safety:
         return
     margins = utility["castune"] + safety["castune, margins"]
-    pairs = [(UTILITY[1][0], SAFETY[2][0]), (UTILITY[2][0], SAFETY[3][0])]
+    # One by one as one would write it, and batched.
+    pairs = zip(
+        *([label for label, script, _ in rows if script == "with_hooks.py"] for rows in (UTILITY, SAFETY)), strict=True
+    )
     for of_utility, of_safety in pairs:
         if of_utility in utility and of_safety in safety:
             decisions = utility[of_utility] + safety[of_safety]

@@ -3,7 +3,8 @@
     python benchmarks/reliability.py OUT --examples 128
 
 Everything is measured once, at the largest number; smaller numbers are random subsets of it. OUT keeps a journal, so
-the same command continues.
+the same command continues. Seconds are processor time of all threads: with OMP_NUM_THREADS=1 other work on the machine
+hardly moves them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +42,25 @@ COLUMNS = {"O": "optimization_conflict", "H_gen": "utility_shift", "H_safe": "sa
 @contextmanager
 def noted(seconds: dict[str, float], name: str, file: Path) -> Any:
     """Add the seconds of a block to those of earlier calls."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-    file.write_text(json.dumps(seconds))
+    started = time.process_time()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.process_time() - started
+        file.write_text(json.dumps(seconds))
 
 
-def measured(out: Path, n: int, seed: int) -> tuple[np.ndarray, dict[str, Outcomes], dict[str, float]]:
-    """Gram matrices of the gradient chunks, outcomes of every sweep, and what each took."""
+def measured(
+    out: Path, n: int, seed: int, safety_measures: Sequence[str]
+) -> tuple[np.ndarray, dict[str, Outcomes], dict[str, float]]:
+    """Gram matrices of the gradient chunks, outcomes of every sweep, and what each took.
+
+    Args:
+        out: directory of what is kept.
+        n: examples of each set.
+        seed: of their choice.
+        safety_measures: `decision`, `margin-N` for margins over N tokens.
+    """
     model, tokenizer = ct.load("default")
     chat, layout = ChatFormat(tokenizer), HeadLayout.of(model)
     safety = ct.examples("starter-safety", limit=n, seed=seed)
@@ -77,22 +90,26 @@ def measured(out: Path, n: int, seed: int) -> tuple[np.ndarray, dict[str, Outcom
             Ablator(model, layout, layout.heads, can_resume(model, layout)), tokenizer, chat, config
         )
         replies = objectives.replies(safety)
-        sweeps: dict[str, Callable[[], Any]] = {
-            "utility": lambda: objectives.utility_measure(utility),
-            "safety by margins": lambda: objectives.margin_measure(safety, replies),
-            "safety by decisions": lambda: objectives.refusal_measure(safety, replies),
-        }
+
+        def measure(name: str) -> Any:
+            if name == "utility":
+                return objectives.utility_measure(utility)
+            if name == "decision":
+                return objectives.refusal_measure(safety, replies)
+            short = config.model_copy(update={"margin_tokens": int(name.removeprefix("margin-"))})
+            return replace(objectives, config=short).margin_measure(safety, replies)
+
         outcomes = {}
-        for name, measure in sweeps.items():
+        for name in ("utility", *safety_measures):
             with noted(seconds, name, seconds_file):
-                found = sweep(name, objectives.ablator, measure(), journal=journal, shard=Shard())
+                found = sweep(name, objectives.ablator, measure(name), journal=journal, shard=Shard())
             assert found is not None
             outcomes[name] = found
     return np.load(gram_file), outcomes, seconds
 
 
 def subset(
-    gram_HCC: np.ndarray, outcomes: dict[str, Outcomes], measure: Any, safety: np.ndarray, utility: np.ndarray
+    gram_HCC: np.ndarray, outcomes: dict[str, Outcomes], name: str, safety: np.ndarray, utility: np.ndarray
 ) -> Measurements:
     """The measurements of some chunks of both sets."""
     n_chunks = gram_HCC.shape[1] // 2
@@ -104,13 +121,13 @@ def subset(
         # A question is answered right exactly where its margin is positive.
         return Outcomes((baseline_N > 0) * 1.0, (ablated_HN > 0) * 1.0) if sign else Outcomes(baseline_N, ablated_HN)
 
-    by_decision = measure == "decision"
+    by_decision = name == "decision"
     of_utility = of(outcomes["utility"], utility, sign=by_decision)
     return Measurements(
         domains=[Domain(gram_HCC[:, kept][:, :, kept], of_utility)],
         n_safety=len(safety),
-        safety=of(outcomes[f"safety by {measure}s"], safety, sign=False),
-        measure=measure,
+        safety=of(outcomes[name], safety, sign=False),
+        measure="decision" if by_decision else "margin",
         sensitivity_rank="difference",
         combination="mean",
     )
@@ -121,15 +138,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--draws", type=int, default=8, help="random subsets of each number")
+    parser.add_argument("--measures", default="margin-8,decision", help="decision, margin-8, margin-24, ...")
     parser.add_argument("--seed", type=int, default=21)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    gram_HCC, outcomes, seconds = measured(options.out, options.examples, options.seed)
+    measures = options.measures.split(",")
+    gram_HCC, outcomes, seconds = measured(options.out, options.examples, options.seed, measures)
     print(json.dumps({name: round(value) for name, value in seconds.items()}))
     print("reliability of the whole map (Spearman-Brown from split halves); overlap of the halves' safe zones")
     print(f"{'measure':10}{'n':>5}" + "".join(f"{sign:>8}" for sign in COLUMNS) + f"{'safe zone':>11}{'seconds':>9}")
-    for measure in ("decision", "margin"):
-        parts = ("gradients", "utility", f"safety by {measure}s")
+    for measure in measures:
+        parts = ("gradients", "utility", measure)
         n = 16
         while n <= options.examples:
             rng = np.random.default_rng(options.seed)

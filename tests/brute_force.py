@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,36 +29,106 @@ INSTRUCTION = (
 )
 
 
+@dataclass(frozen=True)
+class Block:
+    """The attention of one layer: where the query rows and the outputs of its heads lie.
+
+    Attributes:
+        query: weight of the projection that makes queries, [rows, D].
+        begins: first row of each head's queries.
+        width: rows of a head's queries.
+        output: the output projection.
+        out_width: inputs of it that belong to a head.
+    """
+
+    query: Tensor
+    begins: list[int]
+    width: int
+    output: torch.nn.Module
+    out_width: int
+    transposed: bool = False
+
+
+def blocks_by_hand(model: Any) -> dict[int, Block]:
+    """The attention of every layer that has heads, written out from each family's modeling code."""
+    config, family = model.config, model.config.model_type
+    if family == "gpt2":
+        n, width = config.n_head, config.n_embd // config.n_head
+        return {
+            i: Block(b.attn.c_attn.weight, [h * width for h in range(n)], width, b.attn.c_proj, width, transposed=True)
+            for i, b in enumerate(model.transformer.h)
+        }
+    n = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // n
+    if family in ("gpt_neox", "bloom", "falcon"):
+        if family == "gpt_neox":  # q, k and v of a head, then those of the next
+            found, begins = [block.attention for block in model.gpt_neox.layers], [3 * h * width for h in range(n)]
+        else:
+            found = [block.self_attention for block in model.transformer.h]
+            if family == "bloom":
+                begins = [3 * h * width for h in range(n)]
+            elif config.new_decoder_architecture:  # the queries of a group of heads, its key, its value
+                group = n // config.num_kv_heads
+                begins = [(h // group * (group + 2) + h % group) * width for h in range(n)]
+            else:  # all queries, one key, one value
+                begins = [h * width for h in range(n)]
+        return {i: Block(a.query_key_value.weight, begins, width, a.dense, width) for i, a in enumerate(found)}
+    if family == "opt":
+        found = [layer.self_attn for layer in model.model.decoder.layers]
+        return {
+            i: Block(a.q_proj.weight, [h * width for h in range(n)], width, a.out_proj, width)
+            for i, a in enumerate(found)
+        }
+    blocks = {}
+    for i, layer in enumerate(model.model.layers):
+        if not hasattr(layer, "self_attn"):  # linear attention
+            continue
+        attention, rows, out_width = layer.self_attn, width, width
+        if family == "phi3":  # all queries, all keys, all values
+            query = attention.qkv_proj
+        elif family == "deepseek_v3":
+            query, rows, out_width = (
+                attention.q_b_proj,
+                config.qk_nope_head_dim + config.qk_rope_head_dim,
+                config.v_head_dim,
+            )
+        else:
+            query = attention.q_proj
+            if family == "qwen3_next":  # the query of a head and its output gate
+                rows = 2 * width
+        blocks[i] = Block(query.weight, [h * rows for h in range(n)], rows, attention.o_proj, out_width)
+    return blocks
+
+
 class BruteForce:
     """One model and tokenizer, measured without any shortcut.
 
     Args:
-        model: llama, qwen2 or gpt2, in float32.
+        model: of a family that `blocks_by_hand` knows, in float32.
         tokenizer: its tokenizer; a turn ends with its eos token.
-        max_new_tokens: length of generated replies, and of the replies that refusal margins compare.
+        max_new_tokens: length of generated replies.
+        margin_tokens: tokens of two replies that refusal margins compare.
         layers: layers whose heads are measured; all by default.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int, layers: Sequence[int] | None = None) -> None:
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        margin_tokens: int = 8,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.margin_tokens = max_new_tokens, min(margin_tokens, max_new_tokens)
         self.end: int = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        config = model.config
-        if config.model_type == "gpt2":
-            n_layers, self.n_heads, self.width = config.n_layer, config.n_head, config.n_embd // config.n_head
-            blocks = [block.attn for block in model.transformer.h]
-            self.query_weights = [block.c_attn.weight for block in blocks]
-            self.outputs = [block.c_proj for block in blocks]
-        else:
-            assert config.model_type in ("llama", "qwen2")
-            n_layers, self.n_heads = config.num_hidden_layers, config.num_attention_heads
-            self.width = getattr(config, "head_dim", None) or config.hidden_size // self.n_heads
-            blocks = [block.self_attn for block in model.model.layers]
-            self.query_weights = [block.q_proj.weight for block in blocks]
-            self.outputs = [block.o_proj for block in blocks]
+        self.blocks = blocks_by_hand(model)
         self.heads: list[Head] = [
             (layer, head)
-            for layer in (range(n_layers) if layers is None else sorted(layers))
-            for head in range(self.n_heads)
+            for layer, block in self.blocks.items()
+            if layers is None or layer in layers
+            for head in range(len(block.begins))
         ]
         self.fillings: dict[int, Tensor] | None = None  # layer -> [heads * width]; None: zero
 
@@ -101,11 +172,9 @@ class BruteForce:
             (loss / len(examples)).backward()
         gradients = {}
         for layer, head in self.heads:
-            gradient = self.query_weights[layer].grad
-            if self.model.config.model_type == "gpt2":  # (inputs, q | k | v)
-                rows = gradient[:, head * self.width : (head + 1) * self.width]
-            else:
-                rows = gradient[head * self.width : (head + 1) * self.width, :]
+            block = self.blocks[layer]
+            rows = slice(block.begins[head], block.begins[head] + block.width)
+            rows = block.query.grad[:, rows] if block.transposed else block.query.grad[rows, :]
             gradients[layer, head] = rows.double().flatten().clone()
         self.model.zero_grad(set_to_none=True)
         for parameter, required in zip(self.model.parameters(), before, strict=True):
@@ -126,14 +195,15 @@ class BruteForce:
             yield
             return
         layer, number = head
-        columns = slice(number * self.width, (number + 1) * self.width)
+        block = self.blocks[layer]
+        columns = slice(number * block.out_width, (number + 1) * block.out_width)
 
         def cut(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
             changed = args[0].clone()
             changed[..., columns] = 0 if self.fillings is None else self.fillings[layer][columns]
             return (changed,)
 
-        handle = self.outputs[layer].register_forward_pre_hook(cut)
+        handle = block.output.register_forward_pre_hook(cut)
         try:
             yield
         finally:
@@ -143,7 +213,9 @@ class BruteForce:
         """From now on a head is replaced by its mean output over all tokens the loss of `examples` sees."""
         seen: dict[int, list[Tensor]] = {layer: [] for layer, _ in self.heads}
         handles = [
-            self.outputs[layer].register_forward_pre_hook(lambda _m, args, layer=layer: seen[layer].append(args[0][0]))
+            self.blocks[layer].output.register_forward_pre_hook(
+                lambda _m, args, layer=layer: seen[layer].append(args[0][0])
+            )
             for layer in seen
         ]
         with torch.no_grad():
@@ -196,15 +268,13 @@ class BruteForce:
     @torch.no_grad()
     def refusal_margins(self, examples: Sequence[Example]) -> np.ndarray:
         """Log-prob a token of the safe reply minus that of the whole model's own; rows as in `utility`."""
-        own = [self.generate(example) for example in examples]
+        own = [self.generate(example)[: self.margin_tokens] for example in examples]
         rows = []
         for head in (None, *self.heads):
             with self.without(head):
                 rows.append(
                     [
-                        float(
-                            self.log_probs(self.prompt(e), self.right_reply(e)[: self.max_new_tokens]).double().mean()
-                        )
+                        float(self.log_probs(self.prompt(e), self.right_reply(e)[: self.margin_tokens]).double().mean())
                         - float(self.log_probs(self.prompt(e), reply).double().mean())
                         for e, reply in zip(examples, own, strict=True)
                     ]

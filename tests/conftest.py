@@ -98,8 +98,13 @@ def tiny_model() -> Callable[..., Any]:
 
 
 @pytest.fixture(params=list(TINY_CONFIGS))
-def any_tiny_model(request: pytest.FixtureRequest) -> Any:
-    return make_tiny_model(request.param)
+def any_family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def any_tiny_model(any_family: str) -> Any:
+    return make_tiny_model(any_family)
 
 
 @pytest.fixture(scope="session")

@@ -68,16 +68,21 @@ def _flops(ablator: Ablator, measure: Measure) -> float:
 
 def safety_margins(loaded: Loaded, work: Work) -> Outcome:
     """The safety sweep by margins, which nobody else has: the whole model's replies are generated, no ablated ones."""
-    examples = ct.examples("starter-safety", limit=work.n_prompts, seed=work.example_seed)[: len(work.prompts)]
+    return _margins(_objectives(loaded, work), work)
+
+
+def safety_long_margins(loaded: Loaded, work: Work) -> Outcome:
+    """The same over all tokens of the replies, not only the first ones."""
     objectives = _objectives(loaded, work)
+    config = objectives.config.model_copy(update={"margin_tokens": work.max_new_tokens})
+    return _margins(replace(objectives, config=config), work)
+
+
+def _margins(objectives: Objectives, work: Work) -> Outcome:
+    examples = ct.examples("starter-safety", limit=work.n_prompts, seed=work.example_seed)[: len(work.prompts)]
     measure = objectives.margin_measure(examples, objectives.replies(examples))
     margins = _ablated("safety", objectives.ablator, measure)
     return {"refusals": None, "replies": None, "margins": margins, "flops": _flops(objectives.ablator, measure)}
-
-
-def safety_short_margins(loaded: Loaded, work: Work) -> Outcome:
-    """The same over the first 8 tokens of the replies, in which a refusal has begun."""
-    return safety_margins(loaded, replace(work, max_new_tokens=min(8, work.max_new_tokens)))
 
 
 def safety(loaded: Loaded, work: Work) -> Outcome:
@@ -139,6 +144,6 @@ if __name__ == "__main__":
             "safety": safety,
             "safety-replies": safety_replies,
             "safety-margins": safety_margins,
-            "safety-short-margins": safety_short_margins,
+            "safety-long-margins": safety_long_margins,
         },
     )

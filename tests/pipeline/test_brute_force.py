@@ -1,4 +1,4 @@
-"""The whole diagnosis against the brute-force reference, on every head of three tiny models."""
+"""The whole diagnosis against the brute-force reference, on every head of tiny models of all families."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from castune.diagnose.journal import Journal
 from castune.diagnose.sweep import Ablator, sweep
 
 FAMILIES = ("llama", "qwen2", "gpt2")
-MAX_NEW_TOKENS = 8
+MAX_NEW_TOKENS, MARGIN_TOKENS = 8, 5
 # One letter question (about 270 byte tokens), or a handful of the short rows, in a batch.
 BATCH_TOKENS = 320
 
@@ -58,11 +58,20 @@ def assert_outcomes(
 
 @pytest.mark.parametrize("measure", ["decision", "margin"])
 def test_diagnosis_equals_brute_force(
-    measure: str, model: Any, tiny_tokenizer: Any, questions: list[Example], harmful: list[Example], tmp_path: Path
+    any_family: str,
+    measure: str,
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    questions: list[Example],
+    harmful: list[Example],
+    tmp_path: Path,
 ) -> None:
-    config = castune.DiagnoseConfig(measure=measure, max_new_tokens=MAX_NEW_TOKENS, batch_tokens=BATCH_TOKENS)
+    model = tiny_model(any_family, seed=3)
+    config = castune.DiagnoseConfig(
+        measure=measure, max_new_tokens=MAX_NEW_TOKENS, margin_tokens=MARGIN_TOKENS, batch_tokens=BATCH_TOKENS
+    )
     cmap = castune.diagnose(model, tiny_tokenizer, safety=harmful, utility=questions, config=config, out=tmp_path)
-    reference = BruteForce(model, tiny_tokenizer, max_new_tokens=MAX_NEW_TOKENS)
+    reference = BruteForce(model, tiny_tokenizer, max_new_tokens=MAX_NEW_TOKENS, margin_tokens=MARGIN_TOKENS)
     assert sum(len(reference.prompt(e)) for e in questions) > 2 * BATCH_TOKENS, "one batch would hold everything"
     assert cmap.metadata["resumed"], "these families resume from recorded residuals"
     assert cmap.heads == reference.heads

@@ -91,7 +91,7 @@ class Objectives:
 
     def margin_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ScoredMeasure:
         """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
-        n_tokens = self.config.max_new_tokens
+        n_tokens = min(self.config.margin_tokens, self.config.max_new_tokens)
         pairs = []
         for example, reply in zip(examples, replies, strict=True):
             own = [*reply.tokens, *([self.chat.end_token] if reply.finished else [])]

@@ -9,6 +9,7 @@ Shape letters: L layer, H head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -37,9 +38,10 @@ from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, part_size, units_of
 from castune.errors import CastuneError
 
-# Share of replies that differ once a head is gone: of 48-token replies of the default model, which is small and unsure,
-# 89 % did. Larger models should change fewer, and their plans are then too high.
-DECODED_SHARE = 0.9
+# Of the replies that are still the whole model's, the share that changes at the next token once a head is gone. Of the
+# default model's, which is small and unsure, 89 % had changed after 48 tokens, 43 % after the 15 or so that the prefix
+# judge needs: 4.6 and 3.7 % a token. Larger models should change fewer, and their plans are then too high.
+_CHANGED_A_TOKEN = 0.04
 # Layers of the slice that stands for the model: where a layer is small, more are needed to be timed well.
 _SLICE_WEIGHTS = 50e6
 _MOST_SLICE_LAYERS = 6
@@ -151,7 +153,7 @@ def plan(
     dtype: torch.dtype,
     device: torch.device,
     accelerator: str | None = None,
-    decoded_share: float = DECODED_SHARE,
+    decoded_share: float | None = None,
 ) -> Plan:
     """Predict work, seconds and memory of a diagnosis.
 
@@ -164,7 +166,7 @@ def plan(
         dtype: of the weights.
         device: where the slice is measured.
         accelerator: take seconds from this one's data sheet (`ACCELERATORS`) instead of measuring here.
-        decoded_share: share of replies that change when a head is ablated.
+        decoded_share: share of replies that change when a head is ablated; the longer they are the more when absent.
 
     Raises:
         UnsupportedArchitecture: the heads of this architecture could not be located.
@@ -172,7 +174,7 @@ def plan(
     """
     if accelerator is not None and accelerator not in ACCELERATORS:
         raise CastuneError(f"accelerator {accelerator!r}: accepted are {', '.join(ACCELERATORS)}")
-    if not 0 <= decoded_share <= 1:
+    if decoded_share is not None and not 0 <= decoded_share <= 1:
         raise CastuneError(f"decoded share {decoded_share}: accepted is 0 to 1")
     if settings.batch_tokens == "auto":
         raise CastuneError('batch_tokens is "auto"; a plan needs a number, for example 2048')
@@ -223,7 +225,7 @@ class _Work:
     layout: HeadLayout
     flops: ForwardFlops
     ablator: Ablator
-    decoded_share: float
+    decoded_share: float | None
     continues: bool
 
     def stages(self) -> dict[str, Stage]:
@@ -326,10 +328,13 @@ class _Work:
         found = Stage()
         for batch in self._refusal_batches:
             n_tokens = [n for parts in batch.parts for _, n in parts]
+            share = self.decoded_share
+            if share is None:
+                share = 1 - math.exp(-_CHANGED_A_TOKEN * sum(n_tokens) / len(n_tokens))
             # A reply changes at half of its length in the mean, and leaves its batch half a round too late.
             mean = min(max(n_tokens), round(sum(n_tokens) / len(n_tokens) / 2 + ROUND / 2))
             for unit in units_of(self.layout.heads, [batch], self.batch_tokens * self._decoded_batches):
-                n_replies = round(self.decoded_share * len(batch.examples) * len(unit.heads))
+                n_replies = round(share * len(batch.examples) * len(unit.heads))
                 stage = self._decoding(n_replies, max(n_tokens), mean, self.most_continued)
                 if self.continues:
                     stage = Stage(steps=stage.steps, step_tokens=stage.step_tokens)

@@ -129,7 +129,7 @@ def _diagnosis(cmap: ConflictMap | None) -> str:
         rows.append((label, _data(data.get(key, {}))))
     for domain, record in metadata.get("domains", {}).items():
         rows.append((f"Questions of domain {domain}", _data(record.get("data", {}))))
-    rows += [(key, settings.get(key)) for key in ("measure", "ablation", "judge", "max_new_tokens")]
+    rows += [(key, settings.get(key)) for key in ("measure", "ablation", "judge", "max_new_tokens", "margin_tokens")]
     reliability = metadata.get("reliability", {})
     rows.append(("Reliability of C(h)", reliability.get("reliability")))
     warnings = [f"- {_text(warning)}" for warning in reliability.get("warnings", [])]
