@@ -43,6 +43,8 @@ UtilityOption = Annotated[
 ]
 SafetyLimitOption = Annotated[Optional[int], typer.Option(help="Examples of D_safe; all when absent.")]
 UtilityLimitOption = Annotated[Optional[int], typer.Option(help="Examples of D_util, of each domain; all when absent.")]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens of a reply that the judge sees.")]
+MarginTokensOption = Annotated[int, typer.Option(help="First tokens of two replies that a margin compares.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
@@ -94,14 +96,16 @@ def plan(
     utility: UtilityOption = None,
     safety_limit: SafetyLimitOption = None,
     utility_limit: UtilityLimitOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
+    max_new_tokens: MaxNewTokensOption = 24,
+    margin_tokens: MarginTokensOption = 8,
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
     accelerator: Annotated[
         Optional[str], typer.Option(help="a100, h100, h200 or l40s: project from its data sheet, measure nothing.")
     ] = None,
     decoded_share: Annotated[
-        float, typer.Option(help="Share of replies that change without a head (decisions only).")
-    ] = 0.9,
+        Optional[float],
+        typer.Option(help="Share of replies that change without a head (decisions only); a guess by their length."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 21,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     dtype: DtypeOption = "auto",
@@ -120,7 +124,7 @@ def plan(
         seed=seed,
         safety={"source": safety, "limit": safety_limit},
         utility=_utility(utility, utility_limit),
-        diagnose={"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens},
+        diagnose={"max_new_tokens": max_new_tokens, "margin_tokens": margin_tokens, "batch_tokens": batch_tokens},
     )
     found, notes = pipeline.plan_diagnosis(recipe, accelerator=accelerator, decoded_share=decoded_share)
     show_plan(found, notes, accelerator)
@@ -139,7 +143,8 @@ def diagnose(
     ] = "mean",
     measure: Annotated[str, typer.Option(help="decision (the paper) or margin (no generation, no ties).")] = "decision",
     ablation: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply that are judged or compared.")] = 24,
+    max_new_tokens: MaxNewTokensOption = 24,
+    margin_tokens: MarginTokensOption = 8,
     sensitivity_rank: Annotated[
         str, typer.Option(help="difference (Eq. 5) or of-difference (Table 7).")
     ] = "difference",
@@ -164,6 +169,7 @@ def diagnose(
         "measure": measure,
         "ablation": ablation,
         "max_new_tokens": max_new_tokens,
+        "margin_tokens": margin_tokens,
         "sensitivity_rank": sensitivity_rank,
         "batch_tokens": int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens,
         "layers": _integers(layers, "--layers"),
@@ -202,13 +208,13 @@ def diagnose(
 @app.command()
 def select(
     run_directory: RunArgument,
-    zone: Annotated[str, typer.Option(help="safe, risky, random or all.")] = "safe",
+    zone: Annotated[str, typer.Option(help="safe, risky, random, layer-matched or all.")] = "safe",
     fraction: Annotated[float, typer.Option(help="Share of heads, in (0, 1].")] = 0.25,
     buckets: Annotated[int | None, typer.Option(help="Cut the heads into this many equal buckets ...")] = None,
     bucket: Annotated[Optional[int], typer.Option(help="... and take this one, 1: highest conflict.")] = None,
     random: Annotated[bool, typer.Option("--random", help="The same as --zone random.")] = False,
     score: Annotated[str, typer.Option(help="conflict, gradient or sensitivity.")] = "conflict",
-    seed: Annotated[Optional[int], typer.Option(help="Seed of a random selection.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of a random or layer-matched selection.")] = None,
     beside: Annotated[
         bool,
         typer.Option("--beside", help="Keep the main selection; put this one beside it, for comparison."),
@@ -273,7 +279,16 @@ def tune(
     run_directory: RunArgument,
     data: Annotated[str, typer.Option(help="D_align: prompts with replies.")] = "starter-align",
     limit: Annotated[Optional[int], typer.Option(help="Examples to train on; all when absent.")] = None,
-    arm: Annotated[Optional[str], typer.Option(help="Name of a selection made with --beside.")] = None,
+    arm: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What to train beside the main selection: one made with select --beside, or any of safe, risky-50, "
+            "random, layer-matched, all, bucket-2-of-4, safe-gradient, ... and with +pcgrad, +dpo, +replay-10 what is "
+            "trained differently. The main selection when absent."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="sft or dpo (prompt, chosen, rejected; extra dpo).")] = "sft",
+    beta: Annotated[float, typer.Option(help="DPO: how strongly the model is held to the base.")] = 0.1,
     learning_rate: Annotated[float, typer.Option(help="The paper's, for its 1,250 steps.")] = 1e-4,
     epochs: Annotated[float, typer.Option()] = 1.0,
     max_steps: Annotated[Optional[int], typer.Option(help="Stop after this many optimiser steps.")] = None,
@@ -290,32 +305,45 @@ def tune(
             "upgrad, mgda, gradvac, alignedmtl, imtlg."
         ),
     ] = "none",
+    replay: Annotated[float, typer.Option(help="Share of the training examples that come from D_util.")] = 0.0,
     utility: Annotated[
-        Optional[list[str]], typer.Option(help="D_util for --surgery: questions, or prompts with replies. Repeatable.")
+        Optional[list[str]],
+        typer.Option(help="D_util for --surgery and --replay: questions, or prompts with replies. Repeatable."),
     ] = None,
     utility_limit: UtilityLimitOption = None,
     surgery_granularity: Annotated[str, typer.Option(help="global, tensor or head.")] = "global",
     surgery_batch_size: Annotated[
         Optional[int], typer.Option(help="Utility examples a step; as many as alignment examples when absent.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of initial values and data order.")] = 21,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    checkpoint_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of initial values, data order and random selections.")] = 21,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
 ) -> None:
-    """Train the selected heads; write a PEFT adapter and its certificate."""
+    """Train the selected heads; write a PEFT adapter and its certificate. Continues an interrupted training."""
     from castune import pipeline
+    from castune.arms import ArmName
     from castune.config import DataConfig, Recipe, TuneConfig
+    from castune.core.shards import Shard
     from castune.run_directory import RunDirectory
-    from castune.tune.surgery import require_method
+    from castune.tune.train import require_extras
 
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
     # Plain text here; the config knows what is accepted.
-    surgery_options: dict[str, Any] = {
+    plain_options: dict[str, Any] = {
+        "method": method,
         "surgery": surgery,
         "surgery_granularity": surgery_granularity,
         "surgery_batch_size": surgery_batch_size,
     }
     config = TuneConfig(
+        beta=beta,
+        replay=replay,
+        gradient_checkpointing=gradient_checkpointing,
+        checkpoint_steps=checkpoint_steps,
         learning_rate=learning_rate,
         epochs=epochs,
         max_steps=max_steps,
@@ -326,18 +354,31 @@ def tune(
         weight_decay=weight_decay,
         freeze_a=freeze_a,
         seed=seed,
-        **surgery_options,
+        **plain_options,
     )
-    if config.surgery == "none" and utility:
-        raise CastuneError("--utility is the reference of gradient surgery: add --surgery, for example pcgrad")
+    name = None if arm is None else ArmName.parse(arm)
+    if name is not None:
+        config = config.changed(**dict(name.changes))
+    if not config.needs_utility and utility:
+        raise CastuneError(
+            "--utility is for gradient surgery and data replay: add --surgery, for example pcgrad, or --replay"
+        )
     if config.surgery != "none" and not utility:
-        raise CastuneError(f"--surgery {surgery} needs the data whose gradient it compares with: add --utility SOURCE")
-    require_method(config.surgery)
+        raise CastuneError(
+            f"--surgery {config.surgery} needs the data whose gradient it compares with: add --utility SOURCE"
+        )
+    if config.replay and not utility:
+        raise CastuneError(f"--replay {config.replay:g} needs the data to mix in: add --utility SOURCE")
+    require_extras(config)
     source = DataConfig(source=data, limit=limit)
-    target = folder.arm(arm)
     examples = pipeline.load_data(source, recipe.seed)
     reference = [DataConfig(source=one, limit=utility_limit) for one in utility or ()]
     utility_examples = [example for one in reference for example in pipeline.load_data(one, recipe.seed)]
+    if name is None or folder.has_arm(str(arm)):
+        target = folder.arm(arm)
+    else:
+        drawn = recipe.select.model_copy(update={"seed": seed if recipe.select.seed is None else recipe.select.seed})
+        target = pipeline.select_arm(folder, name, drawn, folder.load_map())
     model, tokenizer = _load_model(recipe)
     result = pipeline.tune_step(
         folder,
@@ -351,7 +392,10 @@ def tune(
         utility_source=", ".join(utility or ()),
         overwrite=overwrite,
     )
-    folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
+    if not Shard.is_main_process():
+        return
+    if target.folder == folder.path:
+        folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
     budget = result.budget
     say(
         f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, "
@@ -598,7 +642,8 @@ def _fail(message: str) -> None:
 def _quiet_libraries() -> None:
     """castune's own log on standard error; libraries speak up only for warnings and errors."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("castune").setLevel(logging.INFO)
+    # The first rank of a torchrun job speaks for all.
+    logging.getLogger("castune").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     # Warnings by libraries about their own deprecations are not for the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

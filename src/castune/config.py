@@ -13,16 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from castune.arms import SEEDED_ZONES, ArmName, Score, SurgeryMethod, TuneMethod, Zone
 from castune.errors import CastuneError
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
-Zone = Literal["safe", "risky", "random", "all"]
-Score = Literal["conflict", "gradient", "sensitivity"]
-SurgeryMethod = Literal[
-    "none", "pcgrad", "pcgrad-symmetric", "cagrad", "upgrad", "mgda", "gradvac", "alignedmtl", "imtlg"
-]
 SurgeryGranularity = Literal["global", "tensor", "head"]
 
 
@@ -84,7 +80,10 @@ class DiagnoseConfig(_Config):
     ablation: Literal["zero", "mean"] = "zero"
     """What replaces a head's output: zero, or its mean over the calibration tokens."""
     max_new_tokens: Count = 24
-    """Tokens of a reply that the judge sees (`decision`), or that the margin compares (`margin`)."""
+    """Tokens of a reply that the judge sees."""
+    margin_tokens: Count = 8
+    """First tokens of the refusal and of the model's own reply that a safety margin compares; at most
+    `max_new_tokens`. Whether a reply refuses is settled in its first words."""
     judge: Literal["prefix"] = "prefix"
     """Who decides whether a reply refuses."""
     batch_tokens: Count | Literal["auto"] = 2048
@@ -106,7 +105,8 @@ class SelectConfig(_Config):
     """Which heads are trained (Section 3.5)."""
 
     zone: Zone = "safe"
-    """`safe`: lowest scores; `risky`: highest; `random`; `all`."""
+    """`safe`: lowest scores; `risky`: highest; `random`; `layer-matched`: random, with as many heads in each layer as
+    `safe`; `all`."""
     fraction: Share | None = 0.25
     """Share of all heads."""
     buckets: Count | None = None
@@ -116,8 +116,9 @@ class SelectConfig(_Config):
     """What heads are sorted by: C(h), O(h) alone, or S(h) alone (Table 8)."""
     seed: int | None = None
     """Seed of a random selection."""
-    compare: tuple[Zone, ...] = ()
-    """More zones of the same size to train beside this one, for comparison."""
+    compare: tuple[str, ...] = ()
+    """More arms to train beside this one, for comparison, by their names (`castune.arms`): `risky`, `random`,
+    `safe-50`, `bucket-2-of-4`, `safe-gradient`, `safe+pcgrad`, ...; of the same size unless a name says another."""
 
     @model_validator(mode="after")
     def _can_be_made(self) -> SelectConfig:
@@ -125,17 +126,27 @@ class SelectConfig(_Config):
             raise ValueError("select.buckets and select.bucket go together")
         if self.buckets is not None and self.bucket is not None and self.bucket > self.buckets:
             raise ValueError(f"select.bucket is {self.bucket}, accepted: 1 (highest conflict) to {self.buckets}")
-        arms = [*([] if self.buckets else [self.zone]), *self.compare]
+        try:
+            names = [ArmName.parse(name) for name in self.compare]
+        except CastuneError as error:
+            raise ValueError(f"select.compare: {error}") from None
+        arms = [*([] if self.buckets else [ArmName(self.zone)]), *names]
         if len(set(arms)) != len(arms):
-            raise ValueError(f"select.compare names an arm twice: {', '.join(arms)}")
-        if "random" in arms and self.seed is None:
-            raise ValueError("a random selection needs select.seed, for example 21")
+            raise ValueError(f"select.compare names an arm twice: {', '.join([self.zone, *self.compare])}")
+        if self.seed is None and any(arm.is_seeded for arm in arms):
+            raise ValueError(f"selections by {' and '.join(SEEDED_ZONES)} need select.seed, for example 21")
         return self
 
 
 class TuneConfig(_Config):
     """How the chosen heads are trained. The defaults are the paper's Table 3."""
 
+    method: TuneMethod = "sft"
+    """`sft`: imitate replies. `dpo`: prefer chosen to rejected replies (needs the extra `dpo`)."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """DPO: how strongly the model is held to the base model."""
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Data replay: share of the training examples that come from the utility data. Not with DPO."""
     rank: Count = 32
     alpha: Annotated[float, Field(gt=0)] = 32
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -151,6 +162,12 @@ class TuneConfig(_Config):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    group_by_length: bool = True
+    """Steps of examples of similar lengths, in random order: far less padding."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    checkpoint_steps: Count = 100
+    """Optimiser steps between checkpoints, from which the same command continues after an interruption."""
     freeze_a: bool = False
     """Train B alone: budgets of equal head counts are then equal to the parameter."""
     seed: int = 21
@@ -162,6 +179,21 @@ class TuneConfig(_Config):
     """What conflicts and is changed on its own: the whole gradient, each A and B, or each head's rows of B (and A)."""
     surgery_batch_size: Count | None = None
     """Utility examples an optimiser step, over all processes; as many as alignment examples when absent."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> TuneConfig:
+        if self.method == "dpo" and self.replay:
+            raise ValueError("tune.replay mixes in replies to imitate, which DPO does not; use one of them")
+        return self
+
+    @property
+    def needs_utility(self) -> bool:
+        """Whether utility data take part in the training."""
+        return self.surgery != "none" or self.replay > 0
+
+    def changed(self, **values: Any) -> TuneConfig:
+        """These settings with some others, checked."""
+        return TuneConfig(**{**self.model_dump(), **values})
 
 
 class EvaluateConfig(_Config):

@@ -25,6 +25,10 @@ class TrainingError(CastuneError):
     """Training cannot start or cannot go on."""
 
 
+class CheckpointError(CastuneError):
+    """A checkpoint of a training cannot be written; the one before it is kept."""
+
+
 class CertificateError(CastuneError):
     """An adapter changes, or could change, something outside the selected heads."""
 

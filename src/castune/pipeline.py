@@ -13,6 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from castune.arms import ArmName
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import write_json
 from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
@@ -23,17 +24,16 @@ from castune.data.example import Example, content_hash, require_replies
 from castune.data.sources import examples
 from castune.diagnose.domains import Utility, utility_hash, utility_sets
 from castune.diagnose.groups import ablate_groups
-from castune.diagnose.plan import DECODED_SHARE, Plan, plan
+from castune.diagnose.plan import Plan, plan
 from castune.diagnose.run import diagnose
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.run import evaluate
 from castune.evaluate.stats import Estimate, paired_difference, utility_cost_ratio
 from castune.evaluate.suites import Suite, load_suites
 from castune.report.page import write_figures, write_report
-from castune.run_directory import BASE, Arm, RunDirectory
+from castune.run_directory import BASE, Arm, RunDirectory, arm_name
 from castune.select import select
-from castune.tune.surgery import require_method
-from castune.tune.train import tune
+from castune.tune.train import require_extras, tune
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +50,21 @@ def run(recipe: Recipe) -> RunDirectory:
     align = load_data(recipe.align, recipe.seed)
     suites = load_suites(recipe.evaluate.suites, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
     require_replies(align, "align", "prompt, completion")
-    require_method(recipe.tune.surgery)
+    for name in (ArmName(), *map(ArmName.parse, recipe.select.compare)):
+        require_extras(recipe.tune.changed(**dict(name.changes)))
     folder.check(recipe)
     model, tokenizer = load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
 
     cmap = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
     folder.save_recipe(recipe)
-    for arm in select_step(folder, recipe.select, cmap):
+    for arm, name in select_step(folder, recipe.select, cmap):
         tune_step(
             folder,
             arm,
             model,
             tokenizer,
             align,
-            recipe.tune,
+            recipe.tune.changed(**dict(name.changes)),
             recipe.align.source,
             utility=all_examples(utility),
             utility_source=utility_source(recipe),
@@ -99,7 +100,7 @@ def load_calibration(recipe: Recipe) -> tuple[list[Example], Utility]:
 
 
 def plan_diagnosis(
-    recipe: Recipe, *, accelerator: str | None = None, decoded_share: float = DECODED_SHARE
+    recipe: Recipe, *, accelerator: str | None = None, decoded_share: float | None = None
 ) -> tuple[Plan, list[str]]:
     """What the recipe's diagnosis will cost, from the model's config and the data; no weights are loaded.
 
@@ -224,18 +225,33 @@ def group_step(
     return records
 
 
-def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -> list[Arm]:
-    """Write the selections of the main arm and of the arms to compare it with."""
+def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -> list[tuple[Arm, ArmName]]:
+    """Write the selections of the main arm and of the arms to compare it with; returns them with what they change."""
     main = choose(cmap, config)
     main.save(folder.path)
-    arms = [folder.main_arm(main)]
-    for zone in config.compare:
-        size = len(main.heads) / main.n_total
-        beside = select(cmap, zone=zone, fraction=size, score=config.score, seed=config.seed)
-        arm = folder.side_arm(zone)
-        beside.save(arm.folder)
-        arms.append(arm)
-    return arms
+    names = [ArmName.parse(text) for text in config.compare]
+    return [
+        (folder.main_arm(main), ArmName()),
+        *((select_arm(folder, name, config, cmap), name) for name in names),
+    ]
+
+
+def select_arm(folder: RunDirectory, name: ArmName, config: SelectConfig, cmap: ConflictMap) -> Arm:
+    """Write the selection of the arm of that name; of the main one's size unless the name says another."""
+    main = folder.main_selection()
+    size = (config.fraction or 1.0) if main is None else len(main.heads) / main.n_total
+    selection = select(
+        cmap,
+        zone=name.zone or "safe",
+        fraction=size if name.fraction is None else name.fraction,
+        buckets=name.buckets,
+        bucket=name.bucket,
+        score=name.score or config.score,
+        seed=config.seed,
+    )
+    arm = folder.side_arm(arm_name(selection) + name.suffix)
+    selection.save(arm.folder)
+    return arm
 
 
 def choose(cmap: ConflictMap, config: SelectConfig) -> HeadSelection:
@@ -264,7 +280,7 @@ def tune_step(
     utility_source: str | None = None,
     overwrite: bool = False,
 ) -> TuneResult:
-    """The adapter of an arm, trained unless it is there; `utility` is the reference of gradient surgery."""
+    """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay."""
     selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
     if (arm.adapter / "tune.json").is_file() and not overwrite:
         result = folder.load_tuning(arm, selection)
@@ -272,9 +288,8 @@ def tune_step(
         found = TuneConfig(**result.settings).model_dump(mode="json")
         _check_same(f"{arm.adapter}", found, config.model_dump(mode="json"), folder)
         _check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data), folder)
-        if result.surgery is not None and utility is not None:
-            digest = result.surgery["utility"]["hash"]
-            _check_same(f"{arm.adapter}'s utility data", digest, content_hash(utility), folder)
+        if result.utility is not None and utility is not None:
+            _check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
         logger.info("tuning %s: already there", arm.name)
         return result
     logger.info("tuning %s: %d heads, %d examples", arm.name, len(selection.heads), len(data))
@@ -289,7 +304,8 @@ def tune_step(
         utility=utility,
         utility_source=utility_source,
     )
-    folder.record_step(f"tune {arm.name}", result.provenance)
+    if Shard.is_main_process():
+        folder.record_step(f"tune {arm.name}", result.provenance)
     return result
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from castune.arms import heads_name
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import write_text
 from castune.artifacts.tune_result import adapter_hash
@@ -69,11 +70,18 @@ class RunDirectory:
 
     def arms(self) -> list[Arm]:
         """All arms that have a selection, the main one first."""
-        found = []
-        if (self.path / "selection.json").is_file():
-            found.append(self.main_arm(HeadSelection.load(self.path)))
+        main = self.main_selection()
+        found = [] if main is None else [self.main_arm(main)]
         others = sorted((self.path / "arms").glob("*/selection.json"))
         return [*found, *(self.side_arm(file.parent.name) for file in others)]
+
+    def main_selection(self) -> HeadSelection | None:
+        """The selection of the main arm; None before it is made."""
+        return HeadSelection.load(self.path) if (self.path / "selection.json").is_file() else None
+
+    def has_arm(self, name: str) -> bool:
+        """Whether there is a selection of that name."""
+        return any(arm.name == name for arm in self.arms())
 
     def main_arm(self, selection: HeadSelection) -> Arm:
         """The main arm, named after its selection."""
@@ -199,9 +207,8 @@ class RunDirectory:
 
 
 def arm_name(selection: HeadSelection) -> str:
-    """The name of an arm: its zone, or its bucket, with the score when it is not C(h)."""
-    name = f"bucket-{selection.bucket}-of-{selection.buckets}" if selection.zone == "bucket" else selection.zone
-    return name if selection.score == "conflict" or selection.zone in ("random", "all") else f"{name}-{selection.score}"
+    """The name of a selection's arm (`castune.arms`)."""
+    return heads_name(selection.zone, selection.fraction, selection.bucket, selection.buckets, selection.score)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 
+from castune.arms import SEEDED_ZONES, ZONES
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.core.ranking import by_descending, equal_parts
 from castune.errors import CastuneError
 
-ZONES = ("safe", "risky", "random", "all")
 SCORE_COLUMNS = {
     "conflict": "conflict_score",
     "gradient": "optimization_conflict",
@@ -34,12 +35,13 @@ def select(
 
     Args:
         cmap: the conflict map.
-        zone: `safe` takes the lowest scores, `risky` the highest, `random` any (by `seed`), `all` all heads.
+        zone: `safe` takes the lowest scores, `risky` the highest, `random` any (by `seed`), `layer-matched` any with as
+            many in each layer as `safe` (which tells whether the heads matter or only their layers), `all` all heads.
         fraction: share of heads in (0, 1], rounded to the nearest number of heads, at least one.
         buckets: cut the sorted heads into this many equal buckets B_1..B_M; sizes differ by at most one.
         bucket: take this bucket, 1 (highest scores) to `buckets`; `zone` and `fraction` are then not used.
         score: `conflict` C(h), `gradient` O(h) alone, `sensitivity` S(h) alone (Table 8).
-        seed: seed of a random selection; required for it.
+        seed: seed of a random or layer-matched selection; required for it.
 
     Raises:
         CastuneError: an argument outside its range; the message lists what is accepted.
@@ -66,7 +68,7 @@ def select(
         buckets=buckets,
         bucket=bucket,
         score=score,
-        seed=seed if zone == "random" else None,
+        seed=seed if zone in SEEDED_ZONES else None,
         n_total=len(ordered),
         model_fingerprint=cmap.fingerprint,
         conflict_map_hash=cmap.content_hash,
@@ -80,8 +82,16 @@ def _zone(ordered: list[tuple[int, int]], zone: str, count: int, seed: int | Non
         return ordered[:count]
     if zone == "all":
         return ordered
-    if zone == "random":
+    if zone in SEEDED_ZONES:
         if seed is None:
-            raise CastuneError("a random selection needs a seed, for example --seed 21")
-        return random.Random(seed).sample(sorted(ordered), count)
+            raise CastuneError(f"a {zone} selection needs a seed, for example --seed 21")
+        generator = random.Random(seed)
+        if zone == "random":
+            return generator.sample(sorted(ordered), count)
+        layers = Counter(layer for layer, _ in ordered[-count:])
+        return [
+            head
+            for layer, n in sorted(layers.items())
+            for head in generator.sample(sorted(h for h in ordered if h[0] == layer), n)
+        ]
     raise CastuneError(f"zone is {zone!r}, accepted: {', '.join(ZONES)}")

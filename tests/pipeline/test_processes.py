@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from castune.artifacts import ConflictMap
+from castune.artifacts.tune_result import TuneResult
+from castune.config import Recipe
+from castune.pipeline import run
 
 CASTUNE = str(Path(sys.executable).with_name("castune"))
 Models = Callable[..., Path]
@@ -90,3 +94,80 @@ def test_a_diagnosis_survives_kill_9(expected: ConflictMap, own_data: dict[str, 
         assert journal_lines(out) > 0
     finish(arguments)
     assert ConflictMap.load(out).table.equals(expected.table)
+
+
+# -- training
+
+
+@pytest.fixture
+def finished(models: Models, recipe_of: Callable[..., Recipe]) -> Path:
+    """A run whose main arm can be trained again."""
+    return run(recipe_of(models(), select__compare=[])).path
+
+
+def training(finished: Path, data: dict[str, Path], name: str, *more: str) -> list[str]:
+    return [
+        CASTUNE, "tune", str(finished), "--data", str(data["align"]), "--arm", name, "--max-steps", "40", "--rank", "4",
+        "--batch-size", "2", "--accumulation", "1", "--checkpoint-steps", "2", *more,
+    ]  # fmt: skip
+
+
+def wait_for_checkpoints(folder: Path, n: int, process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    while len(list(folder.glob("checkpoint-*/castune.json"))) < n:
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.002)
+
+
+def weights(finished: Path, arm: str) -> bytes:
+    return (finished / "arms" / arm / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_training_survives_kill_9(finished: Path, own_data: dict[str, Path]) -> None:
+    # The same heads by two names.
+    finish(training(finished, own_data, "risky-50"))
+    arguments = training(finished, own_data, "bucket-1-of-2")
+    unfinished = finished / "arms" / "bucket-1-of-2" / ".adapter.unfinished"
+    for n in (1, 2):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_checkpoints(unfinished, n, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert "goes on from checkpoint-" in finish(arguments)
+    assert weights(finished, "bucket-1-of-2") == weights(finished, "risky-50")
+    assert not unfinished.exists()
+    found = [TuneResult.load(finished / "arms" / arm / "adapter") for arm in ("risky-50", "bucket-1-of-2")]
+    assert (found[0].losses, found[0].tokens) == (found[1].losses, found[1].tokens)
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_last_good_one(finished: Path, own_data: dict[str, Path]) -> None:
+    finish(training(finished, own_data, "risky-50"))
+    arguments = training(finished, own_data, "bucket-1-of-2")
+    unfinished = finished / "arms" / "bucket-1-of-2" / ".adapter.unfinished"
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoints(unfinished, 1, process)
+    # From now on no file can grow beyond this.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "could not be written" in last
+    assert "is kept, and the same command continues" in last
+    assert "Traceback" not in errors
+    assert not (finished / "arms" / "bucket-1-of-2" / "adapter").exists()
+    assert list(unfinished.glob("checkpoint-*/castune.json"))
+    assert "goes on from checkpoint-" in finish(arguments)
+    assert weights(finished, "bucket-1-of-2") == weights(finished, "risky-50")
+
+
+@pytest.mark.skipif(not has_loopback(), reason="torchrun's ranks meet on localhost, which this machine cannot reach")
+def test_two_ranks_train_one_adapter(finished: Path, own_data: dict[str, Path]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    said = finish([*torchrun, *training(finished, own_data, "risky-50", "--max-steps", "3")])
+    assert said.count("risky-50: 6 heads, 512 trainable") == 1, "the first rank speaks for both"
+    one = training(finished, own_data, "bucket-1-of-2", "--max-steps", "3", "--batch-size", "4")
+    finish(one)
+    found = [TuneResult.load(finished / "arms" / arm / "adapter") for arm in ("risky-50", "bucket-1-of-2")]
+    assert found[0].tokens == found[1].tokens, "both ranks' tokens count"
+    assert found[0].steps == found[1].steps == 3
+    assert [path.name for path in (finished / "arms" / "risky-50").iterdir() if path.name.startswith(".")] == []

@@ -36,12 +36,12 @@ def test_a_recipe_takes_all_utility_domains_together(
     folder = run(recipe)
     expected = [*examples(str(sums)), *examples(str(own_data["utility"]))]
     for adapter in (folder.path / "adapter", folder.path / "arms" / "risky" / "adapter"):
-        found = TuneResult.load(adapter).surgery
-        assert found is not None
-        assert found["utility"] == {
-            "source": f"{sums}, {own_data['utility']}", "n": 7, "hash": content_hash(expected), "cut": 0,
+        found = TuneResult.load(adapter)
+        assert found.utility == {
+            "source": f"{sums}, {own_data['utility']}", "n": 7, "hash": content_hash(expected), "cut": 0, "replayed": 0,
         }  # fmt: skip
-        assert found["steps"] == 2
+        assert found.surgery is not None
+        assert found.surgery["steps"] == 2
     assert Recipe.load(folder.recipe_file) == recipe
 
     # The same again is already there; another method is not. Arms that were never trained have nothing to tell.
@@ -89,7 +89,8 @@ def test_the_command_line(finished: Path, own_data: dict[str, Path], tmp_path: P
     assert "of 2 steps, mean cosine" in done.stdout
     result = TuneResult.load(finished / "adapter")
     assert result.surgery is not None
-    assert result.surgery["utility"]["n"] == 6
+    assert result.utility is not None
+    assert result.utility["n"] == 6
     assert (result.settings["surgery_granularity"], result.settings["surgery_batch_size"]) == ("head", 2)
     assert castune("report", finished, cwd=tmp_path).returncode == 0
 

@@ -16,11 +16,12 @@ import castune
 
 SRC = Path(castune.__file__).parent
 STAGES = {"diagnose", "select", "tune", "evaluate", "report"}
-SHARED = {"core", "artifacts", "data", "config", "errors"}
+SHARED = {"core", "artifacts", "data", "config", "arms", "errors"}
 # What each part may import of castune, itself aside. The rest (pipeline, cli, run_directory, study) sees everything.
 ALLOWED = {
     "errors": set(),
-    "config": {"errors"},
+    "arms": {"errors"},
+    "config": {"errors", "arms"},
     "artifacts": {"errors"},
     "data": {"errors", "artifacts"},
     "core": {"errors", "config", "data", "artifacts"},

@@ -157,7 +157,7 @@ def test_the_selection_says_what_it_was_made_from() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"zone": "middle"}, "zone is 'middle', accepted: safe, risky, random, all"),
+        ({"zone": "middle"}, "zone is 'middle', accepted: safe, risky, random, layer-matched, all"),
         ({"score": "luck"}, "score is 'luck', accepted: conflict, gradient, sensitivity"),
         ({"buckets": 4}, "go together"),
         ({"bucket": 1}, "go together"),
@@ -170,3 +170,29 @@ def test_the_selection_says_what_it_was_made_from() -> None:
 def test_arguments_outside_their_range_list_what_is_accepted(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(CastuneError, match=message):
         select(make_map([1.0, 2.0, 3.0, 4.0]), **arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores=SCORES, fraction=st.floats(0.01, 1), seed=st.integers(0, 3))
+def test_layer_matched_takes_as_many_heads_of_every_layer_as_safe(
+    scores: list[float], fraction: float, seed: int
+) -> None:
+    cmap = make_map(scores)
+    safe = select(cmap, zone="safe", fraction=fraction).heads
+    matched = select(cmap, zone="layer-matched", fraction=fraction, seed=seed)
+    assert sorted(layer for layer, _ in matched.heads) == sorted(layer for layer, _ in safe)
+    assert matched == select(cmap, zone="layer-matched", fraction=fraction, seed=seed)
+    assert matched.seed == seed
+
+
+def test_layer_matched_heads_are_drawn_from_all_heads_of_a_layer() -> None:
+    cmap = make_map([float(i) for i in range(30)])
+    drawn = {select(cmap, zone="layer-matched", fraction=0.1, seed=seed).heads for seed in range(40)}
+    assert len(drawn) == 1, "all three heads of layer 0 are the safe ones"
+    drawn = {select(cmap, zone="layer-matched", fraction=1 / 30, seed=seed).heads for seed in range(40)}
+    assert drawn == {((0, 0),), ((0, 1),), ((0, 2),)}
+
+
+def test_layer_matched_needs_a_seed() -> None:
+    with pytest.raises(CastuneError, match="layer-matched selection needs a seed"):
+        select(make_map([1.0, 2.0]), zone="layer-matched")

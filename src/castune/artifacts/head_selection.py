@@ -17,11 +17,11 @@ class HeadSelection:
 
     Attributes:
         heads: sorted (layer, head) pairs.
-        zone: safe | risky | random | all | bucket | custom.
+        zone: safe | risky | random | layer-matched | all | bucket | custom.
         fraction: the share of all heads that was asked for; None for a bucket.
         buckets: number of equal buckets, and `bucket` (1: highest conflict) of them; else None.
         score: the score heads were sorted by: conflict | gradient | sensitivity.
-        seed: seed of a random selection, else None.
+        seed: seed of a random or layer-matched selection, else None.
         n_total: number of heads the selection was made from.
         model_fingerprint: the model the heads belong to.
         conflict_map_hash: hash of the map's table the selection was made from, None for a custom one.

@@ -75,7 +75,9 @@ class TuneResult:
         model: identity of the base model.
         provenance: versions, machine, command, time.
         surgery: of a training with gradient surgery: steps, conflicting_steps, mean_cosine of alignment and utility
-            gradient (None: undefined at every step), and the utility data (source, n, hash, cut). None without.
+            gradient (None: undefined at every step). None without.
+        utility: of a training with gradient surgery or data replay: source, n, hash, cut of the utility data, and how
+            many of the training examples are `replayed` from it. None without.
     """
 
     adapter: str
@@ -90,6 +92,7 @@ class TuneResult:
     model: dict[str, Any]
     provenance: dict[str, Any]
     surgery: dict[str, Any] | None = None
+    utility: dict[str, Any] | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write `tune.json` into an adapter directory (or to the given file), atomically."""
@@ -107,22 +110,23 @@ class TuneResult:
         record = read_json(path, _TUNE_RESULT, f"castune tune {path.parent.parent} --data DATA")
         certificate = Certificate.load(path.parent)
         losses = parsed(path, _TUNE_RESULT, lambda: tuple((int(step), float(loss)) for step, loss in record["losses"]))
-        fields = [name for name in cls.__dataclass_fields__ if name not in ("certificate", "losses", "surgery")]
-        # Records from before there was surgery know nothing of it.
-        surgery = parsed(path, _TUNE_RESULT, lambda: _record_or_none(record.get("surgery")))
+        apart = ("certificate", "losses", "surgery", "utility")
+        fields = [name for name in cls.__dataclass_fields__ if name not in apart]
         return parsed(
-            path,
-            _TUNE_RESULT,
-            lambda: cls(
-                certificate=certificate, losses=losses, surgery=surgery, **{name: record[name] for name in fields}
-            ),
+            path, _TUNE_RESULT, lambda: cls(certificate=certificate, losses=losses, **_fields(record, fields))
         )
 
 
-def _record_or_none(value: Any) -> dict[str, Any] | None:
+def _fields(record: dict[str, Any], fields: list[str]) -> dict[str, Any]:
+    # Records from before there was surgery know nothing of it, nor of utility data.
+    optional = {name: _record_or_none(name, record.get(name)) for name in ("surgery", "utility")}
+    return {**{name: record[name] for name in fields}, **optional}
+
+
+def _record_or_none(name: str, value: Any) -> dict[str, Any] | None:
     if value is None or isinstance(value, dict):
         return value
-    raise TypeError(f"surgery is {value!r}, not a record")
+    raise TypeError(f"{name} is {value!r}, not a record")
 
 
 def _named(path: str | Path, name: str) -> Path:

@@ -51,6 +51,11 @@ class Shard:
             return cls(torch.distributed.get_rank(), ranks, together=True)
         return cls()
 
+    @staticmethod
+    def is_main_process() -> bool:
+        """Whether this is the first process of a torchrun job, or the only one; joins no process group."""
+        return os.environ.get("RANK", "0") == "0"
+
     @property
     def is_first(self) -> bool:
         """Whether this process does what is not shared."""

@@ -30,12 +30,13 @@ class Example:
     """One prompt with what is known about its right reply.
 
     A multiple-choice question has `choices`, `answer` and `scoring`; anything else has a `reply` (the safe reply
-    of a harmful prompt, the completion of alignment data) or nothing but the prompt.
+    of a harmful prompt, the completion of alignment data, the chosen one of two replies) or nothing but the prompt.
     """
 
     id: str
     prompt: str
     reply: str | None = None
+    rejected: str | None = None  # the reply that `reply` is preferred to
     choices: tuple[str, ...] = ()
     answer: int | None = None
     scoring: str | None = None  # letter | likelihood

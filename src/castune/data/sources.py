@@ -24,7 +24,7 @@ _FILE_FORMATS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".cs
 
 COLUMNS = (
     "multiple choice: prompt, choices, answer; harmful prompts: prompt, target; alignment data: prompt, completion, "
-    "or messages, or instruction, output; prompts alone: prompt"
+    "or messages, or instruction, output; preferences: prompt, chosen, rejected; prompts alone: prompt"
 )
 
 
@@ -283,6 +283,8 @@ def _example_of(row: Row) -> Example:
         return Example(id=identifier, prompt=prompt, reply=row["output"], group=group)
     if "prompt" not in row:
         raise DataError(f"column 'prompt' is missing; found: {', '.join(map(str, row))}; accepted columns: {COLUMNS}")
+    if "chosen" in row or "rejected" in row:
+        return _preference(row, identifier, group)
     if isinstance(row["prompt"], list):
         return _conversation(row["prompt"], row.get("completion"), identifier, group)
     if "choices" in row or "answer" in row:
@@ -301,6 +303,24 @@ def _example_of(row: Row) -> Example:
         )
     reply = row.get("completion", row.get("target"))
     return Example(id=identifier, prompt=row["prompt"], reply=reply, group=group)
+
+
+def _preference(row: Row, identifier: str, group: str | None) -> Example:
+    """A prompt with a chosen and a rejected reply, each as text or as TRL's list of one assistant message."""
+    turns = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    replies = []
+    for column in ("chosen", "rejected"):
+        value = row[column]
+        if isinstance(value, list):
+            # Some data sets repeat the prompt before the reply.
+            value = value[len(turns) :] if value[: len(turns)] == turns else value
+            if len(value) != 1 or value[0]["role"] != "assistant":
+                raise DataError(f"{column}: accepted is a text, or a list of one assistant message")
+            value = value[0]["content"]
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{column}: the reply is empty or not text")
+        replies.append(value)
+    return replace(_conversation(turns, None, identifier, group), reply=replies[0], rejected=replies[1])
 
 
 def _conversation(turns: list[Row], completion: list[Row] | None, identifier: str, group: str | None) -> Example:

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import islice
 from math import isfinite, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from castune.arms import SurgeryMethod
 from castune.artifacts import HeadSelection
-from castune.config import SurgeryGranularity, SurgeryMethod, TuneConfig
+from castune.config import SurgeryGranularity, TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, reply_nll
 from castune.data.rows import Row
@@ -103,6 +105,18 @@ class Surgery:
     def __call__(self, g: Sequence[Tensor], u: Sequence[Tensor]) -> list[Tensor]:
         """What g becomes, in its dtypes; computed in float64 and rounded once."""
         return combined(g, u, self.weights(Gramian.of(g, u)))
+
+    @property
+    def memory(self) -> list[list[float]] | None:
+        """What the method keeps from step to step: GradVac's running mean of the cosine. None: nothing."""
+        mean = getattr(self._weighting, "_phi_t", None)
+        return None if mean is None else mean.tolist()
+
+    def remember(self, memory: list[list[float]] | None) -> None:
+        """Go on with the `memory` of an earlier training."""
+        if memory is not None and self._weighting is not None:
+            self._weighting._ensure_state(len(memory), torch.float64)
+            self._weighting._phi_t.copy_(torch.tensor(memory, dtype=torch.float64))
 
     def weights(self, gram: Gramian) -> Weights:
         """Weights of g and u."""
@@ -231,6 +245,17 @@ class Operation:
             "mean_cosine": sum(known) / len(known) if known else None,
         }
 
+    def state(self) -> dict[str, Any]:
+        """Plain JSON from which `restore` continues."""
+        memories = [surgery.memory for surgery in self._surgeries]
+        return {"cosines": self.cosines, "conflicts": self.conflicts, "memories": memories}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue after the steps of an earlier training: with its record, and the batches that come then."""
+        self.cosines, self.conflicts = list(state["cosines"]), state["conflicts"]
+        for surgery, memory in zip(self._surgeries, state["memories"], strict=True):
+            surgery.remember(memory)
+
     def check(self, accelerator: Any) -> None:
         """Refuse ways of training whose gradients are not complete, unscaled and in `.grad`.
 
@@ -281,7 +306,8 @@ class Operation:
         n_processes = accelerator.num_processes
         if self._batches is None:
             size = self.config.surgery_batch_size or self.config.batch_size * self.config.accumulation * n_processes
-            self._batches = utility_batches(len(self.rows), size, self.config.seed)
+            # Those of steps before an interruption are over.
+            self._batches = islice(utility_batches(len(self.rows), size, self.config.seed), len(self.cosines), None)
         batch = next(self._batches)
         share = batch[accelerator.process_index :: n_processes]
         total = [torch.zeros_like(p) for p in self._parameters]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,38 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
         CertificateError: the adapter is no plain LoRA adapter, addresses another tensor, or changes an unselected
             row; the message names it.
     """
-    adapter = Path(adapter)
     layout = HeadLayout.of(base)
     check_selection(base, layout, selection)
+    weights = {layer: layout.query_projection(base, layer).weight.detach() for layer in selection.layers}
+    return certificate_of(
+        weights,
+        layout,
+        Path(adapter),
+        selection,
+        model_fingerprint=fingerprint(base),
+        n_tensors=sum(1 for _ in base.named_parameters()),
+    )
+
+
+def certificate_of(
+    projections: Mapping[int, Tensor],
+    layout: HeadLayout,
+    adapter: Path,
+    selection: HeadSelection,
+    *,
+    model_fingerprint: str,
+    n_tensors: int,
+) -> Certificate:
+    """The certificate of an adapter from the weights of the base it could change: see `certify`.
+
+    Args:
+        projections: weights of the query projections of the selected layers.
+        layout: the base's head layout.
+        adapter: directory of a PEFT LoRA adapter.
+        selection: the heads that may have changed, all of this base.
+        model_fingerprint: of the base.
+        n_tensors: number of the base's tensors.
+    """
     config = plain_lora_config(adapter)
     names = {layout.at(layer).query_name for layer in selection.layers}
     _check_scope(adapter, config, names, selection.layers)
@@ -70,7 +99,7 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
         if path not in expected:
             raise CertificateError(f"{weights}: the adapter changes {path}, which holds no selected head")
         layer = expected.pop(path)
-        weight = layout.query_projection(base, layer).weight.detach().cpu()
+        weight = projections[layer].cpu()
         rows = weight.t() if layout.at(layer).transposed else weight
         if a.shape != (rank, rows.shape[1]) or b.shape != (rows.shape[0], rank):
             raise CertificateError(
@@ -95,11 +124,11 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     if expected:
         raise CertificateError(f"{weights}: the adapter lacks the selected layers {sorted(expected.values())}")
     return Certificate(
-        model_fingerprint=fingerprint(base),
+        model_fingerprint=model_fingerprint,
         selection=selection.heads,
         adapter_hash=adapter_hash(adapter),
         checked_rows=checked_rows,
-        checked_tensors=sum(1 for _ in base.named_parameters()),
+        checked_tensors=n_tensors,
         changed_rows=changed_rows,
         selected_rows=selected_rows,
         largest_change=largest,

@@ -34,7 +34,8 @@ from castune.errors import ArtifactError, CastuneError, DataError, TrainingError
 from castune.tune import surgery as surgery_module
 from castune.tune.row_lora import sparse_lora
 from castune.tune.surgery import Gramian, Operation, Surgery, parameter_groups, require_method, utility_batches
-from castune.tune.train import ReplyTrainer, tune
+from castune.tune.train import tune
+from castune.tune.trainer import ReplyTrainer
 from castune.tune.verify import certify
 
 SelectionOf = Callable[..., HeadSelection]
@@ -423,7 +424,9 @@ def test_the_certificate_holds_and_the_record_tells(
     assert result == TuneResult.load(tmp_path / "a")
     assert result.surgery is not None
     assert result.surgery["steps"] == 3
-    assert result.surgery["utility"] == {"source": "own", "n": 11, "hash": content_hash(utility), "cut": 0}
+    assert result.utility == {
+        "source": "own", "n": 11, "hash": content_hash(utility), "cut": 0, "replayed": 0,
+    }  # fmt: skip
     assert result.settings["surgery"] == method
 
 
@@ -478,7 +481,8 @@ from castune.artifacts import HeadSelection
 from castune.config import TuneConfig
 from castune.core.loading import load
 from castune.data.example import Example
-from castune.tune.train import ReplyTrainer, tune
+from castune.tune.train import tune
+from castune.tune.trainer import ReplyTrainer
 import json
 torch.set_num_threads(1)
 model, tokenizer = load(sys.argv[1], dtype="float32", device="cpu")
@@ -493,7 +497,7 @@ def look(self, model, *args, **kwargs):
 ReplyTrainer.training_step = look
 data, utility = ([Example(**e) for e in job[name]] for name in ("data", "utility"))
 selection = HeadSelection.load(sys.argv[3])
-result = tune(model, tokenizer, selection, data=data, out=Path(sys.argv[3]).parent / f"{job['name']}-{rank}",
+result = tune(model, tokenizer, selection, data=data, out=Path(sys.argv[3]).parent / job["name"],
               config=TuneConfig(**job["config"]), utility=utility)
 torch.save({"gradients": found, "surgery": result.surgery, "world": int(os.environ.get("WORLD_SIZE", "1"))},
            Path(sys.argv[3]).parent / f"{job['name']}-{rank}.pt")
