@@ -122,6 +122,19 @@ def lora_layers(peft_model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in peft_model.named_modules() if hasattr(module, "lora_B")]
 
 
+def adapter_weights(peft_model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's parameters by name, gathered where FSDP has sharded them: all processes have to call this.
+
+    `peft_model.save_pretrained(path, state_dict=...)` takes them.
+    """
+    found = {}
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            full_tensor = getattr(parameter, "full_tensor", None)
+            found[name] = (parameter if full_tensor is None else full_tensor()).detach()
+    return found
+
+
 def budget(peft_model: nn.Module, layout: HeadLayout, selection: HeadSelection) -> dict[str, int]:
     """What is trained: heads, their query rows, A matrices, and parameters.
 

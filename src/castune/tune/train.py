@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
-from castune.artifacts import HeadSelection, TuneResult
+from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.files import new_directory
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.progress import progress
-from castune.core.provenance import fingerprint, model_record, provenance
+from castune.core.provenance import model_record, provenance
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.rows import Row
 from castune.errors import CastuneError, DataError, TrainingError
 from castune.tune.preferences import Pair, preference_pairs, preference_trainer, require_trl
-from castune.tune.row_lora import ADAPTER_NAME, budget, sparse_lora
+from castune.tune.row_lora import ADAPTER_NAME, adapter_weights, budget, check_selection, sparse_lora
 from castune.tune.surgery import Operation, parameter_groups, require_method
 from castune.tune.trainer import ReplyTrainer, trainer_settings
-from castune.tune.verify import certify
+from castune.tune.verify import certificate_of
 from castune.tune.workspace import Workspace
 
 
@@ -47,7 +48,8 @@ def tune(
     """Train the selected heads and write adapter, certificate and record.
 
     A training that was interrupted continues from its last checkpoint, and comes to the adapter it would have come to
-    without. Under torchrun all processes call this with the same arguments; the first one writes.
+    without. Under torchrun all processes call this with the same arguments; the first one writes. Under FSDP the model
+    is sharded when this returns: load it again.
 
     Args:
         model: the base model; it is wrapped for the training and left as it was.
@@ -75,6 +77,7 @@ def tune(
     utility_record = None
     if utility and config.needs_utility:
         utility_record = {**_data_record(utility, work.utility_rows, utility_source), "replayed": len(work.replayed)}
+    identity = model_record(model)
     workspace = Workspace.beside(out)
     settings = trainer_settings(config, workspace, next(model.parameters()).device)
     processes = TrainingArguments(**settings)
@@ -82,7 +85,7 @@ def tune(
         if Shard.is_main_process():
             workspace.open(
                 {
-                    "model": fingerprint(model),
+                    "model": identity["fingerprint"],
                     "heads": selection.heads,
                     "settings": config.model_dump(mode="json"),
                     "data": data_record,
@@ -97,7 +100,7 @@ def tune(
                 shutil.copytree(workspace.adapter, folder, dirs_exist_ok=True)
                 TuneResult(
                     adapter=out.name,
-                    certificate=certify(model, folder, selection),
+                    certificate=run.base.certificate(folder, selection, identity["fingerprint"]),
                     budget=run.budget,
                     settings=config.model_dump(mode="json"),
                     data=data_record,
@@ -105,7 +108,7 @@ def tune(
                     steps=run.steps,
                     tokens=run.tokens,
                     seconds=round(run.seconds, 2),
-                    model=model_record(model),
+                    model=identity,
                     provenance=provenance(config.seed),
                     surgery=run.surgery,
                     utility=utility_record,
@@ -169,6 +172,7 @@ class _Work:
 class _Run:
     """A training that came to its end; `wait` waits for the other processes of it."""
 
+    base: _Base
     budget: dict[str, int]
     losses: tuple[tuple[int, float], ...]
     steps: int
@@ -191,6 +195,7 @@ def _trained(
     # Before the adapter is built: the seed also decides the initial A.
     set_seed(config.seed)
     layout = HeadLayout.of(model)
+    base = _Base.of(model, layout, selection)
     with _left_as_it_was(model):
         peft_model = sparse_lora(model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a)
         try:
@@ -205,10 +210,14 @@ def _trained(
             else:
                 rows = [*work.rows, *work.replayed]
                 trainer = ReplyTrainer(peft_model, settings, rows, config, workspace, operation)
+            if trainer.is_fsdp_enabled:
+                base = base.on_cpu()  # nobody has the whole of the base soon
             with progress("training", 1.0) as advance:
                 trainer.run(advance)
-            _check_finite(peft_model, config)
+            weights = adapter_weights(peft_model)
+            _check_finite(weights.values(), config)
             found = _Run(
+                base=base,
                 budget=ledger,
                 losses=tuple((log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log),
                 steps=trainer.state.global_step,
@@ -219,10 +228,38 @@ def _trained(
             )
             if Shard.is_main_process():
                 with workspace.writing("the adapter"):
-                    peft_model.save_pretrained(workspace.adapter, selected_adapters=[ADAPTER_NAME])
+                    peft_model.save_pretrained(workspace.adapter, selected_adapters=[ADAPTER_NAME], state_dict=weights)
             return found
         finally:
             peft_model.unload()
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What a certificate needs of the base model, taken before the training: FSDP shards it for good."""
+
+    layout: HeadLayout
+    projections: dict[int, Tensor]
+    n_tensors: int
+
+    @classmethod
+    def of(cls, model: Any, layout: HeadLayout, selection: HeadSelection) -> _Base:
+        check_selection(model, layout, selection)
+        projections = {layer: layout.query_projection(model, layer).weight.detach() for layer in selection.layers}
+        return cls(layout, projections, sum(1 for _ in model.named_parameters()))
+
+    def on_cpu(self) -> _Base:
+        return replace(self, projections={layer: weight.cpu() for layer, weight in self.projections.items()})
+
+    def certificate(self, adapter: Path, selection: HeadSelection, fingerprint: str) -> Certificate:
+        return certificate_of(
+            self.projections,
+            self.layout,
+            adapter,
+            selection,
+            model_fingerprint=fingerprint,
+            n_tensors=self.n_tensors,
+        )
 
 
 @contextmanager
@@ -280,9 +317,9 @@ def _data_record(data: Sequence[Example], rows: Sequence[Row], source: str | Non
     return {"source": source, "n": len(data), "hash": content_hash(data), "cut": sum(row.cut for row in rows)}
 
 
-def _check_finite(peft_model: Any, config: TuneConfig) -> None:
+def _check_finite(weights: Iterable[Tensor], config: TuneConfig) -> None:
     # The loss of the last step was finite, its update need not be.
-    if not all(torch.isfinite(p).all() for p in peft_model.parameters() if p.requires_grad):
+    if not all(torch.isfinite(tensor).all() for tensor in weights):
         raise TrainingError(
             f"the last update made weights that are not finite; try a learning_rate below {config.learning_rate:g}. "
             "No adapter was written"

@@ -49,13 +49,14 @@ def trainer_settings(config: TuneConfig, workspace: Workspace, device: torch.dev
         "save_total_limit": 2,
         "report_to": [],
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
     }
 
 
-class SparseTraining:
-    """What castune adds to a Trainer of any kind; stands before it among the base classes.
+class SparseTraining(Trainer):
+    """What castune adds to a Trainer of any kind; of TRL's, it stands before them among the base classes.
 
     Steps of examples of similar lengths, gradient surgery, checkpoints that are whole or absent, and one clear error
     for a loss that is not finite.
@@ -72,14 +73,13 @@ class SparseTraining:
             lengths: tokens of the training examples.
             operation: gradient surgery.
         """
-        trainer: Any = self
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_NoInputGradients())
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_NoInputGradients())
         self.config, self.workspace, self.lengths, self.operation = config, workspace, list(lengths), operation
         self.tokens_seen, self._seconds_before = 0, 0.0
         self._started = time.perf_counter()
         if operation is not None:
-            operation.check(trainer.accelerator)
+            operation.check(self.accelerator)
 
     @property
     def seconds(self) -> float:
@@ -93,20 +93,19 @@ class SparseTraining:
             TrainingError: a loss is not finite.
             CheckpointError: a checkpoint cannot be written.
         """
-        trainer: Any = self
-        trainer.add_callback(_Progress(advance))
+        self.add_callback(_Progress(advance))
         found = self.workspace.last_checkpoint()
         self._started = time.perf_counter()
         if found is None:
-            trainer.train()
+            self.train()
             return
         checkpoint, state = found
         logger.info("training goes on from %s", checkpoint.name)
         self._seconds_before = state["seconds"]
-        self.tokens_seen = state["tokens"][trainer.args.process_index]
+        self.tokens_seen = state["tokens"][self.args.process_index]
         if self.operation is not None:
             self.operation.restore(state["surgery"])
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+        self.train(resume_from_checkpoint=str(checkpoint))
 
     def all_tokens(self) -> int:
         """Tokens that passed through the model, on all processes."""
@@ -114,12 +113,11 @@ class SparseTraining:
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A micro-batch forward and backward, and gradient surgery after the last one of an optimiser step."""
-        trainer: Any = self
-        loss: Tensor = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        loss: Tensor = super().training_step(model, *args, **kwargs)
         # Here gradients are accumulated and averaged over processes. A callback would see them clipped.
-        if self.operation is not None and trainer.accelerator.sync_gradients:
-            bare = trainer.accelerator.unwrap_model(model)
-            self.operation(bare, trainer.accelerator, trainer.compute_loss_context_manager)
+        if self.operation is not None and self.accelerator.sync_gradients:
+            bare = self.accelerator.unwrap_model(model)
+            self.operation(bare, self.accelerator, self.compute_loss_context_manager)
         return loss
 
     def finite(self, loss: Tensor) -> Tensor:
@@ -129,38 +127,34 @@ class SparseTraining:
             TrainingError: it is not.
         """
         if not torch.isfinite(loss):
-            trainer: Any = self
             raise TrainingError(
-                f"the loss is {loss.item()} at step {trainer.state.global_step + 1}; "
-                f"try a learning_rate below {trainer.args.learning_rate:g}, or dtype float32. No adapter was written"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; "
+                f"try a learning_rate below {self.args.learning_rate:g}, or dtype float32. No adapter was written"
             )
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        trainer: Any = self
         if not self.config.group_by_length:
-            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+            return super()._get_train_sampler(train_dataset)
         # All examples of an optimiser step, over all processes, are of similar lengths.
-        n = self.config.batch_size * self.config.accumulation * trainer.args.world_size
+        n = self.config.batch_size * self.config.accumulation * self.args.world_size
         return _ByLength(n, self.lengths, self.config.seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        trainer: Any = self
-        step = trainer.state.global_step
+        step = self.state.global_step
         tokens = self._tokens_by_process()
         with self.workspace.writing(f"the checkpoint of step {step}"):
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            if trainer.args.should_save:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
                 surgery = None if self.operation is None else self.operation.state()
                 self.workspace.mark(step, {"seconds": self.seconds, "tokens": tokens, "surgery": surgery})
 
     def _tokens_by_process(self) -> list[int]:
-        trainer: Any = self
-        mine = torch.tensor([self.tokens_seen], device=trainer.accelerator.device)
-        return [int(n) for n in trainer.accelerator.gather(mine).tolist()]
+        mine = torch.tensor([self.tokens_seen], device=self.accelerator.device)
+        return [int(n) for n in self.accelerator.gather(mine).tolist()]
 
 
-class ReplyTrainer(SparseTraining, Trainer):
+class ReplyTrainer(SparseTraining):
     """Supervised fine-tuning: HF Trainer on castune's one loss.
 
     Args:
