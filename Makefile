@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-fast lint format bench clean
+.PHONY: setup demo test test-fast lint format bench bench-training clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ BENCH      ?= --dtype bfloat16
 
 bench: $(BENCH_VENV)/.castune-installed
 	$(BENCH_VENV)/bin/python benchmarks/peers.py $(BENCH)
+
+# Tokens a second and peak memory of training against plain LoRA under HF Trainer and TRL.
+bench-training: setup
+	$(BIN)/python benchmarks/training.py $(BENCH)
 
 $(BENCH_VENV)/.castune-installed: pyproject.toml constraints.txt
 	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
