@@ -315,7 +315,7 @@ def test_arms_to_compare_are_of_the_same_size(
     cmap = ConflictMap.load(finished[1])
     folder = RunDirectory(tmp_path / "arms-only")
     arms = select_step(folder, SelectConfig(**main, compare=("risky", "random"), seed=3), cmap)
-    sizes = {arm.name: len(folder.load_selection(arm, cmap).heads) for arm in arms}
+    sizes = {arm.name: len(folder.load_selection(arm, cmap).heads) for arm, _ in arms}
     assert len(sizes) == 3
     assert len(set(sizes.values())) == 1, sizes
 

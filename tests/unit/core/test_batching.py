@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castune.core.batching import example_batches, tuned_batch_tokens
@@ -53,6 +53,7 @@ def test_packed_rows_score_as_alone(any_tiny_model: Any) -> None:
     np.testing.assert_allclose(found[2], [*expected, *expected[:3]], atol=2e-5)
 
 
+@settings(deadline=None)
 @given(CONVERSATIONS.filter(lambda found: len(found) > 1))
 def test_packing_loses_and_invents_nothing(conversations: list[tuple[list[int], list[list[int]]]]) -> None:
     rows = rows_of(conversations)
