@@ -82,17 +82,8 @@ def trained(
     if not file.is_file():
         out.mkdir(parents=True, exist_ok=True)
         if heads:
-            selection = HeadSelection(
-                heads=tuple(heads),
-                zone="custom",
-                fraction=None,
-                buckets=None,
-                bucket=None,
-                score="conflict",
-                seed=None,
-                n_total=len(HeadLayout.of(model).heads),
-                model_fingerprint=fingerprint(model),
-                conflict_map_hash=None,
+            selection = HeadSelection.custom(
+                heads, n_total=len(HeadLayout.of(model).heads), model_fingerprint=fingerprint(model)
             )
             # B alone, so that all arms have equally many parameters.
             settings = TuneConfig(

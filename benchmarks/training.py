@@ -73,18 +73,7 @@ def the_data(tokenizer: Any, n: int) -> Data:
 def a_quarter_of_the_heads(model: Any) -> HeadSelection:
     heads = HeadLayout.of(model).heads
     chosen = random.Random(SEED).sample([tuple(head) for head in heads], round(len(heads) / 4))
-    return HeadSelection(
-        heads=tuple(chosen),
-        zone="custom",
-        fraction=None,
-        buckets=None,
-        bucket=None,
-        score="conflict",
-        seed=None,
-        n_total=len(heads),
-        model_fingerprint=fingerprint(model),
-        conflict_map_hash=None,
-    )
+    return HeadSelection.custom(chosen, n_total=len(heads), model_fingerprint=fingerprint(model))
 
 
 def with_castune(model: Any, tokenizer: Any, data: Data, out: Path) -> tuple[float, float]:

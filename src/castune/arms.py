@@ -79,6 +79,15 @@ class ArmName:
             raise CastuneError(f"arm {text!r}: one setting is changed twice")
         return cls(match["zone"], fraction, bucket, buckets, match["score"], tuple(sorted(found)))
 
+    @classmethod
+    def is_name(cls, text: str) -> bool:
+        """Whether `parse` can read it."""
+        try:
+            cls.parse(text)
+        except CastuneError:
+            return False
+        return True
+
     @property
     def is_seeded(self) -> bool:
         """Whether its heads are drawn at random."""

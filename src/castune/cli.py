@@ -356,9 +356,15 @@ def tune(
         seed=seed,
         **plain_options,
     )
-    name = None if arm is None else ArmName.parse(arm)
-    if name is not None:
-        config = config.changed(**dict(name.changes))
+    is_there = arm is not None and folder.has_arm(arm)
+    # A selection made by other means may have any name.
+    name = ArmName.parse(arm) if arm is not None and (ArmName.is_name(arm) or not is_there) else None
+    for key, value in () if name is None else name.changes:
+        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default):
+            raise CastuneError(
+                f"--arm {arm} and --{key} {getattr(config, key)} contradict each other: give one of them"
+            )
+        config = config.changed(**{key: value})
     if not config.needs_utility and utility:
         raise CastuneError(
             "--utility is for gradient surgery and data replay: add --surgery, for example pcgrad, or --replay"
@@ -374,7 +380,7 @@ def tune(
     examples = pipeline.load_data(source, recipe.seed)
     reference = [DataConfig(source=one, limit=utility_limit) for one in utility or ()]
     utility_examples = [example for one in reference for example in pipeline.load_data(one, recipe.seed)]
-    if name is None or folder.has_arm(str(arm)):
+    if name is None or is_there:
         target = folder.arm(arm)
     else:
         drawn = recipe.select.model_copy(update={"seed": seed if recipe.select.seed is None else recipe.select.seed})
@@ -569,6 +575,11 @@ def doctor() -> None:
             say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             say(f"  {package:18} missing: python -m pip install {package}")
+    for package, purpose in (("torchjd", "surgery"), ("trl", "dpo")):
+        try:
+            say(f"  {package:18} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            say(f"  {package:18} not there, optional: python -m pip install 'castune[{purpose}]'")
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     say(f"accelerators: {', '.join(accelerators) or 'none'}")

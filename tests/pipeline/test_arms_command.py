@@ -76,9 +76,16 @@ def test_one_command_an_arm(finished: Path, own_data: dict[str, Path], tmp_path:
         ("risky+pcgrad", [], ("--surgery pcgrad", "--utility SOURCE")),
         ("risky+replay-20", [], ("--replay 0.2", "--utility SOURCE")),
         ("../../risky", [], ("accepted are safe",)),
+        ("safe+pcgrad", ["--surgery", "pcgrad-symmetric", *utility], ("contradict",)),
     ):
         assert_one_error(castune("tune", finished, "--arm", name, *options, *more, cwd=tmp_path), *said)
     assert len(folder.arms()) == 3
+
+    # A selection made by other means keeps the name it was given.
+    folder.load_selection(folder.arm("safe"), folder.load_map()).save(finished / "arms" / "mine")
+    done = castune("tune", finished, "--arm", "mine", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (finished / "arms" / "mine" / "adapter" / "certificate.json").is_file()
 
 
 def test_preferences_by_the_command_line(finished: Path, own_data: dict[str, Path], tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from castune.diagnose.journal import Journal
 from castune.diagnose.sweep import Ablator, sweep
 
 FAMILIES = ("llama", "qwen2", "gpt2")
+# Of random weights by which some head changes a decision.
+SEEDS = {"gpt_neox": 7, "falcon_multi_query": 7}
 MAX_NEW_TOKENS, MARGIN_TOKENS = 8, 5
 # One letter question (about 270 byte tokens), or a handful of the short rows, in a batch.
 BATCH_TOKENS = 320
@@ -66,7 +68,7 @@ def test_diagnosis_equals_brute_force(
     harmful: list[Example],
     tmp_path: Path,
 ) -> None:
-    model = tiny_model(any_family, seed=3)
+    model = tiny_model(any_family, seed=SEEDS.get(any_family, 3))
     config = castune.DiagnoseConfig(
         measure=measure, max_new_tokens=MAX_NEW_TOKENS, margin_tokens=MARGIN_TOKENS, batch_tokens=BATCH_TOKENS
     )
@@ -81,9 +83,7 @@ def test_diagnosis_equals_brute_force(
         utility, safety = decisions, reference.refusals(harmful, judge("prefix"))
         utility_shift, safety_shift = decision_shift(utility), decision_shift(safety)
         assert 0 < decisions[0].mean() < 1
-        # Of two families no head changes a decision here; their heads are told apart by margins.
-        if any_family not in ("gpt_neox", "falcon_multi_query"):
-            assert len(set(utility_shift)) > 1, "the heads must differ, or nothing is compared"
+        assert len(set(utility_shift)) > 1, "the heads must differ, or nothing is compared"
         atol = 0.0
     else:
         utility, safety = margins, reference.refusal_margins(harmful)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from loopback import needs_loopback
 
 from castune.artifacts import ConflictMap
 from castune.artifacts.tune_result import TuneResult
@@ -48,15 +48,7 @@ def expected(models: Models, own_data: dict[str, Path], tmp_path: Path) -> Confl
     return ConflictMap.load(tmp_path / "whole")
 
 
-def has_loopback() -> bool:
-    try:
-        with socket.create_server(("localhost", 0)) as server, socket.create_connection(server.getsockname()[:2], 5):
-            return True
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not has_loopback(), reason="torchrun's ranks meet on localhost, which this machine cannot reach")
+@needs_loopback
 def test_two_ranks_make_the_map_of_one_process(
     expected: ConflictMap, own_data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -160,7 +152,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_last_good_one(finished: Path, own
     assert weights(finished, "bucket-1-of-2") == weights(finished, "risky-50")
 
 
-@pytest.mark.skipif(not has_loopback(), reason="torchrun's ranks meet on localhost, which this machine cannot reach")
+@needs_loopback
 def test_two_ranks_train_one_adapter(finished: Path, own_data: dict[str, Path]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     said = finish([*torchrun, *training(finished, own_data, "risky-50", "--max-steps", "3")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,28 @@ class HeadSelection:
         if len(set(heads)) != len(heads):
             raise ValueError("a head is selected twice")
         object.__setattr__(self, "heads", heads)
+
+    @classmethod
+    def custom(cls, heads: Iterable[tuple[int, int]], *, n_total: int, model_fingerprint: str) -> HeadSelection:
+        """Heads chosen by hand, from no conflict map.
+
+        Args:
+            heads: (layer, head) pairs.
+            n_total: number of heads of the model.
+            model_fingerprint: the model (`core.provenance.fingerprint`).
+        """
+        return cls(
+            heads=tuple(heads),
+            zone="custom",
+            fraction=None,
+            buckets=None,
+            bucket=None,
+            score="conflict",
+            seed=None,
+            n_total=n_total,
+            model_fingerprint=model_fingerprint,
+            conflict_map_hash=None,
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +128,8 @@ def mask_adapter(
 def every_head(model: nn.Module) -> HeadSelection:
     """The selection of all query heads of a model, made without a conflict map."""
     heads = HeadLayout.of(model).heads
-    return HeadSelection(
-        heads=heads,
-        zone="all",
-        fraction=1.0,
-        buckets=None,
-        bucket=None,
-        score="conflict",
-        seed=None,
-        n_total=len(heads),
-        model_fingerprint=fingerprint(model),
-        conflict_map_hash=None,
-    )
+    chosen = HeadSelection.custom(heads, n_total=len(heads), model_fingerprint=fingerprint(model))
+    return replace(chosen, zone="all", fraction=1.0)
 
 
 @dataclass(frozen=True)

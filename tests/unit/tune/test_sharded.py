@@ -6,15 +6,14 @@ accelerate shards on accelerators only, so the shards are made by torch itself, 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from loopback import needs_loopback
 from safetensors.torch import load_file
 
 from castune.artifacts import HeadSelection
@@ -62,15 +61,7 @@ if world > 1:
 """
 
 
-def has_loopback() -> bool:
-    try:
-        with socket.create_server(("localhost", 0)) as server, socket.create_connection(server.getsockname()[:2], 5):
-            return True
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not has_loopback(), reason="torchrun's ranks meet on localhost, which this machine cannot reach")
+@needs_loopback
 def test_two_shards_train_the_adapter_of_one_process(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, selection_of: Callable[..., HeadSelection], tmp_path: Path
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from loopback import needs_loopback
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -506,15 +506,7 @@ if torch.distributed.is_initialized():
 """
 
 
-def has_loopback() -> bool:
-    try:
-        with socket.create_server(("localhost", 0)) as server, socket.create_connection(server.getsockname()[:2], 5):
-            return True
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not has_loopback(), reason="torchrun's ranks meet on localhost, which this machine cannot reach")
+@needs_loopback
 def test_two_processes_train_like_one(
     tiny_model: Callable[..., Any],
     tiny_tokenizer: Any,
