@@ -107,4 +107,5 @@ def _permutation_test(x: NDArray[np.float64], y: NDArray[np.float64], seed: int)
 
 def _unit(values: NDArray[np.float64]) -> NDArray[np.float64]:
     centred = values - values.mean()
+    centred /= np.abs(centred).max()  # squares of tiny differences would vanish
     return centred / np.linalg.norm(centred)
