@@ -106,6 +106,7 @@ def _permutation_test(x: NDArray[np.float64], y: NDArray[np.float64], seed: int)
 
 
 def _unit(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    centred = values - values.mean()
-    centred /= np.abs(centred).max()  # squares of tiny differences would vanish
+    # Squares of tiny values would vanish, sums of huge ones overflow.
+    scaled = values / np.abs(values).max()
+    centred = scaled - scaled.mean()
     return centred / np.linalg.norm(centred)
