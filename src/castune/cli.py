@@ -82,7 +82,7 @@ def run(
     show_diagnosis(cmap)
     for arm in folder.arms():
         # Selections made beside a run need not be trained.
-        if (arm.adapter / "tune.json").is_file():
+        if arm.is_trained:
             show_surgery(arm.name, folder.load_tuning(arm, folder.load_selection(arm, cmap)))
     evaluations = folder.load_evaluations()
     show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
@@ -161,7 +161,6 @@ def diagnose(
     """Measure every head: the conflict map, before any training."""
     from castune import pipeline
     from castune.config import Recipe
-    from castune.core.loading import load
     from castune.core.shards import Shard
     from castune.run_directory import RunDirectory
 
@@ -190,7 +189,7 @@ def diagnose(
     folder = RunDirectory(Path(out))
     folder.check(recipe)
     calibration = pipeline.load_calibration(recipe)
-    loaded, tokenizer = load(model, dtype=dtype, device=device, revision=revision)
+    loaded, tokenizer = pipeline.load_model(recipe)
     made_before = folder.map_file.is_file()
     try:
         cmap = pipeline.diagnose_step(folder, recipe, loaded, tokenizer, *calibration, shard=shard)
@@ -252,7 +251,6 @@ def group(
     With several utility domains the utility shifts are means over the domains.
     """
     from castune import pipeline
-    from castune.core.loading import load
     from castune.run_directory import RunDirectory
 
     folder = RunDirectory(run_directory)
@@ -261,7 +259,7 @@ def group(
     if not 1 <= buckets <= len(cmap):
         raise CastuneError(f"--buckets {buckets}: accepted are 1 to {len(cmap)}, the number of heads")
     calibration = pipeline.load_calibration(recipe)
-    model, tokenizer = load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
+    model, tokenizer = pipeline.load_model(recipe)
     for record in pipeline.group_step(folder, recipe, model, tokenizer, *calibration, buckets=buckets):
         parts = []
         for name in ("utility", "safety"):
@@ -318,26 +316,26 @@ def tune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
+    quantization: Annotated[
+        str, typer.Option(help="Of the base while it is trained: none, nf4 (QLoRA) or int8; extra qlora.")
+    ] = "none",
     checkpoint_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of initial values, data order and random selections.")] = 21,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
 ) -> None:
     """Train the selected heads; write a PEFT adapter and its certificate. Continues an interrupted training."""
     from castune import pipeline
-    from castune.arms import ArmName
-    from castune.config import DataConfig, Recipe, TuneConfig
+    from castune.config import DataConfig, TuneConfig
     from castune.core.shards import Shard
     from castune.run_directory import RunDirectory
-    from castune.tune.train import require_extras
 
-    folder = RunDirectory(run_directory)
-    recipe = folder.load_recipe()
     # Plain text here; the config knows what is accepted.
     plain_options: dict[str, Any] = {
         "method": method,
         "surgery": surgery,
         "surgery_granularity": surgery_granularity,
         "surgery_batch_size": surgery_batch_size,
+        "quantization": quantization,
     }
     config = TuneConfig(
         beta=beta,
@@ -356,60 +354,24 @@ def tune(
         seed=seed,
         **plain_options,
     )
-    is_there = arm is not None and folder.has_arm(arm)
-    # A selection made by other means may have any name.
-    name = ArmName.parse(arm) if arm is not None and (ArmName.is_name(arm) or not is_there) else None
-    for key, value in () if name is None else name.changes:
-        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default):
-            raise CastuneError(
-                f"--arm {arm} and --{key} {getattr(config, key)} contradict each other: give one of them"
-            )
-        config = config.changed(**{key: value})
-    if not config.needs_utility and utility:
-        raise CastuneError(
-            "--utility is for gradient surgery and data replay: add --surgery, for example pcgrad, or --replay"
-        )
-    if config.surgery != "none" and not utility:
-        raise CastuneError(
-            f"--surgery {config.surgery} needs the data whose gradient it compares with: add --utility SOURCE"
-        )
-    if config.replay and not utility:
-        raise CastuneError(f"--replay {config.replay:g} needs the data to mix in: add --utility SOURCE")
-    require_extras(config)
-    source = DataConfig(source=data, limit=limit)
-    examples = pipeline.load_data(source, recipe.seed)
-    reference = [DataConfig(source=one, limit=utility_limit) for one in utility or ()]
-    utility_examples = [example for one in reference for example in pipeline.load_data(one, recipe.seed)]
-    if name is None or is_there:
-        target = folder.arm(arm)
-    else:
-        drawn = recipe.select.model_copy(update={"seed": seed if recipe.select.seed is None else recipe.select.seed})
-        target = pipeline.select_arm(folder, name, drawn, folder.load_map())
-    model, tokenizer = _load_model(recipe)
-    result = pipeline.tune_step(
-        folder,
-        target,
-        model,
-        tokenizer,
-        examples,
+    trained, result = pipeline.tune_arm(
+        RunDirectory(run_directory),
+        arm,
         config,
-        data,
-        utility=utility_examples,
-        utility_source=", ".join(utility or ()),
+        align=DataConfig(source=data, limit=limit),
+        utility=[DataConfig(source=one, limit=utility_limit) for one in utility or ()],
         overwrite=overwrite,
     )
     if not Shard.is_main_process():
         return
-    if target.folder == folder.path:
-        folder.save_recipe(Recipe(**{**dict(recipe), "align": source, "tune": config}))
     budget = result.budget
     say(
-        f"{target.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, "
+        f"{trained.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, "
         f"{result.steps} steps"
     )
-    show_surgery(target.name, result)
+    show_surgery(trained.name, result)
     show_certificate(result.certificate)
-    say(f"adapter: {target.adapter}")
+    say(f"adapter: {trained.adapter}")
 
 
 @app.command()
@@ -417,10 +379,16 @@ def mask(
     adapters: Annotated[
         list[Path], typer.Argument(metavar="ADAPTER...", help="Directories of plain PEFT LoRA adapters.")
     ],
-    out: Annotated[Path, typer.Option(help="Adapter directory to write.")],
+    out: Annotated[Optional[Path], typer.Option(help="Adapter directory to write.")] = None,
     run: Annotated[Optional[Path], typer.Option(help="The run whose heads are kept; all heads when absent.")] = None,
     arm: Annotated[
         Optional[str], typer.Option(help="An arm of the run; the main one when absent; all: every head.")
+    ] = None,
+    beside: Annotated[
+        Optional[str],
+        typer.Option(
+            "--as", metavar="NAME", help="Put it into the run as an arm of this name, which is evaluated and reported."
+        ),
     ] = None,
     base: Annotated[Optional[str], typer.Option(help="The base model, where there is no run.")] = None,
     combination: Annotated[
@@ -441,6 +409,7 @@ def mask(
     from castune.artifacts.files import check_vacant
     from castune.artifacts.masked_adapter import MASK_FILE
     from castune.core.loading import load
+    from castune.pipeline import load_model
     from castune.run_directory import RunDirectory
     from castune.tune.mask import every_head, mask_adapter
 
@@ -448,28 +417,28 @@ def mask(
         raise CastuneError("give the heads and their model by --run RUN, or --base MODEL to keep all heads")
     if run is None and arm not in (None, "all"):
         raise CastuneError(f"--arm {arm} is an arm of a run; name it with --run RUN")
-    if not (overwrite and (out / MASK_FILE).is_file()):
-        check_vacant(out)
+    if (out is None) == (beside is None) or (beside is not None and run is None):
+        raise CastuneError("say where to write it: --out DIR, or with --run RUN --as NAME, an arm of the run")
     settings: dict[str, Any] = {"combination": combination, "weights": _numbers(weights, "--weights")}
+    folder = None if run is None else RunDirectory(run)
+    target = None if folder is None or beside is None else folder.new_arm(beside)
+    place = target.adapter if target is not None else Path(str(out))
+    if not (overwrite and (place / MASK_FILE).is_file()):
+        check_vacant(place)
     selection = None
-    if run is not None:
-        folder = RunDirectory(run)
+    if folder is not None:
         recipe = folder.load_recipe()
         selection = None if arm == "all" else folder.load_selection(folder.arm(arm), folder.load_map())
-        model, _ = _load_model(recipe)
+        given = {key: value for key, value in (("dtype", dtype), ("device", device)) if value != "auto"}
+        model, _ = load_model(recipe.model_copy(update=given))
     else:
-        model, _ = load(str(base))
-    result = mask_adapter(
-        model,
-        adapters,
-        selection or every_head(model),
-        out,
-        density=density,
-        overwrite=overwrite,
-        **settings,
-    )
+        model, _ = load(str(base), dtype=dtype, device=device)
+    selection = selection or every_head(model)
+    result = mask_adapter(model, adapters, selection, place, density=density, overwrite=overwrite, **settings)
+    if target is not None:
+        selection.save(target.folder)
     show_masked(result)
-    say(f"adapter: {out}")
+    say(f"adapter: {place}")
 
 
 @app.command()
@@ -535,7 +504,7 @@ def evaluate(
         options["suites"] = tuple(name.strip() for name in suites.split(",") if name.strip())
     config = EvaluateConfig(**options)
     loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
-    model, tokenizer = _load_model(recipe)
+    model, tokenizer = pipeline.load_model(recipe)
     evaluations = pipeline.evaluate_step(folder, model, tokenizer, config, loaded)
     folder.save_recipe(Recipe(**{**dict(recipe), "evaluate": config}))
     show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
@@ -575,7 +544,7 @@ def doctor() -> None:
             say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             say(f"  {package:18} missing: python -m pip install {package}")
-    for package, purpose in (("torchjd", "surgery"), ("trl", "dpo")):
+    for package, purpose in (("torchjd", "surgery"), ("trl", "dpo"), ("bitsandbytes", "qlora")):
         try:
             say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -603,12 +572,6 @@ def quickstart_recipe() -> Path:
     package = Path(__file__).parent
     candidates = (package / "recipes" / "quickstart.toml", package.parents[1] / "recipes" / "quickstart.toml")
     return next(path for path in candidates if path.is_file())
-
-
-def _load_model(recipe: Any) -> tuple[Any, Any]:
-    from castune.core.loading import load
-
-    return load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
 
 
 def _integers(text: str | None, option: str) -> tuple[int, ...] | None:

@@ -164,6 +164,9 @@ class TuneConfig(_Config):
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
     group_by_length: bool = True
     """Steps of examples of similar lengths, in random order: far less padding."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the base's linear layers are stored while it is trained (bitsandbytes, extra `qlora`): `nf4` takes a quarter
+    of bfloat16's memory (QLoRA). The adapter belongs to the full model, on which it is evaluated and merged."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     checkpoint_steps: Count = 100

@@ -140,6 +140,8 @@ def show_masked(masked: MaskedAdapter) -> None:
         missing = ", ".join(map(str, masked.unadapted_layers))
         say(f"note: no source adapts the queries of layer {missing}: unchanged there")
     show_certificate(masked.certificate)
+    if not masked.certificate.changed_rows:
+        say("note: no source changes a selected head: with this adapter the model is the base model")
 
 
 def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, float | None]) -> None:

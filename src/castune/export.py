@@ -14,7 +14,7 @@ from typing import Any
 from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import check_vacant, new_directory, write_text
 from castune.artifacts.masked_adapter import MASK_FILE
-from castune.artifacts.tune_result import adapter_hash
+from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.core.loading import display_name, load, load_config
 from castune.errors import ArtifactError
 from castune.pipeline import cost_ratios, differences
@@ -24,7 +24,7 @@ from castune.tune.merge import write_merged
 
 # What an exported adapter consists of; the model card is written beside. Other files of the directory stay behind.
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "certificate.json")
-_RECORDS = ("tune.json", MASK_FILE, "selection.json")
+_RECORDS = (TUNE_FILE, MASK_FILE, "selection.json")
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,25 @@ def _run_facts(path: Path, name: str | None) -> tuple[Path, HeadSelection, CardF
     arm = folder.arm(name)
     cmap = folder.load_map()
     selection = folder.load_selection(arm, cmap)
-    tuning = folder.load_tuning(arm, selection)
+    # Without an adapter the missing tune result says what to do.
+    made = folder.load_adapter(arm, selection) or folder.load_tuning(arm, selection)
     # An evaluation older than the adapter is none of it.
-    wanted = {BASE: None, arm.name: tuning.certificate.adapter_hash}
+    wanted = {BASE: None, arm.name: made.certificate.adapter_hash}
     evaluations = {
         key: result
         for key, result in folder.load_evaluations().items()
         if key in wanted
         and result.model.get("adapter") == wanted[key]
-        and result.model.get("fingerprint") == tuning.certificate.model_fingerprint
+        and result.model.get("fingerprint") == made.certificate.model_fingerprint
     }
     facts = CardFacts(
-        model=tuning.model,
-        certificate=tuning.certificate,
+        model=made.model,
+        certificate=made.certificate,
         zone=arm.name,
         n_total=selection.n_total,
         cmap=cmap,
-        tuning=tuning,
+        tuning=made if isinstance(made, TuneResult) else None,
+        masked=made if isinstance(made, MaskedAdapter) else None,
         evaluations=evaluations,
         arm=arm.name,
         differences=differences(evaluations).get(arm.name),
@@ -137,7 +139,7 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
         raise ArtifactError(
             f"{adapter}: the adapter ({found}) is not the one its certificate was made for ({certificate.adapter_hash})"
         )
-    tuning = TuneResult.load(adapter) if (adapter / "tune.json").is_file() else None
+    tuning = TuneResult.load(adapter) if (adapter / TUNE_FILE).is_file() else None
     masked = MaskedAdapter.load(adapter) if (adapter / MASK_FILE).is_file() else None
     record = tuning or masked
     model = record.model if record else {"name": display_name(_named_base(adapter) or "") or "unknown"}

@@ -33,7 +33,7 @@ from castune.evaluate.suites import Suite, load_suites
 from castune.report.page import write_figures, write_report
 from castune.run_directory import BASE, Arm, RunDirectory, arm_name
 from castune.select import select
-from castune.tune.train import require_extras, tune
+from castune.tune.train import require_extras, require_utility, tune
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,14 @@ def run(recipe: Recipe) -> RunDirectory:
     for name in (ArmName(), *map(ArmName.parse, recipe.select.compare)):
         require_extras(recipe.tune.changed(**dict(name.changes)))
     folder.check(recipe)
-    model, tokenizer = load(recipe.model, dtype=recipe.dtype, device=recipe.device, revision=recipe.revision)
+    model, tokenizer = load_model(recipe)
 
     cmap = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
     folder.save_recipe(recipe)
+    quantised = recipe.tune.quantization != "none"
+    if quantised:
+        del model  # there need not be room for both
+        model, _ = load_model(recipe, recipe.tune.quantization)
     for arm, name in select_step(folder, recipe.select, cmap):
         tune_step(
             folder,
@@ -69,9 +73,23 @@ def run(recipe: Recipe) -> RunDirectory:
             utility=all_examples(utility),
             utility_source=utility_source(recipe),
         )
+    if quantised:
+        del model
+        model, _ = load_model(recipe)
     evaluate_step(folder, model, tokenizer, recipe.evaluate, suites)
     report_step(folder)
     return folder
+
+
+def load_model(recipe: Recipe, quantization: str = "none") -> tuple[Any, Any]:
+    """The recipe's model and its tokenizer."""
+    return load(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        revision=recipe.revision,
+        quantization=quantization,
+    )
 
 
 def load_data(config: DataConfig, seed: int) -> list[Example]:
@@ -282,7 +300,9 @@ def tune_step(
 ) -> TuneResult:
     """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay."""
     selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
-    if (arm.adapter / "tune.json").is_file() and not overwrite:
+    if arm.is_masked:
+        raise ArtifactError(f"{arm.adapter} was made of other adapters by castune mask; train an arm of another name")
+    if arm.is_trained and not overwrite:
         result = folder.load_tuning(arm, selection)
         # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
         found = TuneConfig(**result.settings).model_dump(mode="json")
@@ -309,6 +329,64 @@ def tune_step(
     return result
 
 
+def tune_arm(
+    folder: RunDirectory,
+    arm: str | None,
+    config: TuneConfig,
+    *,
+    align: DataConfig,
+    utility: Sequence[DataConfig] = (),
+    overwrite: bool = False,
+) -> tuple[Arm, TuneResult]:
+    """Train an arm of a run by its name, the main one for None; its selection is made where there is none.
+
+    What the name changes is applied to `config`. The run's recipe notes how its main arm was trained.
+
+    Raises:
+        CastuneError: name and settings contradict each other, utility data is missing or not used. Nothing has been
+            loaded or written then.
+    """
+    recipe = folder.load_recipe()
+    is_there = arm is not None and folder.has_arm(arm)
+    # A selection made by other means may have any name.
+    name = ArmName.parse(arm) if arm is not None and (ArmName.is_name(arm) or not is_there) else None
+    for key, value in () if name is None else name.changes:
+        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default):
+            raise CastuneError(
+                f"--arm {arm} and --{key} {getattr(config, key)} contradict each other: give one of them"
+            )
+        config = config.changed(**{key: value})
+    if utility and not config.needs_utility:
+        raise CastuneError(
+            "--utility is for gradient surgery and data replay: add --surgery, for example pcgrad, or --replay"
+        )
+    require_utility(config, utility)
+    require_extras(config)
+    examples = load_data(align, recipe.seed)
+    utility_examples = [example for one in utility for example in load_data(one, recipe.seed)]
+    if name is None or is_there:
+        target = folder.arm(arm)
+    else:
+        seed = config.seed if recipe.select.seed is None else recipe.select.seed
+        target = select_arm(folder, name, recipe.select.model_copy(update={"seed": seed}), folder.load_map())
+    model, tokenizer = load_model(recipe, config.quantization)
+    result = tune_step(
+        folder,
+        target,
+        model,
+        tokenizer,
+        examples,
+        config,
+        align.source,
+        utility=utility_examples,
+        utility_source=", ".join(one.source for one in utility),
+        overwrite=overwrite,
+    )
+    if target.folder == folder.path and Shard.is_main_process():
+        folder.save_recipe(Recipe(**{**dict(recipe), "align": align, "tune": config}))
+    return target, result
+
+
 def evaluate_step(
     folder: RunDirectory,
     model: Any,
@@ -316,15 +394,15 @@ def evaluate_step(
     config: EvaluateConfig,
     suites: Sequence[Suite],
 ) -> dict[str, EvalResult]:
-    """Evaluations of the base model and every tuned arm, made where they are missing or older than the adapter."""
+    """Evaluations of the base model and every arm with an adapter, made where missing or older than the adapter."""
     cmap = folder.load_map(fingerprint(model))
     identity = model_record(model)
     # Every adapter is checked against its certificate before anything is measured or replaced.
     todo: list[tuple[str, Arm | None, dict[str, Any]]] = [(BASE, None, {**identity, "adapter": None})]
     for arm in folder.arms():
-        if (arm.adapter / "tune.json").is_file():
-            tuning = folder.load_tuning(arm, folder.load_selection(arm, cmap))
-            todo.append((arm.name, arm, {**identity, "adapter": tuning.certificate.adapter_hash}))
+        made = folder.load_adapter(arm, folder.load_selection(arm, cmap))
+        if made is not None:
+            todo.append((arm.name, arm, {**identity, "adapter": made.certificate.adapter_hash}))
     for name, adapted, record in todo:
         if _is_evaluated(folder.evaluation(name), record, config, suites):
             logger.info("evaluation of %s: already there", name)
@@ -347,11 +425,14 @@ def evaluate_step(
 def report_step(folder: RunDirectory) -> Path:
     """Write figures and `report.html` from what the run directory holds."""
     cmap = folder.load_map()
-    selections, tunings = {}, {}
+    selections, tunings, masked = {}, {}, {}
     for arm in folder.arms():
         selections[arm.name] = folder.load_selection(arm, cmap)
-        if (arm.adapter / "tune.json").is_file():
-            tunings[arm.name] = folder.load_tuning(arm, selections[arm.name])
+        made = folder.load_adapter(arm, selections[arm.name])
+        if isinstance(made, TuneResult):
+            tunings[arm.name] = made
+        elif made is not None:
+            masked[arm.name] = made
     evaluations = folder.load_evaluations()
     write_figures(folder.path / "figures", cmap=cmap, selections=selections, tunings=tunings, evaluations=evaluations)
     return write_report(
@@ -359,6 +440,7 @@ def report_step(folder: RunDirectory) -> Path:
         cmap=cmap,
         selections=selections,
         tunings=tunings,
+        masked=masked,
         evaluations=evaluations,
         cost_ratios=cost_ratios(evaluations),
         differences=differences(evaluations),

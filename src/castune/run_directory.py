@@ -3,26 +3,30 @@
 recipe.toml  provenance.json  conflict_map.parquet  ablation.parquet
 domains/NAME.parquet                         the map of each utility domain, where there are several
 selection.json  adapter/                     the main arm
-arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison
+arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison: trained, or made of other adapters
 evaluation/NAME/  figures/  report.html
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from castune.arms import heads_name
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import write_text
-from castune.artifacts.tune_result import adapter_hash
+from castune.artifacts.masked_adapter import MASK_FILE
+from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.config import Recipe
+from castune.core.provenance import same_model
 from castune.errors import ArtifactError
 
 BASE = "base"
+_NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class Arm:
     def adapter(self) -> Path:
         """Its adapter directory."""
         return self.folder / "adapter"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its adapter is there, and was trained here."""
+        return (self.adapter / TUNE_FILE).is_file()
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether its adapter is there, and was made of others (`castune mask`)."""
+        return (self.adapter / MASK_FILE).is_file()
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,20 @@ class RunDirectory:
         """An arm beside the main one."""
         return Arm(name, self.path / "arms" / name)
 
+    def new_arm(self, name: str) -> Arm:
+        """An arm beside the main one for an adapter made elsewhere, by a name of the user's.
+
+        Raises:
+            ArtifactError: no name for a directory, or one that a trained or selected arm has.
+        """
+        if not _NEW_NAME.fullmatch(name) or name == BASE:
+            raise ArtifactError(
+                f"{name!r} is no name for an arm; accepted: up to 100 letters, digits, -, _, + and ., but not {BASE!r}"
+            )
+        if self.has_arm(name) and not self.side_arm(name).is_masked:
+            raise ArtifactError(f"{self.path} has an arm {name!r} already; choose another name")
+        return self.side_arm(name)
+
     def arm(self, name: str | None) -> Arm:
         """The arm of that name, the main one for None.
 
@@ -132,7 +160,7 @@ class RunDirectory:
         before = _flat(tomllib.loads(self.load_recipe().to_toml()))
         now = _flat(tomllib.loads(recipe.to_toml()))
         has_map = self.map_file.is_file()
-        has_adapter = any((arm.adapter / "tune.json").is_file() for arm in self.arms())
+        has_adapter = any(arm.is_trained for arm in self.arms())
         different = [
             key
             for key in sorted(before.keys() | now.keys())
@@ -159,7 +187,7 @@ class RunDirectory:
     def load_map(self, fingerprint: str | None = None) -> ConflictMap:
         """The conflict map; refused when it belongs to another model than `fingerprint`."""
         cmap = ConflictMap.load(self.map_file)
-        if fingerprint is not None and cmap.fingerprint != fingerprint:
+        if fingerprint is not None and not same_model(cmap.fingerprint, fingerprint):
             raise ArtifactError(
                 f"{self.map_file} was made from model {cmap.metadata['model']['name']} ({cmap.fingerprint}), the model "
                 f"now loaded is {fingerprint}; give another directory with --out"
@@ -179,22 +207,33 @@ class RunDirectory:
     def load_tuning(self, arm: Arm, selection: HeadSelection) -> TuneResult:
         """An arm's tune result; refused when it was trained for other heads or another model."""
         result = TuneResult.load(arm.adapter)
-        certificate = result.certificate
+        self._check_adapter(arm, selection, result.certificate, f"castune tune {self.path} --overwrite")
+        return result
+
+    def load_adapter(self, arm: Arm, selection: HeadSelection) -> TuneResult | MaskedAdapter | None:
+        """The record of an arm's adapter, however it was made, None without one; refused like a tune result."""
+        if arm.is_trained:
+            return self.load_tuning(arm, selection)
+        if not arm.is_masked:
+            return None
+        masked = MaskedAdapter.load(arm.adapter)
+        self._check_adapter(
+            arm, selection, masked.certificate, f"castune mask ADAPTER --run {self.path} --as {arm.name}"
+        )
+        return masked
+
+    def _check_adapter(self, arm: Arm, selection: HeadSelection, certificate: Certificate, again: str) -> None:
         try:
             found = adapter_hash(arm.adapter)
         except FileNotFoundError as error:
-            raise ArtifactError(f"{error.filename}: missing; run: castune tune {self.path} --overwrite") from None
+            raise ArtifactError(f"{error.filename}: missing; run: {again}") from None
         if found != certificate.adapter_hash:
             raise ArtifactError(
                 f"{arm.adapter}: the adapter ({found}) is not the one its certificate was made for "
-                f"({certificate.adapter_hash}); run: castune tune {self.path} --overwrite"
+                f"({certificate.adapter_hash}); run: {again}"
             )
         if certificate.selection != selection.heads or certificate.model_fingerprint != selection.model_fingerprint:
-            raise ArtifactError(
-                f"{arm.adapter} was trained for another selection than {arm.selection_file}; "
-                f"run: castune tune {self.path} --overwrite"
-            )
-        return result
+            raise ArtifactError(f"{arm.adapter} was made for another selection than {arm.selection_file}; run: {again}")
 
     def load_evaluations(self) -> dict[str, EvalResult]:
         """All evaluations, the base model first, then in the order of `arms`."""

@@ -73,8 +73,8 @@ def test_one_command_an_arm(finished: Path, own_data: dict[str, Path], tmp_path:
     )
 
     for name, more, said in (
-        ("risky+pcgrad", [], ("--surgery pcgrad", "--utility SOURCE")),
-        ("risky+replay-20", [], ("--replay 0.2", "--utility SOURCE")),
+        ("risky+pcgrad", [], ('surgery = "pcgrad"', "--utility SOURCE")),
+        ("risky+replay-20", [], ("replay = 0.2", "--utility SOURCE")),
         ("../../risky", [], ("accepted are safe",)),
         ("safe+pcgrad", ["--surgery", "pcgrad-symmetric", *utility], ("contradict",)),
     ):

@@ -22,6 +22,8 @@ from castune.cli import app
 from castune.config import Recipe
 from castune.core.heads import HeadLayout
 from castune.errors import CastuneError
+from castune.evaluate.run import evaluate
+from castune.evaluate.suites import load_suites
 from castune.export import export
 from castune.pipeline import run
 from castune.report.card import CardFacts, Merging, model_card
@@ -181,6 +183,52 @@ def test_ties_of_all_heads_and_of_chosen_ones(finished: Path, plain: Callable[..
     ).read_bytes()
 
 
+def test_a_combination_stands_beside_the_trained_arms(
+    finished: Path, plain: Callable[..., Path], tmp_path: Path
+) -> None:
+    ties = ["--combination", "ties", "--run", finished, "--as", "ties"]
+    made = castune("mask", plain("one"), plain("two", seed=4), *ties, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    recipe = Recipe.load(finished / "recipe.toml").evaluate
+    suites = ["--suites", ",".join(recipe.suites), "--max-new-tokens", recipe.max_new_tokens]
+    for command in (["evaluate", finished, *suites], ["report", finished]):
+        done = castune(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    arm = finished / "arms" / "ties"
+    masked = MaskedAdapter.load(arm / "adapter")
+    assert HeadSelection.load(arm) == HeadSelection.load(finished)
+    evaluation = EvalResult.load(finished / "evaluation" / "ties")
+    assert evaluation.model["adapter"] == masked.certificate.adapter_hash
+
+    # What was measured is the adapter that any user of PEFT would load.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    by_hand = evaluate(
+        PeftModel.from_pretrained(model, arm / "adapter"),
+        tokenizer,
+        suites=load_suites(recipe.suites, limit=None, seed=0),
+        config=recipe,
+        name="by hand",
+    )
+    assert by_hand.samples == evaluation.samples
+    assert by_hand.samples != EvalResult.load(finished / "evaluation" / "base").samples
+
+    report = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Made of other adapters, without training" in report
+    assert "one × 1, two × 1" in report
+    exported = export(finished, tmp_path / "out", arm="ties")
+    assert exported.certificate == masked.certificate
+    assert "## Evaluation" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+    again = castune("mask", plain("one"), plain("two"), *ties, cwd=tmp_path)
+    assert_one_error(again, "exists already", "--overwrite")
+    assert_one_error(castune("tune", finished, "--arm", "ties", cwd=tmp_path), "made of other adapters")
+    for name, said in (("safe", "has an arm 'safe' already"), ("base", "no name"), ("../x", "no name")):
+        done = castune("mask", plain("one"), "--run", finished, "--as", name, cwd=tmp_path)
+        assert_one_error(done, said)
+    assert sorted(path.name for path in (finished / "arms").iterdir()) == ["risky", "ties"]
+
+
 # -- the card
 
 
@@ -319,6 +367,7 @@ def test_a_mask_that_cannot_be(finished: Path, plain: Callable[..., Path], model
         ([adapter], "--run RUN, or --base MODEL"),
         ([adapter, *run_of, *base], "--run RUN, or --base MODEL"),
         ([adapter, *base, "--arm", "safe"], "--arm safe is an arm of a run"),
+        ([adapter, *run_of, "--as", "mine"], "say where to write it"),
         ([adapter, *run_of, "--arm", "saef"], "no selection named saef"),
         ([adapter, adapter, *run_of], "linear, ties"),
         ([adapter, adapter, *run_of, "--combination", "ties", "--weights", "1,x"], "--weights 1,x"),

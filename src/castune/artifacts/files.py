@@ -85,7 +85,10 @@ def check_vacant(path: Path) -> None:
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists() or path.is_symlink():
-        raise ArtifactError(f"{path}: exists already; give another directory with --out, or remove this one")
+        raise ArtifactError(
+            f"{path}: exists already; give another directory with --out, remove this one, or use --overwrite where the "
+            "command has it"
+        )
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -10,6 +10,7 @@ from castune.artifacts.files import file_hash, parsed, read_json, write_json
 
 _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
+TUNE_FILE = "tune.json"
 
 
 def adapter_hash(adapter: Path) -> str:
@@ -96,7 +97,7 @@ class TuneResult:
 
     def save(self, path: str | Path) -> Path:
         """Write `tune.json` into an adapter directory (or to the given file), atomically."""
-        path = _named(path, "tune.json")
+        path = _named(path, TUNE_FILE)
         content = asdict(self)
         del content["certificate"]  # it has a file of its own
         self.certificate.save(path.parent)
@@ -106,7 +107,7 @@ class TuneResult:
     @classmethod
     def load(cls, path: str | Path) -> TuneResult:
         """Read a tune result, and the certificate beside it, from its file or its adapter directory."""
-        path = _named(path, "tune.json")
+        path = _named(path, TUNE_FILE)
         record = read_json(path, _TUNE_RESULT, f"castune tune {path.parent.parent} --data DATA")
         certificate = Certificate.load(path.parent)
         losses = parsed(path, _TUNE_RESULT, lambda: tuple((int(step), float(loss)) for step, loss in record["losses"]))

@@ -164,6 +164,13 @@ class HeadLayout:
         """The module that holds the query rows of a layer."""
         return model.get_submodule(self.at(layer).query_path)
 
+    def query_weight(self, model: nn.Module, layer: int) -> Tensor:
+        """The weight of a layer's query projection, dequantised where it is stored in packed integers."""
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight: Tensor = dequantize_module_weight(self.query_projection(model, layer))
+        return weight.detach()
+
     def output_projection(self, model: nn.Module, layer: int) -> nn.Module:
         """The output projection of a layer."""
         return model.get_submodule(self.at(layer).output_path)

@@ -12,32 +12,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from castune.core.loading import display_name
 
 # Elements sampled from every tensor for the fingerprint.
 _SAMPLES = 4096
+_QUANTISED = "-quantised"
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """A digest of names, shapes and sampled values of all parameters (first 16 hex digits of SHA-256).
+    """A digest of names, shapes and sampled values of all parameters: 16 hex digits of SHA-256.
 
     Values are compared after rounding to bfloat16, so the same checkpoint loaded in float32 and in bfloat16 has
     the same fingerprint. It tells models apart; it is no proof that every weight is equal (`certify` is).
+
+    The first 8 digits are of what quantisation leaves as it is, vectors and the input embeddings; the others of the
+    rest. A quantised model has the word `quantised` in their place.
     """
-    digest = hashlib.sha256()
+    kept, rest = hashlib.sha256(), hashlib.sha256()
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=True)):
-        flat = parameter.detach().flatten()
-        if flat.numel() > _SAMPLES:
-            # Random places: a fixed stride would meet the same few columns in every row.
-            places = torch.randint(flat.numel(), (_SAMPLES,), generator=torch.Generator().manual_seed(0))
-            flat = flat[places.to(flat.device)]
-        sample = flat.to(device="cpu", dtype=torch.bfloat16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        is_kept = parameter.ndim < 2 or (embeddings is not None and parameter is embeddings.weight)
+        if is_kept or parameter.is_floating_point():
+            _add(kept if is_kept else rest, name, parameter)
+    return kept.hexdigest()[:8] + (_QUANTISED if is_quantised(model) else rest.hexdigest()[:8])
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether weights are stored as packed integers (bitsandbytes)."""
+    return any(not parameter.is_floating_point() for parameter in model.parameters())
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same model; of a quantised one as far as can be told."""
+    if one.endswith(_QUANTISED) or other.endswith(_QUANTISED):
+        return one[:8] == other[:8]
+    return one == other
+
+
+def _add(digest: Any, name: str, parameter: Tensor) -> None:
+    flat = parameter.detach().flatten()
+    if flat.numel() > _SAMPLES:
+        # Random places: a fixed stride would meet the same few columns in every row.
+        places = torch.randint(flat.numel(), (_SAMPLES,), generator=torch.Generator().manual_seed(0))
+        flat = flat[places.to(flat.device)]
+    sample = flat.to(device="cpu", dtype=torch.bfloat16)
+    digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    digest.update(sample.view(torch.int16).numpy().tobytes())
 
 
 def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
@@ -47,7 +70,9 @@ def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
         "name": name or display_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "type": config.model_type,
         "fingerprint": fingerprint(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        # Packed integers hold several parameters each.
+        "parameters": model.num_parameters() if is_quantised(model) else sum(p.numel() for p in model.parameters()),
+        "quantised": is_quantised(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(next(model.parameters()).device),
         "commit": getattr(config, "_commit_hash", None),
@@ -56,12 +81,13 @@ def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
     """Versions, machine, command and time of this process."""
-    packages = ("castune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "torchjd")
+    packages = ("castune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+    optional = ("torchjd", "trl", "bitsandbytes")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": seed,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in (*packages, *optional)}},
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "code": _code_state(),

@@ -21,7 +21,7 @@ from castune.core.batching import tuned_batch_tokens
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.memory import return_freed_memory
 from castune.core.modes import evaluation_mode
-from castune.core.provenance import model_record, provenance
+from castune.core.provenance import is_quantised, model_record, provenance
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies
@@ -73,7 +73,8 @@ def diagnose(
 
     Raises:
         UnsupportedArchitecture: the heads of this model could not be located.
-        CastuneError: data without replies or answers, layers that do not exist, a loss that is not finite.
+        CastuneError: data without replies or answers, layers that do not exist, a loss that is not finite, a quantised
+            model.
         MapUnfinished: this share is done, others are missing.
     """
     config = config or DiagnoseConfig()
@@ -82,6 +83,11 @@ def diagnose(
     sets = _checked(safety, utility, config)
     examples = {"safety": safety, **{one.objective: one.examples for one in sets}}
     rows = {name: [chat.loss_row(example) for example in found] for name, found in examples.items()}
+    if is_quantised(model):
+        raise CastuneError(
+            "the model is quantised, and its packed weights have no gradients; diagnose the full model. Its selections "
+            "can be trained on the quantised one (castune tune --quantization nf4)"
+        )
     layout = HeadLayout.of(model)
     heads = _heads(layout, config.layers)
     share = Shard.of(shard)

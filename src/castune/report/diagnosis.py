@@ -17,7 +17,7 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
     baseline, data = cmap.metadata.get("baseline", {}), cmap.metadata.get("data", {})
     over_domains = ", mean over domains" if cmap.domains else ""
     facts = [
-        ("Measured by", f"{known(settings.get('measure'))}, {known(settings.get('ablation'))} ablation"),
+        ("Measured by", f"{_measure(settings)}, {known(settings.get('ablation'))} ablation"),
         ("Safety prompts", _source(data.get("safety"))),
         ("Utility questions", _source(data.get("utility"))),
         (f"Utility accuracy before ablation{over_domains}", _baseline(baseline.get("utility_accuracy"))),
@@ -119,6 +119,13 @@ def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append((f"Overlap of the {zone} zones of two halves of the examples", shown))
     facts += [("Warning", warning) for warning in found.get("warnings", [])]
     return facts
+
+
+def _measure(settings: Mapping[str, Any]) -> str:
+    measure = known(settings.get("measure"))
+    if measure == "margin" and "margin_tokens" in settings:
+        return f"margin (replies by their first {settings['margin_tokens']} tokens)"
+    return measure
 
 
 def _number(value: float | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import vl_convert
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import replacing, write_text
 from castune.report.diagnosis import conflict_map
 from castune.report.figures import charts
@@ -42,6 +42,7 @@ def write_report(
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
     cost_ratios: Mapping[str, float | None],
+    masked: Mapping[str, MaskedAdapter] | None = None,
     recipe_text: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -55,6 +56,7 @@ def write_report(
         evaluations: by arm; `base` is the model before training.
         differences: arm -> suite -> mean of arm minus base paired by example: `value`, `standard_error`, `n`.
         cost_ratios: utility cost ratio by arm; None is undefined where both rates are measured.
+        masked: by arm, the adapters made of others without training.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.
 
@@ -68,9 +70,9 @@ def write_report(
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
         results(evaluations, differences, cost_ratios, drawn),
         conflict_map(cmap, selections, drawn),
-        training(tunings, selections, drawn),
+        training(tunings, masked or {}, selections, drawn),
         samples(evaluations),
-        provenance(cmap, selections, tunings, evaluations, recipe_text),
+        provenance(cmap, selections, tunings, masked or {}, evaluations, recipe_text),
     )
     path = Path(path)
     write_text(path, _document(f"castune: {known(cmap.metadata.get('model', {}).get('name'))}", body, drawn))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.report.markup import Markup, join, table, tag
 from castune.report.sections import known, section
 from castune.report.summary import NOT_MEASURED, in_order
@@ -46,6 +46,7 @@ def provenance(
     cmap: ConflictMap,
     selections: Mapping[str, HeadSelection],
     tunings: Mapping[str, TuneResult],
+    masked: Mapping[str, MaskedAdapter],
     evaluations: Mapping[str, EvalResult],
     recipe_text: str,
 ) -> Markup:
@@ -69,6 +70,17 @@ def provenance(
                 },
             )
             for arm, item in tunings.items()
+        ),
+        *(
+            _block(
+                f"Made of other adapters: {arm}",
+                {
+                    "adapters": {source["name"]: source for source in item.sources},
+                    "model": item.model,
+                    "provenance": item.provenance,
+                },
+            )
+            for arm, item in masked.items()
         ),
         *(
             _block(

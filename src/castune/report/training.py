@@ -1,58 +1,38 @@
-"""What was trained, and the proof of what was not."""
+"""What was trained or made of other adapters, and the proof of what was not touched."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from castune.artifacts import HeadSelection, TuneResult
+from castune.artifacts import HeadSelection, MaskedAdapter, TuneResult
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import NOT_RECORDED, duration, figure, known, section
 from castune.report.summary import number
 
+_BUDGET = ("Heads", "Layers", "Query rows", "A matrices", "Trainable parameters", "Effective parameters")
+_WORK = ("Examples", "Steps", "Tokens", "Time")
+_PROOF = (
+    "Arm",
+    "Query rows outside the selection",
+    "Tensors, outside selected rows",
+    "Selected rows changed",
+    "Largest change of a weight",
+    "Adapter",
+)
+
 
 def training(
-    tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSelection], drawn: Mapping[str, Any]
+    tunings: Mapping[str, TuneResult],
+    masked: Mapping[str, MaskedAdapter],
+    selections: Mapping[str, HeadSelection],
+    drawn: Mapping[str, Any],
 ) -> Markup:
     """Budget, certificate and loss of every arm."""
-    if not tunings:
+    if not tunings and not masked:
         return section("Training", "training", tag("p", "Nothing has been trained in this run."))
-    head = [
-        "Arm",
-        "Heads",
-        "Layers",
-        "Query rows",
-        "A matrices",
-        "Trainable parameters",
-        "Effective parameters",
-    ]
-    head += ["Examples", "Steps", "Tokens", "Time"]
-    budgets, proofs = [], []
-    for arm, result in tunings.items():
-        keys = ("heads", "query_rows", "a_matrices", "trainable_parameters", "effective_parameters")
-        heads, *rest = (known(result.budget.get(key)) for key in keys)
-        layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
-        examples = known(result.data.get("n")) + (f" ({result.data['cut']:,} cut)" if result.data.get("cut") else "")
-        run = [examples, known(result.steps), known(result.tokens), duration(result.seconds)]
-        budgets.append([arm, heads, layers, *rest, *run])
-        proof = result.certificate
-        proofs.append(
-            [
-                arm,
-                f"{proof.checked_rows:,}, all identical",
-                f"{proof.checked_tensors:,}, all identical",
-                f"{proof.changed_rows:,} of {proof.selected_rows:,}",
-                number(proof.largest_change),
-                tag("code", proof.adapter_hash) if proof.adapter_hash else NOT_RECORDED,
-            ]
-        )
-    proof_head = [
-        "Arm",
-        "Query rows outside the selection",
-        "Tensors, outside selected rows",
-        "Selected rows changed",
-    ]
-    proof_head += ["Largest change of a weight", "Adapter"]
+    made: dict[str, TuneResult | MaskedAdapter] = {**tunings, **masked}
+    proofs = [_proof(arm, result) for arm, result in made.items()]
     certificate = (
         "Every adapter was merged and compared with the base model bit by bit: nothing but query rows of the "
         "selected heads differs."
@@ -60,15 +40,106 @@ def training(
     return section(
         "Training",
         "training",
-        table(head, budgets, label="Training budget by arm", class_="numbers"),
-        tag(
-            "p",
-            "Trainable parameters include LoRA's A, which all heads of a layer share; effective parameters "
-            "leave out rows that the mask keeps at zero.",
-            class_="small",
-        ),
+        _budgets(tunings, selections),
+        _surgery(tunings),
+        _sources(masked),
         tag("h3", "Certificate"),
         tag("p", certificate),
-        table(proof_head, proofs, label="Certificate by arm", class_="numbers"),
+        table(_PROOF, proofs, label="Certificate by arm", class_="numbers"),
         figure("training_loss", "Training loss as logged.") if "training_loss" in drawn else "",
     )
+
+
+def _budgets(tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSelection]) -> Markup | str:
+    if not tunings:
+        return ""
+    rows = []
+    for arm, result in tunings.items():
+        keys = ("heads", "query_rows", "a_matrices", "trainable_parameters", "effective_parameters")
+        heads, *rest = (known(result.budget.get(key)) for key in keys)
+        layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
+        examples = known(result.data.get("n")) + (f" ({result.data['cut']:,} cut)" if result.data.get("cut") else "")
+        work = [examples, known(result.steps), known(result.tokens), duration(result.seconds)]
+        rows.append([arm, _objective(result), heads, layers, *rest, *work])
+    explanation = (
+        "Trainable parameters include LoRA's A, which all heads of a layer share; effective parameters "
+        "leave out rows that the mask keeps at zero."
+    )
+    head = ("Arm", "Objective", *_BUDGET, *_WORK)
+    return tag(
+        "div",
+        table(head, rows, label="Training budget by arm", class_="numbers"),
+        tag("p", explanation, class_="small"),
+    )
+
+
+def _objective(result: TuneResult) -> str:
+    # Records from before there was a choice know of none of these.
+    settings = result.settings
+    parts = [str(settings.get("method", "sft")).upper()]
+    if settings.get("replay"):
+        replayed = (result.utility or {}).get("replayed")
+        parts.append(f"{100 * settings['replay']:g} % replayed ({known(replayed)} examples)")
+    if result.surgery is not None:
+        parts.append(str(settings.get("surgery")))
+    if settings.get("quantization", "none") != "none":
+        parts.append(f"base in {settings['quantization']}")
+    if settings.get("freeze_a"):
+        parts.append("A frozen")
+    return ", ".join(parts)
+
+
+def _surgery(tunings: Mapping[str, TuneResult]) -> Markup | str:
+    rows = []
+    for arm, result in tunings.items():
+        if (found := result.surgery) is None:
+            continue
+        settings, utility = result.settings, result.utility or {}
+        cosine = found.get("mean_cosine")
+        rows.append(
+            [
+                arm,
+                f"{known(settings.get('surgery'))}, {known(settings.get('surgery_granularity'))}",
+                f"{known(utility.get('source') or None)}, n = {known(utility.get('n'))}",
+                f"{known(found.get('conflicting_steps'))} of {known(found.get('steps'))}",
+                "undefined" if cosine is None else f"{cosine:.3f}".replace("-", "−"),
+            ]
+        )
+    if not rows:
+        return ""
+    head = ["Arm", "Gradient surgery", "Utility data", "Steps with a conflict", "Mean cosine of the two gradients"]
+    return table(head, rows, label="Gradient surgery by arm", class_="numbers")
+
+
+def _sources(masked: Mapping[str, MaskedAdapter]) -> Markup | str:
+    if not masked:
+        return ""
+    rows = []
+    for arm, made in masked.items():
+        weights = made.weights or (None,) * len(made.sources)
+        sources = [
+            f"{source['name']}{'' if weight is None else f' × {weight:g}'}"
+            for source, weight in zip(made.sources, weights, strict=True)
+        ]
+        how = known(made.combination) if made.combination else "–"
+        density = "" if made.density is None else f", density {made.density:g}"
+        dropped = ", ".join(f"{n:,} {name}" for name, n in made.dropped.items()) or "none"
+        rows.append([arm, ", ".join(sources), how + density, f"{len(made.certificate.selection):,}", dropped])
+    head = ["Arm", "Adapters", "Combined by", "Heads kept", "Modules left out"]
+    return tag(
+        "div",
+        tag("h3", "Made of other adapters, without training"),
+        table(head, rows, label="Masked adapters by arm", class_="numbers"),
+    )
+
+
+def _proof(arm: str, result: TuneResult | MaskedAdapter) -> list[object]:
+    proof = result.certificate
+    return [
+        arm,
+        f"{proof.checked_rows:,}, all identical",
+        f"{proof.checked_tensors:,}, all identical",
+        f"{proof.changed_rows:,} of {proof.selected_rows:,}",
+        number(proof.largest_change),
+        tag("code", proof.adapter_hash) if proof.adapter_hash else NOT_RECORDED,
+    ]

@@ -27,7 +27,7 @@ from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import adapter_hash
 from castune.core.heads import HeadLayout
 from castune.core.loading import display_name
-from castune.core.provenance import fingerprint, model_record, provenance
+from castune.core.provenance import fingerprint, model_record, provenance, same_model
 from castune.errors import CastuneError, CertificateError
 from castune.tune.row_lora import check_selection, lora_layers, projection_mask, query_lora_config
 from castune.tune.verify import certify, lora_pairs, plain_lora_config
@@ -181,7 +181,7 @@ def _check_base(adapter: Path, config: dict[str, Any], base: Any) -> None:
     """Refuse an adapter of another base model: by its certificate where it has one, else by the name it gives."""
     if (adapter / "certificate.json").is_file():
         certified, loaded = Certificate.load(adapter).model_fingerprint, fingerprint(base)
-        if certified != loaded:
+        if not same_model(certified, loaded):
             raise CastuneError(f"{adapter} was made for model {certified}, this model is {loaded}")
         return
     wanted, found = config.get("base_model_name_or_path"), getattr(base.config, "_name_or_path", "")
@@ -201,7 +201,7 @@ def _model_name(path: str) -> str:
 
 def _shape(base: nn.Module, layout: HeadLayout, layer: int) -> tuple[int, int]:
     """(rows, D) of a layer's query projection, whatever way it is stored."""
-    n_rows, width = layout.query_projection(base, layer).weight.shape
+    n_rows, width = layout.query_weight(base, layer).shape
     return (width, n_rows) if layout.at(layer).transposed else (n_rows, width)
 
 

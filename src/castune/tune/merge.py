@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from castune.artifacts import Certificate, HeadSelection
 from castune.core.heads import HeadLayout
+from castune.core.provenance import is_quantised
 from castune.errors import CastuneError, CertificateError
 from castune.tune.row_lora import projection_mask
 from castune.tune.verify import bits, certify, lora_pairs, merged_rows, plain_lora_config
@@ -65,7 +66,7 @@ def write_merged(
         CastuneError: the weights of the base are quantised.
     """
     adapter, out = Path(adapter), Path(out)
-    if getattr(base, "is_quantized", False):
+    if is_quantised(base):
         raise CastuneError("the base model is quantised: merging would round its weights again; give the full model")
     certificate = certify(base, adapter, selection)
     layout = HeadLayout.of(base)

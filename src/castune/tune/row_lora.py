@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from castune.artifacts import HeadSelection
 from castune.core.heads import HeadLayout
-from castune.core.provenance import fingerprint
+from castune.core.provenance import fingerprint, same_model
 from castune.errors import CastuneError
 
 ADAPTER_NAME = "default"
@@ -40,7 +40,7 @@ def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: flo
     Set the seed before calling: A is initialised at random here.
 
     Args:
-        model: the base model the selection was made for. PEFT wraps its layers in place.
+        model: the base model the selection was made for, or it quantised. PEFT wraps its layers in place.
         selection: the heads to train.
         r: LoRA rank.
         alpha: LoRA alpha; updates are scaled by alpha / r.
@@ -48,10 +48,11 @@ def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: flo
             with equal head counts have exactly equal budgets.
 
     Raises:
-        CastuneError: the selection belongs to another model, or is empty.
+        CastuneError: the selection belongs to another model, or is empty; or the model wears an adapter already.
     """
     from peft import get_peft_model
 
+    _refuse_adapted(model)
     layout = HeadLayout.of(model)
     check_selection(model, layout, selection)
     peft_model = get_peft_model(model, query_lora_config(layout, selection, r=r, alpha=alpha))
@@ -89,7 +90,7 @@ def check_selection(model: nn.Module, layout: HeadLayout, selection: HeadSelecti
     if not selection.heads:
         raise CastuneError("the selection has no heads; nothing would be trained")
     found = fingerprint(model)
-    if selection.model_fingerprint != found:
+    if not same_model(selection.model_fingerprint, found):
         raise CastuneError(
             f"the selection was made for model {selection.model_fingerprint}, this model is {found}; "
             "diagnose this model and select again"
@@ -97,6 +98,17 @@ def check_selection(model: nn.Module, layout: HeadLayout, selection: HeadSelecti
     unknown = sorted(set(selection.heads) - set(layout.heads))
     if unknown:
         raise CastuneError(f"the selection names heads this model does not have: {unknown[:5]}")
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise CastuneError(
+                f"{name} carries an adapter already, whose values no mask would hold at zero; merge it "
+                "(merge_and_unload), remove it (unload), or load the base model again"
+            )
 
 
 def row_mask(layout: HeadLayout, selection: HeadSelection, layer: int) -> Tensor:

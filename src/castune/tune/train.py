@@ -18,6 +18,7 @@ from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.files import new_directory
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
+from castune.core.loading import require_bitsandbytes
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
 from castune.core.shards import Shard
@@ -52,7 +53,7 @@ def tune(
     is sharded when this returns: load it again.
 
     Args:
-        model: the base model; it is wrapped for the training and left as it was.
+        model: the base model, or it quantised; it is wrapped for the training and left as it was.
         tokenizer: its tokenizer, with a chat template.
         selection: the heads to train.
         data: D_align, prompts with replies.
@@ -100,7 +101,7 @@ def tune(
                 shutil.copytree(workspace.adapter, folder, dirs_exist_ok=True)
                 TuneResult(
                     adapter=out.name,
-                    certificate=run.base.certificate(folder, selection, identity["fingerprint"]),
+                    certificate=run.base.certificate(folder, selection),
                     budget=run.budget,
                     settings=config.model_dump(mode="json"),
                     data=data_record,
@@ -133,6 +134,21 @@ def require_extras(config: TuneConfig) -> None:
     require_method(config.surgery)
     if config.method == "dpo":
         require_trl()
+    if config.quantization != "none":
+        require_bitsandbytes()
+
+
+def require_utility(config: TuneConfig, utility: Sequence[Any] | None) -> None:
+    """Refuse a training that compares with utility data, or mixes it in, and has none.
+
+    Raises:
+        CastuneError: the message names the setting that needs it.
+    """
+    if utility or not config.needs_utility:
+        return
+    what = f'surgery = "{config.surgery}"' if config.surgery != "none" else f"replay = {config.replay:g}"
+    why = "whose gradient it compares with" if config.surgery != "none" else "which it mixes in"
+    raise CastuneError(f"{what} needs utility data, {why}; give utility examples (castune tune: --utility SOURCE)")
 
 
 @dataclass(frozen=True)
@@ -164,7 +180,8 @@ class _Work:
         rows = [chat.loss_row(example) for example in data]
         if not config.needs_utility:
             return cls(rows, pairs, [], [])
-        utility_rows = _utility_rows(config, chat, utility)
+        require_utility(config, utility)
+        utility_rows = [chat.loss_row(example) for example in utility or ()]
         return cls(rows, pairs, utility_rows, replayed_rows(utility_rows, len(rows), config.replay, config.seed))
 
 
@@ -245,21 +262,14 @@ class _Base:
     @classmethod
     def of(cls, model: Any, layout: HeadLayout, selection: HeadSelection) -> _Base:
         check_selection(model, layout, selection)
-        projections = {layer: layout.query_projection(model, layer).weight.detach() for layer in selection.layers}
+        projections = {layer: layout.query_weight(model, layer) for layer in selection.layers}
         return cls(layout, projections, sum(1 for _ in model.named_parameters()))
 
     def on_cpu(self) -> _Base:
         return replace(self, projections={layer: weight.cpu() for layer, weight in self.projections.items()})
 
-    def certificate(self, adapter: Path, selection: HeadSelection, fingerprint: str) -> Certificate:
-        return certificate_of(
-            self.projections,
-            self.layout,
-            adapter,
-            selection,
-            model_fingerprint=fingerprint,
-            n_tensors=self.n_tensors,
-        )
+    def certificate(self, adapter: Path, selection: HeadSelection) -> Certificate:
+        return certificate_of(self.projections, self.layout, adapter, selection, n_tensors=self.n_tensors)
 
 
 @contextmanager
@@ -303,14 +313,6 @@ def replayed_rows(utility_rows: Sequence[Row], n_aligned: int, share: float, see
     while len(rows) < n:
         rows += generator.sample(utility_rows, min(len(utility_rows), n - len(rows)))
     return rows
-
-
-def _utility_rows(config: TuneConfig, chat: ChatFormat, utility: Sequence[Example] | None) -> list[Row]:
-    if not utility:
-        what = f'surgery = "{config.surgery}"' if config.surgery != "none" else f"replay = {config.replay:g}"
-        why = "whose gradient it compares with" if config.surgery != "none" else "which it mixes in"
-        raise CastuneError(f"{what} needs utility data, {why}; give utility examples (castune tune: --utility SOURCE)")
-    return [chat.loss_row(example) for example in utility]
 
 
 def _data_record(data: Sequence[Example], rows: Sequence[Row], source: str | None) -> dict[str, Any]:

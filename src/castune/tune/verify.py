@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from castune.artifacts import Certificate, HeadSelection
 from castune.artifacts.tune_result import adapter_hash
 from castune.core.heads import HeadLayout
-from castune.core.provenance import fingerprint
 from castune.errors import CertificateError
 from castune.tune.row_lora import check_selection, projection_mask
 
@@ -44,7 +43,7 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     """Compare the merged model with its base, bit by bit.
 
     Args:
-        base: the base model, without an adapter.
+        base: the base model, without an adapter. Of a quantised one the dequantised weights are compared.
         adapter: directory of a PEFT LoRA adapter (`adapter_config.json`, `adapter_model.safetensors`).
         selection: the heads that may have changed.
 
@@ -57,13 +56,12 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     """
     layout = HeadLayout.of(base)
     check_selection(base, layout, selection)
-    weights = {layer: layout.query_projection(base, layer).weight.detach() for layer in selection.layers}
+    weights = {layer: layout.query_weight(base, layer) for layer in selection.layers}
     return certificate_of(
         weights,
         layout,
         Path(adapter),
         selection,
-        model_fingerprint=fingerprint(base),
         n_tensors=sum(1 for _ in base.named_parameters()),
     )
 
@@ -74,7 +72,6 @@ def certificate_of(
     adapter: Path,
     selection: HeadSelection,
     *,
-    model_fingerprint: str,
     n_tensors: int,
 ) -> Certificate:
     """The certificate of an adapter from the weights of the base it could change: see `certify`.
@@ -84,7 +81,6 @@ def certificate_of(
         layout: the base's head layout.
         adapter: directory of a PEFT LoRA adapter.
         selection: the heads that may have changed, all of this base.
-        model_fingerprint: of the base.
         n_tensors: number of the base's tensors.
     """
     config = plain_lora_config(adapter)
@@ -113,7 +109,8 @@ def certificate_of(
         outside = (changed & ~mask).nonzero().flatten().tolist()
         if outside:
             raise CertificateError(
-                f"{weights}: {path} changes {len(outside)} unselected rows, the first is {outside[0]}"
+                f"{weights}: {path} changes {len(outside)} unselected rows, the first is {outside[0]}: its B did not "
+                "start at zero there, or was trained without the mask; castune mask keeps the selected rows alone"
             )
         if not torch.isfinite(merged).all():
             raise CertificateError(f"{weights}: {path} has values that are not finite after merging")
@@ -124,7 +121,7 @@ def certificate_of(
     if expected:
         raise CertificateError(f"{weights}: the adapter lacks the selected layers {sorted(expected.values())}")
     return Certificate(
-        model_fingerprint=model_fingerprint,
+        model_fingerprint=selection.model_fingerprint,
         selection=selection.heads,
         adapter_hash=adapter_hash(adapter),
         checked_rows=checked_rows,

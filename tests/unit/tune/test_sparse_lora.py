@@ -226,3 +226,17 @@ def test_unloading_gives_the_base_back(
     after = state_of(peft_model.unload())
     assert after["modules"] == before["modules"]
     assert all(same_bits(after["tensors"][name], before["tensors"][name]) for name in before["tensors"])
+
+
+def test_a_model_that_wears_an_adapter_already_is_refused(
+    tiny_model: Callable[..., Any], selection_of: SelectionOf
+) -> None:
+    model = tiny_model("llama")
+    selection = selection_of(model, SOME)
+    # B at random: it changes rows that no mask knows of.
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    with pytest.raises(CastuneError, match=r"adapter.*(unload|merge)"):
+        sparse_lora(get_peft_model(model, config), selection, r=4)
+    # Its own base, which PEFT wrapped in place, wears it too.
+    with pytest.raises(CastuneError, match=r"adapter.*(unload|merge)"):
+        sparse_lora(model, selection, r=4)
