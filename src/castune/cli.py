@@ -317,7 +317,7 @@ def tune(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     quantization: Annotated[
-        str, typer.Option(help="Of the base while it is trained: none, nf4 (QLoRA) or int8; extra qlora.")
+        str, typer.Option(help="Of the base while it is trained: none, or nf4 (QLoRA, extra qlora).")
     ] = "none",
     checkpoint_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of initial values, data order and random selections.")] = 21,

@@ -164,7 +164,7 @@ class TuneConfig(_Config):
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
     group_by_length: bool = True
     """Steps of examples of similar lengths, in random order: far less padding."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
+    quantization: Literal["none", "nf4"] = "none"
     """How the base's linear layers are stored while it is trained (bitsandbytes, extra `qlora`): `nf4` takes a quarter
     of bfloat16's memory (QLoRA). The adapter belongs to the full model, on which it is evaluated and merged."""
     gradient_checkpointing: bool = False

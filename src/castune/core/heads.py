@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from castune.core.modes import evaluation_mode
+from castune.core.quantisation import dense_weight, keep_trainable
 from castune.errors import UnsupportedArchitecture
 
 # Names of the query projection where it stands alone, of fused projections, and of the output projection.
@@ -108,6 +109,7 @@ class HeadLayout:
                 the message names the layer.
         """
         layout = cls.unproven(model)
+        keep_trainable(model)  # the probe may be the first forward pass
         return replace(layout, layers_return_tuples=_probe(model, layout))
 
     @classmethod
@@ -166,10 +168,7 @@ class HeadLayout:
 
     def query_weight(self, model: nn.Module, layer: int) -> Tensor:
         """The weight of a layer's query projection, dequantised where it is stored in packed integers."""
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight: Tensor = dequantize_module_weight(self.query_projection(model, layer))
-        return weight.detach()
+        return dense_weight(self.query_projection(model, layer))
 
     def output_projection(self, model: nn.Module, layer: int) -> nn.Module:
         """The output projection of a layer."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from castune.core.quantisation import bitsandbytes_config
 from castune.data.chat import PLAIN_TEMPLATE
 from castune.errors import CastuneError
 
@@ -61,8 +62,8 @@ def load(
             name.
         device: `"auto"` takes the accelerators there are (spread over several when needed), else the CPU.
         revision: branch, tag or commit of a hub id.
-        quantization: how linear layers are stored, by bitsandbytes: `none`, `nf4` (4 bits, as in QLoRA) or `int8`. They
-            are computed in `dtype`.
+        quantization: how linear layers are stored: `none`, or `nf4` (4 bits by bitsandbytes, as in QLoRA). They are
+            computed in `dtype`.
 
     Raises:
         CastuneError: nothing loadable at that name; the message says what to do.
@@ -70,10 +71,8 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, gguf_file = _resolve(str(name))
-    if quantization != "none":
-        require_bitsandbytes()
-        if gguf_file is not None:
-            raise CastuneError(f"{name}: a .gguf file cannot be quantised again; give a model directory or a hub id")
+    if quantization != "none" and gguf_file is not None:
+        raise CastuneError(f"{name}: a .gguf file cannot be quantised again; give a model directory or a hub id")
     place, torch_dtype = placement(device), torch_dtype_of(dtype, device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
@@ -90,32 +89,11 @@ def load(
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             if quantization != "none":
-                options["quantization_config"] = _bitsandbytes(quantization, torch_dtype)
+                options["quantization_config"] = bitsandbytes_config(quantization, torch_dtype)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, device_map=place, **options)
     except _NOT_LOADABLE as error:
         raise CastuneError(f"could not load {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
     return model.eval(), _with_template(tokenizer, name)
-
-
-def require_bitsandbytes() -> None:
-    """Refuse a quantised model where the library for it is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise CastuneError("a quantised base needs bitsandbytes: python -m pip install 'castune[qlora]'")
-
-
-def _bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    raise CastuneError(f"unknown quantization {quantization!r}; accepted: none, nf4, int8")
 
 
 def load_config(name: str | Path = "default", *, revision: str | None = None) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from castune.data.rows import Row
 from castune.errors import CastuneError
@@ -144,8 +145,9 @@ def float32_head(model: Any) -> Iterator[None]:
 def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:
     """Log-probability of every scored token, `[B, T]` float32; 0 where `scored_BT` is False. Differentiable."""
     logits_BTV = scored_logits(model, batch)
-    chosen_BT = logits_BTV.gather(-1, batch.tokens_BT[..., None])[..., 0]
-    return (chosen_BT - logits_BTV.logsumexp(-1)) * batch.scored_BT
+    # One kernel, whose backward pass makes one tensor of the size of the logits where gather and logsumexp make three.
+    nll_BT = functional.cross_entropy(logits_BTV.flatten(0, 1), batch.tokens_BT.flatten(), reduction="none")
+    return -nll_BT.view_as(batch.tokens_BT) * batch.scored_BT
 
 
 def reply_nll(model: nn.Module, batch: RowBatch) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from castune.core.loading import display_name
+from castune.core.quantisation import is_quantised
 
 # Elements sampled from every tensor for the fingerprint.
 _SAMPLES = 4096
@@ -38,11 +39,6 @@ def fingerprint(model: nn.Module) -> str:
         if is_kept or parameter.is_floating_point():
             _add(kept if is_kept else rest, name, parameter)
     return kept.hexdigest()[:8] + (_QUANTISED if is_quantised(model) else rest.hexdigest()[:8])
-
-
-def is_quantised(model: nn.Module) -> bool:
-    """Whether weights are stored as packed integers (bitsandbytes)."""
-    return any(not parameter.is_floating_point() for parameter in model.parameters())
 
 
 def same_model(one: str, other: str) -> bool:

@@ -21,7 +21,8 @@ from castune.core.batching import tuned_batch_tokens
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.memory import return_freed_memory
 from castune.core.modes import evaluation_mode
-from castune.core.provenance import is_quantised, model_record, provenance
+from castune.core.provenance import model_record, provenance
+from castune.core.quantisation import is_quantised
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies

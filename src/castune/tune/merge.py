@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from castune.artifacts import Certificate, HeadSelection
 from castune.core.heads import HeadLayout
-from castune.core.provenance import is_quantised
+from castune.core.quantisation import is_quantised
 from castune.errors import CastuneError, CertificateError
 from castune.tune.row_lora import projection_mask
 from castune.tune.verify import bits, certify, lora_pairs, merged_rows, plain_lora_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,9 +19,9 @@ from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.files import new_directory
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
-from castune.core.loading import require_bitsandbytes
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
+from castune.core.quantisation import require_bitsandbytes
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies
@@ -32,6 +33,8 @@ from castune.tune.surgery import Operation, parameter_groups, require_method
 from castune.tune.trainer import ReplyTrainer, trainer_settings
 from castune.tune.verify import certificate_of
 from castune.tune.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 def tune(
@@ -122,7 +125,15 @@ def tune(
         workspace.leave()
         raise
     run.wait()
-    return TuneResult.load(out)
+    result = TuneResult.load(out)
+    if not result.certificate.changed_rows and Shard.is_main_process():
+        logger.warning(
+            "the training changed no weight of the base in its dtype, %s: its updates are below the rounding; train "
+            "for more steps, or with a learning_rate above %g",
+            identity["dtype"],
+            config.learning_rate,
+        )
+    return result
 
 
 def require_extras(config: TuneConfig) -> None:
