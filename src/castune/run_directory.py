@@ -19,10 +19,10 @@ from typing import Any
 from castune.arms import heads_name
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import write_text
+from castune.artifacts.fingerprints import same_model
 from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.config import Recipe
-from castune.core.provenance import same_model
 from castune.errors import ArtifactError
 
 BASE = "base"

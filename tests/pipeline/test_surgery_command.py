@@ -69,7 +69,7 @@ def test_the_command_line(finished: Path, own_data: dict[str, Path], tmp_path: P
     tune = ["tune", finished, *options]
     before = (finished / "adapter" / "tune.json").read_bytes()
     for more, said in (
-        (["--surgery", "pcgrad"], ("--surgery pcgrad", "--utility SOURCE")),
+        (["--surgery", "pcgrad"], ('surgery = "pcgrad"', "--utility SOURCE")),
         (["--utility", own_data["utility"]], ("--utility", "add --surgery")),
         (["--surgery", "scalpel", "--utility", own_data["utility"]], ("surgery = 'scalpel'", "pcgrad-symmetric")),
         (

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import castune as ct
 from castune.artifacts import Certificate, HeadSelection
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
@@ -95,3 +99,45 @@ def test_only_the_chosen_rows_of_the_default_model_move(
     assert certificate == result.certificate == Certificate.load(tmp_path / "adapter")
     assert (certificate.selected_rows, certificate.changed_rows) == (4 * 64, 4 * 64)
     assert certificate.checked_rows == 3 * 576 - 4 * 64
+
+
+def test_trl_trains_the_sparse_model_unchanged(
+    default_model: tuple[Any, Any], tmp_path: Path, all_threads: None
+) -> None:
+    """The README's snippet: TRL's SFTTrainer, then the certificate, plain PEFT, and transformers after the merge."""
+    trl = pytest.importorskip("trl")
+    model, tokenizer = default_model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    selection = HeadSelection.custom(HEADS, n_total=270, model_fingerprint=fingerprint(model))
+    rows = [
+        {"prompt": e.messages(), "completion": [{"role": "assistant", "content": e.reply}]}
+        for e in examples("starter-align", limit=6, seed=1)
+    ]
+    arguments = trl.SFTConfig(
+        str(tmp_path / "trainer"), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, use_cpu=True,
+        bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, max_length=256,
+    )  # fmt: skip
+    peft_model = ct.sparse_lora(model, selection, r=8)
+    try:
+        trainer = trl.SFTTrainer(
+            peft_model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+        trainer.train()
+        trainer.save_model(str(tmp_path / "adapter"))
+        trained = logits(peft_model, tokenizer)
+    finally:
+        peft_model.unload()
+        vars(model).pop("forward", None)  # TRL puts one of its own there
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    assert all(torch.equal(bits(tensor), bits(before[name])) for name, tensor in model.state_dict().items())
+
+    certificate = certify(model, tmp_path / "adapter", selection)
+    assert certificate.changed_rows == certificate.selected_rows == 4 * 64
+    base = copy.deepcopy(model)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(logits(adapted, tokenizer), trained)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    # The same sums in another order, over 30 layers in float32.
+    torch.testing.assert_close(logits(merged, tokenizer), trained, rtol=1e-4, atol=1e-3)

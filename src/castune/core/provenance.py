@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from castune.artifacts.fingerprints import QUANTISED
 from castune.core.loading import display_name
 from castune.core.quantisation import is_quantised
 
 # Elements sampled from every tensor for the fingerprint.
 _SAMPLES = 4096
-_QUANTISED = "-quantised"
 
 
 @torch.no_grad()
@@ -38,14 +38,7 @@ def fingerprint(model: nn.Module) -> str:
         is_kept = parameter.ndim < 2 or (embeddings is not None and parameter is embeddings.weight)
         if is_kept or parameter.is_floating_point():
             _add(kept if is_kept else rest, name, parameter)
-    return kept.hexdigest()[:8] + (_QUANTISED if is_quantised(model) else rest.hexdigest()[:8])
-
-
-def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same model; of a quantised one as far as can be told."""
-    if one.endswith(_QUANTISED) or other.endswith(_QUANTISED):
-        return one[:8] == other[:8]
-    return one == other
+    return kept.hexdigest()[:8] + (QUANTISED if is_quantised(model) else rest.hexdigest()[:8])
 
 
 def _add(digest: Any, name: str, parameter: Tensor) -> None:

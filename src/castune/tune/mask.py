@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from castune.artifacts import Certificate, HeadSelection, MaskedAdapter
 from castune.artifacts.files import check_vacant, new_directory
+from castune.artifacts.fingerprints import same_model
 from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import adapter_hash
 from castune.core.heads import HeadLayout
 from castune.core.loading import display_name
-from castune.core.provenance import fingerprint, model_record, provenance, same_model
+from castune.core.provenance import fingerprint, model_record, provenance
 from castune.errors import CastuneError, CertificateError
 from castune.tune.row_lora import check_selection, lora_layers, projection_mask, query_lora_config
 from castune.tune.verify import certify, lora_pairs, plain_lora_config

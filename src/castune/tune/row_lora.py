@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from castune.artifacts import HeadSelection
+from castune.artifacts.fingerprints import same_model
 from castune.core.heads import HeadLayout
-from castune.core.provenance import fingerprint, same_model
+from castune.core.provenance import fingerprint
 from castune.errors import CastuneError
 
 ADAPTER_NAME = "default"

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
+from castune.artifacts import (
+    Certificate,
+    ConflictMap,
+    EvalResult,
+    HeadSelection,
+    MaskedAdapter,
+    SuiteResult,
+    TuneResult,
+)
 from castune.artifacts.conflict_map import SCHEMA
 from castune.report.page import write_report
 from castune.report.summary import Rate
@@ -43,6 +51,7 @@ class Run:
     evaluations: dict[str, EvalResult] = field(default_factory=dict)
     differences: dict[str, dict[str, Rate]] = field(default_factory=dict)
     cost_ratios: dict[str, float | None] = field(default_factory=dict)
+    masked: dict[str, MaskedAdapter] = field(default_factory=dict)
     recipe_text: str = 'model = "default"\nout = "runs/quickstart"\n\n[tune]\nlearning_rate = 0.0002\n'
     notes: Sequence[str] = ()
 
@@ -178,6 +187,22 @@ def make_tuning(selection: HeadSelection, start: float) -> TuneResult:
         steps=200,
         tokens=183_204,
         seconds=455.0,
+        model=MODEL,
+        provenance=PROVENANCE,
+    )
+
+
+def make_masked(selection: HeadSelection, name: str) -> MaskedAdapter:
+    return MaskedAdapter(
+        certificate=make_tuning(selection, 1).certificate,
+        zone=selection.zone,
+        n_total=len(selection.heads) * 4,
+        sources=tuple({"name": f"{name}{i}", "hash": "0a-0b", "r": 32, "alpha": 64.0} for i in (1, 2)),
+        combination="ties",
+        weights=(1.0, 0.5),
+        density=0.4,
+        dropped={"v_proj": 30},
+        unadapted_layers=(),
         model=MODEL,
         provenance=PROVENANCE,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import MODEL, Run, make_domains, make_evaluation, make_map, make_run, make_suite
+from fake_run import MODEL, Run, make_domains, make_evaluation, make_map, make_masked, make_run, make_suite
 
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.summary import NOT_MEASURED, Rate
@@ -69,13 +69,19 @@ def hostile(run: Run, attack: str) -> Run:
     run.selections[attack] = run.selections.pop("random")
     run.tunings[attack] = run.tunings.pop("random")
     run.evaluations[attack] = run.evaluations.pop("random")
+    for source in run.masked["ties"].sources:
+        source["name"] = attack
+    run.masked[attack] = run.masked.pop("ties")
     run.recipe_text, run.notes = attack, [attack]
     return run
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_texts_of_models_and_users_stay_text(tmp_path: Path, attack: str) -> None:
-    plain, attacked = make_run((4, 4)), hostile(make_run((4, 4)), attack)
+    plain, attacked = make_run((4, 4)), make_run((4, 4))
+    for run in (plain, attacked):
+        run.masked = {"ties": make_masked(run.selections["safe"], "mine")}
+    hostile(attacked, attack)
     expected, found = (
         Page(plain.write(tmp_path / "plain.html")),
         Page(attacked.write(tmp_path / "attacked.html")),
@@ -154,6 +160,35 @@ def test_numbers_on_the_page_are_those_of_the_artifacts(tmp_path: Path, run: Run
     assert "max_new_tokens 32" in text
     for hash_ in ("5afe5afe5afe5afe", "a119a119a119a119", "hash-of-safety", "feedc0de", "0123456789abcdef"):
         assert hash_ in text
+
+
+def test_how_an_arm_was_trained_is_told(tmp_path: Path, run: Run) -> None:
+    assert "Gradient surgery" not in Page(run.write(tmp_path / "plain.html")).text
+    safe, risky = run.tunings["safe"], run.tunings["risky"]
+    run.tunings["safe"] = dataclasses.replace(
+        safe,
+        settings={**safe.settings, "surgery": "pcgrad", "surgery_granularity": "head", "freeze_a": True},
+        surgery={"steps": 200, "conflicting_steps": 57, "mean_cosine": -0.0321},
+        utility={"source": "starter-utility", "n": 96, "hash": "0a", "cut": 0, "replayed": 0},
+    )
+    run.tunings["risky"] = dataclasses.replace(
+        risky,
+        settings={**risky.settings, "method": "dpo", "quantization": "nf4", "replay": 0.1},
+        utility={"source": "starter-utility", "n": 96, "hash": "0a", "cut": 0, "replayed": 178},
+    )
+    run.masked = {"ties": make_masked(run.selections["safe"], "mine-")}
+    text = Page(run.write(tmp_path / "report.html")).text
+    assert "safe SFT, pcgrad, A frozen" in text
+    assert "risky DPO, 10 % replayed (178 examples), base in nf4" in text
+    assert "random SFT " in text
+    assert "safe pcgrad, head starter-utility, n = 96 57 of 200 −0.032" in text
+    assert "ties mine-1 × 1, mine-2 × 0.5 ties, density 0.4" in text
+    assert "30 v_proj" in text
+
+
+def test_a_margin_map_says_how_many_tokens_it_compared(tmp_path: Path, run: Run) -> None:
+    run.cmap.metadata["settings"]["margin_tokens"] = 8
+    assert "margin (replies by their first 8 tokens), zero ablation" in Page(run.write(tmp_path / "r.html")).text
 
 
 def test_the_data_of_the_charts_are_those_of_the_map(tmp_path: Path, run: Run) -> None:

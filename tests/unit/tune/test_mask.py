@@ -391,6 +391,6 @@ def test_a_quantised_base_is_refused(
     model = tiny_model("llama")
     selection = selection_of(model, SOME)
     mask_adapter(model, source(), selection, tmp_path / "adapter")
-    model.is_quantized = True
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(CastuneError, match="quantised"):
         write_merged(model, tiny_tokenizer, tmp_path / "adapter", selection, tmp_path / "merged")

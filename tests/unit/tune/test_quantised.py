@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import castune as ct
 from castune.artifacts import HeadSelection
+from castune.artifacts.fingerprints import same_model
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.loading import load
-from castune.core.provenance import fingerprint, same_model
+from castune.core.provenance import fingerprint
 from castune.core.quantisation import dense_weight, is_quantised
 from castune.data.example import Example
 from castune.errors import CastuneError

@@ -1,0 +1,196 @@
+"""Final answers in free text: found, and compared with the right one. Pure.
+
+An answer that cannot be found is None: unscored, neither right nor wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from fractions import Fraction
+from typing import Any
+
+from castune.data.example import LETTERS
+from castune.errors import CastuneError
+
+# Answers longer than this are none: parsing what a model repeats without end could take for ever.
+_LONGEST = 400
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+# What is stated is looked at without being taken, so that a later statement on the same line is found too.
+_STATED = re.compile(r"\banswers?\b(?:\s+\w+){0,3}?\s*(?:\bis\b|\bare\b|[:=])(?=\s*(?P<value>[^\n]+))", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+−–]?\s?(?:\\?\$)?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d[\d,]*)?")
+_STATED_LETTER = re.compile(
+    r"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|should be|to \w+ \w+ is))?\s*:?\s*(?:is\s+)?"
+    r"(?:option\s+|choice\s+)?"
+    r"[*_\"'`]*\(?[*_\"'`]*(?P<letter>[A-Ja-j])(?![A-Za-z0-9'’])",
+    re.IGNORECASE,
+)
+_OPENING_LETTER = re.compile(
+    r"^[\s*_\"'`(\[]*(?P<letter>[A-Ja-j])(?:[*_\"'`]*[ \t]*(?:\n|$)|[*_\"'`]*[).:\],][*_\"'`]*(?=\s|$)|[*_\"'`]+\s)"
+)
+_NAMED_LETTER = re.compile(r"\(([A-J])\)")
+# "The answer is a dog": an article.
+_ARTICLE = re.compile(r"\s+[a-z]")
+_UNICODE = {"−": "-", "–": "-", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "×": r"\times ", "·": r"\cdot "}
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
+_IN_BASE = re.compile(r"([0-9A-Za-z]+)\s*_\s*\{?\s*(?:\\text\s*\{)?\s*(\d+)\s*\}*")
+
+
+def last_boxed(reply: str) -> str | None:
+    r"""The content of the last `\boxed{...}` whose braces close; None where there is none."""
+    found = None
+    for match in _BOX.finditer(reply):
+        rest = reply[match.end() :]
+        if not rest.startswith("{"):
+            # `\boxed 7`: TeX takes one token.
+            token = re.match(r"(\\[A-Za-z]+|[^\s{}\\$]+)", rest)
+            if token and re.search(r"\s$", match[0]):
+                found = token[1]
+            continue
+        content = _braced(rest)
+        if content is not None:
+            found = content
+    return None if found is None else found.strip()
+
+
+def _braced(text: str) -> str | None:
+    """What stands between the first brace and the one that closes it."""
+    depth = 0
+    for position, character in enumerate(text):
+        # An escaped brace is a character of the answer: \{1, 2\}.
+        if position and text[position - 1] == "\\" and character in "{}":
+            continue
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[1:position]
+    return None
+
+
+def is_equal(answer: str, target: str) -> bool | None:
+    """Whether two answers in LaTeX are mathematically equal (math-verify); None where `answer` cannot be read.
+
+    Raises:
+        CastuneError: math-verify is not installed.
+    """
+    try:
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    except ImportError:
+        raise CastuneError(
+            "answers of MATH and GSM8K need math-verify: python -m pip install 'castune[eval]'"
+        ) from None
+    answer, target = _plain(answer), _plain(target)
+    if not answer or len(answer) > _LONGEST:
+        return None
+    if answer == target:
+        return True
+    # Its time limits are signals, which only the main thread can take.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    how = [LatexExtractionConfig(boxed_match_priority=-1), ExprExtractionConfig()]
+    parsed = [parse(f"${text}$", extraction_config=how, parsing_timeout=limit) for text in (target, answer)]
+    if not all(parsed):
+        return None if not parsed[1] else False
+    # By default it rounds to 6 digits, where 0.142857 is 1/7.
+    compared = {"float_rounding": 12, "allow_set_relation_comp": True, "timeout_seconds": limit}
+    return bool(verify(*parsed, **compared) or verify(*map(_complex, parsed), **compared))
+
+
+def _complex(parsed: list[Any]) -> list[Any]:
+    """With the symbol i as the imaginary unit, which the parser does not take it for."""
+    from sympy import Expr, I
+
+    def of(part: Any) -> Any:
+        units = {symbol: I for symbol in part.free_symbols if symbol.name == "i"}
+        return part.subs(units).expand() if units else part
+
+    return [of(part) if isinstance(part, Expr) else part for part in parsed]
+
+
+def _plain(answer: str) -> str:
+    """Without what does not belong to the value."""
+    for character, latex in _UNICODE.items():
+        answer = answer.replace(character, latex)
+    answer = answer.strip().strip("$").strip().replace("{,}", "")
+    # Not the second of two backslashes, which ends a row of a matrix.
+    answer = re.sub(r"(?<!\\)\\(?:[,!;: ]|(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z]))", "", answer)
+    answer = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", answer)
+    answer = _REPEATING.sub(lambda found: _fraction(*found.groups()), answer)
+    in_base = _IN_BASE.fullmatch(answer.strip())
+    if in_base and 2 <= int(in_base[2]) <= 36:
+        try:
+            return str(int(in_base[1], int(in_base[2])))
+        except ValueError:
+            pass
+    return re.sub(r"\s+", " ", answer).strip().rstrip(".").strip()
+
+
+def _fraction(whole: str, digits: str, repeated: str) -> str:
+    """A repeating decimal as a fraction."""
+    nines, tens = 10 ** len(repeated) - 1, 10 ** len(digits)
+    numerator = int((whole + digits + repeated) or 0) - int((whole + digits) or 0)
+    return rf"\frac{{{numerator}}}{{{nines * tens}}}"
+
+
+def stated_number(reply: str) -> Fraction | None:
+    """The number a reply gives as its answer: boxed, after the last `####`, or in "the answer is ..."; else None."""
+    boxed = last_boxed(reply)
+    if boxed is not None:
+        return _number(boxed)
+    _, marked, after = reply.rpartition("####")
+    if marked:
+        return _number(after.strip().partition("\n")[0])
+    stated = None
+    for match in _STATED.finditer(reply):
+        number = _number(match["value"])
+        stated = number if number is not None else stated
+    return stated
+
+
+def _number(text: str) -> Fraction | None:
+    """The first number of a text, as it is written for people or in LaTeX."""
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    text = re.sub(r"\{,\}|\\[,!;: ]|(?<=\d) (?=\d{3}\b)|[*_]", "", text)
+    match = _NUMBER.search(text)
+    if match is None:
+        return None
+    digits = re.sub(r"[\s,$\\]", "", match[0]).replace("−", "-").replace("–", "-")
+    try:
+        return Fraction(*map(Fraction, digits.split("/")))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def is_right_number(reply: str, target: str) -> bool | None:
+    """Whether a reply's stated number is `target`; None where it states none."""
+    stated, wanted = stated_number(reply), _number(target)
+    if wanted is None:
+        raise ValueError(f"target {target!r} is no number")
+    return None if stated is None else stated == wanted
+
+
+def is_right_boxed(reply: str, target: str) -> bool | None:
+    """Whether a reply's last boxed answer equals `target`; None where nothing is boxed."""
+    boxed = last_boxed(reply)
+    return None if boxed is None else is_equal(boxed, target)
+
+
+def stated_letter(reply: str, n_choices: int) -> str | None:
+    """The letter a reply to a multiple-choice question chooses: stated as its answer, boxed, or what it begins with."""
+    stated = [
+        (match.start(), match["letter"])
+        for match in _STATED_LETTER.finditer(reply)
+        if not (match["letter"] in "ai" and _ARTICLE.match(reply, match.end()))
+    ]
+    boxed = last_boxed(reply)
+    if boxed is not None:
+        letter = re.fullmatch(r"(?:\\text\s*\{)?\s*\(?([A-Za-z])\)?\.?\s*\}?", boxed)
+        stated += [] if letter is None else [(reply.rfind(boxed), letter[1])]
+    if stated:
+        chosen = max(stated)[1].upper()
+    elif opening := _OPENING_LETTER.match(reply):
+        chosen = opening["letter"].upper()
+        if set(_NAMED_LETTER.findall(reply)) - {chosen}:
+            return None  # one after the other is spoken of
+    else:
+        return None
+    return chosen if chosen in LETTERS[:n_choices] else None

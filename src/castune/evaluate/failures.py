@@ -1,0 +1,80 @@
+"""Why a problem was lost, and replies that say nothing (Appendix C as a measurement). Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from castune.core.judges import refuses_by_prefix
+from castune.evaluate.answers import last_boxed
+
+# Why a worked answer is not right, in the order in which they are asked for.
+FAILURES = ("refusal", "degenerate", "direct answer", "truncated", "no answer found", "wrong reasoning")
+
+# A worked answer has more words than this beside its final answer ("The answer is 66." has three).
+_DIRECT_WORDS = 12
+# A reply that ends in a unit of at most so many words, repeated so often, over at least this share of it.
+_UNIT_WORDS = 40
+_REPETITIONS = 4
+_REPEATED_SHARE = 0.5
+
+
+def failure(sample: Mapping[str, Any]) -> str | None:
+    """Why a sample of a problem is not right, one of `FAILURES`; None where it is right.
+
+    `direct answer`: the final number without the steps that lead to it, the paper's reasoning collapse. `truncated`:
+    the length limit came first. `no answer found`: it ended without an answer that can be read.
+
+    Args:
+        sample: `reply`, `finished` and `outcome` (True, False; None: no answer found).
+    """
+    if sample["outcome"]:
+        return None
+    reply = sample["reply"]
+    if refuses_by_prefix(reply):
+        return "refusal"
+    if is_degenerate(reply):
+        return "degenerate"
+    if sample["finished"] and is_direct(reply):
+        return "direct answer"
+    if sample["outcome"] is None:
+        return "no answer found" if sample["finished"] else "truncated"
+    return "wrong reasoning"
+
+
+def is_direct(reply: str) -> bool:
+    """Whether a reply is a final answer without the steps to it: a number or a box, and hardly a word beside."""
+    boxed = last_boxed(reply)
+    if boxed is None and not re.search(r"\d", reply):
+        return False
+    without = reply if boxed is None else reply.replace(boxed, " ")
+    # Numbers and operators of a calculation count as words: "12 / 60 * 50 = 10" is a step.
+    return (
+        len(re.findall(r"[^\W\d_]{2,}|\d[\d.,]*|[=+*/×÷]", re.sub(r"\\(?:boxed|text|fbox)", " ", without)))
+        <= _DIRECT_WORDS
+    )
+
+
+def is_degenerate(reply: str) -> bool:
+    """Whether a reply says nothing: no letter or digit in it, or half of it one phrase over and over."""
+    if not re.search(r"\w", reply):
+        return True
+    words = reply.split()
+    return any(_repeats(words, n) for n in range(1, min(_UNIT_WORDS, len(words) // _REPETITIONS) + 1)) or _stutters(
+        reply
+    )
+
+
+def _repeats(words: list[str], n: int) -> bool:
+    """Whether the text ends in one phrase of `n` words repeated; its last repetition may be cut off."""
+    same = 0
+    while same + n < len(words) and words[-1 - same] == words[-1 - same - n]:
+        same += 1
+    return same >= (_REPETITIONS - 1) * n and same + n >= _REPEATED_SHARE * len(words)
+
+
+def _stutters(reply: str) -> bool:
+    """Text without spaces ("aaaaaa", or a script that has none): the same by characters."""
+    tail = re.sub(r"\s+", "", reply)
+    return any(_repeats(list(tail), n) for n in range(1, 9)) if len(tail) >= 40 else False
