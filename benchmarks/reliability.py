@@ -24,11 +24,11 @@ import numpy as np
 import castune as ct
 from castune.core.ablation import can_resume
 from castune.core.heads import HeadLayout
+from castune.core.journal import Journal
 from castune.core.modes import evaluation_mode
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.diagnose.gradients import gram_matrices, partial_gradients
-from castune.diagnose.journal import Journal
 from castune.diagnose.measurements import Domain, Measurements
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.reliability import split_half

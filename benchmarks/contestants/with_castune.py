@@ -15,11 +15,11 @@ from castune.core.ablation import can_resume
 from castune.core.flops import ForwardFlops
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
+from castune.core.journal import Journal
 from castune.core.judges import Judge, is_settled
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.diagnose.decode import RefusalMeasure
-from castune.diagnose.journal import Journal
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, Measure, sweep
 

@@ -474,14 +474,21 @@ def evaluate(
         Optional[str],
         typer.Option(
             help="Comma-separated sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, mmlu, "
-            "csqa, advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest, xstest-unsafe, dan, "
+            "csqa, gsm8k, math, strongreject, or-bench, "
+            "advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest, xstest-unsafe, dan, "
             "wildjailbreak, wildguard; NAME=PATH for a local copy; PURPOSE:PATH for own data with PURPOSE one of "
             "utility, safety, over-refusal."
         ),
     ] = None,
     limit: Annotated[Optional[int], typer.Option(help="Examples a suite; all when absent.")] = None,
     judge: Annotated[str, typer.Option(help="Who decides what a refusal is: prefix.")] = "prefix",
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of replies.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of replies to prompts.")] = 32,
+    reasoning_tokens: Annotated[
+        Optional[int], typer.Option(help="Length limit of worked answers; 1,024 for gsm8k, 2,048 for math when absent.")
+    ] = None,
+    letters: Annotated[
+        str, typer.Option(help="argmax: the likeliest option letter; generated: what the model writes.")
+    ] = "argmax",
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 4096,
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 0,
 ) -> None:
@@ -497,6 +504,8 @@ def evaluate(
         "limit": limit,
         "judge": judge,
         "max_new_tokens": max_new_tokens,
+        "reasoning_tokens": reasoning_tokens,
+        "letters": letters,
         "batch_tokens": batch_tokens,
         "seed": seed,
     }
@@ -507,6 +516,19 @@ def evaluate(
     model, tokenizer = pipeline.load_model(recipe)
     evaluations = pipeline.evaluate_step(folder, model, tokenizer, config, loaded)
     folder.save_recipe(Recipe(**{**dict(recipe), "evaluate": config}))
+    show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
+
+
+@app.command()
+def judge(
+    run_directory: RunArgument,
+    by: Annotated[str, typer.Option("--judge", help="Who decides what a refusal is: prefix.")] = "prefix",
+) -> None:
+    """Judge the stored replies of all evaluations again; nothing is generated."""
+    from castune import pipeline
+    from castune.run_directory import RunDirectory
+
+    evaluations = pipeline.judge_step(RunDirectory(run_directory), by)
     show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
 
 
@@ -544,7 +566,12 @@ def doctor() -> None:
             say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             say(f"  {package:18} missing: python -m pip install {package}")
-    for package, purpose in (("torchjd", "surgery"), ("trl", "dpo"), ("bitsandbytes", "qlora")):
+    for package, purpose in (
+        ("torchjd", "surgery"),
+        ("trl", "dpo"),
+        ("bitsandbytes", "qlora"),
+        ("math-verify", "eval"),
+    ):
         try:
             say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

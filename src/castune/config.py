@@ -208,8 +208,15 @@ class EvaluateConfig(_Config):
     """Examples a suite; all when absent."""
     judge: Literal["prefix"] = "prefix"
     max_new_tokens: Count = 32
+    """Length limit of replies to harmful and harmless prompts."""
+    reasoning_tokens: Count | None = None
+    """Length limit of worked answers; when absent the paper's, 1,024 for gsm8k and 2,048 for math."""
+    letters: Literal["argmax", "generated"] = "argmax"
+    """How the letter of a multiple-choice answer is found: the likeliest of the option letters, or what the model
+    writes."""
     batch_tokens: Count = 4096
     max_length: Count = 2048
+    """Limit of a prompt in tokens; longer ones are cut on the left."""
     seed: int = 0
     """Seed of the subsets: the same everywhere."""
 

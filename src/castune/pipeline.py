@@ -27,6 +27,7 @@ from castune.diagnose.groups import ablate_groups
 from castune.diagnose.plan import Plan, plan
 from castune.diagnose.run import diagnose
 from castune.errors import ArtifactError, CastuneError, DataError
+from castune.evaluate.judging import judge_again
 from castune.evaluate.run import evaluate
 from castune.evaluate.stats import Estimate, paired_difference, utility_cost_ratio
 from castune.evaluate.suites import Suite, load_suites
@@ -420,6 +421,16 @@ def evaluate_step(
             )
         folder.record_step(f"evaluate {name}", result.provenance)
     return folder.load_evaluations()
+
+
+def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
+    """All evaluations of the run with the outcomes of another judge, from the replies that are stored."""
+    evaluations = {arm: judge_again(result, name) for arm, result in folder.load_evaluations().items()}
+    if not evaluations:
+        raise ArtifactError(f"{folder.path}: nothing has been evaluated; run: castune evaluate {folder.path}")
+    for arm, result in evaluations.items():
+        result.save(folder.evaluation(arm))
+    return evaluations
 
 
 def report_step(folder: RunDirectory) -> Path:

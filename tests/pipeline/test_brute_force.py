@@ -15,12 +15,12 @@ import castune
 from castune.core.ablation import can_resume
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
+from castune.core.journal import Journal
 from castune.core.judges import judge
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnose.decode import RefusalMeasure
-from castune.diagnose.journal import Journal
 from castune.diagnose.sweep import Ablator, sweep
 
 FAMILIES = ("llama", "qwen2", "gpt2")

@@ -213,6 +213,14 @@ def test_a_combination_stands_beside_the_trained_arms(
     assert by_hand.samples == evaluation.samples
     assert by_hand.samples != EvalResult.load(finished / "evaluation" / "base").samples
 
+    # Stored replies are judged again without a model.
+    before = (finished / "evaluation" / "ties" / "metrics.json").read_bytes()
+    done = castune("judge", finished, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ties" in done.stdout
+    assert (finished / "evaluation" / "ties" / "metrics.json").read_bytes() == before
+    assert_one_error(castune("judge", finished, "--judge", "oracle", cwd=tmp_path), "unknown judge 'oracle'", "prefix")
+
     report = (finished / "report.html").read_text(encoding="utf-8")
     assert "Made of other adapters, without training" in report
     assert "one × 1, two × 1" in report

@@ -14,7 +14,14 @@ LETTER_INSTRUCTION = (
     "Read the multiple-choice question carefully and output only the capital letter (A, B, C, D, or E) that "
     "corresponds to the correct choice. Do not include any explanation or extra text."
 )
+# The paper's instruction for mathematical problems (Table 4).
+REASONING_INSTRUCTION = (
+    r"Solve the math problem step by step. Write the final answer inside a LaTeX \boxed{} expression."
+)
 LETTERS = "ABCDEFGHIJ"
+# How the answer to a question, or the final answer of a problem, is compared with the right one.
+QUESTION_SCORINGS = ("letter", "likelihood")
+PROBLEM_SCORINGS = ("boxed", "number")
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,9 @@ class Message:
 class Example:
     """One prompt with what is known about its right reply.
 
-    A multiple-choice question has `choices`, `answer` and `scoring`; anything else has a `reply` (the safe reply
-    of a harmful prompt, the completion of alignment data, the chosen one of two replies) or nothing but the prompt.
+    A multiple-choice question has `choices`, `answer` and `scoring`; a problem, which is worked out in free text, has
+    a `target` and `scoring`; anything else has a `reply` (the safe reply of a harmful prompt, the completion of
+    alignment data, the chosen one of two replies) or nothing but the prompt.
     """
 
     id: str
@@ -39,7 +47,8 @@ class Example:
     rejected: str | None = None  # the reply that `reply` is preferred to
     choices: tuple[str, ...] = ()
     answer: int | None = None
-    scoring: str | None = None  # letter | likelihood
+    target: str | None = None  # the final answer of a problem
+    scoring: str | None = None  # letter | likelihood; of a problem boxed | number
     group: str | None = None  # subject, category or kind
     history: tuple[Message, ...] = ()  # turns before the prompt
 
@@ -49,8 +58,15 @@ class Example:
         return bool(self.choices)
 
     @property
+    def is_problem(self) -> bool:
+        """Whether this is a problem with one final answer, to be worked out in free text."""
+        return self.target is not None
+
+    @property
     def user_text(self) -> str:
-        """What the user says: for `letter` questions with the paper's instruction and the lettered choices."""
+        """What the user says: with the paper's instruction, and the lettered choices of a `letter` question."""
+        if self.is_problem:
+            return f"{REASONING_INSTRUCTION}\n{self.prompt}"
         if self.scoring != "letter":
             return self.prompt
         options = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(self.choices))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.data.example import LETTERS, Example, Message
+from castune.data.example import LETTERS, PROBLEM_SCORINGS, QUESTION_SCORINGS, Example, Message
 from castune.errors import DataError
 
 Row = dict[str, Any]
@@ -23,8 +24,9 @@ _STARTER = Path(__file__).parent / "starter"
 _FILE_FORMATS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 COLUMNS = (
-    "multiple choice: prompt, choices, answer; harmful prompts: prompt, target; alignment data: prompt, completion, "
-    "or messages, or instruction, output; preferences: prompt, chosen, rejected; prompts alone: prompt"
+    "multiple choice: prompt, choices, answer; problems: prompt, answer (text); harmful prompts: prompt, target; "
+    "alignment data: prompt, completion, or messages, or instruction, output; preferences: prompt, chosen, rejected; "
+    "prompts alone: prompt"
 )
 
 
@@ -79,6 +81,34 @@ def _commonsense_qa(row: Row) -> Example:
         scoring="letter",
         group=row.get("question_concept"),
     )
+
+
+def _gsm8k(row: Row) -> Example:
+    solution, marked, target = row["answer"].rpartition("####")
+    if not marked:
+        raise ValueError("column answer has no final number after '####'")
+    return Example(
+        id="", prompt=row["question"], reply=solution.strip() or None, target=target.strip(), scoring="number"
+    )
+
+
+def _math(row: Row) -> Example:
+    return Example(
+        id=str(row.get("unique_id") or ""),
+        prompt=row["problem"],
+        reply=row["solution"],
+        target=row["answer"],
+        scoring="boxed",
+        group=row.get("subject"),
+    )
+
+
+def _prompt_and_category(row: Row) -> Example:
+    return Example(id="", prompt=row["prompt"], group=row.get("category"))
+
+
+def _strong_reject(row: Row) -> Example:
+    return Example(id="", prompt=row.get("forbidden_prompt") or row["prompt"], group=row.get("category"))
 
 
 def _advbench(row: Row) -> Example:
@@ -137,8 +167,14 @@ def _in_the_wild(row: Row) -> Example:
 NAMED_SOURCES: dict[str, NamedSource] = {
     "mmlu": NamedSource("utility", "cais/mmlu", "all", "test", "MIT", _mmlu),
     "csqa": NamedSource("utility", "tau/commonsense_qa", None, "validation", "MIT", _commonsense_qa),
+    "gsm8k": NamedSource("utility", "openai/gsm8k", "main", "test", "MIT", _gsm8k),
+    "math": NamedSource("utility", "HuggingFaceH4/MATH-500", None, "test", "MIT", _math),
     "advbench": NamedSource("safety", "walledai/AdvBench", None, "train", "MIT", _advbench, gated=True),
     "harmbench": NamedSource("safety", "walledai/HarmBench", "standard", "train", "MIT", _harmbench, gated=True),
+    "strongreject": NamedSource("safety", "walledai/StrongREJECT", None, "train", "MIT", _strong_reject, gated=True),
+    "or-bench": NamedSource(
+        "over-refusal", "bench-llm/or-bench", "or-bench-hard-1k", "train", "CC BY 4.0", _prompt_and_category
+    ),
     "jailbreakbench": NamedSource(
         "safety", "JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "MIT", _jailbreakbench
     ),
@@ -265,8 +301,15 @@ def _check(example: Example, where: str) -> None:
                 f"{where}: answer is {example.answer!r}, accepted: the 0-based index of a choice, "
                 f"0 to {len(example.choices) - 1}"
             )
-        if example.scoring not in ("letter", "likelihood"):
-            raise DataError(f"{where}: scoring is {example.scoring!r}, accepted: letter, likelihood")
+        if example.scoring not in QUESTION_SCORINGS:
+            raise DataError(f"{where}: scoring is {example.scoring!r}, accepted: {', '.join(QUESTION_SCORINGS)}")
+    if example.is_problem:
+        if not isinstance(example.target, str) or not example.target.strip():
+            raise DataError(f"{where}: the answer is empty or not text")
+        if example.scoring not in PROBLEM_SCORINGS:
+            raise DataError(f"{where}: scoring is {example.scoring!r}, accepted: {', '.join(PROBLEM_SCORINGS)}")
+        if example.scoring == "number" and not re.search(r"\d", example.target):
+            raise DataError(f"{where}: answer is {example.target!r}, and scoring by number needs a number")
 
 
 def _example_of(row: Row) -> Example:
@@ -287,6 +330,9 @@ def _example_of(row: Row) -> Example:
         return _preference(row, identifier, group)
     if isinstance(row["prompt"], list):
         return _conversation(row["prompt"], row.get("completion"), identifier, group)
+    if isinstance(row.get("answer"), str) and "choices" not in row:
+        scoring = row.get("scoring") or "boxed"
+        return Example(id=identifier, prompt=row["prompt"], target=row["answer"], scoring=scoring, group=group)
     if "choices" in row or "answer" in row:
         answer = row["answer"]
         if not isinstance(answer, int) or isinstance(answer, bool):

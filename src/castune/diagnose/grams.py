@@ -13,10 +13,10 @@ import numpy as np
 
 from castune.config import DiagnoseConfig
 from castune.core.heads import HeadId, HeadLayout
+from castune.core.journal import Journal
 from castune.core.progress import progress
 from castune.data.rows import Row
 from castune.diagnose.gradients import gram_matrices, partial_gradients
-from castune.diagnose.journal import Journal
 from castune.diagnose.score import Floats
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from castune.config import DiagnoseConfig
 from castune.core.generation import Reply, generate_replies
+from castune.core.journal import Journal
 from castune.core.judges import is_settled
 from castune.core.judges import judge as judge_named
 from castune.core.scoring import (
@@ -28,7 +29,6 @@ from castune.data.example import Example
 from castune.diagnose.ablate import ScoredMeasure
 from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.domains import UtilitySet
-from castune.diagnose.journal import Journal
 from castune.diagnose.score import Floats
 from castune.diagnose.sweep import Ablator, Outcomes, sweep
 

@@ -19,6 +19,7 @@ from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
 from castune.core.batching import tuned_batch_tokens
 from castune.core.heads import HeadId, HeadLayout
+from castune.core.journal import Journal
 from castune.core.memory import return_freed_memory
 from castune.core.modes import evaluation_mode
 from castune.core.provenance import model_record, provenance
@@ -30,7 +31,6 @@ from castune.data.rows import Row
 from castune.diagnose.ablate import mean_replacements
 from castune.diagnose.domains import Utility, UtilitySet, utility_sets
 from castune.diagnose.grams import journaled_grams, measure_grams
-from castune.diagnose.journal import Journal
 from castune.diagnose.maps import Results, conflict_map
 from castune.diagnose.objectives import Measured, Objectives
 from castune.diagnose.sweep import Ablator, Outcomes

@@ -24,10 +24,10 @@ from castune.core.ablation import ablate, record_residuals, resume_from
 from castune.core.batching import ExampleBatch
 from castune.core.flops import ForwardFlops
 from castune.core.heads import HeadId, HeadLayout
+from castune.core.journal import Journal, Record, nullable
 from castune.core.losses import RowBatch
 from castune.core.progress import progress
 from castune.core.shards import Shard
-from castune.diagnose.journal import Journal, Record, nullable
 from castune.diagnose.score import Floats
 from castune.errors import CastuneError
 

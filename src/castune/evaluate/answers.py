@@ -160,18 +160,31 @@ def _number(text: str) -> Fraction | None:
         return None
 
 
-def is_right_number(reply: str, target: str) -> bool | None:
-    """Whether a reply's stated number is `target`; None where it states none."""
-    stated, wanted = stated_number(reply), _number(target)
-    if wanted is None:
-        raise ValueError(f"target {target!r} is no number")
-    return None if stated is None else stated == wanted
+def final_answer(reply: str, scoring: str) -> str | None:
+    """What a worked reply gives as its answer, as it is compared; None where it gives none.
+
+    Args:
+        reply: the reply.
+        scoring: `boxed` or `number`.
+    """
+    if scoring == "boxed":
+        return last_boxed(reply)
+    stated = stated_number(reply)
+    return None if stated is None else str(stated)
 
 
-def is_right_boxed(reply: str, target: str) -> bool | None:
-    """Whether a reply's last boxed answer equals `target`; None where nothing is boxed."""
-    boxed = last_boxed(reply)
-    return None if boxed is None else is_equal(boxed, target)
+def is_right(reply: str, target: str, scoring: str) -> bool | None:
+    """Whether a worked reply comes to `target`; None where it comes to nothing that can be read.
+
+    Args:
+        reply: the reply.
+        target: the right answer; for `number` it has digits.
+        scoring: `boxed`: the last boxed answer, mathematically equal. `number`: the stated number.
+    """
+    found = final_answer(reply, scoring)
+    if found is None:
+        return None
+    return is_equal(found, target) if scoring == "boxed" else stated_number(reply) == _number(target)
 
 
 def stated_letter(reply: str, n_choices: int) -> str | None:

@@ -1,32 +1,26 @@
-"""`evaluate`: accuracy, refusals and over-refusals of one model."""
+"""`evaluate`: accuracy, refusals and over-refusals of one model. A run that was killed goes on where it was."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from castune import __version__
 from castune.artifacts import EvalResult, SuiteResult
 from castune.config import EvaluateConfig
-from castune.core.generation import generate_replies
-from castune.core.judges import judge as judge_named
+from castune.core.journal import Journal
 from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
-from castune.core.scoring import (
-    answer_margin,
-    choice_scores,
-    is_correct,
-    question_rows,
-    score_rows,
-    shared_if_exact,
-)
+from castune.core.scoring import answer_margin, is_correct
 from castune.data.chat import ChatFormat
-from castune.data.example import content_hash
-from castune.evaluate.stats import estimate
+from castune.data.example import LETTERS, Example, content_hash
+from castune.evaluate.answers import final_answer, is_right, stated_letter
+from castune.evaluate.failures import failure
+from castune.evaluate.judging import judge_of, judged
+from castune.evaluate.measure import chosen, finite, replied
+from castune.evaluate.metrics import suite_result
 from castune.evaluate.suites import Suite, load_suite
 
 Sample = dict[str, Any]
@@ -62,67 +56,50 @@ def evaluate(
         load_suite(suite, limit=config.limit, seed=config.seed) if isinstance(suite, str) else suite
         for suite in (config.suites if suites is None else suites)
     ]
+    info = model_info or model_record(model)
+    hashes = [content_hash(suite.examples) for suite in loaded]
+    # The judge decides afterwards, on what is kept.
+    measured_by = {key: value for key, value in config.model_dump(mode="json").items() if key != "judge"}
+    journal = Journal.of(None if out is None else Path(out), [info, measured_by, hashes, __version__])
     results: list[SuiteResult] = []
     samples: list[Sample] = []
     with (
         evaluation_mode(model),
         progress(f"evaluating {name}", sum(len(suite.examples) for suite in loaded)) as advance,
     ):
-        for suite in loaded:
-            started = time.perf_counter()
-            measure = _questions if suite.purpose == "utility" else _replies
-            found = measure(model, tokenizer, chat, suite, config)
-            results.append(_result(suite, found, config, time.perf_counter() - started))
-            samples += found
-            advance(len(suite.examples))
+        for suite, data_hash in zip(loaded, hashes, strict=True):
+            if suite.is_scored(config):
+                found = chosen(model, chat, suite, config, journal, advance)
+            else:
+                found = replied(model, tokenizer, chat, suite, config, journal, advance)
+            of_suite = judged(_samples(suite, found.values, config), config.judge)
+            results.append(
+                suite_result(
+                    of_suite,
+                    judge=judge_of(of_suite, config.judge),
+                    max_new_tokens=None if suite.is_scored(config) else suite.reply_tokens(config),
+                    data_hash=data_hash,
+                    seconds=found.seconds,
+                )
+            )
+            samples += of_suite
     result = EvalResult(
         name=name,
         suites=tuple(results),
         samples=tuple(samples),
         settings=config.model_dump(mode="json"),
-        model=model_info or model_record(model),
+        model=info,
         provenance=provenance(config.seed),
     )
     if out is not None:
         result.save(out)
+        journal.remove()
     return result
 
 
-def _questions(model: Any, _tokenizer: Any, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> list[Sample]:
-    rows_of = shared_if_exact(model, lambda share: [question_rows(chat, e, share_prompt=share) for e in suite.examples])
-    values = iter(score_rows(model, [row for rows in rows_of for row in rows], batch_tokens=config.batch_tokens))
-    samples = []
-    for example, rows in zip(suite.examples, rows_of, strict=True):
-        scores = choice_scores(chat, example, [next(values) for _ in rows])
-        samples.append(
-            {
-                "suite": suite.name,
-                "id": example.id,
-                "purpose": suite.purpose,
-                "group": example.group,
-                "prompt": example.prompt,
-                "choices": list(example.choices),
-                # Scores that are not finite decide nothing: the example is unscored.
-                "choice_scores": [round(float(score), 6) if np.isfinite(score) else None for score in scores],
-                "answer": example.answer,
-                "margin": answer_margin(example, scores) if np.isfinite(scores).all() else None,
-                "outcome": is_correct(example, scores) if np.isfinite(scores).all() else None,
-            }
-        )
-    return samples
-
-
-def _replies(model: Any, tokenizer: Any, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> list[Sample]:
-    prompts = [chat.prompt_ids(example, reserve=config.max_new_tokens)[0] for example in suite.examples]
-    replies = generate_replies(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        end_tokens=chat.end_tokens(model),
-        batch_tokens=config.batch_tokens,
-    )
-    verdicts = judge_named(config.judge)([e.prompt for e in suite.examples], [reply.text for reply in replies])
+def _samples(suite: Suite, answers: Sequence[Any], config: EvaluateConfig) -> list[Sample]:
+    """A plain record an example; of prompts without an outcome, which is the judge's."""
+    make = _choice_sample if suite.is_scored(config) else _reply_sample
     return [
         {
             "suite": suite.name,
@@ -130,33 +107,38 @@ def _replies(model: Any, tokenizer: Any, chat: ChatFormat, suite: Suite, config:
             "purpose": suite.purpose,
             "group": example.group,
             "prompt": example.prompt,
-            "reply": reply.text,
-            "finished": reply.finished,
-            "outcome": verdict,
+            **make(example, answer),
         }
-        for example, reply, verdict in zip(suite.examples, replies, verdicts, strict=True)
+        for example, answer in zip(suite.examples, answers, strict=True)
     ]
 
 
-def _result(suite: Suite, samples: Sequence[Sample], config: EvaluateConfig, seconds: float) -> SuiteResult:
-    is_utility = suite.purpose == "utility"
-    rate = estimate([sample["outcome"] for sample in samples])
-    extra: dict[str, float | None] = {}
-    if is_utility:
-        margin = estimate([sample["margin"] for sample in samples])
-        extra = {"answer_margin": margin.value, "answer_margin_standard_error": margin.standard_error}
-    metric = {"utility": "accuracy", "safety": "refusal_rate", "over-refusal": "over_refusal_rate"}[suite.purpose]
-    return SuiteResult(
-        suite=suite.name,
-        purpose=suite.purpose,
-        metric=metric,
-        value=rate.value,
-        standard_error=rate.standard_error,
-        n=rate.n,
-        unscored=rate.unscored,
-        judge="argmax" if is_utility else config.judge,
-        max_new_tokens=None if is_utility else config.max_new_tokens,
-        extra=extra,
-        data_hash=content_hash(suite.examples),
-        seconds=round(seconds, 2),
-    )
+def _choice_sample(example: Example, found: list[float | None]) -> Sample:
+    scores = finite(found)
+    return {
+        "choices": list(example.choices),
+        "choice_scores": [None if score is None else round(score, 6) for score in found],
+        "answer": example.answer,
+        # Scores that are not finite decide nothing: the example is unscored.
+        "margin": None if scores is None else answer_margin(example, scores),
+        "outcome": None if scores is None else is_correct(example, scores),
+    }
+
+
+def _reply_sample(example: Example, found: dict[str, Any]) -> Sample:
+    reply = found["text"]
+    sample = {"reply": reply, "finished": found["finished"], "tokens": found["tokens"]}
+    if example.is_question:
+        letter = stated_letter(reply, len(example.choices))
+        right = LETTERS[example.answer or 0]
+        return {
+            **sample,
+            "choices": list(example.choices),
+            "answer": example.answer,
+            "outcome": None if letter is None else letter == right,
+        }
+    if example.is_problem:
+        sample |= {"target": example.target, "found": final_answer(reply, str(example.scoring))}
+        sample["outcome"] = is_right(reply, str(example.target), str(example.scoring))
+        return {**sample, "failure": failure(sample)}
+    return {**sample, "outcome": None}

@@ -5,24 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from castune.config import EvaluateConfig
 from castune.data.example import Example
 from castune.data.sources import examples, purpose_of
 from castune.errors import DataError
 
-PURPOSES = ("utility", "safety", "over-refusal")
+METRICS = {"utility": "accuracy", "safety": "refusal_rate", "over-refusal": "over_refusal_rate"}
+PURPOSES = tuple(METRICS)
+
+# Length limits of worked answers in the paper (Section 4.1).
+_REASONING_TOKENS = {"gsm8k": 1024, "math": 2048}
+_USUAL_REASONING_TOKENS = 1024
+# Enough for "The answer is (B) ..." where letters are not scored but written.
+_LETTER_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Suite:
     """Examples with one purpose.
 
-    `utility`: multiple-choice questions, accuracy. `safety`: harmful prompts, refusal rate. `over-refusal`: benign
-    prompts, refusal rate.
+    `utility`: multiple-choice questions or problems, accuracy. `safety`: harmful prompts, refusal rate. `over-refusal`:
+    benign prompts, refusal rate.
     """
 
     name: str
     purpose: str
     examples: tuple[Example, ...]
+
+    def is_scored(self, config: EvaluateConfig) -> bool:
+        """Whether choices are scored; else replies are generated."""
+        first = self.examples[0]
+        return first.is_question and not (first.scoring == "letter" and config.letters == "generated")
+
+    def reply_tokens(self, config: EvaluateConfig) -> int:
+        """Length limit of generated replies."""
+        first = self.examples[0]
+        if first.is_question:
+            return _LETTER_TOKENS
+        if first.is_problem:
+            return config.reasoning_tokens or _REASONING_TOKENS.get(self.name, _USUAL_REASONING_TOKENS)
+        return config.max_new_tokens
 
 
 def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite:
@@ -40,15 +62,20 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
     prefix, _, rest = source.partition(":")
     purpose, path = (prefix, rest) if prefix in PURPOSES else (purpose_of(source), source)
     found = examples(path, limit=limit, seed=seed)
-    questions = sum(example.is_question for example in found)
-    if purpose is None and questions == len(found):
+    with_answers = sum(example.is_question or example.is_problem for example in found)
+    if purpose is None and with_answers == len(found):
         purpose = "utility"
     if purpose not in PURPOSES:
         raise DataError(f"{source}: say what it measures, as PURPOSE:{path} with one of {', '.join(PURPOSES)}")
-    if purpose == "utility" and questions < len(found):
-        raise DataError(f"{source}: utility suites hold multiple-choice questions: prompt, choices, answer")
-    if purpose != "utility" and questions:
-        raise DataError(f"{source}: {purpose} suites hold prompts, found multiple-choice questions")
+    if purpose == "utility" and with_answers < len(found):
+        raise DataError(
+            f"{source}: utility suites hold multiple-choice questions (prompt, choices, answer) or problems "
+            "(prompt, answer)"
+        )
+    if purpose != "utility" and with_answers:
+        raise DataError(f"{source}: {purpose} suites hold prompts, found multiple-choice questions or problems")
+    if len({(example.is_question, example.scoring) for example in found}) > 1 and any(e.is_problem for e in found):
+        raise DataError(f"{source}: a suite of problems holds nothing else, and is scored one way")
     return Suite(path.partition("=")[0] if purpose_of(path) else path, purpose, tuple(found))
 
 

@@ -15,11 +15,11 @@ import torch
 
 import castune
 from castune import CastuneError, ConflictMap, DiagnoseConfig
+from castune.core.journal import Journal
 from castune.core.ranking import bucket_numbers
 from castune.data.example import Example
 from castune.diagnose import grams
 from castune.diagnose.domains import utility_hash, utility_sets
-from castune.diagnose.journal import Journal
 from castune.diagnose.reliability import spearman
 from castune.errors import ArtifactError, MapUnfinished
 

@@ -12,11 +12,11 @@ import torch
 
 from castune.config import DiagnoseConfig
 from castune.core.heads import HeadLayout
+from castune.core.journal import Journal
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnose import calibrate
-from castune.diagnose.journal import Journal
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.plan import ACCELERATORS, Plan, Stage, plan
 from castune.diagnose.sweep import Ablator, Measure, sweep

@@ -14,9 +14,9 @@ import torch
 
 import castune
 from castune.config import DiagnoseConfig
+from castune.core.journal import Journal, nullable
 from castune.core.shards import Shard
 from castune.data.example import Example
-from castune.diagnose.journal import Journal, nullable
 from castune.errors import CastuneError, MapUnfinished
 
 THINGS = ["poison", "a bomb", "theft", "fraud", "malware", "arson"]

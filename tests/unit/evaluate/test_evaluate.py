@@ -16,6 +16,7 @@ import castune.core.judges
 from castune.artifacts import EvalResult
 from castune.config import EvaluateConfig
 from castune.data.example import LETTERS, Example, content_hash
+from castune.evaluate.judging import judge_again
 from castune.evaluate.run import evaluate
 from castune.evaluate.suites import Suite
 
@@ -198,9 +199,109 @@ def test_long_prompts_are_cut_not_refused(tiny_model: Callable[..., Any], tiny_t
     config = CONFIG.model_copy(update={"max_length": 100})
     result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("safety", long)], config=config)
     assert len(result.samples) == 2
-    kept = prompt_ids(tiny_tokenizer, "word " * 300)[-94:]
+    kept = prompt_ids(tiny_tokenizer, "word " * 300)[-100:]
     ids = torch.tensor([kept])
     output = tiny_model("llama").generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=257, eos_token_id=257
-    )[0, 94:]
+    )[0, 100:]
     assert result.samples[0]["reply"] == tiny_tokenizer.decode(output, skip_special_tokens=True)
+
+
+PROBLEMS = [
+    Example(id=f"p{i}", prompt=f"What is {i} and {i}?", target=str(2 * i), scoring=scoring)
+    for i, scoring in enumerate(["number"] * 6)
+]
+
+
+def test_problems_are_worked_out_and_their_losses_explained(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    config = CONFIG.model_copy(update={"reasoning_tokens": 9})
+    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("utility", PROBLEMS)], config=config)
+    (found,) = result.suites
+    assert (found.judge, found.max_new_tokens, found.metric) == ("final answer", 9, "accuracy")
+    assert found.n + found.unscored == len(PROBLEMS)
+    for sample, problem in zip(result.samples, PROBLEMS, strict=True):
+        ids = torch.tensor([prompt_ids(tiny_tokenizer, problem.user_text)])
+        assert "step by step" in problem.user_text
+        output = tiny_model("llama").generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, pad_token_id=257,
+            eos_token_id=257,
+        )[0, ids.shape[1] :]  # fmt: skip
+        assert sample["reply"] == tiny_tokenizer.decode(output, skip_special_tokens=True)
+        assert (sample["outcome"], sample["failure"] is None) in ((True, True), (False, False), (None, False))
+    shares = [value for key, value in found.extra.items() if key.startswith("share_")]
+    of_all = found.extra["accuracy_unscored_as_wrong"]
+    assert of_all is not None
+    assert sum(share for share in shares if share is not None) + of_all == pytest.approx(1)
+
+
+def test_letters_can_be_written_instead_of_scored(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example]
+) -> None:
+    letters = [question for question in questions if question.scoring == "letter"]
+    config = CONFIG.model_copy(update={"letters": "generated"})
+    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("utility", letters)], config=config)
+    (found,) = result.suites
+    assert (found.judge, found.max_new_tokens) == ("stated letter", 64)
+    # Random weights write no letter: nothing is scored, and nothing counts as wrong.
+    assert (found.n, found.unscored) == (0, len(letters))
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"batch_tokens": 160, "reasoning_tokens": 9})
+    suites = [
+        Suite("questions", "utility", tuple(questions)),
+        Suite("problems", "utility", tuple(PROBLEMS)),
+        Suite("prompts", "safety", tuple(Example(id=str(i), prompt="word " * (3 + 9 * i)) for i in range(5))),
+    ]
+
+    def run(out: Path | None, model: Any) -> Any:
+        return evaluate(model, tiny_tokenizer, suites=suites, config=config, out=out)
+
+    expected = run(None, tiny_model("llama"))
+    forwards = 0
+    stop_at: int | None = None
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == stop_at:
+            raise KeyboardInterrupt
+
+    model = tiny_model("llama")
+    model.register_forward_pre_hook(count)
+    run(None, model)
+    whole, n_stops, found = forwards, 0, None
+    # A batch of problems takes up to nine forwards, and every start two to see whether choices can share a prompt.
+    stop_at = 14
+    while found is None and n_stops < 20:
+        forwards = 0
+        try:
+            found = run(tmp_path / "run", model)
+        except KeyboardInterrupt:
+            n_stops += 1
+            assert not (tmp_path / "run" / "metrics.json").exists()
+    assert n_stops >= 3
+    assert found is not None
+    assert forwards < whole / 2, "what was known is not measured again"
+    assert found.samples == expected.samples
+    for one, other in zip(found.suites, expected.suites, strict=True):
+        assert dataclasses.replace(one, seconds=0.0) == dataclasses.replace(other, seconds=0.0)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.json", "samples.jsonl"}
+
+
+def test_judging_again_needs_no_model(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    prompts = [Example(id=str(i), prompt="word " * (3 + i)) for i in range(4)]
+    suites = [suite("safety", prompts), suite("utility", PROBLEMS, "problems")]
+    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=suites, config=CONFIG, out=tmp_path / "run")
+    samples = [
+        {**sample, "reply": "I cannot help with that."} if sample["id"] == "2" else sample for sample in result.samples
+    ]
+    again = judge_again(dataclasses.replace(result, samples=tuple(samples)), "prefix")
+    refusals = [sample["outcome"] for sample in again.samples_of(suites[0].name)]
+    assert refusals[2] is True
+    assert again.suites[0].value == pytest.approx(sum(map(bool, refusals)) / sum(r is not None for r in refusals))
+    assert dataclasses.replace(again.suites[1]) == result.suites[1]
