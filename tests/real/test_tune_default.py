@@ -101,6 +101,7 @@ def test_only_the_chosen_rows_of_the_default_model_move(
     assert certificate.checked_rows == 3 * 576 - 4 * 64
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_trl_trains_the_sparse_model_unchanged(
     default_model: tuple[Any, Any], tmp_path: Path, all_threads: None
 ) -> None:

@@ -145,14 +145,24 @@ def float32_head(model: Any) -> Iterator[None]:
 def token_log_probs(model: nn.Module, batch: RowBatch) -> Tensor:
     """Log-probability of every scored token, `[B, T]` float32; 0 where `scored_BT` is False. Differentiable."""
     logits_BTV = scored_logits(model, batch)
-    # One kernel, whose backward pass makes one tensor of the size of the logits where gather and logsumexp make three.
+    chosen_BT = logits_BTV.gather(-1, batch.tokens_BT[..., None])[..., 0]
+    return (chosen_BT - logits_BTV.logsumexp(-1)) * batch.scored_BT
+
+
+def reply_nll(model: nn.Module, batch: RowBatch, *, fused: bool = False) -> Tensor:
+    """Mean NLL of the scored tokens of each row, `[B]` float32; its mean over rows is the loss.
+
+    Args:
+        model: the model.
+        batch: the rows.
+        fused: by one kernel, whose backward pass makes one tensor of the size of the logits instead of three. For
+            training; in float32 its gradients are rounded enough to move O(h) by 3e-5.
+    """
+    if not fused:
+        return -token_log_probs(model, batch).sum(1) / batch.scored_BT.sum(1)
+    logits_BTV = scored_logits(model, batch)
     nll_BT = functional.cross_entropy(logits_BTV.flatten(0, 1), batch.tokens_BT.flatten(), reduction="none")
-    return -nll_BT.view_as(batch.tokens_BT) * batch.scored_BT
-
-
-def reply_nll(model: nn.Module, batch: RowBatch) -> Tensor:
-    """Mean NLL of the scored tokens of each row, `[B]` float32; its mean over rows is the loss."""
-    return -token_log_probs(model, batch).sum(1) / batch.scored_BT.sum(1)
+    return (nll_BT.view_as(batch.tokens_BT) * batch.scored_BT).sum(1) / batch.scored_BT.sum(1)
 
 
 def run_batches(batches: Iterable[list[int]], run: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:

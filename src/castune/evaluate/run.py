@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from castune import __version__
 from castune.artifacts import EvalResult, SuiteResult
 from castune.config import EvaluateConfig
 from castune.core.journal import Journal
@@ -56,11 +55,11 @@ def evaluate(
         load_suite(suite, limit=config.limit, seed=config.seed) if isinstance(suite, str) else suite
         for suite in (config.suites if suites is None else suites)
     ]
-    info = model_info or model_record(model)
+    info, record = model_info or model_record(model), provenance(config.seed)
     hashes = [content_hash(suite.examples) for suite in loaded]
     # The judge decides afterwards, on what is kept.
     measured_by = {key: value for key, value in config.model_dump(mode="json").items() if key != "judge"}
-    journal = Journal.of(None if out is None else Path(out), [info, measured_by, hashes, __version__])
+    journal = Journal.of(None if out is None else Path(out), [info, measured_by, hashes, record["versions"]["castune"]])
     results: list[SuiteResult] = []
     samples: list[Sample] = []
     with (
@@ -89,7 +88,7 @@ def evaluate(
         samples=tuple(samples),
         settings=config.model_dump(mode="json"),
         model=info,
-        provenance=provenance(config.seed),
+        provenance=record,
     )
     if out is not None:
         result.save(out)

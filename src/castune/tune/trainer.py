@@ -188,7 +188,7 @@ class ReplyTrainer(SparseTraining):
         """Mean over the examples of the batch of the NLL of their replies."""
         batch = RowBatch(**inputs)
         self.tokens_seen += int(batch.real_BS.sum())
-        return self.finite(reply_nll(model, batch).mean())
+        return self.finite(reply_nll(model, batch, fused=True).mean())
 
 
 class _ByLength(LengthGroupedSampler):

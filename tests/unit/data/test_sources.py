@@ -418,7 +418,21 @@ LAYOUTS: dict[str, tuple[list[Row], list[tuple[str, str | None, str | None]]]] =
         [("attack", None, "adversarial_harmful")],
     ),
     "wildguard": (GUARD, [("harm", None, "weapons")]),
-}
+    "gsm8k": (
+        [{"question": "One and one?", "answer": "It is 1 + 1 = <<1+1=2>>2.\n#### 2"}],
+        [("One and one?", "It is 1 + 1 = <<1+1=2>>2.", None)],
+    ),
+    "math": (
+        [{"problem": "Halve 1.", "solution": r"\boxed{\frac{1}{2}}", "answer": r"\frac{1}{2}", "subject": "Algebra",
+          "level": 1, "unique_id": "test/algebra/1.json"}],
+        [("Halve 1.", r"\boxed{\frac{1}{2}}", "Algebra")],
+    ),
+    "strongreject": (
+        [{"prompt": "hub copy", "category": "c"}, {"forbidden_prompt": "original", "category": "c"}],
+        [("hub copy", None, "c"), ("original", None, "c")],
+    ),
+    "or-bench": ([{"prompt": "How do I kill weeds?", "category": "c"}], [("How do I kill weeds?", None, "c")]),
+}  # fmt: skip
 
 
 def test_every_named_source_has_a_layout_here() -> None:
@@ -453,3 +467,22 @@ def test_purposes() -> None:
     }  # fmt: skip
     assert purpose_of("wildguard=/some/file.jsonl") == "safety"
     assert purpose_of("/some/file.jsonl") is None
+
+
+def test_problems_know_their_final_answers(write: Write) -> None:
+    for name, target, scoring in (("gsm8k", "2", "number"), ("math", r"\frac{1}{2}", "boxed")):
+        (example,) = examples(f"{name}={write(*LAYOUTS[name][0])}")
+        assert (example.target, example.scoring, example.is_question) == (target, scoring, False)
+        assert example.user_text.endswith(example.prompt)
+        assert r"\boxed{}" in example.user_text
+    own = write({"prompt": "Two and two?", "answer": "4", "scoring": "number"})
+    assert examples(own)[0].target == "4"
+    for row, message in (
+        ({"prompt": "p", "answer": " "}, "the answer is empty"),
+        ({"prompt": "p", "answer": "four", "scoring": "number"}, "needs a number"),
+        ({"prompt": "p", "answer": "4", "scoring": "letter"}, "accepted: boxed, number"),
+    ):
+        with pytest.raises(DataError, match=message):
+            examples(write(row))
+    with pytest.raises(DataError, match="####"):
+        examples(f"gsm8k={write({'question': 'q', 'answer': 'no mark'})}")
