@@ -58,6 +58,9 @@ if world > 1:
     assert any(hasattr(p, "full_tensor") for p in peft_model.parameters()), "nothing was sharded"
     distributed.barrier()
     distributed.destroy_process_group()
+# Now and then a thread of gloo is still alive when the interpreter ends, which aborts the process: all is done here.
+sys.stdout.flush()
+os._exit(0)
 """
 
 
