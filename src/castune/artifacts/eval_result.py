@@ -26,7 +26,8 @@ class SuiteResult:
         standard_error: of `value`; None for fewer than two scored examples.
         n: scored examples.
         unscored: examples the judge could not decide. They are in neither numerator nor denominator.
-        judge: `argmax` for multiple choice, else the judge's name.
+        judge: `argmax` for scored choices, `stated letter` for written ones, `final answer` for problems, else the
+            judge's name.
         max_new_tokens: length limit of generated replies; None where nothing is generated.
         extra: further numbers, for example `answer_margin` with its standard error.
         data_hash: hash of the examples.

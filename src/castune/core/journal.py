@@ -1,4 +1,4 @@
-"""The journal of a diagnosis: every result is on disk as soon as it is known.
+"""The journal of a diagnosis or an evaluation: every result is on disk as soon as it is known.
 
 A folder of JSONL files, one for each process that wrote, so that nothing needs a lock: a diagnosis that was killed, or
 that is spread over processes and machines with a common file system, reads them all. A line that a killed process

@@ -5,6 +5,7 @@ An answer that cannot be found is None: unscored, neither right nor wrong.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import threading
 from fractions import Fraction
@@ -67,18 +68,21 @@ def _braced(text: str) -> str | None:
     return None
 
 
+def require_math_verify() -> None:
+    """Refuse to compare answers in LaTeX where the library for it is not installed."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise CastuneError("answers of this kind need math-verify: python -m pip install 'castune[eval]'")
+
+
 def is_equal(answer: str, target: str) -> bool | None:
     """Whether two answers in LaTeX are mathematically equal (math-verify); None where `answer` cannot be read.
 
     Raises:
         CastuneError: math-verify is not installed.
     """
-    try:
-        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-    except ImportError:
-        raise CastuneError(
-            "answers of MATH and GSM8K need math-verify: python -m pip install 'castune[eval]'"
-        ) from None
+    require_math_verify()
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
     answer, target = _plain(answer), _plain(target)
     if not answer or len(answer) > _LONGEST:
         return None

@@ -9,6 +9,7 @@ from castune.config import EvaluateConfig
 from castune.data.example import Example
 from castune.data.sources import examples, purpose_of
 from castune.errors import DataError
+from castune.evaluate.answers import require_math_verify
 
 METRICS = {"utility": "accuracy", "safety": "refusal_rate", "over-refusal": "over_refusal_rate"}
 PURPOSES = tuple(METRICS)
@@ -76,6 +77,8 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
         raise DataError(f"{source}: {purpose} suites hold prompts, found multiple-choice questions or problems")
     if len({(example.is_question, example.scoring) for example in found}) > 1 and any(e.is_problem for e in found):
         raise DataError(f"{source}: a suite of problems holds nothing else, and is scored one way")
+    if found[0].scoring == "boxed":
+        require_math_verify()  # now, not after hours of generation
     return Suite(path.partition("=")[0] if purpose_of(path) else path, purpose, tuple(found))
 
 
