@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-fast lint format bench bench-training clean
+.PHONY: setup demo test test-fast lint format bench bench-peers bench-training clean
 
 setup: $(STAMP)
 
@@ -45,13 +45,16 @@ format: setup
 # The peers bring some thirty packages more, so they have an environment of their own. BENCH: see benchmarks/peers.py.
 BENCH_VENV ?= .venv-bench
 BENCH      ?= --dtype bfloat16
+BENCH_TRAINING ?= --dtype bfloat16
 
-bench: $(BENCH_VENV)/.castune-installed
+bench: bench-peers bench-training
+
+bench-peers: $(BENCH_VENV)/.castune-installed
 	$(BENCH_VENV)/bin/python benchmarks/peers.py $(BENCH)
 
 # Tokens a second and peak memory of training against plain LoRA under HF Trainer and TRL.
 bench-training: setup
-	$(BIN)/python benchmarks/training.py $(BENCH)
+	$(BIN)/python benchmarks/training.py $(BENCH_TRAINING)
 
 $(BENCH_VENV)/.castune-installed: pyproject.toml constraints.txt
 	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)

@@ -1,7 +1,7 @@
 """castune's safe-zone SFT against plain LoRA on q_proj under HF Trainer and under TRL; prints one table.
 
     make bench-training
-    make bench-training BENCH='--examples 400 --dtype bfloat16'
+    make bench-training BENCH_TRAINING='--examples 400 --dtype bfloat16'
 
 Every contestant trains in a process of its own, one after the other, on the same token ids with the same batch size,
 rank and number of examples, once over the data, and is timed on the training alone. Plain LoRA adapts q_proj of every

@@ -114,3 +114,18 @@ def test_log_probs_are_computed_in_float32(dtype: torch.dtype) -> None:
     log_probs = token_log_probs(Fixed(), RowBatch.of([Row.of_replies([1, 2], [[7, 8]])]))
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs[:, :2], torch.full((1, 2), -10.8197782844), rtol=0, atol=1e-5)
+
+
+def test_the_fused_loss_is_the_same_loss(any_tiny_model: Any) -> None:
+    rows = [Row.of_replies([5, 6, 7], [[9, 10, 11]]), Row.of_replies([8, 9], [[12]]), Row.of_replies([1], [[2, 3]])]
+    weight = any_tiny_model.get_input_embeddings().weight
+    losses, gradients = [], []
+    for fused in (False, True):
+        any_tiny_model.zero_grad()
+        loss_B = reply_nll(any_tiny_model, RowBatch.of(rows), fused=fused)
+        loss_B.mean().backward()
+        losses.append(loss_B.detach())
+        gradients.append(weight.grad.clone())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    # Rounded apart, by a few units of float32's seventh digit of the largest entry.
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=2e-5 * gradients[0].abs().max().item())
