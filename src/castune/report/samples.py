@@ -139,6 +139,8 @@ def _question(sample: Sample) -> Markup:
             for i, choice in enumerate(sample["choices"])
         ]
         parts.append(tag("ol", *choices, class_="choices"))
+    if sample.get("target"):
+        parts.append(tag("small", f"right answer: {sample['target']}"))
     label = " · ".join(str(sample[key]) for key in ("id", "group") if sample.get(key))
     return join([*parts, tag("small", label)])
 
@@ -149,6 +151,8 @@ def _answer(sample: Sample | None) -> Markup:
     outcome = sample.get("outcome")
     word = "unscored" if outcome is None else _OUTCOMES.get(sample["purpose"], {}).get(outcome, str(outcome))
     parts = [tag("span", word, class_=f"outcome {word}")]
+    if sample.get("failure"):
+        parts.append(tag("small", sample["failure"]))
     if sample.get("choice_scores"):
         scores = sample["choice_scores"]
         best = max((score for score in scores if score is not None), default=None)

@@ -298,3 +298,15 @@ def test_the_page_names_no_file_or_site(tmp_path: Path, run: Run) -> None:
     for name, attributes in Page(run.write(tmp_path / "report.html")).elements:
         found: dict[str, Any] = {key: value for key, value in attributes.items() if key in ("src", "href")}
         assert found == {}, name
+
+
+def test_problems_show_the_right_answer_and_why_they_were_lost(tmp_path: Path, run: Run) -> None:
+    problem = {
+        "suite": "gsm8k", "id": "p1", "purpose": "utility", "group": None, "prompt": "One and one?", "reply": "3",
+        "finished": True, "tokens": 1, "target": "2", "found": "3", "outcome": False, "failure": "direct answer",
+    }  # fmt: skip
+    for arm, evaluation in run.evaluations.items():
+        run.evaluations[arm] = dataclasses.replace(evaluation, samples=(*evaluation.samples, problem))
+    text = Page(run.write(tmp_path / "report.html")).text
+    assert "One and one? right answer: 2" in text
+    assert "wrong direct answer 3" in text
