@@ -647,6 +647,8 @@ def _quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # The first rank of a torchrun job speaks for all.
     logging.getLogger("castune").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    # PEFT imports it where it is installed, and it tells of kernels that only 4-bit layers on a CPU would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Warnings by libraries about their own deprecations are not for the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
