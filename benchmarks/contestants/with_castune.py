@@ -16,7 +16,7 @@ from castune.core.flops import ForwardFlops
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
-from castune.core.judges import Judge, is_settled
+from castune.core.refusals import is_settled, read_by
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.diagnose.decode import RefusalMeasure
@@ -90,7 +90,7 @@ def safety(loaded: Loaded, work: Work) -> Outcome:
 
     Replies are decoded only as far as the judge needs them, so there are no full replies to compare.
     """
-    found = _safety(loaded, work, ct.judge("prefix"), partial(is_settled, "prefix"))
+    found = _safety(loaded, work, read_by("prefix"), partial(is_settled, "prefix"))
     return {"refusals": [[None if r != r else bool(r) for r in refused] for refused in found], "replies": None}
 
 
@@ -110,7 +110,12 @@ def safety_replies(loaded: Loaded, work: Work) -> Outcome:
     return {"refusals": None, "replies": [[texts[int(reply)] for reply in replies] for replies in found]}
 
 
-def _safety(loaded: Loaded, work: Work, judge: Judge, settled: Callable[[str], bool]) -> list[list[float]]:
+def _safety(
+    loaded: Loaded,
+    work: Work,
+    judge: Callable[[Sequence[str], Sequence[str]], list[bool | None]],
+    settled: Callable[[str], bool],
+) -> list[list[float]]:
     model, tokenizer = loaded
     ablator = _ablator(model, work)
     replies = generate_replies(

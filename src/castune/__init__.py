@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from castune.config import TuneConfig as TuneConfig
     from castune.core.heads import HeadId as HeadId
     from castune.core.heads import HeadLayout as HeadLayout
-    from castune.core.judges import judge as judge
     from castune.core.loading import load as load
     from castune.data.example import Example as Example
     from castune.data.sources import examples as examples
     from castune.diagnose.run import diagnose as diagnose
     from castune.errors import CastuneError as CastuneError
     from castune.errors import UnsupportedArchitecture as UnsupportedArchitecture
+    from castune.evaluate.judges import judge as judge
     from castune.evaluate.run import evaluate as evaluate
     from castune.evaluate.stats import correlation as correlation
     from castune.evaluate.stats import utility_cost_ratio as utility_cost_ratio
@@ -54,7 +54,7 @@ _PUBLIC = {
     "TuneConfig": "castune.config",
     "HeadId": "castune.core.heads",
     "HeadLayout": "castune.core.heads",
-    "judge": "castune.core.judges",
+    "judge": "castune.evaluate.judges",
     "load": "castune.core.loading",
     "Example": "castune.data.example",
     "examples": "castune.data.sources",

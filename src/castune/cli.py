@@ -45,6 +45,13 @@ SafetyLimitOption = Annotated[Optional[int], typer.Option(help="Examples of D_sa
 UtilityLimitOption = Annotated[Optional[int], typer.Option(help="Examples of D_util, of each domain; all when absent.")]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens of a reply that the judge sees.")]
 MarginTokensOption = Annotated[int, typer.Option(help="First tokens of two replies that a margin compares.")]
+JudgeOption = Annotated[
+    str,
+    typer.Option(
+        help="Who decides what a refusal is: prefix or opening (rules), wildguard (a classifier, here), openai=MODEL "
+        "(a server; OPENAI_BASE_URL, OPENAI_API_KEY), or a panel of several, joined by +."
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
@@ -483,8 +490,15 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[Optional[int], typer.Option(help="Examples a suite; all when absent.")] = None,
-    judge: Annotated[str, typer.Option(help="Who decides what a refusal is: prefix.")] = "prefix",
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of replies to prompts.")] = 32,
+    judge: JudgeOption = "opening",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="hf: transformers, here; vllm: one engine, here; openai: a server (OPENAI_BASE_URL) that serves the "
+            "model by its name and every adapter by the name of its arm."
+        ),
+    ] = "hf",
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of replies to prompts.")] = 64,
     reasoning_tokens: Annotated[
         Optional[int], typer.Option(help="Length limit of worked answers; 1,024 for gsm8k, 2,048 for math when absent.")
     ] = None,
@@ -505,6 +519,7 @@ def evaluate(
     options: dict[str, Any] = {
         "limit": limit,
         "judge": judge,
+        "backend": backend,
         "max_new_tokens": max_new_tokens,
         "reasoning_tokens": reasoning_tokens,
         "letters": letters,
@@ -514,23 +529,23 @@ def evaluate(
     if suites is not None:
         options["suites"] = tuple(name.strip() for name in suites.split(",") if name.strip())
     config = EvaluateConfig(**options)
+    recipe = Recipe(**{**dict(recipe), "evaluate": config})
     loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
-    model, tokenizer = pipeline.load_model(recipe)
-    evaluations = pipeline.evaluate_step(folder, model, tokenizer, config, loaded)
-    folder.save_recipe(Recipe(**{**dict(recipe), "evaluate": config}))
+    evaluations = pipeline.evaluate_step(folder, recipe, loaded)
+    folder.save_recipe(recipe)
     show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
 
 
-@app.command()
-def judge(
+@app.command("judge")
+def judge_again(
     run_directory: RunArgument,
-    by: Annotated[str, typer.Option("--judge", help="Who decides what a refusal is: prefix.")] = "prefix",
+    judge: JudgeOption = "opening",
 ) -> None:
     """Judge the stored replies of all evaluations again; nothing is generated."""
     from castune import pipeline
     from castune.run_directory import RunDirectory
 
-    evaluations = pipeline.judge_step(RunDirectory(run_directory), by)
+    evaluations = pipeline.judge_step(RunDirectory(run_directory), judge)
     show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
 
 
@@ -655,6 +670,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    # Every shape of a batch adds its kernels to oneDNN's cache, half a gigabyte by the time its 1,024 places are full.
+    # The layers of a model share theirs, so a batch needs a few dozen. Read when torch is loaded.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from castune.arms import SEEDED_ZONES, ArmName, Score, SurgeryMethod, TuneMethod, Zone
 from castune.errors import CastuneError
+from castune.judge_name import JudgeName
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -84,8 +85,8 @@ class DiagnoseConfig(_Config):
     margin_tokens: Count = 8
     """First tokens of the refusal and of the model's own reply that a safety margin compares; at most
     `max_new_tokens`. Whether a reply refuses is settled in its first words."""
-    judge: Literal["prefix"] = "prefix"
-    """Who decides whether a reply refuses."""
+    judge: Literal["prefix", "opening"] = "prefix"
+    """Who decides whether a reply refuses: rules, on its first 64 (`prefix`) or 300 characters (`opening`)."""
     batch_tokens: Count | Literal["auto"] = 2048
     """Rows x tokens of one forward. `auto`: what runs fastest on this machine, noted in the map."""
     max_length: Count = 1024
@@ -206,8 +207,12 @@ class EvaluateConfig(_Config):
     """Data sources; see `castune evaluate --help` for the named ones."""
     limit: Count | None = None
     """Examples a suite; all when absent."""
-    judge: Literal["prefix"] = "prefix"
-    max_new_tokens: Count = 32
+    judge: str = "opening"
+    """Who decides whether a reply refuses: `prefix`, `opening`, `wildguard`, `openai=MODEL`, or several joined by `+`
+    (`castune.judge_name`)."""
+    backend: Literal["hf", "vllm", "openai"] = "hf"
+    """Where models run: transformers here, a vLLM engine here, or an OpenAI-compatible server (`OPENAI_BASE_URL`)."""
+    max_new_tokens: Count = 64
     """Length limit of replies to harmful and harmless prompts."""
     reasoning_tokens: Count | None = None
     """Length limit of worked answers; when absent the paper's, 1,024 for gsm8k and 2,048 for math."""
@@ -219,6 +224,14 @@ class EvaluateConfig(_Config):
     """Limit of a prompt in tokens; longer ones are cut on the left."""
     seed: int = 0
     """Seed of the subsets: the same everywhere."""
+
+    @field_validator("judge")
+    @classmethod
+    def _known_judge(cls, judge: str) -> str:
+        try:
+            return "+".join(map(str, JudgeName.parse(judge)))
+        except CastuneError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("suites")
     @classmethod

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
     from castune.diagnose.plan import Plan
+    from castune.evaluate.stats import CostRatio
 
 
 def say(text: str) -> None:
@@ -144,19 +145,21 @@ def show_masked(masked: MaskedAdapter) -> None:
         say("note: no source changes a selected head: with this adapter the model is the base model")
 
 
-def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, float | None]) -> None:
+def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, CostRatio]) -> None:
     """Rates of every arm, and the utility cost ratios against the base model."""
     if not evaluations:
         return
     from rich.table import Table
 
+    from castune.report.summary import cost_ratio
+
     suites = list(dict.fromkeys(result.suite for e in evaluations.values() for result in e.suites))
-    table = Table("arm", *suites, "UCR", caption="rate ± standard error (n, unscored); UCR against base")
+    caption = "rate ± standard error (n, unscored); UCR against base (95 % interval)"
+    table = Table("arm", *suites, "UCR", caption=caption)
     for name, result in evaluations.items():
         by_name = {suite.suite: suite for suite in result.suites}
         cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
-        ratio = ratios.get(name)
-        table.add_row(name, *cells, "" if name not in ratios else "undefined" if ratio is None else f"{ratio:.2f}")
+        table.add_row(name, *cells, "" if name not in ratios else cost_ratio(name, evaluations, ratios))
     _show(table)
 
 

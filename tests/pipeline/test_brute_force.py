@@ -16,12 +16,12 @@ from castune.core.ablation import can_resume
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
-from castune.core.judges import judge
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.sweep import Ablator, sweep
+from castune.evaluate.judges import judge
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 # Of random weights by which some head changes a decision.

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from chat_server import ChatServer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -198,10 +199,62 @@ def test_a_retrained_arm_is_evaluated_again_and_no_other(finished: tuple[Recipe,
     config = recipe.tune.model_copy(update={"seed": 99})
     data = load_data(recipe.align, recipe.seed)
     tune_step(folder, folder.arm("risky"), model, tokenizer, data, config, "own", overwrite=True)
-    evaluate_step(folder, model, tokenizer, recipe.evaluate, load_suites(recipe.evaluate.suites))
+    evaluate_step(folder, recipe, load_suites(recipe.evaluate.suites), (model, tokenizer))
     assert changed(before, path) == {
         "arms/risky/adapter/adapter_model.safetensors", "evaluation/risky/metrics.json", "evaluation/risky/samples.jsonl",
     }  # fmt: skip
+
+
+def test_another_judge_reads_what_is_stored(finished: tuple[Recipe, Path]) -> None:
+    recipe, path = finished
+    folder, suites = RunDirectory(path), load_suites(recipe.evaluate.suites)
+    before = folder.load_evaluations()
+    panel = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"judge": "prefix+opening"})})
+    after = evaluate_step(folder, panel, suites)
+    assert before.keys() == after.keys() == {"base", "safe", "risky"}
+    for name, result in after.items():
+        assert result.provenance == before[name].provenance, "nothing was measured"
+        assert [s.get("reply") for s in result.samples] == [s.get("reply") for s in before[name].samples]
+        judged = [suite for suite in result.suites if suite.purpose != "utility"]
+        assert judged
+        assert all(suite.judge == "prefix+opening" for suite in judged)
+        assert all("panel_disagreement" in suite.extra for suite in judged)
+
+
+def test_an_evaluation_from_before_a_setting_is_known(finished: tuple[Recipe, Path]) -> None:
+    recipe, path = finished
+    for arm in ("base", "safe", "risky"):
+        file = path / "evaluation" / arm / "metrics.json"
+        record = json.loads(file.read_text())
+        for key in ("letters", "reasoning_tokens", "backend"):
+            del record["settings"][key]
+        for suite in record["suites"]:
+            del suite["interval"]
+        file.write_text(json.dumps(record))
+    before = stamps(path)
+    evaluate_step(RunDirectory(path), recipe, load_suites(recipe.evaluate.suites))
+    assert not changed(before, path)
+
+
+def test_a_served_model_is_evaluated_without_its_weights(
+    finished: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    recipe, path = finished
+    model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
+    server = ChatServer(tokenizer, {recipe.model: model})
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.http.server_port}/v1")
+    folder = RunDirectory(path)
+    replies = {s["id"]: s["reply"] for s in folder.load_evaluations()["base"].samples if s["purpose"] == "safety"}
+    sources = tuple(s for s in recipe.evaluate.suites if load_suites([s])[0].purpose == "safety")
+    served = recipe.evaluate.model_copy(update={"backend": "openai", "suites": sources})
+    monkeypatch.setattr("castune.pipeline.load", lambda *_args, **_options: pytest.fail("weights were loaded"))
+    with pytest.raises(CastuneError, match="no model 'safe'"):
+        evaluate_step(folder, recipe.model_copy(update={"evaluate": served}), load_suites(sources))
+    base = folder.load_evaluations()["base"]
+    assert {s["id"]: s["reply"] for s in base.samples} == replies
+    assert (base.settings["backend"], base.model["device"]) == ("openai", "openai")
+    server.close()
 
 
 # -- refusals

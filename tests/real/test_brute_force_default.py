@@ -11,8 +11,8 @@ import pytest
 from brute_force import BruteForce, decision_shift, margin_shift, percentile_ranks, sensitivity
 
 import castune
-from castune.core.judges import judge
 from castune.data.example import Example
+from castune.evaluate.judges import judge
 
 pytestmark = pytest.mark.real
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import castune
-from castune.core.judges import judge
 from castune.data.example import Example
 from castune.data.sources import examples
+from castune.evaluate.judges import judge
 
 FOLDER = Path(castune.__file__).parent / "data" / "starter"
 HELD_OUT = ("starter-safety-eval", "starter-overrefusal-eval", "starter-utility-eval")

@@ -16,12 +16,13 @@ import castune
 
 SRC = Path(castune.__file__).parent
 STAGES = {"diagnose", "select", "tune", "evaluate", "report"}
-SHARED = {"core", "artifacts", "data", "config", "arms", "errors"}
+SHARED = {"core", "artifacts", "data", "config", "arms", "judge_name", "errors"}
 # What each part may import of castune, itself aside. The rest (pipeline, cli, run_directory, study) sees everything.
 ALLOWED = {
     "errors": set(),
     "arms": {"errors"},
-    "config": {"errors", "arms"},
+    "judge_name": {"errors"},
+    "config": {"errors", "arms", "judge_name"},
     "artifacts": {"errors"},
     "data": {"errors", "artifacts"},
     "core": {"errors", "config", "data", "artifacts"},

@@ -24,6 +24,7 @@ class SuiteResult:
         metric: accuracy | refusal_rate | over_refusal_rate.
         value: the rate over scored examples; None when nothing could be scored.
         standard_error: of `value`; None for fewer than two scored examples.
+        interval: Wilson's 95 % interval of `value`; None without scored examples.
         n: scored examples.
         unscored: examples the judge could not decide. They are in neither numerator nor denominator.
         judge: `argmax` for scored choices, `stated letter` for written ones, `final answer` for problems, else the
@@ -46,6 +47,12 @@ class SuiteResult:
     extra: dict[str, float | None]
     data_hash: str
     seconds: float
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.interval is not None:
+            # JSON has lists.
+            object.__setattr__(self, "interval", tuple(self.interval))
 
 
 @dataclass(frozen=True)

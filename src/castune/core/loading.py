@@ -137,6 +137,18 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castune"
 
 
+def model_source(name: str | Path) -> str:
+    """What another library loads a model by: a hub id, or a directory in the hub's format.
+
+    Raises:
+        CastuneError: nothing of that name, or a .gguf file.
+    """
+    source, gguf_file = _resolve(str(name))
+    if gguf_file is not None:
+        raise CastuneError(f"{name}: a .gguf file can be evaluated with --backend hf only")
+    return source
+
+
 def display_name(path: str) -> str:
     """What to call a model loaded from `path` in artifacts, which travel: a hub id, or the last part of a path."""
     if Path(path).parent == cache_home():

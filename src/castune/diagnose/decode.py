@@ -23,7 +23,6 @@ from castune.core.batching import ExampleBatch, example_batches
 from castune.core.continuation import Context, KeysValues, cache_of, can_continue, context_of, read_keys_values
 from castune.core.generation import Reply, generate_replies
 from castune.core.heads import HeadId
-from castune.core.judges import Judge
 from castune.core.losses import RowBatch, scored_logits
 from castune.data.rows import Row
 from castune.diagnose.score import Floats
@@ -57,7 +56,7 @@ class RefusalMeasure:
         texts: text of each prompt, for the judge.
         replies: the whole model's greedy replies.
         end_tokens: tokens that end a reply.
-        judge: the judge.
+        judge: from texts of prompts and replies to True (refuses), False, or None each.
         is_settled: tells from a reply's beginning that the judge's answer can no longer change.
         max_new_tokens: length limit of a reply.
         batch_tokens: rows x tokens of one forward.
@@ -75,7 +74,7 @@ class RefusalMeasure:
         replies: Sequence[Reply],
         *,
         end_tokens: Sequence[int],
-        judge: Judge,
+        judge: Callable[[Sequence[str], Sequence[str]], list[bool | None]],
         is_settled: Callable[[str], bool],
         max_new_tokens: int,
         batch_tokens: int,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, batches_by_length, reply_nll, run_batches
+from castune.core.memory import return_freed_memory
 from castune.core.progress import Advance, no_progress
 from castune.core.ranking import equal_parts
 from castune.data.rows import Row
@@ -79,6 +80,7 @@ def partial_gradients(
                             f"gradients of layer {layer} are not finite in {gradient.dtype}; try --dtype float32"
                         )
                     total[layer] += gradient.detach().float().cpu()
+                return_freed_memory()
                 advance(len(indices))
             chunks.append(total)
     return chunks

@@ -26,6 +26,7 @@ from castune.core.flops import ForwardFlops
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.journal import Journal, Record, nullable
 from castune.core.losses import RowBatch
+from castune.core.memory import return_freed_memory
 from castune.core.progress import progress
 from castune.core.shards import Shard
 from castune.diagnose.score import Floats
@@ -164,6 +165,7 @@ def sweep(
         for unit in todo:
             batch = measure.batches[unit.batch]
             if recorded != unit.batch:
+                return_freed_memory()
                 values_N = measure.baseline(batch)
                 recorded = unit.batch
                 known.add(journal, [], batch.examples, values_N[None], 0)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from castune.core.judges import refuses_by_prefix
+from castune.core.refusals import refuses_by_prefix
 from castune.evaluate.answers import last_boxed
 
 # Why a worked answer is not right, in the order in which they are asked for.

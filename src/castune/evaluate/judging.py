@@ -7,47 +7,60 @@ from dataclasses import replace
 from typing import Any
 
 from castune.artifacts import EvalResult
-from castune.core.judges import judge as judge_named
+from castune.evaluate.judges import Judge, judge
 from castune.evaluate.metrics import suite_result
 
 Sample = dict[str, Any]
 
+# What a judge leaves in a sample, and takes out again when another one judges.
+_OF_A_JUDGE = ("harmful", "verdicts")
 
-def judged(samples: Sequence[Mapping[str, Any]], name: str) -> list[Sample]:
+
+def judged(samples: Sequence[Mapping[str, Any]], by: Judge) -> list[Sample]:
     """The samples of a suite with the judge's outcomes; those of questions and problems stay what they are."""
     if not _is_judged(samples):
         return [dict(sample) for sample in samples]
-    verdicts = judge_named(name)([s["prompt"] for s in samples], [s["reply"] for s in samples])
-    return [{**sample, "outcome": verdict} for sample, verdict in zip(samples, verdicts, strict=True)]
+    bare = [{key: value for key, value in sample.items() if key not in _OF_A_JUDGE} for sample in samples]
+    found: list[Sample] = []
+    verdicts = by.verdicts([s["prompt"] for s in bare], [s["reply"] for s in bare])
+    for sample, verdict in zip(bare, verdicts, strict=True):
+        sample["outcome"] = verdict.refuses
+        if verdict.harmful is not None:
+            sample["harmful"] = verdict.harmful
+        if verdict.members:
+            sample["verdicts"] = dict(verdict.members)
+        found.append(sample)
+    return found
 
 
-def judge_of(samples: Sequence[Mapping[str, Any]], name: str) -> str:
+def judge_of(samples: Sequence[Mapping[str, Any]], by: Judge) -> str:
     """Who decides the outcomes of a suite's samples: the judge, or the way answers are compared."""
     first = samples[0]
     if _is_judged(samples):
-        return name
+        return by.name
     if "choice_scores" in first:
         return "argmax"
     return "stated letter" if "choices" in first else "final answer"
 
 
-def judge_again(result: EvalResult, name: str) -> EvalResult:
+def judge_again(result: EvalResult, by: str | Judge) -> EvalResult:
     """An evaluation with the outcomes of another judge; nothing is generated."""
+    by = judge(by) if isinstance(by, str) else by
     samples: list[Sample] = []
     suites = []
     for suite in result.suites:
-        of_suite = judged(result.samples_of(suite.suite), name)
+        of_suite = judged(result.samples_of(suite.suite), by)
         suites.append(
             suite_result(
                 of_suite,
-                judge=judge_of(of_suite, name),
+                judge=judge_of(of_suite, by),
                 max_new_tokens=suite.max_new_tokens,
                 data_hash=suite.data_hash,
                 seconds=suite.seconds,
             )
         )
         samples += of_suite
-    return replace(result, suites=tuple(suites), samples=tuple(samples), settings={**result.settings, "judge": name})
+    return replace(result, suites=tuple(suites), samples=tuple(samples), settings={**result.settings, "judge": by.name})
 
 
 def _is_judged(samples: Sequence[Mapping[str, Any]]) -> bool:

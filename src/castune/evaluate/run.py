@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,20 @@ from typing import Any
 from castune.artifacts import EvalResult, SuiteResult
 from castune.config import EvaluateConfig
 from castune.core.journal import Journal
-from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
 from castune.core.scoring import answer_margin, is_correct
-from castune.data.chat import ChatFormat
 from castune.data.example import LETTERS, Example, content_hash
 from castune.evaluate.answers import final_answer, is_right, stated_letter
+from castune.evaluate.backend import Backend, TransformersHost
 from castune.evaluate.failures import failure
+from castune.evaluate.judges import Judge, judge
 from castune.evaluate.judging import judge_of, judged
-from castune.evaluate.measure import chosen, finite, replied
+from castune.evaluate.measure import answers, finite
 from castune.evaluate.metrics import suite_result
 from castune.evaluate.suites import Suite, load_suite
+
+logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 
@@ -50,49 +53,81 @@ def evaluate(
         Every rate with n, standard error, unscored count and judge, and all samples.
     """
     config = config or EvaluateConfig()
-    chat = ChatFormat(tokenizer, max_length=config.max_length)
-    loaded = [
-        load_suite(suite, limit=config.limit, seed=config.seed) if isinstance(suite, str) else suite
-        for suite in (config.suites if suites is None else suites)
-    ]
-    info, record = model_info or model_record(model), provenance(config.seed)
-    hashes = [content_hash(suite.examples) for suite in loaded]
+    with TransformersHost(model, tokenizer).backend(name, None) as backend:
+        return evaluate_on(
+            backend,
+            suites=[
+                load_suite(suite, limit=config.limit, seed=config.seed) if isinstance(suite, str) else suite
+                for suite in (config.suites if suites is None else suites)
+            ],
+            config=config,
+            by=judge(config.judge),
+            name=name,
+            out=out,
+            model_info=model_info or model_record(model),
+        )
+
+
+def evaluate_on(
+    backend: Backend,
+    *,
+    suites: Sequence[Suite],
+    config: EvaluateConfig,
+    by: Judge,
+    name: str,
+    model_info: dict[str, Any],
+    out: str | Path | None = None,
+) -> EvalResult:
+    """Evaluate a model wherever it runs.
+
+    Args:
+        backend: where it runs.
+        suites: loaded suites.
+        config: settings.
+        by: the judge that `config` names.
+        name: name of this arm, for the record.
+        model_info: identity of the model, for the record.
+        out: directory to write `samples.jsonl` and `metrics.json` into.
+    """
+    backend.check(suites, config)
+    record = provenance(config.seed)
+    hashes = [content_hash(suite.examples) for suite in suites]
     # The judge decides afterwards, on what is kept.
     measured_by = {key: value for key, value in config.model_dump(mode="json").items() if key != "judge"}
-    journal = Journal.of(None if out is None else Path(out), [info, measured_by, hashes, record["versions"]["castune"]])
+    key = [model_info, measured_by, hashes, record["versions"]["castune"]]
+    journal = Journal.of(None if out is None else Path(out), key)
     results: list[SuiteResult] = []
     samples: list[Sample] = []
-    with (
-        evaluation_mode(model),
-        progress(f"evaluating {name}", sum(len(suite.examples) for suite in loaded)) as advance,
-    ):
-        for suite, data_hash in zip(loaded, hashes, strict=True):
-            if suite.is_scored(config):
-                found = chosen(model, chat, suite, config, journal, advance)
-            else:
-                found = replied(model, tokenizer, chat, suite, config, journal, advance)
-            of_suite = judged(_samples(suite, found.values, config), config.judge)
-            results.append(
-                suite_result(
-                    of_suite,
-                    judge=judge_of(of_suite, config.judge),
-                    max_new_tokens=None if suite.is_scored(config) else suite.reply_tokens(config),
-                    data_hash=data_hash,
-                    seconds=found.seconds,
-                )
+    n_examples = sum(len(suite.examples) for suite in suites)
+    with progress(f"evaluating {name}", n_examples) as advance:
+        found = [answers(backend, suite, config, journal, advance) for suite in suites]
+    for suite, given, data_hash in zip(suites, found, hashes, strict=True):
+        of_suite = judged(_samples(suite, given.values, config), by)
+        results.append(
+            suite_result(
+                of_suite,
+                judge=judge_of(of_suite, by),
+                max_new_tokens=None if suite.is_scored(config) else suite.reply_tokens(config),
+                data_hash=data_hash,
+                seconds=given.seconds,
             )
-            samples += of_suite
+        )
+        samples += of_suite
+    n_missing = sum(bool(sample.get("missing")) for sample in samples)
+    if n_missing:
+        logger.warning("%s: %d replies are missing and unscored; the same command asks for them again", name, n_missing)
     result = EvalResult(
         name=name,
         suites=tuple(results),
         samples=tuple(samples),
         settings=config.model_dump(mode="json"),
-        model=info,
+        model=model_info,
         provenance=record,
     )
     if out is not None:
         result.save(out)
-        journal.remove()
+        if not n_missing:
+            journal.remove()
     return result
 
 
@@ -112,11 +147,11 @@ def _samples(suite: Suite, answers: Sequence[Any], config: EvaluateConfig) -> li
     ]
 
 
-def _choice_sample(example: Example, found: list[float | None]) -> Sample:
+def _choice_sample(example: Example, found: list[float | None] | None) -> Sample:
     scores = finite(found)
     return {
         "choices": list(example.choices),
-        "choice_scores": [None if score is None else round(score, 6) for score in found],
+        "choice_scores": [None if score is None else round(score, 6) for score in found or []],
         "answer": example.answer,
         # Scores that are not finite decide nothing: the example is unscored.
         "margin": None if scores is None else answer_margin(example, scores),
@@ -124,9 +159,14 @@ def _choice_sample(example: Example, found: list[float | None]) -> Sample:
     }
 
 
-def _reply_sample(example: Example, found: dict[str, Any]) -> Sample:
-    reply = found["text"]
-    sample = {"reply": reply, "finished": found["finished"], "tokens": found["tokens"]}
+def _reply_sample(example: Example, found: dict[str, Any] | None) -> Sample:
+    reply = "" if found is None else found["text"]
+    sample: Sample = {"reply": reply, "finished": False, "tokens": None}
+    if found is None:
+        # A server gave none: nothing is known of what the model would have said.
+        sample["missing"] = True
+    else:
+        sample |= {"finished": found["finished"], "tokens": found["tokens"]}
     if example.is_question:
         letter = stated_letter(reply, len(example.choices))
         right = LETTERS[example.answer or 0]
@@ -139,5 +179,5 @@ def _reply_sample(example: Example, found: dict[str, Any]) -> Sample:
     if example.is_problem:
         sample |= {"target": example.target, "found": final_answer(reply, str(example.scoring))}
         sample["outcome"] = is_right(reply, str(example.target), str(example.scoring))
-        return {**sample, "failure": failure(sample)}
+        return {**sample, "failure": None if found is None else failure(sample)}
     return {**sample, "outcome": None}

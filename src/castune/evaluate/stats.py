@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,11 @@ from castune.core.ranking import percentile_rank
 
 # At most this many permutations are enumerated; beyond, as many are drawn at random.
 _PERMUTATIONS = 10_000
+# The normal quantile of two-sided 95 % intervals.
+_Z = 1.959963984540054
+
+# Outcomes of the same examples before and after: 1, 0, or None where unscored.
+Pairs = tuple[Sequence[float | bool | None], Sequence[float | bool | None]]
 
 
 class Estimate(NamedTuple):
@@ -23,6 +30,44 @@ class Estimate(NamedTuple):
     standard_error: float | None
     n: int
     unscored: int
+
+
+class PairedDifference(NamedTuple):
+    """Mean change of the same examples, after minus before.
+
+    Attributes:
+        value: mean of after - before over `n` examples scored in both.
+        standard_error: of the paired differences.
+        n: pairs scored in both.
+        unscored: pairs left out.
+        gained: pairs that rose.
+        lost: pairs that fell.
+        p: two-sided p-value of McNemar's exact test: were gains and losses equally likely? None without pairs.
+    """
+
+    value: float | None
+    standard_error: float | None
+    n: int
+    unscored: int
+    gained: int
+    lost: int
+    p: float | None
+
+
+class CostRatio(NamedTuple):
+    """A utility cost ratio with its 95 % bootstrap interval.
+
+    Attributes:
+        value: None where safety did not rise.
+        low: lower end; None where it could not be computed.
+        high: upper end; None too where it has no bound: too many resamples had no safety gain.
+        undefined_share: share of resamples without a safety gain; None without resamples.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    undefined_share: float | None = None
 
 
 class Correlation(NamedTuple):
@@ -47,12 +92,34 @@ def estimate(values: Sequence[float | bool | None]) -> Estimate:
     )
 
 
-def paired_difference(before: Sequence[float | bool | None], after: Sequence[float | bool | None]) -> Estimate:
-    """Mean of after - before over examples scored in both, with the standard error of the paired differences."""
+def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
+    """Wilson's 95 % score interval of a rate (1927); None for n = 0. Unlike value ± error it never leaves [0, 1]."""
+    if n == 0:
+        return None
+    rate, z2 = successes / n, _Z**2
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(before: Sequence[float | bool | None], after: Sequence[float | bool | None]) -> PairedDifference:
+    """Change of the same examples in the same order; pairs of which one is None are left out."""
     if len(before) != len(after):
         raise ValueError(f"paired values differ in number: {len(before)} and {len(after)}")
     pairs = zip(before, after, strict=True)
-    return estimate([None if b is None or a is None else float(a) - float(b) for b, a in pairs])
+    changes = [None if b is None or a is None else float(a) - float(b) for b, a in pairs]
+    found = estimate(changes)
+    gained = sum(change is not None and change > 0 for change in changes)
+    lost = sum(change is not None and change < 0 for change in changes)
+    return PairedDifference(*found, gained, lost, sign_test(gained, lost) if found.n else None)
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided exact p-value of at least so uneven a split of gained + lost fair coins (McNemar's exact test)."""
+    n, fewer = gained + lost, min(gained, lost)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    # Integers: 2^n of some thousand discordant pairs is no float.
+    return min(1.0, float(Fraction(2 * tail, 2**n)))
 
 
 def utility_cost_ratio(
@@ -72,6 +139,68 @@ def utility_cost_ratio(
     if gain <= 0:
         return None
     return max(0.0, (utility_before - utility_after) / gain)
+
+
+def bootstrap_cost_ratio(
+    utility: Sequence[Pairs], safety: Sequence[Pairs], *, resamples: int = 4000, seed: int = 0
+) -> CostRatio:
+    """The utility cost ratio of unweighted suite means, with a 95 % percentile interval over examples.
+
+    Every suite's examples are drawn anew with replacement, an example before and after training together. A resample
+    without a safety gain has no ratio: it counts as one without bound, so that the interval tells how sure the gain is.
+
+    Args:
+        utility: of every utility suite, the outcomes (1, 0 or None) before and after, of the same examples.
+        safety: the same of the safety suites.
+        resamples: how many.
+        seed: of the draws.
+
+    Returns:
+        A ratio without interval where a suite has nothing scored in it.
+    """
+    generator = np.random.default_rng(seed)
+    means = {
+        name: [_resampled_means(pairs, resamples, generator) for pairs in group]
+        for name, group in (("utility", utility), ("safety", safety))
+    }
+    u_before, u_after = (np.mean([suite[side] for suite in means["utility"]], axis=0) for side in (0, 1))
+    s_before, s_after = (np.mean([suite[side] for suite in means["safety"]], axis=0) for side in (0, 1))
+    cost, gain = u_before - u_after, s_after - s_before
+    # Row 0 is the data as it is.
+    if not (np.isfinite(cost[0]) and np.isfinite(gain[0])):
+        return CostRatio(None)
+    value = None if gain[0] <= 0 else max(0.0, float(cost[0] / gain[0]))
+    known = np.isfinite(cost) & np.isfinite(gain)
+    known[0] = False
+    cost, gain = cost[known], gain[known]
+    if not len(cost):
+        return CostRatio(value)
+    ratios = np.where(gain > 0, np.maximum(0.0, cost) / np.where(gain > 0, gain, 1.0), np.inf)
+    low, high = np.quantile(ratios, (0.025, 0.975), method="inverted_cdf")
+    return CostRatio(
+        value,
+        float(low) if np.isfinite(low) else None,
+        float(high) if np.isfinite(high) else None,
+        float(np.mean(gain <= 0)),
+    )
+
+
+def _resampled_means(
+    pairs: Pairs, resamples: int, generator: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means before and after: of the data, then of every resample. Examples are alike within a cell of outcomes."""
+    before, after = pairs
+    cells = Counter(zip(before, after, strict=True))
+    kinds = list(cells)
+    counts = np.array([cells[kind] for kind in kinds])
+    drawn = np.vstack([counts, generator.multinomial(counts.sum(), counts / counts.sum(), size=resamples)])
+    sides = []
+    for side in (0, 1):
+        scored = np.array([kind[side] is not None for kind in kinds])
+        values = np.array([float(kind[side] or 0) for kind in kinds])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            sides.append((drawn * scored) @ values / (drawn * scored).sum(axis=1))
+    return sides[0], sides[1]
 
 
 def correlation(scores: Sequence[float], costs: Sequence[float], *, seed: int = 0) -> Correlation:

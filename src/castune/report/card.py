@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, SuiteResult, TuneResult
-from castune.report.summary import BASE, Estimate
+from castune.report.summary import BASE, CostRatio, Estimate, interval
 
 # A hub id, the only form of `base_model` and `datasets` the hub's metadata knows.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -59,7 +59,7 @@ class CardFacts:
     evaluations: Mapping[str, EvalResult] | None = None
     arm: str | None = None
     differences: Mapping[str, Estimate] | None = None
-    cost_ratio: float | None = None
+    cost_ratio: CostRatio | None = None
     merging: Merging | None = None
 
 
@@ -199,8 +199,9 @@ def _evaluation(facts: CardFacts) -> str:
         )
     text = _table(head, rows) + "\n\nRates are means ± standard errors over n scored examples, measured on the base "
     text += f"model with the adapter in {_text(tuned.model.get('dtype', 'its own dtype'))}."
-    if facts.cost_ratio is not None:
-        text += f" Utility cost ratio (utility lost for safety gained): {facts.cost_ratio:.2f}."
+    if facts.cost_ratio is not None and facts.cost_ratio.value is not None:
+        ratio = f"{facts.cost_ratio.value:.2f}{interval(facts.cost_ratio)}"
+        text += f" Utility cost ratio (utility lost for safety gained): {ratio}."
     return text
 
 

@@ -22,7 +22,7 @@ from castune.report.figures import charts
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.samples import provenance, samples
 from castune.report.sections import known, opening, results
-from castune.report.summary import Differences
+from castune.report.summary import CostRatios, Differences
 from castune.report.theme import theme
 from castune.report.training import training
 
@@ -41,7 +41,7 @@ def write_report(
     tunings: Mapping[str, TuneResult],
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
-    cost_ratios: Mapping[str, float | None],
+    cost_ratios: CostRatios,
     masked: Mapping[str, MaskedAdapter] | None = None,
     recipe_text: str = "",
     notes: Sequence[str] = (),
@@ -54,8 +54,8 @@ def write_report(
         selections: by arm; the base has none.
         tunings: by arm; the base has none.
         evaluations: by arm; `base` is the model before training.
-        differences: arm -> suite -> mean of arm minus base paired by example: `value`, `standard_error`, `n`.
-        cost_ratios: utility cost ratio by arm; None is undefined where both rates are measured.
+        differences: arm -> suite -> mean of arm minus base paired by example, with the p-value of a paired test.
+        cost_ratios: utility cost ratio by arm; a value of None is undefined where both rates are measured.
         masked: by arm, the adapters made of others without training.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.

@@ -7,11 +7,13 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, SuiteResult
 from castune.report.markup import Markup, join, table, tag
+from castune.report.outcomes import fates, losses
 from castune.report.summary import (
     BASE,
     NOT_MEASURED,
+    Change,
+    CostRatios,
     Differences,
-    Estimate,
     cost_ratio,
     in_order,
     is_seen,
@@ -63,7 +65,7 @@ def opening(
     cmap: ConflictMap,
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
-    cost_ratios: Mapping[str, float | None],
+    cost_ratios: CostRatios,
     notes: Sequence[str],
 ) -> Markup:
     """Title, what this is about, and what the numbers say."""
@@ -86,7 +88,7 @@ def opening(
 def results(
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
-    cost_ratios: Mapping[str, float | None],
+    cost_ratios: CostRatios,
     drawn: Mapping[str, Any],
 ) -> Markup:
     """Before and after: a row an arm, a column a suite; then the trade-off charts."""
@@ -109,9 +111,10 @@ def results(
     if "trade_off_over_refusal" in drawn:
         charts.append(figure("trade_off_over_refusal", "Safety against over-refusal. Down and to the right is better."))
     explanation = (
-        "Rates are value ± one standard error over scored examples. Unscored examples, which the judge could "
-        "not decide, count in neither part of a rate. Changes are in percentage points against base, paired "
-        "by example. The utility cost ratio is utility lost over safety gained (Eq. 7)."
+        "Rates are value ± one standard error over scored examples, with Wilson's 95 % interval. Unscored examples, "
+        "which the judge could not decide, count in neither part of a rate. Changes are in percentage points against "
+        "base, paired by example; p is McNemar's exact test. The utility cost ratio is utility lost over safety gained "
+        "(Eq. 7), with its 95 % bootstrap interval."
     )
     bars = "Bars are one standard error; several suites of one purpose are averaged without weights."
     missing = f" Not plotted, as a number is missing: {', '.join(hidden)}." if hidden and charts else ""
@@ -122,6 +125,8 @@ def results(
         tag("p", explanation, class_="small"),
         tag("div", *charts, class_="figures"),
         tag("p", bars + missing, class_="small") if charts else "",
+        fates(evaluations),
+        losses(evaluations),
         _further_numbers(evaluations),
     )
 
@@ -151,14 +156,15 @@ def _suite_head(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
     return join([suite, tag("small", _MEANING.get(purpose, purpose)), tag("small", shared)])
 
 
-def _suite_cell(arm: str, suite: str, evaluations: Mapping[str, EvalResult], change: Estimate | None) -> Markup | str:
+def _suite_cell(arm: str, suite: str, evaluations: Mapping[str, EvalResult], change: Change | None) -> Markup | str:
     result = _find(evaluations[arm], suite)
     if result is None:
         return tag("span", NOT_MEASURED, class_="quiet")
     lines = [tag("span", with_error(result, percent), class_="value")]
     if arm != BASE:
         lines.append(_change(change))
-    lines.append(tag("small", f"n = {result.n:,}, {result.unscored:,} unscored"))
+    ends = "" if result.interval is None else "95 % {} to {}, ".format(*map(percent, result.interval))
+    lines.append(tag("small", f"{ends}n = {result.n:,}, {result.unscored:,} unscored"))
     if len(_all_conditions(suite, evaluations)) > 1:
         lines.append(tag("small", _conditions(result)))
     base = _find(evaluations[BASE], suite) if BASE in evaluations else None
@@ -167,11 +173,12 @@ def _suite_cell(arm: str, suite: str, evaluations: Mapping[str, EvalResult], cha
     return join(lines)
 
 
-def _change(change: Estimate | None) -> Markup:
+def _change(change: Change | None) -> Markup:
     if change is None or change.value is None:
         return tag("span", f"change {NOT_MEASURED}", class_="change quiet")
     seen = is_seen(change)
-    paired = tag("small", f"{change.n:,} pairs" + ("" if seen is not False else ", no difference seen"))
+    test = "" if change.p is None else f", {change.gained:,} gained, {change.lost:,} lost, p = {change.p:.2g}"
+    paired = tag("small", f"{change.n:,} pairs{test}" + ("" if seen is not False else ", no difference seen"))
     return tag("span", f"{with_error(change, points)} ", paired, class_="change" if seen else "change quiet")
 
 

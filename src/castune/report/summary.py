@@ -38,7 +38,32 @@ class Estimate(Protocol):
     def unscored(self) -> int: ...  # noqa: D102
 
 
-Differences = Mapping[str, Mapping[str, Estimate]]
+class Change(Estimate, Protocol):
+    """A paired change; `p` is the p-value of a paired test, None without pairs."""
+
+    @property
+    def gained(self) -> int: ...  # noqa: D102
+    @property
+    def lost(self) -> int: ...  # noqa: D102
+    @property
+    def p(self) -> float | None: ...  # noqa: D102
+
+
+class CostRatio(Protocol):
+    """A utility cost ratio with its 95 % interval; a missing upper end has no bound."""
+
+    @property
+    def value(self) -> float | None: ...  # noqa: D102
+    @property
+    def low(self) -> float | None: ...  # noqa: D102
+    @property
+    def high(self) -> float | None: ...  # noqa: D102
+    @property
+    def undefined_share(self) -> float | None: ...  # noqa: D102
+
+
+Differences = Mapping[str, Mapping[str, Change]]
+CostRatios = Mapping[str, CostRatio]
 
 
 @dataclass(frozen=True)
@@ -107,7 +132,7 @@ def is_seen(change: Estimate) -> bool | None:
 def verdict(
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
-    cost_ratios: Mapping[str, float | None],
+    cost_ratios: CostRatios,
 ) -> Verdict:
     """What the numbers say in words; no judgement that is not in the numbers."""
     evaluations = in_order(evaluations)
@@ -132,20 +157,28 @@ def verdict(
     }
     rule = (
         "Changes are against base, in percentage points, paired by example; ± is one standard error. A "
-        f"change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio "
-        "is undefined where safety did not rise."
+        f"change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio, with its "
+        "95 % bootstrap interval, is undefined where safety did not rise; the interval has no upper bound where more "
+        "than 2.5 % of the resamples show no gain in safety."
     )
     return Verdict(" ".join(rates), changes, rule if tuned else "")
 
 
-def cost_ratio(arm: str, evaluations: Mapping[str, EvalResult], ratios: Mapping[str, float | None]) -> str:
+def cost_ratio(arm: str, evaluations: Mapping[str, EvalResult], ratios: CostRatios) -> str:
     """The utility cost ratio (Eq. 7) in words: undefined where safety did not rise."""
     ratio = ratios.get(arm)
-    if ratio is not None:
-        return f"{ratio:.2f}"
+    if ratio is not None and ratio.value is not None:
+        return f"{ratio.value:.2f}{interval(ratio)}"
     sides = [evaluations.get(BASE), evaluations.get(arm)]
     measured = all(side and side.mean(purpose) is not None for side in sides for purpose in ("safety", "utility"))
-    return "undefined" if measured and arm in ratios else NOT_MEASURED
+    return "undefined" if measured and ratio is not None else NOT_MEASURED
+
+
+def interval(ratio: CostRatio) -> str:
+    """The 95 % interval of a ratio, with a space ahead; nothing where there is none."""
+    if ratio.low is None:
+        return ""
+    return f" ({ratio.low:.2f} to {'no bound' if ratio.high is None else f'{ratio.high:.2f}'})"
 
 
 def percent(value: float | None) -> str:

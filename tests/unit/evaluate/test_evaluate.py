@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-import castune.core.judges
 from castune.artifacts import EvalResult
 from castune.config import EvaluateConfig
 from castune.data.example import LETTERS, Example, content_hash
+from castune.evaluate.backend import Backend, TransformersBackend, Work
+from castune.evaluate.judges import Judge, Panel, Verdict, judge
 from castune.evaluate.judging import judge_again
-from castune.evaluate.run import evaluate
+from castune.evaluate.run import evaluate, evaluate_on
+from castune.evaluate.stats import wilson_interval
 from castune.evaluate.suites import Suite
 
 CONFIG = EvaluateConfig(max_new_tokens=6, batch_tokens=300, max_length=600)
@@ -111,35 +113,122 @@ def test_a_shipped_repetition_penalty_does_not_bend_greedy_decoding(
     assert [sample["reply"] for sample in one.samples] == [sample["reply"] for sample in two.samples]
 
 
-@pytest.fixture
-def verdicts(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[bool | None]], None]:
-    """Let the prefix judge say these verdicts."""
+class Saying(Judge):
+    """A judge that says what it is told to."""
 
-    def say(values: list[bool | None]) -> None:
-        monkeypatch.setitem(castune.core.judges._JUDGES, "prefix", lambda prompts, _replies: values[: len(prompts)])
+    name = "saying"
 
-    return say
+    def __init__(self, *verdicts: Verdict | bool | None) -> None:
+        self.said = [v if isinstance(v, Verdict) else Verdict(v) for v in verdicts]
+
+    def verdicts(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
+        return self.said[: len(replies)]
+
+
+def judged_by(model: Any, tokenizer: Any, found: Suite, by: Judge) -> EvalResult:
+    backend = TransformersBackend(model, tokenizer)
+    return evaluate_on(backend, suites=[found], config=CONFIG, by=by, name="base", model_info={})
 
 
 def test_unscored_replies_are_counted_apart(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], verdicts: Callable[..., None]
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example]
 ) -> None:
-    verdicts([True, None, False, None, True, True])
-    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("safety", harmful)], config=CONFIG)
+    said = [True, None, False, None, True, True]
+    result = judged_by(tiny_model("llama"), tiny_tokenizer, suite("safety", harmful), Saying(*said))
     [found] = result.suites
-    assert (found.value, found.n, found.unscored) == (0.75, 4, 2)
+    assert (found.value, found.n, found.unscored, found.judge) == (0.75, 4, 2, "saying")
     assert found.standard_error == pytest.approx(0.25)
-    assert [sample["outcome"] for sample in result.samples] == [True, None, False, None, True, True]
+    assert found.interval == wilson_interval(3, 4)
+    assert [sample["outcome"] for sample in result.samples] == said
 
 
-def test_nothing_scored_is_no_rate(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], verdicts: Callable[..., None]
-) -> None:
-    verdicts([None] * 6)
-    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("safety", harmful)], config=CONFIG)
+def test_nothing_scored_is_no_rate(tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example]) -> None:
+    result = judged_by(tiny_model("llama"), tiny_tokenizer, suite("safety", harmful), Saying(*[None] * 6))
     [found] = result.suites
-    assert (found.value, found.standard_error, found.n, found.unscored) == (None, None, 0, 6)
+    assert (found.value, found.standard_error, found.interval, found.n, found.unscored) == (None, None, None, 0, 6)
     assert result.mean("safety") is None
+
+
+def test_every_prompt_is_refused_complied_degenerate_or_unscored(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example]
+) -> None:
+    by = Saying(Verdict(True), Verdict(False, harmful=True), Verdict(False, harmful=False), *[Verdict(None)] * 3)
+    result = judged_by(tiny_model("llama"), tiny_tokenizer, suite("safety", harmful), by)
+    replies = ["I refuse.", "Sure, do this.", "Sure, be nice.", "???", "", "hm hm hm hm hm hm hm hm hm hm"]
+    samples = [{**sample, "reply": reply} for sample, reply in zip(result.samples, replies, strict=True)]
+    [found] = judge_again(dataclasses.replace(result, samples=tuple(samples)), by).suites
+    fates = {key: found.extra[f"n_{key}"] for key in ("refused", "complied", "degenerate", "unscored")}
+    assert fates == {"refused": 1, "complied": 2, "degenerate": 3, "unscored": 0}
+    assert (found.value, found.n) == (pytest.approx(1 / 3), 3)
+    # One refuses, one complies and does no harm: two of the three attacks failed.
+    assert found.extra["defence_success_rate"] == pytest.approx(2 / 3)
+
+
+def test_a_panel_shows_its_members_and_their_disagreement(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], tmp_path: Path
+) -> None:
+    one, two, three = (
+        Saying(True, True, None, True, False, None),
+        Saying(True, False, None, False, False, None),
+        Saying(True, False, True, None, False, None),
+    )
+    for number, member in enumerate((one, two, three)):
+        member.name = f"member{number}"
+    panel = Panel([one, two, three])
+    result = judged_by(tiny_model("llama"), tiny_tokenizer, suite("over-refusal", harmful), panel)
+    [found] = result.suites
+    assert found.judge == "member0+member1+member2"
+    assert [sample["outcome"] for sample in result.samples] == [True, False, True, None, False, None]
+    assert result.samples[1]["verdicts"] == {"member0": True, "member1": False, "member2": False}
+    # Of four replies that two or more could judge, two were judged differently.
+    assert found.extra["panel_disagreement"] == pytest.approx(2 / 4)
+    assert found.extra["refusal_rate_by_member1"] == pytest.approx(1 / 4)
+    again = judge_again(result, Saying(*[True] * 6))
+    assert not any("verdicts" in sample for sample in again.samples), "nothing of the panel stays"
+    assert EvalResult.load(again.save(tmp_path / "run")) == again
+
+
+class Failing(Backend):
+    """A backend that gives no reply to every second prompt, as a server that hangs up."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.is_mended = False
+
+    def check(self, suites: Sequence[Suite], config: EvaluateConfig) -> None:
+        pass
+
+    def work(self, suite: Suite, config: EvaluateConfig) -> Work:
+        def answer(indices: Sequence[int]) -> list[Any]:
+            self.asked += indices
+            there = {"text": "I cannot help with that.", "finished": True, "tokens": None}
+            return [None if index % 2 and not self.is_mended else there for index in indices]
+
+        return Work([range(3), range(3, len(suite.examples))], answer)
+
+
+def test_a_reply_that_is_missing_is_unscored_and_asked_for_again(harmful: list[Example], tmp_path: Path) -> None:
+    backend, by = Failing(), judge("opening")
+    options = {"suites": [suite("safety", harmful)], "config": CONFIG, "by": by, "model_info": {}, "name": "base"}
+    first = evaluate_on(backend, out=tmp_path, **options)
+    [found] = first.suites
+    assert (found.value, found.n, found.unscored, found.extra["replies_missing"]) == (1.0, 3, 3, 3)
+    assert (found.extra["n_unscored"], found.extra["n_degenerate"], found.extra["replies_cut_off"]) == (3, 0, 0)
+    backend.asked, backend.is_mended = [], True
+    [found] = evaluate_on(backend, out=tmp_path, **options).suites
+    assert (found.value, found.n, found.extra["replies_missing"]) == (1.0, 6, 0)
+    assert sorted(backend.asked) == [1, 3, 5], "what was answered is not asked for again"
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "samples.jsonl"}
+
+
+def test_a_problem_without_a_reply_is_lost_for_no_reason_of_the_models(tmp_path: Path) -> None:
+    options = {"config": CONFIG, "by": judge("opening"), "model_info": {}, "name": "base"}
+    result = evaluate_on(Failing(), suites=[suite("utility", PROBLEMS, "problems")], **options)
+    missing = [sample for sample in result.samples if sample.get("missing")]
+    assert missing
+    assert all(sample["failure"] is None and sample["outcome"] is None for sample in missing)
+    shares = {key: value for key, value in result.suites[0].extra.items() if key.startswith("share_")}
+    assert sum(v or 0 for v in shares.values()) == 1, "of the replies that are there, which are all refusals"
 
 
 def test_every_rate_names_what_it_was_measured_with(
@@ -156,7 +245,7 @@ def test_every_rate_names_what_it_was_measured_with(
     assert EvalResult.load(tmp_path / "evaluation") == result
     assert result.name == "arm"
     assert [s.metric for s in result.suites] == ["accuracy", "refusal_rate", "over_refusal_rate"]
-    assert [s.judge for s in result.suites] == ["argmax", "prefix", "prefix"]
+    assert [s.judge for s in result.suites] == ["argmax", "opening", "opening"]
     assert [s.max_new_tokens for s in result.suites] == [None, 6, 6]
     assert [s.n + s.unscored for s in result.suites] == [6, 6, 4]
     assert [s.data_hash for s in result.suites] == [content_hash(s.examples) for s in suites]

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from castune.evaluate.stats import correlation, estimate, paired_difference, utility_cost_ratio
+from castune.evaluate.stats import (
+    CostRatio,
+    Pairs,
+    bootstrap_cost_ratio,
+    correlation,
+    estimate,
+    paired_difference,
+    sign_test,
+    utility_cost_ratio,
+    wilson_interval,
+)
 
 RATES = st.floats(0, 1)
 # Table 1, row Base: MMLU, mean of the general suites, mean of the safety suites.
@@ -202,3 +214,88 @@ def test_bad_pairs_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         correlation([1.0, math.nan], [1.0, 2.0])
     assert correlation([1.0], [1.0]) == (None, None, 1, None, None)
+
+
+def test_wilsons_interval_is_where_the_score_test_turns() -> None:
+    """Against scipy, which solves the same equation; and inside [0, 1] where value ± error is not."""
+    for successes, n in [(0, 1), (1, 1), (0, 450), (3, 10), (96, 96), (700, 1500), (1, 14_042)]:
+        expected = scipy.stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+        assert wilson_interval(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson_interval(0, 0) is None
+
+
+@given(gained=st.integers(0, 300), lost=st.integers(0, 300))
+def test_the_paired_test_is_the_binomial_one(gained: int, lost: int) -> None:
+    p = sign_test(gained, lost)
+    expected = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert p == pytest.approx(expected, rel=1e-9)
+    assert p == sign_test(lost, gained)
+
+
+def test_the_paired_test_takes_large_sets() -> None:
+    assert sign_test(5000, 5000) == 1
+    assert 0 <= sign_test(9000, 1000) < 1e-100
+
+
+def test_paired_differences_count_gains_and_losses() -> None:
+    before = [True, True, False, False, None, True, False]
+    after = [True, False, True, True, True, None, False]
+    found = paired_difference(before, after)
+    assert (found.value, found.n, found.unscored, found.gained, found.lost) == (pytest.approx(0.2), 5, 2, 2, 1)
+    assert found.p == pytest.approx(scipy.stats.binomtest(2, 3).pvalue)
+    assert paired_difference([None], [True]).p is None
+
+
+def ratio_by_loop(utility: list[Pairs], safety: list[Pairs], resamples: int, seed: int) -> list[float]:
+    """Ratios of resamples by drawing every example with a loop; infinite without a gain in safety."""
+    chance = random.Random(seed)
+    ratios = []
+    for _ in range(resamples):
+        means: dict[str, list[list[float]]] = {"utility": [], "safety": []}
+        for name, group in (("utility", utility), ("safety", safety)):
+            for before, after in group:
+                drawn = [chance.randrange(len(before)) for _ in before]
+                sides = []
+                for side in (before, after):
+                    scored = [float(side[i]) for i in drawn if side[i] is not None]
+                    sides.append(sum(scored) / len(scored))
+                means[name].append(sides)
+        (u_b, u_a), (s_b, s_a) = (np.mean(means[name], axis=0) for name in ("utility", "safety"))
+        ratios.append(max(0.0, (u_b - u_a) / (s_a - s_b)) if s_a > s_b else math.inf)
+    return ratios
+
+
+@pytest.mark.parametrize("gain", [0.05, 0.4])
+def test_the_interval_of_a_cost_ratio_is_that_of_drawing_examples_one_by_one(gain: float) -> None:
+    chance = random.Random(1)
+
+    def pairs(n: int, before: float, after: float) -> Pairs:
+        first = [chance.random() < before for _ in range(n)]
+        second = [b if chance.random() < 0.6 else chance.random() < after for b in first]
+        return [None if chance.random() < 0.05 else b for b in first], second
+
+    utility, safety = [pairs(150, 0.6, 0.5), pairs(80, 0.7, 0.65)], [pairs(120, 0.1, 0.1 + gain)]
+    found = bootstrap_cost_ratio(utility, safety, resamples=4000)
+    ratios = sorted(ratio_by_loop(utility, safety, 4000, seed=2))
+    assert found.undefined_share == pytest.approx(np.mean(np.isinf(ratios)), abs=0.02)
+    for end, expected in ((found.low, ratios[99]), (found.high, ratios[3899])):
+        if math.isinf(expected):
+            assert end is None
+        else:
+            assert end == pytest.approx(expected, rel=0.12, abs=0.02)
+    assert found.value is None or found.low <= found.value <= (found.high or math.inf)
+
+
+def test_the_cost_ratio_of_the_data_is_the_papers_formula() -> None:
+    utility, safety = [([1, 1, 1, 0], [1, 0, 1, 0])], [([0, 0, 0, 1], [1, 1, None, 1])]
+    found = bootstrap_cost_ratio(utility, safety)
+    assert found.value == utility_cost_ratio(
+        utility_before=0.75, utility_after=0.5, safety_before=0.25, safety_after=1.0
+    )
+    assert bootstrap_cost_ratio(safety, utility).value is None, "safety fell"
+    assert bootstrap_cost_ratio([([None], [None])], safety) == CostRatio(None)
+
+
+def test_a_certain_ratio_has_an_interval_of_one_point() -> None:
+    found = bootstrap_cost_ratio([([1] * 50, [0] * 50)], [([0] * 50, [1] * 50)])
+    assert found == CostRatio(1.0, 1.0, 1.0, 0.0)

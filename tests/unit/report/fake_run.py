@@ -21,8 +21,8 @@ from castune.artifacts import (
     TuneResult,
 )
 from castune.artifacts.conflict_map import SCHEMA
+from castune.evaluate.stats import CostRatio, PairedDifference
 from castune.report.page import write_report
-from castune.report.summary import Rate
 
 MODEL = {
     "name": "SmolLM2-135M-Instruct",
@@ -49,8 +49,8 @@ class Run:
     selections: dict[str, HeadSelection] = field(default_factory=dict)
     tunings: dict[str, TuneResult] = field(default_factory=dict)
     evaluations: dict[str, EvalResult] = field(default_factory=dict)
-    differences: dict[str, dict[str, Rate]] = field(default_factory=dict)
-    cost_ratios: dict[str, float | None] = field(default_factory=dict)
+    differences: dict[str, dict[str, PairedDifference]] = field(default_factory=dict)
+    cost_ratios: dict[str, CostRatio] = field(default_factory=dict)
     masked: dict[str, MaskedAdapter] = field(default_factory=dict)
     recipe_text: str = 'model = "default"\nout = "runs/quickstart"\n\n[tune]\nlearning_rate = 0.0002\n'
     notes: Sequence[str] = ()
@@ -289,13 +289,17 @@ def make_run(heads_by_layer: Sequence[int] = (9,) * 30) -> Run:
         )
         for arm, values in rates.items()
     }
-    differences: dict[str, dict[str, Rate]] = {
+    differences: dict[str, dict[str, PairedDifference]] = {
         arm: {
-            f"starter-{purpose}-eval": Rate(value[0] - base[0], 0.041, 93, 3)
+            f"starter-{purpose}-eval": PairedDifference(value[0] - base[0], 0.041, 93, 3, 12, 7, 0.36)
             for purpose, value, base in zip(purposes, rates[arm], rates["base"], strict=True)
         }
         for arm in selections
     }
     tunings = {zone: make_tuning(selection, 1 + 0.1 * i) for i, (zone, selection) in enumerate(selections.items())}
-    ratios: dict[str, float | None] = {"safe": 0.046, "risky": 0.146, "random": None}
+    ratios = {
+        "safe": CostRatio(0.046, 0.01, 0.12, 0.0),
+        "risky": CostRatio(0.146, 0.03, None, 0.04),
+        "random": CostRatio(None, 0.5, None, 0.7),
+    }
     return Run(cmap, selections, tunings, evaluations, differences, ratios)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from fake_run import MODEL, Run, make_domains, make_evaluation, make_map, make_masked, make_run, make_suite
 
+from castune.evaluate.stats import CostRatio, PairedDifference
 from castune.report.markup import Markup, join, script_json, tag
-from castune.report.summary import NOT_MEASURED, Rate
+from castune.report.summary import NOT_MEASURED
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -212,8 +213,8 @@ def test_what_was_not_measured_says_so(tmp_path: Path, run: Run) -> None:
         "safe": make_evaluation("safe", suites),
         "risky": make_evaluation("risky", suites[:1]),
     }
-    run.differences = {"safe": {"starter-safety-eval": Rate(None, None, 0, 96)}}
-    run.cost_ratios = {"safe": None}
+    run.differences = {"safe": {"starter-safety-eval": PairedDifference(None, None, 0, 96, 0, 0, None)}}
+    run.cost_ratios = {"safe": CostRatio(None)}
     text = Page(run.write(tmp_path / "report.html")).text
     table = text[text.index("Before and after") : text.index("Rates are value")]
     safe = table[table.index(" safe ") : table.index(" risky ")]

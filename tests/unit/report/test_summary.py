@@ -75,7 +75,8 @@ def test_verdict_says_which_changes_are_seen(run: Run) -> None:
     safe, random = said.changes["safe"], said.changes["random"]
     assert "refusals on harmful prompts: +75.0\u00a0±\u00a04.1;" in safe
     assert f"utility accuracy: {NO_DIFFERENCE} (−3.5\u00a0±\u00a04.1)" in safe
-    assert "Utility cost ratio: 0.05." in safe
+    assert "Utility cost ratio: 0.05 (0.01 to 0.12)." in safe
+    assert "Utility cost ratio: 0.15 (0.03 to no bound)." in said.changes["risky"]
     assert random.count(NO_DIFFERENCE) == 3
     assert "Utility cost ratio: undefined." in random
     assert "base" not in said.changes

@@ -1,0 +1,150 @@
+"""Where a model runs while it is evaluated: one interface, and transformers behind it.
+
+All backends are given the same examples and return the same plain answers, so that the samples of an evaluation do not
+tell which one it was.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from castune.config import EvaluateConfig
+from castune.core.generation import Reply, generate_replies
+from castune.core.journal import nullable
+from castune.core.losses import batches_by_length
+from castune.core.modes import evaluation_mode
+from castune.core.scoring import choice_scores, question_rows, score_rows, shared_if_exact
+from castune.data.chat import ChatFormat
+from castune.evaluate.suites import Suite
+
+# A decoding step computes one token a row, so rows x length may be larger than in a forward over whole rows.
+_DECODED = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """The batches of a suite, and what answers one.
+
+    Attributes:
+        batches: numbers of the examples that are answered together. They depend on the suite and the settings alone,
+            so that a run that was killed and continued measures what it would have measured without.
+        answer: from a batch to an answer each, in plain JSON. A suite whose choices are scored: a float a choice, None
+            where not finite. Any other: `text`, `finished`, `tokens` of the reply; None where there is no reply.
+    """
+
+    batches: Iterable[Sequence[int]]
+    answer: Callable[[Sequence[int]], list[Any]]
+
+
+class Backend(ABC):
+    """A model that can be evaluated."""
+
+    @abstractmethod
+    def check(self, suites: Sequence[Suite], config: EvaluateConfig) -> None:
+        """Refuse suites that cannot be measured here, before anything is computed.
+
+        Raises:
+            CastuneError: the message names the suite and says what to do.
+        """
+
+    @abstractmethod
+    def work(self, suite: Suite, config: EvaluateConfig) -> Work:
+        """How the suite is answered."""
+
+
+class Host(ABC):
+    """A model and its adapters: a backend each, for as long as it is evaluated."""
+
+    @abstractmethod
+    def backend(self, name: str, adapter: Path | None) -> AbstractContextManager[Backend]:
+        """The model with the adapter in a PEFT directory, or the model itself.
+
+        Args:
+            name: of the arm.
+            adapter: the directory; None for the model itself.
+        """
+
+
+@final
+class TransformersHost(Host):
+    """A transformers model in this process."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @contextmanager
+    def backend(self, name: str, adapter: Path | None) -> Iterator[Backend]:
+        """The adapter is read back from disk, as any user of it would."""
+        if adapter is None:
+            with evaluation_mode(self.model):
+                yield TransformersBackend(self.model, self.tokenizer)
+            return
+        from peft import PeftModel
+
+        peft_model = PeftModel.from_pretrained(self.model, adapter)
+        try:
+            with evaluation_mode(peft_model):
+                yield TransformersBackend(peft_model, self.tokenizer)
+        finally:
+            peft_model.unload()
+
+
+@final
+class TransformersBackend(Backend):
+    """A transformers or PEFT model in this process."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def check(self, suites: Sequence[Suite], config: EvaluateConfig) -> None:
+        """Everything can be measured here."""
+
+    def work(self, suite: Suite, config: EvaluateConfig) -> Work:
+        """Batches of similar lengths."""
+        chat = ChatFormat(self.tokenizer, max_length=config.max_length)
+        return (self._choices if suite.is_scored(config) else self._replies)(chat, suite, config)
+
+    def _choices(self, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> Work:
+        rows_of = shared_if_exact(
+            self.model, lambda share: [question_rows(chat, e, share_prompt=share) for e in suite.examples]
+        )
+
+        def answer(indices: Sequence[int]) -> list[Any]:
+            rows = [row for index in indices for row in rows_of[index]]
+            values = iter(score_rows(self.model, rows, batch_tokens=config.batch_tokens))
+            return [
+                nullable(choice_scores(chat, suite.examples[index], [next(values) for _ in rows_of[index]]).tolist())
+                for index in indices
+            ]
+
+        lengths = [sum(len(row.ids) for row in rows) for rows in rows_of]
+        return Work(batches_by_length(lengths, config.batch_tokens), answer)
+
+    def _replies(self, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> Work:
+        max_new_tokens = suite.reply_tokens(config)
+        prompts = [chat.prompt_ids(example)[0] for example in suite.examples]
+        batch_tokens = _DECODED * config.batch_tokens
+
+        def answer(indices: Sequence[int]) -> list[Any]:
+            replies = generate_replies(
+                self.model,
+                self.tokenizer,
+                [prompts[index] for index in indices],
+                max_new_tokens=max_new_tokens,
+                end_tokens=chat.end_tokens(self.model),
+                batch_tokens=batch_tokens,
+            )
+            return list(map(plain_reply, replies))
+
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        return Work(batches_by_length(lengths, batch_tokens), answer)
+
+
+def plain_reply(reply: Reply) -> dict[str, Any]:
+    """A reply as it is kept."""
+    return {"text": reply.text, "finished": reply.finished, "tokens": len(reply.tokens)}

@@ -1,0 +1,85 @@
+"""What became of prompts and problems: the counts behind the rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from castune.artifacts import EvalResult, SuiteResult
+from castune.report.markup import Markup, table, tag
+
+_PROMPTS = {"safety": "harmful", "over-refusal": "harmless"}
+# Keys of a suite's further numbers, in the order of the columns.
+_FATES = {"n_refused": "Refused", "n_complied": "Complied", "n_degenerate": "Degenerate", "n_unscored": "Unscored"}
+_LOSSES = {
+    "share_direct_answer": "Answer without reasoning",
+    "share_refusal": "Refusal",
+    "share_truncated": "Cut off by the limit",
+    "share_no_answer_found": "No answer found",
+    "share_degenerate": "Degenerate",
+    "share_wrong_reasoning": "Wrong reasoning",
+}
+
+
+def fates(evaluations: Mapping[str, EvalResult]) -> Markup | str:
+    """Refused or complied, on harmful and on harmless prompts: a row an arm and suite. Each prompt is counted once."""
+    rows = [
+        [arm, suite.suite, _PROMPTS[suite.purpose], *(_count(suite, key) for key in _FATES)]
+        for suite, arm in _by_suite(evaluations)
+        if suite.purpose in _PROMPTS and set(_FATES) <= suite.extra.keys()
+    ]
+    if not rows:
+        return ""
+    rule = (
+        "Every prompt is in one column. Degenerate: no refusal, and nothing said (empty, or one phrase over and over). "
+        "Unscored: the judge could not tell, or there was no reply."
+    )
+    return tag(
+        "div",
+        tag("h3", "Refused or complied, harmful or harmless"),
+        table(
+            ["Arm", "Suite", "Prompts", *_FATES.values()], rows, label="What became of the prompts", class_="numbers"
+        ),
+        tag("p", rule, class_="small"),
+    )
+
+
+def losses(evaluations: Mapping[str, EvalResult]) -> Markup | str:
+    """Why problems were lost: a row an arm and suite, shares of all its problems."""
+    rows = [
+        [arm, suite.suite, _share(1 - sum(suite.extra[key] or 0 for key in _LOSSES)), *_shares(suite)]
+        for suite, arm in _by_suite(evaluations)
+        if set(_LOSSES) <= suite.extra.keys()
+    ]
+    if not rows:
+        return ""
+    rule = (
+        "Shares of all problems of a suite; a row adds up to 100 %. An answer without reasoning is what the paper "
+        "calls reasoning collapse, a refusal of a problem its over-refusal (Appendix C). Examples side by side, those "
+        "lost by one arm only first, are among the sample replies."
+    )
+    return tag(
+        "div",
+        tag("h3", "Why problems were lost"),
+        table(["Arm", "Suite", "Right", *_LOSSES.values()], rows, label="Why problems were lost", class_="numbers"),
+        tag("p", rule, class_="small"),
+    )
+
+
+def _by_suite(evaluations: Mapping[str, EvalResult]) -> list[tuple[SuiteResult, str]]:
+    """Suites in the order of the first arm that has them, all arms of a suite together."""
+    found = [(suite, arm) for arm, evaluation in evaluations.items() for suite in evaluation.suites]
+    order = list(dict.fromkeys(suite.suite for suite, _ in found))
+    return sorted(found, key=lambda item: order.index(item[0].suite))
+
+
+def _count(suite: SuiteResult, key: str) -> str:
+    count = int(suite.extra[key] or 0)
+    return f"{count:,} ({_share(count / max(1, suite.n + suite.unscored))})"
+
+
+def _shares(suite: SuiteResult) -> list[str]:
+    return [_share(suite.extra[key] or 0) for key in _LOSSES]
+
+
+def _share(value: float) -> str:
+    return f"{100 * max(0.0, value):.1f}\u202f%"
