@@ -17,6 +17,7 @@ from castune.console import (
     show_certificate,
     show_diagnosis,
     show_evaluations,
+    show_lm_eval,
     show_masked,
     show_plan,
     show_surgery,
@@ -78,7 +79,7 @@ def run(
     out: Annotated[Optional[str], typer.Option(help="Run directory, instead of the recipe's.")] = None,
 ) -> None:
     """The whole job: diagnose, select, tune, evaluate, report. Continues an interrupted run."""
-    from castune import pipeline
+    from castune import evaluations, pipeline
     from castune.config import Recipe
 
     changes = list(overrides or [])
@@ -91,8 +92,8 @@ def run(
         # Selections made beside a run need not be trained.
         if arm.is_trained:
             show_surgery(arm.name, folder.load_tuning(arm, folder.load_selection(arm, cmap)))
-    evaluations = folder.load_evaluations()
-    show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
+    found = folder.load_evaluations()
+    show_evaluations(found, evaluations.cost_ratios(found))
     say(f"report: {folder.report_file}")
 
 
@@ -417,8 +418,7 @@ def mask(
     """
     from castune.artifacts.files import check_vacant
     from castune.artifacts.masked_adapter import MASK_FILE
-    from castune.core.loading import load
-    from castune.pipeline import load_model
+    from castune.core.loading import load, load_model
     from castune.run_directory import RunDirectory
     from castune.tune.mask import every_head, mask_adapter
 
@@ -509,7 +509,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 0,
 ) -> None:
     """Measure the base model and every tuned arm on the same examples."""
-    from castune import pipeline
+    from castune import evaluations
     from castune.config import EvaluateConfig, Recipe
     from castune.evaluate.suites import load_suites
     from castune.run_directory import RunDirectory
@@ -531,9 +531,9 @@ def evaluate(
     config = EvaluateConfig(**options)
     recipe = Recipe(**{**dict(recipe), "evaluate": config})
     loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
-    evaluations = pipeline.evaluate_step(folder, recipe, loaded)
+    found = evaluations.evaluate_step(folder, recipe, loaded)
     folder.save_recipe(recipe)
-    show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
+    show_evaluations(found, evaluations.cost_ratios(found))
 
 
 @app.command("judge")
@@ -542,11 +542,43 @@ def judge_again(
     judge: JudgeOption = "opening",
 ) -> None:
     """Judge the stored replies of all evaluations again; nothing is generated."""
-    from castune import pipeline
+    from castune import evaluations
     from castune.run_directory import RunDirectory
 
-    evaluations = pipeline.judge_step(RunDirectory(run_directory), judge)
-    show_evaluations(evaluations, pipeline.cost_ratios(evaluations))
+    found = evaluations.judge_step(RunDirectory(run_directory), judge)
+    show_evaluations(found, evaluations.cost_ratios(found))
+
+
+@app.command("lm-eval")
+def lm_eval(
+    run_directory: RunArgument,
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups of lm-eval: mmlu, gsm8k, ...")],
+    limit: Annotated[Optional[int], typer.Option(help="Documents a task; all when absent.")] = None,
+    num_fewshot: Annotated[
+        Optional[int], typer.Option(help="Examples shown before each question; the task's own number when absent.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of a forward.")] = 8,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts into the model's chat template.")
+    ] = False,
+    include_path: Annotated[Optional[Path], typer.Option(help="Directory with task files (YAML) of your own.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the examples shown.")] = 0,
+) -> None:
+    """lm-evaluation-harness's own tasks on the same models: its protocol beside castune's."""
+    from castune import evaluations
+    from castune.run_directory import RunDirectory
+
+    folder = RunDirectory(run_directory)
+    options = {
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "apply_chat_template": apply_chat_template,
+        "include_path": None if include_path is None else str(include_path),
+        "seed": seed,
+    }
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    show_lm_eval(evaluations.lm_eval_step(folder, folder.load_recipe(), names, **options))
 
 
 @app.command()

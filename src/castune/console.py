@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
+    from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
     from castune.diagnose.plan import Plan
     from castune.evaluate.stats import CostRatio
 
@@ -161,6 +162,28 @@ def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, CostR
         cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
         table.add_row(name, *cells, "" if name not in ratios else cost_ratio(name, evaluations, ratios))
     _show(table)
+
+
+def show_lm_eval(results: dict[str, LmEvalResult]) -> None:
+    """What lm-eval measured: groups, then tasks that are in none."""
+    if not results:
+        return
+    from rich.table import Table
+
+    from castune.artifacts.lm_eval_result import headline_scores
+
+    table = Table("task", "metric", "shots", "n", *results, caption="value ± standard error, as lm-eval reports them")
+    for (task, metric), scores in headline_scores(results).items():
+        first = next(iter(scores.values()))
+        cells = [_value(scores.get(name)) for name in results]
+        table.add_row(task, metric, "" if first.num_fewshot is None else str(first.num_fewshot), f"{first.n:,}", *cells)
+    _show(table)
+
+
+def _value(score: LmEvalScore | None) -> str:
+    if score is None or score.value is None:
+        return "not measured"
+    return f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}")
 
 
 def _rate(record: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.core.loading import display_name, load, load_config
 from castune.errors import ArtifactError
-from castune.pipeline import cost_ratios, differences
+from castune.evaluations import cost_ratios, differences
 from castune.report.card import CardFacts, Merging, model_card
 from castune.run_directory import BASE, RunDirectory
 from castune.tune.merge import write_merged

@@ -7,7 +7,7 @@ nothing is computed twice, and the same command continues an interrupted run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from castune.arms import ArmName
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import write_json
-from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
-from castune.core.loading import device_of, find_default_gguf, load, load_config, model_source, torch_dtype_of
-from castune.core.provenance import fingerprint, model_record, provenance
+from castune.config import DataConfig, DiagnoseConfig, Recipe, SelectConfig, TuneConfig
+from castune.core.loading import device_of, find_default_gguf, load_config, load_model, torch_dtype_of
+from castune.core.provenance import fingerprint, provenance
 from castune.core.shards import Shard
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.sources import examples
@@ -26,16 +26,10 @@ from castune.diagnose.groups import ablate_groups
 from castune.diagnose.plan import Plan, plan
 from castune.diagnose.run import diagnose
 from castune.errors import ArtifactError, CastuneError, DataError
-from castune.evaluate.backend import Host, TransformersHost
-from castune.evaluate.judges import judge
-from castune.evaluate.judging import judge_again
-from castune.evaluate.run import evaluate_on
-from castune.evaluate.server import ServerHost
-from castune.evaluate.stats import CostRatio, PairedDifference, Pairs, bootstrap_cost_ratio, paired_difference
-from castune.evaluate.suites import Suite, load_suites
-from castune.evaluate.vllm_engine import VllmEngine
+from castune.evaluate.suites import load_suites
+from castune.evaluations import cost_ratios, differences, evaluate_step
 from castune.report.page import write_figures, write_report
-from castune.run_directory import BASE, Arm, RunDirectory, arm_name
+from castune.run_directory import Arm, RunDirectory, arm_name
 from castune.select import select
 from castune.tune.train import require_extras, require_utility, tune
 
@@ -83,17 +77,6 @@ def run(recipe: Recipe) -> RunDirectory:
     evaluate_step(folder, recipe, suites, (model, tokenizer))
     report_step(folder)
     return folder
-
-
-def load_model(recipe: Recipe, quantization: str = "none") -> tuple[Any, Any]:
-    """The recipe's model and its tokenizer."""
-    return load(
-        recipe.model,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        revision=recipe.revision,
-        quantization=quantization,
-    )
 
 
 def load_data(config: DataConfig, seed: int) -> list[Example]:
@@ -391,86 +374,6 @@ def tune_arm(
     return target, result
 
 
-def evaluate_step(
-    folder: RunDirectory, recipe: Recipe, suites: Sequence[Suite], loaded: tuple[Any, Any] | None = None
-) -> dict[str, EvalResult]:
-    """Evaluations of the base model and every arm with an adapter, made where missing or older than the adapter.
-
-    Where only the judge is another one, the replies that are stored are judged again.
-
-    Args:
-        folder: the run.
-        recipe: its recipe, with the settings of the evaluation.
-        suites: what is measured.
-        loaded: the recipe's model and tokenizer, if they are loaded already.
-    """
-    config = recipe.evaluate
-    by = judge(config.judge)
-    if config.backend == "hf":
-        loaded = loaded or load_model(recipe)
-        identity = model_record(loaded[0])
-        cmap = folder.load_map(identity["fingerprint"])
-    else:
-        cmap = folder.load_map()
-        identity = {**cmap.metadata["model"], "dtype": recipe.dtype, "device": config.backend}
-    # Every adapter is checked against its certificate before anything is measured or replaced.
-    adapters: dict[str, Path | None] = {BASE: None}
-    records: dict[str, dict[str, Any]] = {BASE: {**identity, "adapter": None}}
-    for arm in folder.arms():
-        made = folder.load_adapter(arm, folder.load_selection(arm, cmap))
-        if made is not None:
-            adapters[arm.name] = arm.adapter
-            records[arm.name] = {**identity, "adapter": made.certificate.adapter_hash}
-    host = None
-    for name, adapter in adapters.items():
-        stored = _stored_evaluation(folder.evaluation(name), records[name], config, suites)
-        if stored is not None:
-            if stored.settings["judge"] != config.judge:
-                logger.info("evaluation of %s: judged again by %s", name, config.judge)
-                judge_again(stored, by).save(folder.evaluation(name))
-            else:
-                logger.info("evaluation of %s: already there", name)
-            continue
-        logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in suites))
-        host = host or _host(recipe, loaded, [path for path in adapters.values() if path is not None])
-        with host.backend(name, adapter) as backend:
-            result = evaluate_on(
-                backend,
-                suites=suites,
-                config=config,
-                by=by,
-                name=name,
-                out=folder.evaluation(name),
-                model_info=records[name],
-            )
-        folder.record_step(f"evaluate {name}", result.provenance)
-    return folder.load_evaluations()
-
-
-def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Path]) -> Host:
-    """Where the recipe's model and its adapters run."""
-    if loaded is not None:
-        return TransformersHost(*loaded)
-    if recipe.evaluate.backend == "openai":
-        return ServerHost(recipe.model)
-    _, tokenizer = load_config(recipe.model, revision=recipe.revision)
-    return VllmEngine(
-        model_source(recipe.model), tokenizer, revision=recipe.revision, dtype=recipe.dtype, adapters=adapters
-    )
-
-
-def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
-    """All evaluations of the run with the outcomes of another judge, from the replies that are stored."""
-    evaluations = folder.load_evaluations()
-    if not evaluations:
-        raise ArtifactError(f"{folder.path}: nothing has been evaluated; run: castune evaluate {folder.path}")
-    by = judge(name)
-    for arm, result in evaluations.items():
-        evaluations[arm] = judge_again(result, by)
-        evaluations[arm].save(folder.evaluation(arm))
-    return evaluations
-
-
 def report_step(folder: RunDirectory) -> Path:
     """Write figures and `report.html` from what the run directory holds."""
     cmap = folder.load_map()
@@ -491,66 +394,16 @@ def report_step(folder: RunDirectory) -> Path:
         tunings=tunings,
         masked=masked,
         evaluations=evaluations,
+        lm_eval=folder.load_lm_eval(),
         cost_ratios=cost_ratios(evaluations),
+        mmlu_cost_ratios=cost_ratios(evaluations, "mmlu") if _has_suite(evaluations, "mmlu") else None,
         differences=differences(evaluations),
         recipe_text=folder.recipe_file.read_text(encoding="utf-8") if folder.recipe_file.is_file() else "",
     )
 
 
-def cost_ratios(evaluations: dict[str, EvalResult], utility: str | None = None) -> dict[str, CostRatio]:
-    """The utility cost ratio of every tuned arm against the base model, with intervals over the examples.
-
-    Args:
-        evaluations: by arm.
-        utility: the one suite whose accuracy is the utility (`mmlu`: MMLU-CR, Eq. 8); all utility suites when absent.
-    """
-    base = evaluations.get(BASE)
-    ratios: dict[str, CostRatio] = {}
-    for name, result in evaluations.items():
-        if base is None or name == BASE:
-            continue
-        groups: dict[str, list[Pairs]] = {"utility": [], "safety": []}
-        for suite in result.suites:
-            if suite.purpose in groups and (utility in (None, suite.suite) or suite.purpose != "utility"):
-                groups[suite.purpose].append(_pairs(base, result, suite.suite))
-        measured = all(groups.values()) and all(any(side) for group in groups.values() for side in group)
-        ratios[name] = bootstrap_cost_ratio(groups["utility"], groups["safety"]) if measured else CostRatio(None)
-    return ratios
-
-
-def differences(evaluations: dict[str, EvalResult]) -> dict[str, dict[str, PairedDifference]]:
-    """Change of every suite against the base model, paired by example: `{arm: {suite: difference}}`."""
-    base = evaluations.get(BASE)
-    return {
-        name: {suite.suite: paired_difference(*_pairs(base, result, suite.suite)) for suite in result.suites}
-        for name, result in evaluations.items()
-        if base is not None and name != BASE
-    }
-
-
-def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs:
-    """Outcomes of the examples of a suite that both evaluations have, before and after."""
-    before = {sample["id"]: sample["outcome"] for sample in base.samples_of(suite)}
-    after = {sample["id"]: sample["outcome"] for sample in result.samples_of(suite) if sample["id"] in before}
-    return [before[identifier] for identifier in after], list(after.values())
-
-
-def _stored_evaluation(
-    folder: Path, model: dict[str, Any], config: EvaluateConfig, suites: Sequence[Suite]
-) -> EvalResult | None:
-    """The evaluation in `folder` if it was made so, whoever judged it."""
-    if not (folder / "metrics.json").is_file():
-        return None
-    found = EvalResult.load(folder)
-    # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
-    settings = EvaluateConfig(**found.settings)
-    is_so = (
-        all(found.model.get(key) == model[key] for key in ("fingerprint", "adapter", "dtype"))
-        and settings.model_copy(update={"judge": config.judge}) == config
-        and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
-        and not any(sample.get("missing") for sample in found.samples)
-    )
-    return found if is_so else None
+def _has_suite(evaluations: Mapping[str, EvalResult], name: str) -> bool:
+    return any(suite.suite == name for result in evaluations.values() for suite in result.suites)
 
 
 def _check_same(what: str, found: Any, wanted: Any, folder: RunDirectory) -> None:

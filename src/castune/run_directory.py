@@ -20,6 +20,7 @@ from castune.arms import heads_name
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import write_text
 from castune.artifacts.fingerprints import same_model
+from castune.artifacts.lm_eval_result import LM_EVAL_FILE, LmEvalResult
 from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.config import Recipe
@@ -242,6 +243,15 @@ class RunDirectory:
             name: EvalResult.load(self.evaluation(name))
             for name in names
             if (self.evaluation(name) / "metrics.json").is_file()
+        }
+
+    def load_lm_eval(self) -> dict[str, LmEvalResult]:
+        """What lm-eval measured, in the order of `load_evaluations`."""
+        names = [BASE, *(arm.name for arm in self.arms())]
+        return {
+            name: LmEvalResult.load(self.evaluation(name))
+            for name in names
+            if (self.evaluation(name) / LM_EVAL_FILE).is_file()
         }
 
 

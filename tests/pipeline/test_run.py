@@ -22,8 +22,8 @@ from castune.core.provenance import fingerprint
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.run import evaluate
 from castune.evaluate.suites import load_suites
+from castune.evaluations import evaluate_step
 from castune.pipeline import (
-    evaluate_step,
     group_step,
     load_calibration,
     load_data,
@@ -248,7 +248,7 @@ def test_a_served_model_is_evaluated_without_its_weights(
     replies = {s["id"]: s["reply"] for s in folder.load_evaluations()["base"].samples if s["purpose"] == "safety"}
     sources = tuple(s for s in recipe.evaluate.suites if load_suites([s])[0].purpose == "safety")
     served = recipe.evaluate.model_copy(update={"backend": "openai", "suites": sources})
-    monkeypatch.setattr("castune.pipeline.load", lambda *_args, **_options: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("castune.core.loading.load", lambda *_args, **_options: pytest.fail("weights were loaded"))
     with pytest.raises(CastuneError, match="no model 'safe'"):
         evaluate_step(folder, recipe.model_copy(update={"evaluate": served}), load_suites(sources))
     base = folder.load_evaluations()["base"]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from castune.config import Recipe
 from castune.core.quantisation import bitsandbytes_config
 from castune.data.chat import PLAIN_TEMPLATE
 from castune.errors import CastuneError
@@ -94,6 +95,17 @@ def load(
     except _NOT_LOADABLE as error:
         raise CastuneError(f"could not load {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
     return model.eval(), _with_template(tokenizer, name)
+
+
+def load_model(recipe: Recipe, quantization: str = "none") -> tuple[Any, Any]:
+    """The recipe's model and its tokenizer."""
+    return load(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        revision=recipe.revision,
+        quantization=quantization,
+    )
 
 
 def load_config(name: str | Path = "default", *, revision: str | None = None) -> tuple[Any, Any]:

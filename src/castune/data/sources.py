@@ -1,13 +1,14 @@
 """Data sources: starter data of the package, named public sets, files and hub ids.
 
-`examples("starter-utility")`, `examples("mmlu")` (from the hub), `examples("mmlu=my/copy.jsonl")` (a local copy with
-the hub's columns), `examples("my/data.jsonl")` (castune's own columns) and `examples("owner/name")` all give
-`list[Example]`.
+`examples("starter-utility")`, `examples("mmlu")` (from the hub), `examples("mmlu@REVISION")` (a branch, tag or commit),
+`examples("mmlu=my/copy.jsonl")` (a local copy with the hub's columns), `examples("my/data.jsonl")` (castune's own
+columns) and `examples("owner/name")` all give `list[Example]`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 
 from castune.data.example import LETTERS, PROBLEM_SCORINGS, QUESTION_SCORINGS, Example, Message
 from castune.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -41,6 +44,7 @@ class NamedSource:
     licence: str
     convert: Callable[[Row], Example | None]
     gated: bool = False
+    size: int | None = None  # examples it is known to have; None where nobody here has counted
 
 
 @dataclass(frozen=True)
@@ -165,26 +169,34 @@ def _in_the_wild(row: Row) -> Example:
 
 
 NAMED_SOURCES: dict[str, NamedSource] = {
-    "mmlu": NamedSource("utility", "cais/mmlu", "all", "test", "MIT", _mmlu),
-    "csqa": NamedSource("utility", "tau/commonsense_qa", None, "validation", "MIT", _commonsense_qa),
-    "gsm8k": NamedSource("utility", "openai/gsm8k", "main", "test", "MIT", _gsm8k),
-    "math": NamedSource("utility", "HuggingFaceH4/MATH-500", None, "test", "MIT", _math),
-    "advbench": NamedSource("safety", "walledai/AdvBench", None, "train", "MIT", _advbench, gated=True),
+    "mmlu": NamedSource("utility", "cais/mmlu", "all", "test", "MIT", _mmlu, size=14042),
+    "csqa": NamedSource("utility", "tau/commonsense_qa", None, "validation", "MIT", _commonsense_qa, size=1221),
+    "gsm8k": NamedSource("utility", "openai/gsm8k", "main", "test", "MIT", _gsm8k, size=1319),
+    "math": NamedSource("utility", "HuggingFaceH4/MATH-500", None, "test", "MIT", _math, size=500),
+    "advbench": NamedSource("safety", "walledai/AdvBench", None, "train", "MIT", _advbench, gated=True, size=520),
     "harmbench": NamedSource("safety", "walledai/HarmBench", "standard", "train", "MIT", _harmbench, gated=True),
-    "strongreject": NamedSource("safety", "walledai/StrongREJECT", None, "train", "MIT", _strong_reject, gated=True),
+    "strongreject": NamedSource(
+        "safety", "walledai/StrongREJECT", None, "train", "MIT", _strong_reject, gated=True, size=313
+    ),
     "or-bench": NamedSource(
-        "over-refusal", "bench-llm/or-bench", "or-bench-hard-1k", "train", "CC BY 4.0", _prompt_and_category
+        "over-refusal", "bench-llm/or-bench", "or-bench-hard-1k", "train", "CC BY 4.0", _prompt_and_category, size=1319
     ),
     "jailbreakbench": NamedSource(
-        "safety", "JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "MIT", _jailbreakbench
+        "safety", "JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "MIT", _jailbreakbench, size=100
     ),
     "jailbreakbench-benign": NamedSource(
-        "over-refusal", "JailbreakBench/JBB-Behaviors", "behaviors", "benign", "MIT", _jailbreakbench
+        "over-refusal", "JailbreakBench/JBB-Behaviors", "behaviors", "benign", "MIT", _jailbreakbench, size=100
     ),
-    "xstest": NamedSource("over-refusal", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("safe")),
-    "xstest-unsafe": NamedSource("safety", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("unsafe")),
+    "xstest": NamedSource("over-refusal", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("safe"), size=250),
+    "xstest-unsafe": NamedSource("safety", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("unsafe"), size=200),
     "dan": NamedSource(
-        "safety", "TrustAIRLab/in-the-wild-jailbreak-prompts", "jailbreak_2023_12_25", "train", "MIT", _in_the_wild
+        "safety",
+        "TrustAIRLab/in-the-wild-jailbreak-prompts",
+        "jailbreak_2023_12_25",
+        "train",
+        "MIT",
+        _in_the_wild,
+        size=1405,
     ),
     "wildjailbreak-train": NamedSource(
         "alignment", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak, gated=True
@@ -193,10 +205,10 @@ NAMED_SOURCES: dict[str, NamedSource] = {
         "safety", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak_vanilla_harmful, gated=True
     ),
     "wildjailbreak": NamedSource(
-        "safety", "allenai/wildjailbreak", "eval", "train", "ODC-BY", _wildjailbreak_eval, gated=True
+        "safety", "allenai/wildjailbreak", "eval", "train", "ODC-BY", _wildjailbreak_eval, gated=True, size=2000
     ),
     "wildguard": NamedSource(
-        "safety", "allenai/wildguardmix", "wildguardtest", "test", "ODC-BY", _wildguard, gated=True
+        "safety", "allenai/wildguardmix", "wildguardtest", "test", "ODC-BY", _wildguard, gated=True, size=754
     ),
 }
 
@@ -207,7 +219,8 @@ def examples(source: str | Path, *, limit: int | None = None, seed: int = 0) -> 
     """Examples of a data source.
 
     Args:
-        source: a named source, `name=path` (a local copy with the hub's columns), a path, or a hub id.
+        source: a named source, `name=path` (a local copy with the hub's columns), a path, or a hub id; of the hub,
+            `@revision` behind it takes that branch, tag or commit.
         limit: how many to draw; the subset depends on `seed` alone and keeps the source's order.
         seed: seed of the subset.
 
@@ -229,14 +242,24 @@ def examples(source: str | Path, *, limit: int | None = None, seed: int = 0) -> 
 
 def purpose_of(source: str) -> str | None:
     """What a named source measures (utility, safety, over-refusal) or is for (alignment); None for any other."""
-    name = source.partition("=")[0]
+    name = source_name(source)
     if name in _STARTER_SOURCES:
         return _STARTER_SOURCES[name].purpose
     return NAMED_SOURCES[name].purpose if name in NAMED_SOURCES else None
 
 
+def source_name(source: str) -> str:
+    """A source without the place or revision it is read from: `mmlu` of `mmlu=my/copy.jsonl` and of `mmlu@v1`."""
+    for mark in "=@":
+        name = source.partition(mark)[0]
+        if name in NAMED_SOURCES:
+            return name
+    return source
+
+
 def _converted(source: str) -> Iterator[Example]:
     name, equals, path = source.partition("=")
+    on_hub, _, revision = source.partition("@")
     if Path(source).is_file():
         yield from _own_columns(Path(source))
     elif source in _STARTER_SOURCES:
@@ -246,12 +269,21 @@ def _converted(source: str) -> Iterator[Example]:
         if name not in NAMED_SOURCES:
             raise DataError(f"{source}: unknown named source {name!r}; accepted: {', '.join(NAMED_SOURCES)}")
         yield from _convert_all(NAMED_SOURCES[name].convert, _read_file(Path(path)), name)
-    elif source in NAMED_SOURCES:
-        yield from _convert_all(NAMED_SOURCES[source].convert, _read_hub(source, NAMED_SOURCES[source]), source)
+    elif on_hub in NAMED_SOURCES:
+        named = NAMED_SOURCES[on_hub]
+        found = list(_convert_all(named.convert, _read_hub(on_hub, named, revision), on_hub))
+        if named.size not in (None, len(found)):
+            logger.warning(
+                "%s: %d examples on the hub, %d when castune was written: numbers will not compare with older ones",
+                source,
+                len(found),
+                named.size,
+            )
+        yield from found
     elif Path(source).suffix in _FILE_FORMATS or Path(source).exists():
         yield from _own_columns(Path(source))
     elif source.count("/") == 1:
-        yield from _convert_all(_example_of, _read_hub(source, None), source)
+        yield from _convert_all(_example_of, _read_hub(on_hub, None, revision), on_hub)
     else:
         raise DataError(
             f"{source}: no such file and no named source; named sources: {', '.join(SOURCE_NAMES)}; "
@@ -419,13 +451,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _read_hub(name: str, source: NamedSource | None) -> Iterator[tuple[str, Row]]:
+def _read_hub(name: str, source: NamedSource | None, revision: str) -> Iterator[tuple[str, Row]]:
     import datasets
 
     hub_id, config, split = (name, None, "train") if source is None else (source.hub_id, source.config, source.split)
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(hub_id, config, split=split)
+        table = datasets.load_dataset(hub_id, config, split=split, revision=revision or None)
     except Exception as error:  # network, gating, missing data set: datasets and its clients raise many kinds
         gated = (
             f" {hub_id} is gated: accept its terms on its hub page and log in first." if source and source.gated else ""

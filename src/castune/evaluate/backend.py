@@ -78,7 +78,7 @@ class TransformersHost(Host):
         self.model, self.tokenizer = model, tokenizer
 
     @contextmanager
-    def backend(self, name: str, adapter: Path | None) -> Iterator[Backend]:
+    def backend(self, name: str, adapter: Path | None) -> Iterator[TransformersBackend]:
         """The adapter is read back from disk, as any user of it would."""
         if adapter is None:
             with evaluation_mode(self.model):

@@ -63,7 +63,12 @@ _CODES = {
     *("unsupported_value", "insufficient_quota", "rate_limit_exceeded", "invalid_api_key", "model_not_found"),
 }
 _FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")
-_UNSUPPORTED = re.compile(r"unsupported|not support|deprecated|max_completion_tokens['\"`]? instead", re.IGNORECASE)
+_REFUSED = r"(?:unsupported|not support|deprecated)"
+# "Unsupported value: 'temperature' does not support 0 with this model."
+_REFUSED_NAME = re.compile(
+    rf"{_REFUSED}[^.]{{,40}}?\b(max_tokens|temperature)\b|\b(max_tokens|temperature)\b[^.]{{,40}}?{_REFUSED}",
+    re.IGNORECASE,
+)
 
 # `replacing` sets the umask of the process for a moment, which two threads must not do at once.
 _WRITING = threading.Lock()
@@ -153,7 +158,7 @@ class Endpoint:
     def check(self) -> None:
         """Find out before any work whether the server answers, accepts the key and serves the model.
 
-        A server that does not list its models is taken at its word.
+        A server that does not list its models is asked for a reply of one token.
 
         Raises:
             CastuneError: no key, no answer, a key that is refused, or a model that is not served.
@@ -229,8 +234,8 @@ class Endpoint:
         return openai.AsyncOpenAI(
             api_key=self._key or _NO_KEY,
             base_url=self.base_url,
-            # Its own retries know no limit on the whole time of a request, take up to two minutes of every Retry-After
-            # and none of longer ones, take unreadable bodies for answers, and repeat whatever says `x-should-retry`.
+            # Its own retries know no limit on the whole time of a request, wait two minutes where a server asks for
+            # them and give up where it asks for more, and do not repeat what cannot be read.
             max_retries=0,
             timeout=httpx2.Timeout(self._timeout, connect=min(self._timeout, _CONNECT)),
             # A compressed body can grow a thousandfold.
@@ -242,13 +247,11 @@ class Endpoint:
         try:
             body = await self._insist(lambda: self._send(client.models.with_raw_response.list()))
         except _Failed as failed:
-            if failed.status == 403:
-                # Keys can be restricted to chat.
-                await self._check_by_asking(client)
-                return
-            if failed.status in (404, 405, 501):
-                return
-            raise self._useless(failed) from None
+            # No list here, or not for this key, which may be restricted to chat.
+            if failed.status not in (403, 404, 405, 501):
+                raise self._useless(failed) from None
+            await self._check_by_asking(client)
+            return
         listed = body.get("data") if isinstance(body, dict) else body
         if not isinstance(listed, list):
             raise CastuneError(f"{self.base_url}: this is no OpenAI-compatible server; does its URL end in /v1?")
@@ -287,6 +290,7 @@ class Endpoint:
         self, client: openai.AsyncOpenAI, conversation: Sequence[Mapping[str, str]], call: _Call
     ) -> Completion | None:
         messages = [dict(message) for message in conversation]
+        # What is wanted of the model: what of it the server takes may be found out only later.
         key = [self.base_url, self.model, messages, call.max_tokens, {"temperature": 0}]
         completion = self._cache.get(key)
         if completion is not None:
@@ -360,6 +364,8 @@ class Endpoint:
             raise _Failed(f"no whole answer within {self._timeout:g} s") from None
         except openai.APIConnectionError as error:
             raise _Failed(f"connection lost or refused ({type(error.__cause__).__name__})") from None
+        except UnicodeEncodeError:
+            raise _Failed("a prompt with half a character", about="conversation") from None
         except Exception as error:
             # What the library does not foresee of a server (a charset that is none, say) must not end the run.
             reason = str(error) if isinstance(error, _BadBody) else type(error).__name__
@@ -450,11 +456,12 @@ def _failure(error: openai.APIStatusError) -> _Failed:
 
 def _unsupported(error: openai.APIStatusError) -> str | None:
     """The parameter that a server or model does not take; a value of it that is too large is not meant."""
-    if not _UNSUPPORTED.search(f"{error.code} {error.message}"):
-        return None
+    if error.param:
+        refused = re.search(_REFUSED, f"{error.code} {error.message}", re.IGNORECASE)
+        return error.param if refused and error.param in ("max_tokens", "temperature") else None
     # Compatible servers often tell in words only.
-    names = error.param if isinstance(error.param, str) and error.param else error.message
-    return next((name for name in ("max_tokens", "temperature") if name in names), None)
+    found = _REFUSED_NAME.search(error.message)
+    return (found[1] or found[2]).lower() if found else None
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float:

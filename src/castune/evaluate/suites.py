@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from castune.config import EvaluateConfig
 from castune.data.example import Example
-from castune.data.sources import examples, purpose_of
+from castune.data.sources import examples, purpose_of, source_name
 from castune.errors import DataError
 from castune.evaluate.answers import require_math_verify
 
@@ -79,7 +79,7 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
         raise DataError(f"{source}: a suite of problems holds nothing else, and is scored one way")
     if found[0].scoring == "boxed":
         require_math_verify()  # now, not after hours of generation
-    return Suite(path.partition("=")[0] if purpose_of(path) else path, purpose, tuple(found))
+    return Suite(source_name(path), purpose, tuple(found))
 
 
 def load_suites(sources: Sequence[str], *, limit: int | None = None, seed: int = 0) -> list[Suite]:

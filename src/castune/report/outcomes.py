@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from castune.artifacts import EvalResult, SuiteResult
+from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore, headline_scores
 from castune.report.markup import Markup, table, tag
+from castune.report.summary import NOT_MEASURED
 
 _PROMPTS = {"safety": "harmful", "over-refusal": "harmless"}
 # Keys of a suite's further numbers, in the order of the columns.
@@ -63,6 +65,36 @@ def losses(evaluations: Mapping[str, EvalResult]) -> Markup | str:
         table(["Arm", "Suite", "Right", *_LOSSES.values()], rows, label="Why problems were lost", class_="numbers"),
         tag("p", rule, class_="small"),
     )
+
+
+def by_lm_eval(results: Mapping[str, LmEvalResult]) -> Markup | str:
+    """What lm-evaluation-harness measured on the same models, by its own protocol; nothing where it was not asked."""
+    if not results:
+        return ""
+    rows = []
+    for (task, metric), scores in headline_scores(results).items():
+        first = next(iter(scores.values()))
+        shots = NOT_MEASURED if first.num_fewshot is None else str(first.num_fewshot)
+        rows.append([task, metric, shots, f"{first.n:,}", *(_score(scores.get(arm)) for arm in results)])
+    versions = {str(result.provenance.get("versions", {}).get("lm_eval")) for result in results.values()}
+    template = "with" if next(iter(results.values())).settings.get("apply_chat_template") else "without"
+    rule = (
+        f"The same models on tasks of lm-evaluation-harness {', '.join(sorted(versions))}, by its own protocol, "
+        f"{template} the chat template: prompts, few-shot examples and scoring differ from the suites above, so the "
+        "numbers do too. Value ± standard error as it reports them."
+    )
+    return tag(
+        "div",
+        tag("h3", "By lm-eval's protocol"),
+        table(["Task", "Metric", "Shots", "n", *results], rows, label="Results of lm-eval", class_="numbers"),
+        tag("p", rule, class_="small"),
+    )
+
+
+def _score(score: LmEvalScore | None) -> str:
+    if score is None or score.value is None:
+        return NOT_MEASURED
+    return f"{score.value:.4f}" + ("" if score.standard_error is None else f"\u00a0±\u00a0{score.standard_error:.4f}")
 
 
 def _by_suite(evaluations: Mapping[str, EvalResult]) -> list[tuple[SuiteResult, str]]:

@@ -17,6 +17,7 @@ import vl_convert
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import replacing, write_text
+from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.report.diagnosis import conflict_map
 from castune.report.figures import charts
 from castune.report.markup import Markup, join, script_json, tag
@@ -43,6 +44,8 @@ def write_report(
     differences: Differences,
     cost_ratios: CostRatios,
     masked: Mapping[str, MaskedAdapter] | None = None,
+    lm_eval: Mapping[str, LmEvalResult] | None = None,
+    mmlu_cost_ratios: CostRatios | None = None,
     recipe_text: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -57,6 +60,8 @@ def write_report(
         differences: arm -> suite -> mean of arm minus base paired by example, with the p-value of a paired test.
         cost_ratios: utility cost ratio by arm; a value of None is undefined where both rates are measured.
         masked: by arm, the adapters made of others without training.
+        lm_eval: by arm, what lm-eval measured by its own protocol.
+        mmlu_cost_ratios: MMLU-CR by arm, where MMLU was measured.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.
 
@@ -68,7 +73,7 @@ def write_report(
         "main",
         opening(cmap, evaluations, differences, cost_ratios, notes),
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
-        results(evaluations, differences, cost_ratios, drawn),
+        results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, mmlu_cost_ratios or {}),
         conflict_map(cmap, selections, drawn),
         training(tunings, masked or {}, selections, drawn),
         samples(evaluations),

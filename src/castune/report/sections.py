@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, SuiteResult
+from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.report.markup import Markup, join, table, tag
-from castune.report.outcomes import fates, losses
+from castune.report.outcomes import by_lm_eval, fates, losses
 from castune.report.summary import (
     BASE,
     NOT_MEASURED,
@@ -90,20 +91,23 @@ def results(
     differences: Differences,
     cost_ratios: CostRatios,
     drawn: Mapping[str, Any],
+    lm_eval: Mapping[str, LmEvalResult],
+    mmlu_cost_ratios: CostRatios,
 ) -> Markup:
-    """Before and after: a row an arm, a column a suite; then the trade-off charts."""
+    """Before and after: a row an arm, a column a suite; then the trade-off charts, and the counts behind the rates."""
     if not evaluations:
-        return section(
-            "Before and after", "results", tag("p", "Not measured: no model has been evaluated in this run.")
-        )
+        nothing = tag("p", "Not measured: no model has been evaluated in this run.")
+        return section("Before and after", "results", nothing, by_lm_eval(lm_eval))
     evaluations = in_order(evaluations)
     suites = _suites(evaluations)
     rows = []
     for arm in evaluations:
         row: list[object] = [arm]
         row += [_suite_cell(arm, suite, evaluations, differences.get(arm, {}).get(suite)) for suite in suites]
-        rows.append([*row, "–" if arm == BASE else cost_ratio(arm, evaluations, cost_ratios)])
-    head = ["Arm", *(_suite_head(suite, evaluations) for suite in suites), "Utility cost ratio"]
+        kinds = [cost_ratios, *([mmlu_cost_ratios] if mmlu_cost_ratios else [])]
+        rows.append([*row, *("–" if arm == BASE else cost_ratio(arm, evaluations, kind) for kind in kinds)])
+    ratio_heads = ["Utility cost ratio", *(["MMLU-CR"] if mmlu_cost_ratios else [])]
+    head = ["Arm", *(_suite_head(suite, evaluations) for suite in suites), *ratio_heads]
     hidden = [name for name in evaluations if not _plotted(evaluations[name])]
     charts = []
     if "trade_off" in drawn:
@@ -114,7 +118,7 @@ def results(
         "Rates are value ± one standard error over scored examples, with Wilson's 95 % interval. Unscored examples, "
         "which the judge could not decide, count in neither part of a rate. Changes are in percentage points against "
         "base, paired by example; p is McNemar's exact test. The utility cost ratio is utility lost over safety gained "
-        "(Eq. 7), with its 95 % bootstrap interval."
+        "(Eq. 7), with its 95 % bootstrap interval; MMLU-CR takes MMLU alone for the utility (Eq. 8)."
     )
     bars = "Bars are one standard error; several suites of one purpose are averaged without weights."
     missing = f" Not plotted, as a number is missing: {', '.join(hidden)}." if hidden and charts else ""
@@ -127,6 +131,7 @@ def results(
         tag("p", bars + missing, class_="small") if charts else "",
         fates(evaluations),
         losses(evaluations),
+        by_lm_eval(lm_eval),
         _further_numbers(evaluations),
     )
 

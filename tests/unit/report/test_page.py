@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fake_run import MODEL, Run, make_domains, make_evaluation, make_map, make_masked, make_run, make_suite
 
+from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
 from castune.evaluate.stats import CostRatio, PairedDifference
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.summary import NOT_MEASURED
@@ -311,3 +312,44 @@ def test_problems_show_the_right_answer_and_why_they_were_lost(tmp_path: Path, r
     text = Page(run.write(tmp_path / "report.html")).text
     assert "One and one? right answer: 2" in text
     assert "wrong direct answer 3" in text
+
+
+def test_every_prompt_of_the_four_way_table_is_counted_once(tmp_path: Path, run: Run) -> None:
+    counts = {"n_refused": 66, "n_complied": 22, "n_degenerate": 8, "n_unscored": 3}
+    suites = [
+        dataclasses.replace(suite, extra=counts) if suite.purpose == "safety" else suite
+        for suite in run.evaluations["safe"].suites
+    ]
+    run.evaluations["safe"] = dataclasses.replace(run.evaluations["safe"], suites=tuple(suites))
+    text = Page(run.write(tmp_path / "report.html")).text
+    assert "safe starter-safety-eval harmful 66 (66.7\u202f%) 22 (22.2\u202f%) 8 (8.1\u202f%) 3 (3.0\u202f%)" in text
+
+
+def test_reasons_of_lost_problems_add_up(tmp_path: Path, run: Run) -> None:
+    shares = {
+        "share_direct_answer": 0.25, "share_refusal": 0.125, "share_truncated": 0.0, "share_no_answer_found": 0.0,
+        "share_degenerate": 0.0, "share_wrong_reasoning": 0.125,
+    }  # fmt: skip
+    suites = [
+        dataclasses.replace(suite, suite="gsm8k", extra=shares) if suite.purpose == "utility" else suite
+        for suite in run.evaluations["safe"].suites
+    ]
+    run.evaluations["safe"] = dataclasses.replace(run.evaluations["safe"], suites=tuple(suites), samples=())
+    text = Page(run.write(tmp_path / "report.html")).text
+    expected = ["50.0", "25.0", "12.5", "0.0", "0.0", "0.0", "12.5"]
+    assert "safe gsm8k " + " ".join(f"{share}\u202f%" for share in expected) in text
+
+
+def test_lm_evals_numbers_stand_beside_ours(tmp_path: Path, run: Run) -> None:
+    assert "lm-eval's protocol" not in Page(run.write(tmp_path / "report.html")).text
+    task = LmEvalScore("mmlu_<b>", "acc,none", 0.25, 0.0125, 100, True, "1", 5)
+    group = LmEvalScore("mmlu", "acc,none", 0.5, None, 200, True, "2", None)
+    result = LmEvalResult(
+        name="base", tasks=(task,), groups=(group,), members={"mmlu": []}, seconds=1.0, model={},
+        settings={"apply_chat_template": False}, provenance={"versions": {"lm_eval": "0.4.13"}},
+    )  # fmt: skip
+    run.lm_eval = {"base": result}
+    text = Page(run.write(tmp_path / "report.html")).text
+    assert f"mmlu acc,none {NOT_MEASURED} 200 0.5000" in text
+    assert "mmlu_<b> acc,none 5 100 0.2500\u00a0±\u00a00.0125" in text
+    assert "lm-evaluation-harness 0.4.13" in text

@@ -1,0 +1,22 @@
+"""Documentation that repeats facts of the code says what the code says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from castune.data.sources import NAMED_SOURCES, NamedSource
+
+EVALUATION = Path(__file__).parents[2] / "docs" / "evaluation.md"
+
+
+@pytest.mark.parametrize("name", NAMED_SOURCES)
+def test_the_table_of_suites_is_that_of_the_code(name: str) -> None:
+    source: NamedSource = NAMED_SOURCES[name]
+    [line] = [line for line in EVALUATION.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |")]
+    place = ", ".join(part for part in (source.config, source.split) if part)
+    size = "" if source.size is None else f"{source.size:,}"
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    gated = "yes" if source.gated else ""
+    assert cells == [f"`{name}`", source.purpose, f"`{source.hub_id}`", place, size, source.licence, gated]
