@@ -485,8 +485,8 @@ def evaluate(
             help="Comma-separated sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, mmlu, "
             "csqa, gsm8k, math, strongreject, or-bench, "
             "advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest, xstest-unsafe, dan, "
-            "wildjailbreak, wildguard; NAME=PATH for a local copy; PURPOSE:PATH for own data with PURPOSE one of "
-            "utility, safety, over-refusal."
+            "wildjailbreak, wildguard; NAME=PATH for a local copy, NAME@REVISION of the hub; PURPOSE:PATH for own data "
+            "with PURPOSE one of utility, safety, over-refusal; #500 behind any of them draws so many examples."
         ),
     ] = None,
     limit: Annotated[Optional[int], typer.Option(help="Examples a suite; all when absent.")] = None,
@@ -620,6 +620,9 @@ def doctor() -> None:
         ("trl", "dpo"),
         ("bitsandbytes", "qlora"),
         ("math-verify", "eval"),
+        ("openai", "openai"),
+        ("vllm", "vllm"),
+        ("lm_eval", "lm-eval"),
     ):
         try:
             say(f"  {package:18} {importlib.metadata.version(package)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,13 +54,15 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
 
     Args:
         source: a named source, or `purpose:path` for own data, for example `over-refusal:benign.jsonl`. A source of
-            multiple-choice questions needs no purpose.
+            multiple-choice questions needs no purpose. `#500` at its end draws so many examples, whatever `limit` says.
         limit: examples to draw; the subset depends on `seed` alone.
         seed: seed of the subset.
 
     Raises:
         DataError: see `examples`; or the purpose is unknown or does not fit the data.
     """
+    if own := re.fullmatch(r"(.+)#(\d+)", source):
+        source, limit = own[1], int(own[2])
     prefix, _, rest = source.partition(":")
     purpose, path = (prefix, rest) if prefix in PURPOSES else (purpose_of(source), source)
     found = examples(path, limit=limit, seed=seed)

@@ -99,3 +99,14 @@ def test_two_own_files_of_one_name_stay_apart(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
     suites = load_suites([f"safety:{written(tmp_path / folder, PROMPT)}" for folder in ("a", "b")])
     assert len({suite.name for suite in suites}) == 2
+
+
+def test_a_suite_may_have_a_limit_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "own#1.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(9)))
+    found = load_suite(f"safety:{file}#4", limit=2, seed=5)
+    assert [e.prompt for e in found.examples] == [e.prompt for e in examples(file, limit=4, seed=5)]
+    assert len(load_suite(f"safety:{file}", limit=2).examples) == 2
+    assert found.name == str(file)
+    with pytest.raises(DataError, match="limit is 0"):
+        load_suite(f"safety:{file}#0")
