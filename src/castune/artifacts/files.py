@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,10 @@ from castune.errors import ArtifactError
 SCHEMA_VERSION = 1
 
 T = TypeVar("T")
+
+
+# The umask is the process's and can only be read by changing it: two threads at once would leave it changed.
+_UMASK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -75,8 +80,9 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 def _as_readable_as_any(file: Path) -> None:
     # mkstemp makes files private; an artifact is as readable as any file the user creates.
-    umask = os.umask(0)
-    os.umask(umask)
+    with _UMASK:
+        umask = os.umask(0)
+        os.umask(umask)
     file.chmod(0o666 & ~umask)
 
 

@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import email.utils
-import hashlib
 import importlib.util
 import json
 import logging
-import math
 import os
 import re
-import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
-from castune.artifacts.files import write_text
 from castune.core.progress import Advance, no_progress
 from castune.errors import CastuneError
+from castune.evaluate.reply_cache import ReplyCache
+from castune.evaluate.responses import BadBody, Completion, Failed, bounded, completion_of, failure
 
 if TYPE_CHECKING:
-    import httpx2
     import openai
 
 logger = logging.getLogger(__name__)
@@ -49,45 +44,6 @@ _LONGEST_WAIT = 60.0
 _CONNECT = 10.0
 # Conversations lost one after the other before a server counts as dead.
 _GIVE_UP = 20
-# Bytes of a body; the longest replies and lists of models are a tenth of it.
-_LARGEST_BODY = 16 * 2**20
-
-# No request of this endpoint will succeed: key, credit, permission, model or URL.
-_OF_ENDPOINT = (401, 402, 403, 404, 405, 501)
-# The server understood and does not want this conversation: too long, say, or a role its chat template lacks.
-_OF_CONVERSATION = (400, 413, 422)
-# Servers may answer with what they were sent, so a log holds of their words only these.
-_CODES = {
-    *("content_filter", "content_policy_violation", "invalid_prompt"),
-    *("context_length_exceeded", "string_above_max_length", "invalid_value", "unsupported_parameter"),
-    *("unsupported_value", "insufficient_quota", "rate_limit_exceeded", "invalid_api_key", "model_not_found"),
-}
-_FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")
-_REFUSED = r"(?:unsupported|not support|deprecated)"
-# "Unsupported value: 'temperature' does not support 0 with this model."
-_REFUSED_NAME = re.compile(
-    rf"{_REFUSED}[^.]{{,40}}?\b(max_tokens|temperature)\b|\b(max_tokens|temperature)\b[^.]{{,40}}?{_REFUSED}",
-    re.IGNORECASE,
-)
-
-# `replacing` sets the umask of the process for a moment, which two threads must not do at once.
-_WRITING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model replied.
-
-    Attributes:
-        text: the reply; empty where the model said nothing, as a reasoning model does whose thoughts used up
-            `max_tokens`. Where the service has a field for refusals, what stands in it is the reply.
-        finished: the model ended it; False where it was cut off.
-        tokens: how many the server counted, hidden reasoning included; None where it does not tell.
-    """
-
-    text: str
-    finished: bool
-    tokens: int | None
 
 
 def require_openai() -> None:
@@ -146,7 +102,7 @@ class Endpoint:
         self._key = _checked_key(api_key or os.environ.get("OPENAI_API_KEY", ""))
         self._needs_key = not given
         self._timeout, self._attempts, self._parallel = timeout, attempts, parallel
-        self._cache = _Cache(cache)
+        self._cache = ReplyCache(cache)
         # What this server and model were found to take.
         self._limit, self._greedy = "max_tokens", True
         self._has_replied = False
@@ -240,13 +196,13 @@ class Endpoint:
             timeout=httpx2.Timeout(self._timeout, connect=min(self._timeout, _CONNECT)),
             # A compressed body can grow a thousandfold.
             default_headers={"Accept-Encoding": "identity"},
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [bounded]}),
         )
 
     async def _check(self, client: openai.AsyncOpenAI) -> None:
         try:
             body = await self._insist(lambda: self._send(client.models.with_raw_response.list()))
-        except _Failed as failed:
+        except Failed as failed:
             # No list here, or not for this key, which may be restricted to chat.
             if failed.status not in (403, 404, 405, 501):
                 raise self._useless(failed) from None
@@ -267,7 +223,7 @@ class Endpoint:
     async def _check_by_asking(self, client: openai.AsyncOpenAI) -> None:
         try:
             await self._insist(lambda: self._chat(client, [{"role": "user", "content": "Hello"}], 1))
-        except _Failed as failed:
+        except Failed as failed:
             if failed.about != "conversation":
                 raise self._useless(failed) from None
 
@@ -300,7 +256,7 @@ class Endpoint:
             return None
         try:
             completion = await self._insist(lambda: self._chat(client, messages, call.max_tokens))
-        except _Failed as failed:
+        except Failed as failed:
             if failed.about == "endpoint" and not self._has_replied:
                 raise self._useless(failed) from None
             if failed.about != "conversation":
@@ -316,7 +272,7 @@ class Endpoint:
         for attempt in range(self._attempts):
             try:
                 return await request()
-            except _Failed as failed:
+            except Failed as failed:
                 if failed.about != "moment" or attempt + 1 == self._attempts or self._seems_dead():
                     raise
                 wait = min(max(_FIRST_WAIT * 2**attempt, failed.wait), _LONGEST_WAIT)
@@ -332,14 +288,14 @@ class Endpoint:
             create = client.chat.completions.with_raw_response.create
             try:
                 body = await self._send(create(model=self.model, messages=cast(Any, messages), **parameters))
-            except _Failed as failed:
+            except Failed as failed:
                 # Others may have adapted meanwhile; what counts is what this request had. Each turn drops a parameter
                 # for good, so there are three at most.
                 if failed.unsupported not in parameters:
                     raise
                 self._do_without(failed.unsupported)
             else:
-                return _completion_of(body)
+                return completion_of(body)
 
     def _do_without(self, parameter: str) -> None:
         if parameter == "max_tokens":
@@ -359,23 +315,23 @@ class Endpoint:
             async with asyncio.timeout(self._timeout):
                 response = await request
         except openai.APIStatusError as error:
-            raise _failure(error) from None
+            raise failure(error) from None
         except (TimeoutError, openai.APITimeoutError):
-            raise _Failed(f"no whole answer within {self._timeout:g} s") from None
+            raise Failed(f"no whole answer within {self._timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise _Failed(f"connection lost or refused ({type(error.__cause__).__name__})") from None
+            raise Failed(f"connection lost or refused ({type(error.__cause__).__name__})") from None
         except UnicodeEncodeError:
-            raise _Failed("a prompt with half a character", about="conversation") from None
+            raise Failed("a prompt with half a character", about="conversation") from None
         except Exception as error:
             # What the library does not foresee of a server (a charset that is none, say) must not end the run.
-            reason = str(error) if isinstance(error, _BadBody) else type(error).__name__
-            raise _Failed(f"unreadable answer ({reason})") from None
+            reason = str(error) if isinstance(error, BadBody) else type(error).__name__
+            raise Failed(f"unreadable answer ({reason})") from None
         try:
             return json.loads(response.http_response.content)
         except (ValueError, RecursionError):
-            raise _Failed("unreadable answer (no JSON)") from None
+            raise Failed("unreadable answer (no JSON)") from None
 
-    def _useless(self, failed: _Failed) -> CastuneError:
+    def _useless(self, failed: Failed) -> CastuneError:
         """The error of an endpoint that will never reply."""
         if failed.status == 401:
             what = "refuses the key in OPENAI_API_KEY" if self._key else "needs a key; set OPENAI_API_KEY"
@@ -404,120 +360,6 @@ class _Call:
         self.completions: list[Completion | None] = [None] * len(self.conversations)
 
 
-class _Failed(Exception):
-    """A request brought no reply.
-
-    Attributes:
-        reason: why, fit for a log.
-        about: what stands in the way: the moment (another attempt may succeed), the conversation (others may) or the
-            endpoint (nothing will).
-        status: of the response; 0 without one.
-        wait: seconds the server asks for.
-        unsupported: the parameter that is not taken.
-    """
-
-    def __init__(
-        self,
-        reason: str,
-        *,
-        about: Literal["moment", "conversation", "endpoint"] = "moment",
-        status: int = 0,
-        wait: float = 0.0,
-        unsupported: str | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.reason, self.about, self.status, self.wait, self.unsupported = reason, about, status, wait, unsupported
-
-
-class _BadBody(Exception):
-    """A body that is not read to its end."""
-
-
-def _failure(error: openai.APIStatusError) -> _Failed:
-    """What a response that is an error means."""
-    status, code = error.status_code, error.code
-    # OpenRouter's moderation is a 403.
-    filtered = code in _FILTERED or (status == 403 and re.search("moderation|flagged", error.message))
-    about: Literal["moment", "conversation", "endpoint"] = "moment"
-    if status in _OF_CONVERSATION or filtered:
-        about = "conversation"
-    elif status in _OF_ENDPOINT or code == "insufficient_quota":
-        about = "endpoint"
-    if code == "model_not_found" or (status == 400 and error.param == "model"):
-        about = "endpoint"
-    return _Failed(
-        f"HTTP {status}" + (f", {code}" if code in _CODES else ""),
-        about=about,
-        status=status,
-        wait=_asked_wait(error.response.headers),
-        unsupported=_unsupported(error) if status in (400, 422) else None,
-    )
-
-
-def _unsupported(error: openai.APIStatusError) -> str | None:
-    """The parameter that a server or model does not take; a value of it that is too large is not meant."""
-    if error.param:
-        refused = re.search(_REFUSED, f"{error.code} {error.message}", re.IGNORECASE)
-        return error.param if refused and error.param in ("max_tokens", "temperature") else None
-    # Compatible servers often tell in words only.
-    found = _REFUSED_NAME.search(error.message)
-    return (found[1] or found[2]).lower() if found else None
-
-
-def _asked_wait(headers: Mapping[str, str]) -> float:
-    """Seconds of a Retry-After header, which is a number or a date; 0 without one."""
-    value = headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
-    return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
-
-
-def _completion_of(body: Any) -> Completion:
-    """The reply in a response."""
-    try:
-        choice = body["choices"][0]
-        message, ended = choice["message"], choice.get("finish_reason")
-        text = message.get("content") or message.get("refusal") or ""
-        counted = (body.get("usage") or {}).get("completion_tokens")
-    except (LookupError, TypeError, AttributeError):
-        raise _Failed("unreadable answer (no choices)") from None
-    if ended == "content_filter":
-        raise _Failed("the service's content filter", about="conversation")
-    if not isinstance(text, str):
-        raise _Failed("unreadable answer (content is no text)")
-    # JSON can hold halves of surrogate pairs, which no file can.
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return Completion(text, ended == "stop", counted if type(counted) is int and counted >= 0 else None)
-
-
-async def _bound(response: httpx2.Response) -> None:
-    """Let no more of a body be read than memory is there for."""
-    import httpx2
-
-    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise _BadBody("compressed without being asked")
-    stream = cast(httpx2.AsyncByteStream, response.stream)
-
-    class Bounded(httpx2.AsyncByteStream):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            read = 0
-            async for chunk in stream:
-                read += len(chunk)
-                if read > _LARGEST_BODY:
-                    raise _BadBody(f"more than {_LARGEST_BODY} bytes")
-                yield chunk
-
-        async def aclose(self) -> None:
-            await stream.aclose()
-
-    response.stream = Bounded()
-
-
 def _checked_url(url: str) -> str:
     """A base URL that can be shown, without a slash at its end."""
     try:
@@ -541,40 +383,3 @@ def _checked_key(key: str) -> str:
     if not re.fullmatch(r"[!-~]*", key):
         raise CastuneError("OPENAI_API_KEY: a key is of visible ASCII characters without blanks; is it whole?")
     return key
-
-
-@dataclass(frozen=True)
-class _Cache:
-    """Replies already had, a file each, named by what was asked."""
-
-    folder: Path | None
-
-    def get(self, key: object) -> Completion | None:
-        """The reply to `key` (plain JSON); None where there is none or its file is damaged."""
-        if self.folder is None:
-            return None
-        path = self._path(key)
-        try:
-            record = json.loads(path.read_bytes())
-            text, finished, tokens = record["text"], record["finished"], record["tokens"]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            text = finished = tokens = None
-        if not (isinstance(text, str) and isinstance(finished, bool) and (tokens is None or type(tokens) is int)):
-            logger.warning("%s: damaged; the model is asked again", path)
-            return None
-        return Completion(text, finished, tokens)
-
-    def put(self, key: object, completion: Completion) -> None:
-        """Keep the reply to `key`; whoever writes last is kept."""
-        if self.folder is not None:
-            try:
-                with _WRITING:
-                    write_text(self._path(key), json.dumps(asdict(completion)) + "\n")
-            except OSError as error:
-                raise CastuneError(f"{self.folder}: cannot keep replies here: {error}") from None
-
-    def _path(self, key: object) -> Path:
-        assert self.folder is not None
-        return self.folder / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() + ".json")

@@ -71,11 +71,9 @@ def set_examples(tasks: Mapping[str, Any], num_fewshot: int | None, seed: int) -
     """
     fixed = []
     for task, task_object in tasks.items():
-        own = task_object.get_config("num_fewshot")
-        if num_fewshot is not None and own != 0:
+        is_fixed = task_object.get_config("num_fewshot") == 0
+        if num_fewshot is not None and not is_fixed:
             task_object.set_config("num_fewshot", num_fewshot)
-        elif own is None:
-            task_object.set_config("num_fewshot", 0)
         elif num_fewshot:
             fixed.append(task)
         task_object.set_fewshot_seed(seed)

@@ -14,7 +14,8 @@ from typing import Any, final
 from castune.config import EvaluateConfig
 from castune.errors import CastuneError
 from castune.evaluate.backend import Backend, Host, Work
-from castune.evaluate.endpoint import Completion, Endpoint
+from castune.evaluate.endpoint import Endpoint
+from castune.evaluate.responses import Completion
 from castune.evaluate.suites import Suite
 
 # Requests that are journalled together: what a kill loses. A server that batches wants many at once.
