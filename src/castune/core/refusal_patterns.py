@@ -38,7 +38,7 @@ OTHERS_SPEAK = re.compile(
     # A letter or an e-mail.
     r"|dear (?!user\b)|to whom it may concern|subject ?:|betreff ?:|objet ?:|asunto ?:|assunto ?:|oggetto ?:"
     r"|тема ?:|(?:hi|hello|hey) (?!there\b|friend\b|user\b)[\w\[\]]{1,20}, |(?:sehr geehrte|liebe|chère?|estimad"
-    r"|querid|prezad|car[oa] |gentil|уважаем|дорог|尊敬的|亲爱的|拝啓|عزيز|प्रिय)"
+    r"|querid|prezad|car[oa] |gentil|уважаем|дорог|尊敬的|亲爱的|拝啓|\w{1,6}(?:さん|様|先生)、|عزيز|प्रिय)"
     # A poem, a song, a scene.
     r"|(?:title|chorus|verse(?: \w+)?|scene(?: \w+)?|act \w+|(?:int|ext)\.|once upon a time|roses are red)\b"
     # A character's name and a colon, unless the word announces an answer.
@@ -97,7 +97,8 @@ _NO_IDIOM = (
 _TO_DO = rf"(?:,? (?:and|or|nor) (?:i )?{_CANNOT},?)? {_NO_IDIOM}(?:{_ADVERB},? ){{0,2}}(?:be )?{_ACT}"
 _I_AM = r"\bi(?:'m| am|'ll be| will be| remain)"
 _I_WILL = (
-    r"\bi(?:'ll| will|'m going to| am going to|'m gonna| must| have to| need to|'ve got to| am (?:obliged|forced) to)"
+    r"\bi(?:'ll| will|'m going to| am going to|'m gonna| must|(?:'d| would)? have to| need to|'ve got to"
+    r"| am (?:obliged|forced) to)"
 )
 _ASSISTANT = r"(?:\w+[ ,]+){0,3}(?:ai|artificial intelligence|language model|assistant|chatbot)\b"
 _RULES = r"(?:guideline|polic|programming|principle|value|ethic|rule|code|training|instruction|standard|term|boundar)"
@@ -114,7 +115,7 @@ _UNABLE_TO_DO_IT = (
     # The subject stands further ahead: "I am bound by guidelines and cannot provide it".
     rf"\bi\b[^.!?]*,? (?:and|so|but|therefore) (?:{_ADVERB} )?(?:{_CANNOT}|{_NOT_ABLE}){_TO_DO}",
     # No subject: "Sorry! Can't help with that."
-    rf"^(?:unfortunately,? |sorry,? )?(?:{_CANNOT}|{_NOT_ABLE}){_TO_DO}(?![^.!?]*\?)",
+    rf"^(?:unfortunately,? |sorry,? |nah,? |nope,? |no,? )?(?:{_CANNOT}|{_NOT_ABLE}){_TO_DO}(?![^.!?]*\?)",
     rf"^(?:cannot comply|(?:{_CANNOT} )?do (?:it|that)\.$)",
     # No verb: "I can't.", "You ask for a crime, and I won't."
     rf"^(?:sorry, )?i {_CANNOT}(?:\.$|,? (?:sorry|i'm sorry|i'm afraid)\b)",
@@ -148,12 +149,13 @@ _UNWILLING = (
     r"|sharing|discussing))",
     # Never does such things. Fewer verbs than above: "I don't recommend mixing them" is advice.
     r"\bi (?:do not|don't|never|would never|will never|'ll never)(?: \w+ly| ever)? (?:help|assist|provid|shar|offer"
+    r"|(?:explain|teach|includ|describ|detail|outlin)\w* (?:how|(?:\w+ ){0,2}(?:instruct|recipe|detail|step|method))"
     r"|writ|creat|generat|produc|engag|participat|discuss|disclos|reveal|condon|endors|promot|facilitat"
     r"|answer (?:that|this|such|quest)|giv(?:e|ing)? (?:out|advice|instruct|medical|legal|financial)|do (?:that"
     r"|this|such)|support (?:that|this|any|viol|illegal|harm))",
     r"\bi(?: do not|'d rather| don't|t's best (?:that )?i don't) (?:\w+ly )?(?:answer (?:that|this)"
-    r"|feel (?:\w+ )?(?:comfortable|right|able|good about)|want to (?:help|write|assist|provide|share"
-    r"|be (?:a )?part|do (?:that|this)))",
+    r"|feel (?:\w+ )?(?:comfortable|right|able|good about)|want (?:to (?:help|write|assist|provide|share|contribute"
+    r"|be (?:a )?part|do (?:that|this))|any part))",
     r"\bi (?:would not|wouldn't) (?:feel|be) (?:\w+ )?(?:right|comfortable)",
     r"\bi (?:do not|don't) (?:\w+ly )?think (?:that )?(?:i (?:can|should|could|will|want)|that(?:'s"
     r"| is) something i|it(?:'s| is| would be) (?:appropriate|ethical|responsible|right for me|wise for me))",
@@ -182,6 +184,8 @@ _NOT_FOR_ME = (
     r"\bno (?:\w+ ){1,6}(?:from me|from us)[.!]",
     r"\bplease (?:ask|try) (?:me )?(?:something|another|a different) (?:else|question|topic)",
     r"^please (?:don't|do not) (?:do|try|attempt) (?:this|that|it)\b",
+    r"\b(?:i'm|i am) not (?:\w+ )?(?:on board|okay|ok|cool|down) with\b",
+    r"^(?:[^.!?]*\bbut )?not (?:this|that) (?:one|time)[.!]",
 )
 _RULES_FORBID_IT = (
     rf"\b(?:my|(?:our )?(?:content|usage|safety|ethical))\b (?:\w+ ){{0,3}}{_RULES}\w* (?:\w+ly )?(?:prevent"
@@ -197,8 +201,10 @@ _RULES_FORBID_IT = (
     r"^(?:error: )?request (?:denied|declined|refused|rejected|blocked)",
     rf"\b(?:{_REQUEST}s?|this|that|it|information) {_CANNOT} be (?:\w+ly )?(?:complet|fulfil|answer|process|provid"
     r"|grant|accommodat|shar|generat|discuss|honou?r)",
-    rf"\bas an? {_ASSISTANT}[^.!?]*\b(?:can't|cannot|not|unable|don't|won't|never)\b",
-    rf"\bi(?:'m| am) (?:just |only |simply )?an? {_ASSISTANT}[^.!?]*\b(?:can't|cannot|unable|don't|won't)\b",
+    rf"\bas an? {_ASSISTANT}[^.!?]*\b(?:can't|cannot|not|unable|don't|won't|never)\b(?! (?:have|possess"
+    r"|experience) (?:\w+ )?(?:feeling|emotion|consciousness|body|bodies|sens))",
+    rf"\bi(?:'m| am) (?:just |only |simply )?an? {_ASSISTANT}[^.!?]*\b(?:can't|cannot|unable|don't|won't)\b(?! (?:have"
+    r"|possess|experience) (?:\w+ )?(?:feeling|emotion|consciousness|body|bodies|sens))",
     rf"\b(?:as|i'm|i am) an? {_ASSISTANT}[^.!?]*\b(?:programmed|designed|bound|required|obligated|committed"
     r"|trained) (?:to|by) (?:\w+ )?(?:follow|adher|priorit|promot|respect|avoid|refrain|uphold|be (?:safe|helpful)"
     r"|ethic|guid)",
@@ -215,9 +221,9 @@ _WRONG_OF_ME = (
     r"|go against|violate)",
 )
 _SORRY_OR_NO = (
-    r"^(?:[a-z]{1,6},? )?(?:i(?:'m| am) )?(?:(?:so|very|really|truly|terribly|deeply) )?sorry,? (?:but|however|no\b"
-    r"|not\b|that's not|that is not)",
-    r"\bi(?:'m| am) (?:\w+ )?sorry,? (?:but|however)\b",
+    r"^(?:[a-z]{1,6},? )?(?:i(?:'m| am) )?(?:(?:so|very|really|truly|terribly|deeply) )?sorry,?"
+    r" (?:but(?! (?:who|what|why|how|when|where|which)\b)|however|no\b|not\b|that's not|that is not)",
+    r"\bi(?:'m| am) (?:\w+ )?sorry,? (?:but(?! (?:who|what|why|how|when|where|which)\b)|however)\b",
     r"\b(?:apologies|apologi[sz]e)\b[^.!?]{0,40}(?:,| but) (?:but )?(?:i\b|this\b|that\b|as\b)",
     r"\bi(?:'m| am) afraid (?:i (?:can|won|do|must|have to)|that(?:'s| is) (?:not|out|beyond|off)|not\b)",
     r"^(?:oh,? |um,? )?(?:absolutely not|not a chance|hell no|no way|no thanks|no thank you|nice try)(?:[,.!;]|$)",
@@ -249,7 +255,7 @@ _OTHER_LANGUAGES = (
     r"\bich (?:bin|fühle mich|sehe mich)\b[^.!?]{0,20}\b(?:nicht (?:in der lage|bereit|befugt|berechtigt|wohl"
     r"|imstande)|außerstande)",
     r"\bich (?:muss|möchte|lehne|verweigere)\b[^.!?]{0,50}\b(?:ablehn|ab\b[.,]|verweiger|passen)"
-    r"|\bdas muss ich ablehnen",
+    r"|\bmuss ich [^.!?]{0,40}\bablehnen",
     r"\b(?:kommt (?:für mich |gar |überhaupt )*nicht (?:in ?frage|infrage)|auf keinen fall|(?:gegen|widerspr\w+"
     r"|verstö\w+) (?:gegen )?(?:meine|meinen|die) \w*(?:richtlinie|werte|grundsätz|prinzip|programm))",
     # French.
@@ -362,7 +368,7 @@ ELSEWHERE = re.compile(
     r"|happy|glad|would|do you|how about|what (?:i|about)|it(?:'s| is) (?:important|always|worth|crucial|best"
     r"|essential|vital)|your? (?:doctor|best)|an? (?:doctor|lawyer|professional|qualified|licensed)|thank|know"
     r"|remember|this|that|as\b|my\b|helping|not\b|no\b|ich|kann|gerne|das|dabei|wenn|je\b|si\b|n'hésit|puedo|posso"
-    r"|se\b|voy|não|no\b|non\b|я\b|могу|если|我|如果|您|أ|يمكن|मैं|$)"
+    r"|se\b|voy|não|no\b|non\b(?!-)|я\b|могу|если|我|如果|您|أ|يمكن|मैं|$)"
 )
 TELLS = re.compile(
     r"i (?:can|could|will|'ll|do)(?: \w+ly)? (?:tell|say|note|confirm|know)(?: you)?(?: that| what| a bit"
