@@ -562,7 +562,7 @@ def lm_eval(
         bool, typer.Option("--apply-chat-template", help="Put prompts into the model's chat template.")
     ] = False,
     include_path: Annotated[Optional[Path], typer.Option(help="Directory with task files (YAML) of your own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the examples shown.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the examples shown; lm-eval's own by default.")] = 1234,
 ) -> None:
     """lm-evaluation-harness's own tasks on the same models: its protocol beside castune's."""
     from castune import evaluations

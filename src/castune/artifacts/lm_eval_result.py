@@ -102,7 +102,7 @@ class LmEvalResult:
             ArtifactError: missing, damaged, of another kind or schema version.
         """
         path = _file(path)
-        record = read_json(path, _KIND, "castune.evaluate.lm_eval.lm_eval_results(model, tokenizer, tasks=...)")
+        record = read_json(path, _KIND, "castune lm-eval RUN --tasks TASKS")
         return parsed(path, _KIND, lambda: _from_record(record))
 
 

@@ -137,10 +137,14 @@ def _takes_rows_out(cache: Cache) -> bool:
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     # A PEFT model hands its config to the model it wraps, so both are restored.
     owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
-    shipped = [owner.generation_config for owner in owners]
+    shipped = [vars(owner).get("generation_config") for owner in owners]
     try:
         model.generation_config = config
         yield
     finally:
         for owner, before in zip(owners, shipped, strict=True):
-            owner.generation_config = before
+            if before is not None:
+                owner.generation_config = before
+            elif "generation_config" in vars(owner):
+                # It shows that of the model it wraps, and shall go on to.
+                del owner.generation_config

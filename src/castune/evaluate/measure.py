@@ -47,7 +47,7 @@ def answers(backend: Backend, suite: Suite, config: EvaluateConfig, journal: Jou
             )
             known.update(found)
             seconds += took
-        advance(len(batch))
+        advance(len(batch) * suite.cost(config))
     return Answers([known.get(index) for index in range(len(suite.examples))], seconds)
 
 

@@ -98,8 +98,8 @@ def evaluate_on(
     journal = Journal.of(None if out is None else Path(out), key)
     results: list[SuiteResult] = []
     samples: list[Sample] = []
-    n_examples = sum(len(suite.examples) for suite in suites)
-    with progress(f"evaluating {name}", n_examples) as advance:
+    cost = sum(len(suite.examples) * suite.cost(config) for suite in suites)
+    with progress(f"evaluating {name}", cost) as advance:
         found = [answers(backend, suite, config, journal, advance) for suite in suites]
     for suite, given, data_hash in zip(suites, found, hashes, strict=True):
         of_suite = judged(_samples(suite, given.values, config), by)

@@ -20,6 +20,8 @@ _REASONING_TOKENS = {"gsm8k": 1024, "math": 2048}
 _USUAL_REASONING_TOKENS = 1024
 # Enough for "The answer is (B) ..." where letters are not scored but written.
 _LETTER_TOKENS = 64
+# Tokens that are decoded in the time of scoring a question.
+_SCORED_AS_DECODED = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Suite:
         if first.is_problem:
             return config.reasoning_tokens or _REASONING_TOKENS.get(self.name, _USUAL_REASONING_TOKENS)
         return config.max_new_tokens
+
+    def cost(self, config: EvaluateConfig) -> float:
+        """About what an example takes, against one whose choices are scored: for the time that is left."""
+        return 1.0 if self.is_scored(config) else 1.0 + self.reply_tokens(config) / _SCORED_AS_DECODED
 
 
 def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite:
