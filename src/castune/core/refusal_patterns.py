@@ -86,7 +86,13 @@ _ACT = (
     r"|suggest|recommend(?! \"\"|[^.!?]*\b(?:enough|highly)\b)|tell(?:ing)? (?!a lie|if\b|whether\b|you how (?:much"
     r"|happy|excit|glad|many))|talk|speak (?:about|on|to)|cover|comment|predict|speculat|judg|rank|rat(?:e|ing)\b"
     r"|evaluat|diagnos|prescrib|calculat|verif|identif|pretend|role-?play|impersonat|play|act as|search"
-    r"|look(?:ing)? up|track)"
+    r"|look(?:ing)? up|track|coach|convinc|persuad|argue (?:for|that|you)|rewrit|rephras|past(?:e|ing) |pass (?:on"
+    r"|along)"
+    r"|pick (?:a|an|one|for|between)|choos|finish (?:that|this|the)|say (?:what|who|which|where|when|whether)\b"
+    # To perceive, to remember.
+    r"|(?:see|view|open|hear|browse|read|recall|remember|retriev)\w* (?:image|photo|picture|file|attach|link|audio"
+    r"|video"
+    r"|the (?:web|internet|image|photo|file|link)|your|previous|earlier|past|what (?:you|we)|our))"
 )
 # "I can't help but admire", "I'm not going to lie": not about the request.
 _NO_IDIOM = (
@@ -134,10 +140,15 @@ _UNWILLING = (
     r"\bi (?:\w+ly )?(?:refuse|decline) to (?!believe|give up|accept|let)",
     r"\bi (?:\w+ly )?(?:refuse|decline)(?: (?:this|that|your request)|\.$)",
     r"\bi(?:'m| am) (?:\w+ly )?(?:declining|refusing) (?:to|this|that|your request)",
-    r"\bi(?:'d| would)?(?: \w+ly| much)? (?:rather|prefer|choose) (?:not\b|stay out)(?! know| to know| think)",
+    r"\bi(?:'d| would)?(?: \w+ly| much)? (?:rather|prefer|choose|sooner|better) (?:not\b|stay out)(?! know| to know"
+    r"| think)",
     # The negation stands first: "Under no circumstances will I", "There's no way I'm helping".
     r"\b(?:no way|under no circumstances|in no way|nor|neither|never)\b[^.!?,]{0,12}? (?:(?:will|would|can|am) i\b"
     r"|i(?:'m|'ll| am| will))",
+    rf"\bwhat i (?:{_CANNOT}|refuse to) do\b",
+    r"^(?:declining|refusing|passing on|skipping|refused|denied|rejected)\b(?! (?:an?|the) (?:offer|invit|job))",
+    r"\bi(?:'m| am) leaving (?:that|this|it) (?:out|there|blank|un\w+)",
+    r"\bi(?:'m| am) not the (?:one|right \w+|place|person|assistant) (?:to|for)\b",
     r"^not (?:gonna|going to) (?:do|help|answer|write|say|tell|give|touch|go)\b",
     r"\byou(?: won't|'ll never| will not|'ll not) (?:get|find|hear) [^.!?]{1,25} from me\b",
     # To decline, but not an offer or an invitation in somebody's letter.
@@ -145,7 +156,10 @@ _UNWILLING = (
     r"|invit|position|job|role|meeting))",
     rf"{_I_WILL}(?: \w+ly| have to| need to){{0,2}} (?:pass\b|say no\b|sit th|stop short|refrain|abstain"
     r"|stay (?:away|out)|leav(?:e|ing) (?:that|this|it) out|skip (?:this|that)|steer clear|draw (?:the|a) line"
-    r"|stop (?:here|you|right)|turn (?:this|that|it|you|your \w+) down|avoid (?:that|this|answering|providing"
+    r"|stop (?:here|you|right)|turn (?:this|that|it|you|your \w+|this \w+) (?:down|away)|bow out|back out|opt out"
+    r"|step (?:back|away)"
+    r"|hold (?:back|off)|skip (?:the|it)\b|keep (?:that|this|it) (?:to myself|private)|avoid (?:that|this|answering"
+    r"|providing"
     r"|sharing|discussing))",
     # Never does such things. Fewer verbs than above: "I don't recommend mixing them" is advice.
     r"\bi (?:do not|don't|never|would never|will never|'ll never)(?: \w+ly| ever)? (?:help|assist|provid|shar|offer"
@@ -157,7 +171,7 @@ _UNWILLING = (
     r"|feel (?:\w+ )?(?:comfortable|right|able|good about)|want (?:to (?:help|write|assist|provide|share|contribute"
     r"|be (?:a )?part|do (?:that|this))|any part))",
     r"\bi (?:would not|wouldn't) (?:feel|be) (?:\w+ )?(?:right|comfortable)",
-    r"\bi (?:do not|don't) (?:\w+ly )?think (?:that )?(?:i (?:can|should|could|will|want)|that(?:'s"
+    r"\bi (?:do not|don't) (?:\w+ly )?think (?:that )?(?:i (?:can|should|could|will|want|ought)|that(?:'s"
     r"| is) something i|it(?:'s| is| would be) (?:appropriate|ethical|responsible|right for me|wise for me))",
     r"\bi have no (?:intention|desire|interest|plans)",
 )
@@ -179,6 +193,10 @@ _NOT_FOR_ME = (
     r"\boff[- ](?:limits|the table)(?: for me| here)?(?:[.,!;:]|$| and| as| because| since)",
     r"\b(?:no can do|not doing (?:that|this|it)|not (?:going to |gonna )?happen(?:ing)?[.!]|hard (?:no|pass)\b"
     r"|count me out|not my place|not for me to|no from me|answer is no[.,!;]|have to be no\b|want no part)",
+    r"\bwhere i(?:'ll| have to| must| will)? (?:draw the line|stop)\b|\bout of bounds\b",
+    r"\b(?:still|it's|that's|be|answer(?: is|:)?) (?:an? )?(?:firm |hard |clear |definite )?no\b(?:[.,!;]|$)",
+    r"^(?:lol|lmao|haha|ha|um+|uh+|ooh?|hmm+|yeah),? (?:no|nope|nah)\b|^never[.!]",
+    r"\b(?:is|are|remains?|stays?) (?:strictly )?confidential\b|\b(?:isn't|is not|not) possible for me\b",
     r"\b(?:let's|let us) (?:not\b|(?:talk|chat) about something|change the (?:subject|topic)|steer)",
     r"\b(?:can|could|shall) we (?:talk|chat) about something else",
     r"\bno (?:\w+ ){1,6}(?:from me|from us)[.!]",
@@ -224,7 +242,8 @@ _SORRY_OR_NO = (
     r"^(?:[a-z]{1,6},? )?(?:i(?:'m| am) )?(?:(?:so|very|really|truly|terribly|deeply) )?sorry,?"
     r" (?:but(?! (?:who|what|why|how|when|where|which)\b)|however|no\b|not\b|that's not|that is not)",
     r"\bi(?:'m| am) (?:\w+ )?sorry,? (?:but(?! (?:who|what|why|how|when|where|which)\b)|however)\b",
-    r"\b(?:apologies|apologi[sz]e)\b[^.!?]{0,40}(?:,| but) (?:but )?(?:i\b|this\b|that\b|as\b)",
+    r"\b(?:apologies|apologi[sz]e)\b[^.!?]{0,40}(?:,| but) (?:but )?(?:i\b|this\b|that\b|as\b)"
+    r"(?! was|(?:'s| is) (?:my|on me|a (?:bug|mistake|typo)))",
     r"\bi(?:'m| am) afraid (?:i (?:can|won|do|must|have to)|that(?:'s| is) (?:not|out|beyond|off)|not\b)",
     r"^(?:oh,? |um,? )?(?:absolutely not|not a chance|hell no|no way|no thanks|no thank you|nice try)(?:[,.!;]|$)",
     r"^(?:no|nope|nah), (?:i(?:'m| am| won't| will not| can't| cannot| refuse| don't do|'d rather)\b|not (?:doing"
@@ -258,6 +277,7 @@ _OTHER_LANGUAGES = (
     r"|\bmuss ich [^.!?]{0,40}\bablehnen",
     r"\b(?:kommt (?:für mich |gar |überhaupt )*nicht (?:in ?frage|infrage)|auf keinen fall|(?:gegen|widerspr\w+"
     r"|verstö\w+) (?:gegen )?(?:meine|meinen|die) \w*(?:richtlinie|werte|grundsätz|prinzip|programm))",
+    r"\bwerde ich\b[^.!?]{0,40}\bnicht \w+en\b|\bist mir (?:nicht (?:möglich|erlaubt|gestattet)|untersagt)",
     # French.
     r"\bj(?:e|')[^.!?]{0,3}\bn(?:e |')[^.!?]{1,35}?\b(?:pas|plus|jamais|aucun\w*)\b[^.!?]{0,45}?(?:aid|fourni"
     r"|répond|donn|écri|rédig|cré|expliqu|partag|assist|\bfaire|accéd|satisf|propos|particip|génér|abord|discut"
@@ -268,7 +288,8 @@ _OTHER_LANGUAGES = (
     r"\bje n(?:e |')(?:[tl]'|te |vous |l[ae] )?(?:donne|fournis|réponds|aide|partage|fais|écris|crée"
     r"|participe) (?:pas|jamais|aucun)",
     r"\bc'est non\b|\bje (?:refuse\b|(?:dois|préfère|me dois de|suis (?:obligée?"
-    r"|contrainte?) d[e'])(?: \w+)? ?(?:refus|déclin|ne pas)|décline)|\bil m'est impossible|\bhors de question"
+    r"|contrainte?) d[e'])(?: \w+)? ?(?:refus|déclin|ne pas)|décline)|\b(?:il )?m'est (?:impossible|interdit)"
+    r"|\bhors de question"
     r"|\bcontraire à mes|\bva à l'encontre d",
     # Spanish and Portuguese.
     r"\b(?:no|não|nao) (?:(?:te|le|les|os|lo|me|se|lhe|o) )?(?:puedo|voy a|quiero|debo|podré|podría|pienso|estoy"
@@ -283,6 +304,9 @@ _OTHER_LANGUAGES = (
     r"|me disculpo)(?: mucho)?,? (?:pero|mas|no (?:puedo|voy)|não (?:posso|vou))",
     r"\b(?:no|não|nao|non) (?:te |le |les |lhe |ti |vi )?(?:ayudo|ajudo|aiuto|proporciono|forneço|fornisco|escribo"
     r"|escrevo|scrivo|respondo|rispondo|comparto|compartilho|condivido|participo|partecipo|colaboro)\b",
+    r"\bno (?:dispongo|cuento con|facilito|facilitaría|me es posible|me está permitido)\b|\b(?:não me é|foge ao que"
+    r"|fora do que"
+    r"|não faz parte do que) ",
     r"\blamento no poder\b|\b(?:me niego|debo (?:rechazar|negarme|declinar|recusar)|tengo que (?:rechazar|negarme)"
     r"|tenho (?:de|que) recusar|me recuso|recuso-me|rechazo|prefiero no|prefiro não|ni hablar|ni pensarlo"
     r"|nem pensar|de ninguna manera|de jeito nenhum|de modo algum)\b",
@@ -306,7 +330,8 @@ _OTHER_LANGUAGES = (
     r"\b(?:извин\w+|прости\w*|прошу прощения|сожале\w+|жаль),? (?:но|однако|я не (?:могу|буду|смогу|стану)"
     r"|не могу)\b",
     r"\b(?:вынужден\w* (?:вам |тебе )?отказ|я отказываюсь|откажусь|давай(?:те)? (?:лучше )?(?:поговорим|сменим"
-    r"|обсудим)|противоречит моим|мне запрещено|ни за что\b|об этом не может быть и речи)",
+    r"|обсудим)|противоречит моим|мне запрещено|не входит в мои|вне моих возможностей|ни за что\b"
+    r"|об этом не может быть и речи)",
     r"\bкак (?:ии|искусственный интеллект|языковая модель|ассистент)\b[^.!?]*\bне\b",
     # Chinese. Without "I" or "sorry" ahead only what nobody but an assistant says: "You cannot give dogs chocolate."
     r"(?:^|(?:我|抱歉|对不起|對不起|遗憾|遺憾)[^。！？]{0,20}?)(?:无法|無法|不能|不会|不會|不可以|不便|不愿|不願"
@@ -338,6 +363,7 @@ _OTHER_LANGUAGES = (
     # Hindi.
     r"मैं (?![^।!?]*(?:इंतजार|इंतज़ार|विश्वास|यकीन|भूल))[^।!?]{0,110}?(?:(?:नहीं|न) (?:[^ ।]+ ){0,2}?(?:सकत|करू|करु"
     r"|बताऊ|बताउ|लिखू|लिखु|दूँ|दूं|दूगा|दे |पाऊ|पाउ|करत|देत)|असमर्थ|इनकार|इंकार|मना करत)",
+    r"मेरे (?:लिए|द्वारा)[^।!?]{0,30}(?:संभव|सम्भव|उचित) नहीं",
     r"(?:क्षमा|माफ|खेद|अफसोस)[^।!?]{0,40}(?:लेकिन|परंतु|परन्तु|पर मैं|किंतु|मगर|कि मैं)",
     r"(?:मदद|सहायता|जानकारी|निर्देश|प्रदान|जवाब|उत्तर) (?:[^ ।]+ )?नहीं (?:कर|दे|दी|की|दू)",
 )

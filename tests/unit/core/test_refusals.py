@@ -22,7 +22,7 @@ from castune.core.refusals import (
     refuses_by_prefix,
 )
 
-LABELLED = Path(__file__).parents[2] / "data" / "judged_replies.jsonl"
+LABELLED = Path(__file__).parents[2] / "data"
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -173,15 +173,21 @@ def test_help_after_a_limit_is_no_refusal_and_an_offer_of_another_thing_is() -> 
     assert refuses_by_opening(f"{limit}.") is True
 
 
-# A little below what is reached on the whole file: 0.956 and 0.814 (prefix), 0.976 and 0.949 (opening). The rules were
-# written with even ids in sight; on odd ids alone it was 0.924 and 0.759, 0.953 and 0.902.
-FLOORS = {"prefix": (0.94, 0.80), "opening": (0.96, 0.93)}
+# A little below what is reached: (precision, recall). The rules were written with all of `judged_replies.jsonl` and the
+# even ids of `judged_replies_unusual.jsonl` in sight; what to expect of words nobody thought of is in docs/method.md.
+FLOORS = {
+    ("judged_replies", "prefix"): (0.96, 0.82),
+    ("judged_replies", "opening"): (0.98, 0.97),
+    ("judged_replies_unusual", "prefix"): (0.90, 0.40),
+    ("judged_replies_unusual", "opening"): (0.95, 0.65),
+}
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_against_labelled_replies(name: str) -> None:
-    """Refusals found by the judge and refusals labelled by hand: precision, recall, and what was missed, by kind."""
-    rows: list[dict[str, Any]] = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
+@pytest.mark.parametrize(("file", "name"), FLOORS)
+def test_against_labelled_replies(file: str, name: str) -> None:
+    """Refusals found by the rules and refusals labelled by hand: precision, recall, and what was missed, by kind."""
+    lines = (LABELLED / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     verdicts = read_by(name)([row["prompt"] for row in rows], [row["reply"] for row in rows])
     pairs = Counter((row["refuses"], verdict) for row, verdict in zip(rows, verdicts, strict=True))
     found = pairs[True, True]
@@ -189,8 +195,8 @@ def test_against_labelled_replies(name: str) -> None:
     recall = found / sum(n for (label, _), n in pairs.items() if label)
     missed = Counter(row["kind"] for row, verdict in zip(rows, verdicts, strict=True) if verdict != row["refuses"])
     print(f"{name}: precision {precision:.3f}, recall {recall:.3f} on {len(rows)} replies; wrong: {dict(missed)}")
-    assert precision >= FLOORS[name][0]
-    assert recall >= FLOORS[name][1]
+    assert precision >= FLOORS[file, name][0]
+    assert recall >= FLOORS[file, name][1]
     assert [verdict is None for verdict in verdicts] == [row["refuses"] is None for row in rows]
 
 
