@@ -22,8 +22,9 @@ from castune.core.scoring import choice_scores, question_rows, score_rows, share
 from castune.data.chat import ChatFormat
 from castune.evaluate.suites import Suite
 
-# A decoding step computes one token a row, so rows x length may be larger than in a forward over whole rows.
-_DECODED = 4
+# A decoding step computes one token a row and reads all weights, so rows x length may be far larger than in a forward
+# over whole rows: what fills up are keys and values. The prompts, which do run as whole rows, are held to less.
+_DECODED, _PROMPTS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class TransformersBackend(Backend):
     def _replies(self, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> Work:
         max_new_tokens = suite.reply_tokens(config)
         prompts = [chat.prompt_ids(example)[0] for example in suite.examples]
-        batch_tokens = _DECODED * config.batch_tokens
+        most = _DECODED * config.batch_tokens
 
         def answer(indices: Sequence[int]) -> list[Any]:
             replies = generate_replies(
@@ -137,12 +138,12 @@ class TransformersBackend(Backend):
                 [prompts[index] for index in indices],
                 max_new_tokens=max_new_tokens,
                 end_tokens=chat.end_tokens(self.model),
-                batch_tokens=batch_tokens,
+                batch_tokens=most,
             )
             return list(map(plain_reply, replies))
 
-        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-        return Work(batches_by_length(lengths, batch_tokens), answer)
+        lengths = [max(len(prompt) + max_new_tokens, len(prompt) * _DECODED // _PROMPTS) for prompt in prompts]
+        return Work(batches_by_length(lengths, most), answer)
 
 
 def plain_reply(reply: Reply) -> dict[str, Any]:
