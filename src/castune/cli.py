@@ -498,6 +498,9 @@ def evaluate(
             "model by its name and every adapter by the name of its arm."
         ),
     ] = "hf",
+    served_model: Annotated[
+        Optional[str], typer.Option(help="What the server calls the model, where that is not its name in the recipe.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of replies to prompts.")] = 64,
     reasoning_tokens: Annotated[
         Optional[int], typer.Option(help="Length limit of worked answers; 1,024 for gsm8k, 2,048 for math when absent.")
@@ -520,6 +523,7 @@ def evaluate(
         "limit": limit,
         "judge": judge,
         "backend": backend,
+        "served_model": served_model,
         "max_new_tokens": max_new_tokens,
         "reasoning_tokens": reasoning_tokens,
         "letters": letters,

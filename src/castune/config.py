@@ -212,6 +212,8 @@ class EvaluateConfig(_Config):
     (`castune.judge_name`)."""
     backend: Literal["hf", "vllm", "openai"] = "hf"
     """Where models run: transformers here, a vLLM engine here, or an OpenAI-compatible server (`OPENAI_BASE_URL`)."""
+    served_model: str | None = None
+    """What the server of backend `openai` calls the model, where that is not its name in the recipe."""
     max_new_tokens: Count = 64
     """Length limit of replies to harmful and harmless prompts."""
     reasoning_tokens: Count | None = None

@@ -139,7 +139,7 @@ def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Pat
     if loaded is not None:
         return TransformersHost(*loaded)
     if recipe.evaluate.backend == "openai":
-        return ServerHost(recipe.model)
+        return ServerHost(recipe.evaluate.served_model or recipe.model)
     _, tokenizer = load_config(recipe.model, revision=recipe.revision)
     return VllmEngine(
         model_source(recipe.model), tokenizer, revision=recipe.revision, dtype=recipe.dtype, adapters=adapters
