@@ -35,7 +35,8 @@ class Work:
         batches: numbers of the examples that are answered together. They depend on the suite and the settings alone,
             so that a run that was killed and continued measures what it would have measured without.
         answer: from a batch to an answer each, in plain JSON. A suite whose choices are scored: a float a choice, None
-            where not finite. Any other: `text`, `finished`, `tokens` of the reply; None where there is no reply.
+            where not finite. Any other: `text`, `finished`, `tokens` of the reply, and whether its prompt was `cut`;
+            None where there is no reply.
     """
 
     batches: Iterable[Sequence[int]]
@@ -128,7 +129,7 @@ class TransformersBackend(Backend):
 
     def _replies(self, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> Work:
         max_new_tokens = suite.reply_tokens(config)
-        prompts = [chat.prompt_ids(example)[0] for example in suite.examples]
+        prompts, cut = zip(*(chat.prompt_ids(example) for example in suite.examples), strict=True)
         most = _DECODED * config.batch_tokens
 
         def answer(indices: Sequence[int]) -> list[Any]:
@@ -140,12 +141,12 @@ class TransformersBackend(Backend):
                 end_tokens=chat.end_tokens(self.model),
                 batch_tokens=most,
             )
-            return list(map(plain_reply, replies))
+            return [plain_reply(reply, cut[index]) for index, reply in zip(indices, replies, strict=True)]
 
         lengths = [max(len(prompt) + max_new_tokens, len(prompt) * _DECODED // _PROMPTS) for prompt in prompts]
         return Work(batches_by_length(lengths, most), answer)
 
 
-def plain_reply(reply: Reply) -> dict[str, Any]:
+def plain_reply(reply: Reply, cut: bool) -> dict[str, Any]:
     """A reply as it is kept."""
-    return {"text": reply.text, "finished": reply.finished, "tokens": len(reply.tokens)}
+    return {"text": reply.text, "finished": reply.finished, "tokens": len(reply.tokens), "cut": cut}

@@ -56,6 +56,7 @@ def _extra(samples: Sequence[Sample]) -> dict[str, float | None]:
         found |= {
             "replies_cut_off": sum(not sample["finished"] for sample in there),
             "replies_missing": len(samples) - len(there),
+            "prompts_cut": sum(bool(sample.get("cut")) for sample in there),
             "generated_tokens": sum(sample.get("tokens") or 0 for sample in there),
         }
         if "target" in first:

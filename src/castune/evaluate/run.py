@@ -167,6 +167,8 @@ def _reply_sample(example: Example, found: dict[str, Any] | None) -> Sample:
         sample["missing"] = True
     else:
         sample |= {"finished": found["finished"], "tokens": found["tokens"]}
+        if found["cut"]:
+            sample["cut"] = True
     if example.is_question:
         letter = stated_letter(reply, len(example.choices))
         right = LETTERS[example.answer or 0]

@@ -108,4 +108,5 @@ class ServerBackend(Backend):
 def _plain(found: Completion | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    return {"text": found.text, "finished": found.finished, "tokens": found.tokens}
+    # A server refuses what is too long for its model.
+    return {"text": found.text, "finished": found.finished, "tokens": found.tokens, "cut": False}

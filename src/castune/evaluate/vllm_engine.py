@@ -152,20 +152,18 @@ class VllmBackend(Backend):
 
     def _replies(self, chat: ChatFormat, examples: Sequence[Example], max_new_tokens: int) -> list[Any]:
         end = chat.end_tokens(self.engine)
+        prompts = [chat.prompt_ids(example) for example in examples]
         outputs = self.engine.run(
-            [chat.prompt_ids(example)[0] for example in examples],
-            self.request,
-            max_tokens=max_new_tokens,
-            stop_token_ids=end,
+            [ids for ids, _ in prompts], self.request, max_tokens=max_new_tokens, stop_token_ids=end
         )
         found = []
-        for output in outputs:
+        for output, (_, cut) in zip(outputs, prompts, strict=True):
             tokens = list(output.outputs[0].token_ids)
             # The token that stopped it may be among them, and is not part of the reply.
             stop = next((n for n, token in enumerate(tokens) if token in end), None)
             kept = tuple(tokens[:stop])
             text = self.engine.tokenizer.decode(kept, skip_special_tokens=True)
-            found.append(plain_reply(Reply(text, kept, output.outputs[0].finish_reason == "stop")))
+            found.append(plain_reply(Reply(text, kept, output.outputs[0].finish_reason == "stop"), cut))
         return found
 
     def _scores(self, chat: ChatFormat, examples: Sequence[Example]) -> list[Any]:

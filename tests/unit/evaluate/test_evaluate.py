@@ -201,7 +201,7 @@ class Failing(Backend):
     def work(self, suite: Suite, config: EvaluateConfig) -> Work:
         def answer(indices: Sequence[int]) -> list[Any]:
             self.asked += indices
-            there = {"text": "I cannot help with that.", "finished": True, "tokens": None}
+            there = {"text": "I cannot help with that.", "finished": True, "tokens": None, "cut": False}
             return [None if index % 2 and not self.is_mended else there for index in indices]
 
         return Work([range(3), range(3, len(suite.examples))], answer)
@@ -394,3 +394,11 @@ def test_judging_again_needs_no_model(tiny_model: Callable[..., Any], tiny_token
     assert refusals[2] is True
     assert again.suites[0].value == pytest.approx(sum(map(bool, refusals)) / sum(r is not None for r in refusals))
     assert dataclasses.replace(again.suites[1]) == result.suites[1]
+
+
+def test_prompts_that_are_cut_are_counted(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    prompts = [Example(id="long", prompt="word " * 200), Example(id="short", prompt="word")]
+    config = CONFIG.model_copy(update={"max_length": 100})
+    result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("safety", prompts)], config=config)
+    assert result.suites[0].extra["prompts_cut"] == 1
+    assert [bool(sample.get("cut")) for sample in result.samples] == [True, False]
