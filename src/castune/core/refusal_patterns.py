@@ -86,7 +86,8 @@ _ACT = (
     r"|suggest|recommend(?! \"\"|[^.!?]*\b(?:enough|highly)\b)|tell(?:ing)? (?!a lie|if\b|whether\b|you how (?:much"
     r"|happy|excit|glad|many))|talk|speak (?:about|on|to)|cover|comment|predict|speculat|judg|rank|rat(?:e|ing)\b"
     r"|evaluat|diagnos|prescrib|calculat|verif|identif|pretend|role-?play|impersonat|play|act as|search"
-    r"|look(?:ing)? up|track|coach|convinc|persuad|argue (?:for|that|you)|rewrit|rephras|past(?:e|ing) |pass (?:on"
+    r"|look(?:ing)? up|track|edit|modif|interact|coach|convinc|persuad|argue (?:for|that|you)|rewrit|rephras"
+    r"|past(?:e|ing) |pass (?:on"
     r"|along)"
     r"|pick (?:a|an|one|for|between)|choos|finish (?:that|this|the)|say (?:what|who|which|where|when|whether)\b"
     # To perceive, to remember.
@@ -118,6 +119,7 @@ _WRONG = (
 _UNABLE_TO_DO_IT = (
     rf"\bi(?: {_ADVERB})? {_CANNOT}{_TO_DO}",
     rf"{_I_AM} (?:\w+ly )?{_NOT_ABLE}{_TO_DO}",
+    rf"{_I_AM} (?:\w+ly )?(?:not (?:\w+ly )?capable|incapable) of (?:{_ADVERB} )?{_ACT}",
     # The subject stands further ahead: "I am bound by guidelines and cannot provide it".
     rf"\bi\b[^.!?]*,? (?:and|so|but|therefore) (?:{_ADVERB} )?(?:{_CANNOT}|{_NOT_ABLE}){_TO_DO}",
     # No subject: "Sorry! Can't help with that."
