@@ -168,7 +168,7 @@ def _suite_cell(arm: str, suite: str, evaluations: Mapping[str, EvalResult], cha
     lines = [tag("span", with_error(result, percent), class_="value")]
     if arm != BASE:
         lines.append(_change(change))
-    ends = "" if result.interval is None else "95 % {} to {}, ".format(*map(percent, result.interval))
+    ends = "" if result.interval is None else "{} to {}, ".format(*map(percent, result.interval))
     lines.append(tag("small", f"{ends}n = {result.n:,}, {result.unscored:,} unscored"))
     if len(_all_conditions(suite, evaluations)) > 1:
         lines.append(tag("small", _conditions(result)))
