@@ -18,6 +18,8 @@ class ChatServer:
     def __init__(self, tokenizer: Any, models: dict[str, Any]) -> None:
         self.tokenizer, self.models = tokenizer, models
         self.broken: set[str] = set()
+        # Prompts that every model answers like the first.
+        self.alike: set[str] = set()
         self.lock = threading.Lock()
         outer = self
 
@@ -53,6 +55,8 @@ class ChatServer:
         text = self.tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
         ids, new, end = self.tokenizer(text, add_special_tokens=False)["input_ids"], [], ChatFormat(self.tokenizer)
         reason, model = "length", self.models[request["model"]]
+        if request["messages"][-1]["content"] in self.alike:
+            model = next(iter(self.models.values()))
         while len(new) < request["max_tokens"]:
             token = int(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax())
             if token in end.end_tokens(model):

@@ -567,6 +567,9 @@ def lm_eval(
     ] = False,
     include_path: Annotated[Optional[Path], typer.Option(help="Directory with task files (YAML) of your own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the examples shown; lm-eval's own by default.")] = 1234,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget what was measured with other options.")
+    ] = False,
 ) -> None:
     """lm-evaluation-harness's own tasks on the same models: its protocol beside castune's."""
     from castune import evaluations
@@ -582,7 +585,7 @@ def lm_eval(
         "seed": seed,
     }
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    show_lm_eval(evaluations.lm_eval_step(folder, folder.load_recipe(), names, **options))
+    show_lm_eval(evaluations.lm_eval_step(folder, folder.load_recipe(), names, overwrite=overwrite, **options))
 
 
 @app.command()

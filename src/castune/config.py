@@ -227,6 +227,12 @@ class EvaluateConfig(_Config):
     seed: int = 0
     """Seed of the subsets: the same everywhere."""
 
+    @model_validator(mode="after")
+    def _name_at_the_server(self) -> EvaluateConfig:
+        if self.served_model is not None and self.backend != "openai":
+            raise ValueError(f"evaluate.served_model has no effect with backend {self.backend}; it goes with openai")
+        return self
+
     @field_validator("judge")
     @classmethod
     def _known_judge(cls, judge: str) -> str:

@@ -160,7 +160,7 @@ def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, CostR
     for name, result in evaluations.items():
         by_name = {suite.suite: suite for suite in result.suites}
         cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
-        table.add_row(name, *cells, "" if name not in ratios else cost_ratio(name, evaluations, ratios))
+        table.add_row(name, *cells, "" if name not in ratios else cost_ratio(name, ratios))
     _show(table)
 
 

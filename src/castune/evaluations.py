@@ -15,17 +15,37 @@ from castune.core.provenance import model_record
 from castune.data.example import content_hash
 from castune.errors import ArtifactError
 from castune.evaluate.backend import Host, TransformersHost
-from castune.evaluate.judges import judge
+from castune.evaluate.endpoint import Endpoint, require_openai, server_address
+from castune.evaluate.judges import NotJudged, judge
 from castune.evaluate.judging import judge_again
 from castune.evaluate.lm_eval import lm_eval_results, require_lm_eval
 from castune.evaluate.run import evaluate_on
-from castune.evaluate.server import ServerHost
+from castune.evaluate.server import ServerHost, require_replies_only
 from castune.evaluate.stats import CostRatio, PairedDifference, Pairs, bootstrap_cost_ratio, paired_difference
 from castune.evaluate.suites import Suite
-from castune.evaluate.vllm_engine import VllmEngine
+from castune.evaluate.vllm_engine import VllmEngine, require_vllm
+from castune.judge_name import JudgeName
 from castune.run_directory import BASE, RunDirectory
 
 logger = logging.getLogger(__name__)
+
+
+def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
+    """Refuse settings whose judge or backend cannot be had, before hours are spent on what is evaluated.
+
+    Raises:
+        CastuneError: a package, a model, a key or a server is missing, or a suite cannot be measured there.
+    """
+    for name in JudgeName.parse(config.judge):
+        if name.kind == "openai":
+            Endpoint(name.model).check()
+        elif name.kind == "wildguard":
+            load_config(name.model)
+    if config.backend == "vllm":
+        require_vllm()
+    if config.backend == "openai":
+        require_openai()
+        require_replies_only(suites, config)
 
 
 def evaluate_step(
@@ -33,89 +53,127 @@ def evaluate_step(
 ) -> dict[str, EvalResult]:
     """Evaluations of the base model and every arm with an adapter, made where missing or older than the adapter.
 
-    Where only the judge is another one, the replies that are stored are judged again.
+    What is stored is judged again where its judge is another one, or its rules have changed.
 
     Args:
         folder: the run.
         recipe: its recipe, with the settings of the evaluation.
         suites: what is measured.
-        loaded: the recipe's model and tokenizer, if they are loaded already.
+        loaded: the recipe's model and tokenizer, if they are loaded already; for the backend `hf`.
     """
     config = recipe.evaluate
-    by = judge(config.judge)
+    require_evaluation(config, suites)
     if config.backend == "hf":
         loaded = loaded or load_model(recipe)
         identity = model_record(loaded[0])
     else:
         # The model's weights are elsewhere: it is the one of the map by its name.
         identity = {**folder.load_map().metadata["model"], "dtype": recipe.dtype, "device": config.backend}
+        if config.backend == "openai":
+            identity["server"] = server_address()
     adapters, records = _models(folder, identity)
-    host = None
-    for name, adapter in adapters.items():
-        stored = _stored_evaluation(folder.evaluation(name), records[name], config, suites)
-        if stored is not None:
-            if stored.settings["judge"] != config.judge:
-                logger.info("evaluation of %s: judged again by %s", name, config.judge)
-                judge_again(stored, by).save(folder.evaluation(name))
-            else:
-                logger.info("evaluation of %s: already there", name)
-            continue
-        logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in suites))
-        host = host or _host(recipe, loaded, [path for path in adapters.values() if path is not None])
-        with host.backend(name, adapter) as backend:
-            result = evaluate_on(
-                backend,
-                suites=suites,
-                config=config,
-                by=by,
-                name=name,
-                out=folder.evaluation(name),
-                model_info=records[name],
-            )
-        folder.record_step(f"evaluate {name}", result.provenance)
-    return folder.load_evaluations()
+    names = [n for n in adapters if _stored_evaluation(folder.evaluation(n), records[n], config, suites) is None]
+    for name in adapters.keys() - set(names):
+        logger.info("evaluation of %s: already there", name)
+    if names:
+        host = _host(recipe, loaded, [path for path in adapters.values() if path is not None])
+        # An adapter without effect is told by the base model beside it.
+        host.check({name: adapter for name, adapter in adapters.items() if name in (*names, BASE)}, suites, config)
+        for name in names:
+            logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in suites))
+            with host.backend(name, adapters[name]) as backend:
+                result = evaluate_on(
+                    backend,
+                    suites=suites,
+                    config=config,
+                    by=NotJudged(),
+                    name=name,
+                    out=folder.evaluation(name),
+                    model_info=records[name],
+                )
+            folder.record_step(f"evaluate {name}", result.provenance)
+        # There need not be room for a judge's model beside it.
+        del host, backend
+    del loaded
+    return judge_step(folder, config.judge)
+
+
+def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Path]) -> Host:
+    """Where the recipe's model and its adapters run."""
+    if recipe.evaluate.backend == "openai":
+        return ServerHost(recipe.evaluate.served_model or recipe.model)
+    if recipe.evaluate.backend == "hf":
+        assert loaded is not None
+        return TransformersHost(*loaded)
+    _, tokenizer = load_config(recipe.model, revision=recipe.revision)
+    return VllmEngine(
+        model_source(recipe.model), tokenizer, revision=recipe.revision, dtype=recipe.dtype, adapters=adapters
+    )
 
 
 def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
-    """All evaluations of the run with the outcomes of another judge, from the replies that are stored."""
-    evaluations = folder.load_evaluations()
-    if not evaluations:
+    """All evaluations of the run with the outcomes of a judge, from the replies that are stored."""
+    before = folder.load_evaluations()
+    if not before:
         raise ArtifactError(f"{folder.path}: nothing has been evaluated; run: castune evaluate {folder.path}")
+    wanted = "+".join(map(str, JudgeName.parse(name)))
+    # Rules cost nothing, and those of another version may have said something else.
+    is_rule = all(part.is_rule for part in JudgeName.parse(name))
+    todo = {arm: result for arm, result in before.items() if is_rule or result.settings["judge"] != wanted}
+    if not todo:
+        return before
     by = judge(name)
-    for arm, result in evaluations.items():
-        evaluations[arm] = judge_again(result, by)
-        evaluations[arm].save(folder.evaluation(arm))
-    return evaluations
+    # All of them before the first is replaced: arms that are judged differently cannot be compared.
+    after = {arm: judge_again(result, by) for arm, result in todo.items()}
+    for arm, result in after.items():
+        if result != before[arm]:
+            logger.info("evaluation of %s: judged by %s", arm, by.name)
+            result.save(folder.evaluation(arm))
+    return {arm: after.get(arm, result) for arm, result in before.items()}
 
 
-def lm_eval_step(folder: RunDirectory, recipe: Recipe, tasks: Sequence[str], **options: Any) -> dict[str, LmEvalResult]:
-    """lm-eval's tasks on the base model and every arm with an adapter; what is there and up to date stays.
+def lm_eval_step(
+    folder: RunDirectory, recipe: Recipe, tasks: Sequence[str], *, overwrite: bool = False, **options: Any
+) -> dict[str, LmEvalResult]:
+    """lm-eval's tasks on the base model and every arm with an adapter; tasks that are there and up to date stay.
 
     Args:
         folder: the run.
         recipe: its recipe.
         tasks: names of lm-eval's tasks.
+        overwrite: forget what was measured with other options.
         options: further arguments of `lm_eval_results`.
+
+    Raises:
+        ArtifactError: what is there was measured with other options; the message names one.
     """
     require_lm_eval()
     model, tokenizer = load_model(recipe)
     adapters, records = _models(folder, model_record(model))
+    stored = {n: r for n, r in folder.load_lm_eval().items() if n in records and _same_model(r.model, records[n])}
+    for name, result in {} if overwrite else stored.items():
+        key = next((key for key, value in options.items() if result.settings.get(key) != value), None)
+        if key is not None:
+            raise ArtifactError(
+                f"lm-eval of {name} in {folder.path} was made with {key} = {result.settings.get(key)!r}, asked for is "
+                f"{options[key]!r}: the same, or --overwrite"
+            )
     host = TransformersHost(model, tokenizer)
-    stored = folder.load_lm_eval()
     for name, adapter in adapters.items():
-        found = stored.get(name)
-        asked = {"tasks": list(tasks), **options}
-        if found is not None and _same_model(found.model, records[name]) and asked.items() <= found.settings.items():
+        known = None if overwrite else stored.get(name)
+        missing = [task for task in tasks if known is None or task not in known.settings["tasks"]]
+        if not missing:
             logger.info("lm-eval of %s: already there", name)
             continue
-        logger.info("lm-eval of %s: %s", name, ", ".join(tasks))
+        logger.info("lm-eval of %s: %s", name, ", ".join(missing))
         with host.backend(name, adapter) as backend:
             result = lm_eval_results(
-                backend.model, tokenizer, tasks=tasks, name=name, model_info=records[name], **options
+                backend.model, tokenizer, tasks=missing, name=name, model_info=records[name], **options
             )
+        result = result if known is None else known.joined(result)
         result.save(folder.evaluation(name))
         folder.record_step(f"lm-eval {name}", result.provenance)
-    return folder.load_lm_eval()
+    return {name: result for name, result in folder.load_lm_eval().items() if name in records}
 
 
 def _models(folder: RunDirectory, identity: dict[str, Any]) -> tuple[dict[str, Path | None], dict[str, dict[str, Any]]]:
@@ -134,20 +192,11 @@ def _models(folder: RunDirectory, identity: dict[str, Any]) -> tuple[dict[str, P
     return adapters, records
 
 
-def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Path]) -> Host:
-    """Where the recipe's model and its adapters run."""
-    if loaded is not None:
-        return TransformersHost(*loaded)
-    if recipe.evaluate.backend == "openai":
-        return ServerHost(recipe.evaluate.served_model or recipe.model)
-    _, tokenizer = load_config(recipe.model, revision=recipe.revision)
-    return VllmEngine(
-        model_source(recipe.model), tokenizer, revision=recipe.revision, dtype=recipe.dtype, adapters=adapters
-    )
-
-
 def cost_ratios(evaluations: dict[str, EvalResult], utility: str | None = None) -> dict[str, CostRatio]:
     """The utility cost ratio of every tuned arm against the base model, with intervals over the examples.
+
+    Arms that cannot be compared are left out: a suite is missing on one side, was measured otherwise, or has nothing
+    scored.
 
     Args:
         evaluations: by arm.
@@ -158,30 +207,45 @@ def cost_ratios(evaluations: dict[str, EvalResult], utility: str | None = None) 
     for name, result in evaluations.items():
         if base is None or name == BASE:
             continue
-        groups: dict[str, list[Pairs]] = {"utility": [], "safety": []}
+        groups: dict[str, list[Pairs | None]] = {"utility": [], "safety": []}
         for suite in result.suites:
             if suite.purpose in groups and (utility in (None, suite.suite) or suite.purpose != "utility"):
                 groups[suite.purpose].append(_pairs(base, result, suite.suite))
-        measured = all(groups.values()) and all(any(side) for group in groups.values() for side in group)
-        ratios[name] = bootstrap_cost_ratio(groups["utility"], groups["safety"]) if measured else CostRatio(None)
+        utility_pairs, safety_pairs = ([pairs for pairs in group if pairs is not None] for group in groups.values())
+        if not all(groups.values()) or None in (*groups["utility"], *groups["safety"]):
+            continue
+        ratio = bootstrap_cost_ratio(utility_pairs, safety_pairs)
+        if ratio is not None:
+            ratios[name] = ratio
     return ratios
 
 
 def differences(evaluations: dict[str, EvalResult]) -> dict[str, dict[str, PairedDifference]]:
-    """Change of every suite against the base model, paired by example: `{arm: {suite: difference}}`."""
+    """Change of every suite against the base model, paired by example: `{arm: {suite: difference}}`.
+
+    Suites that were measured or judged otherwise than the base model's are left out.
+    """
     base = evaluations.get(BASE)
-    return {
-        name: {suite.suite: paired_difference(*_pairs(base, result, suite.suite)) for suite in result.suites}
-        for name, result in evaluations.items()
-        if base is not None and name != BASE
-    }
+    found: dict[str, dict[str, PairedDifference]] = {}
+    for name, result in evaluations.items():
+        if base is None or name == BASE:
+            continue
+        pairs = {suite.suite: _pairs(base, result, suite.suite) for suite in result.suites}
+        found[name] = {suite: paired_difference(*both) for suite, both in pairs.items() if both is not None}
+    return found
 
 
-def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs:
-    """Outcomes of the examples of a suite that both evaluations have, before and after."""
+def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs | None:
+    """Outcomes of the examples of a suite that both evaluations have; None where the two cannot be compared."""
+    mine = next(found for found in result.suites if found.suite == suite)
+    other = next((found for found in base.suites if found.suite == suite), None)
+    alike = other is not None and (mine.judge, mine.max_new_tokens) == (other.judge, other.max_new_tokens)
+    where = [evaluation.settings.get("backend", "hf") for evaluation in (base, result)]
+    if not alike or where[0] != where[1]:
+        return None
     before = {sample["id"]: sample["outcome"] for sample in base.samples_of(suite)}
     after = {sample["id"]: sample["outcome"] for sample in result.samples_of(suite) if sample["id"] in before}
-    return [before[identifier] for identifier in after], list(after.values())
+    return ([before[identifier] for identifier in after], list(after.values())) if after else None
 
 
 def _stored_evaluation(
@@ -192,10 +256,10 @@ def _stored_evaluation(
         return None
     found = EvalResult.load(folder)
     # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
-    settings = EvaluateConfig(**found.settings)
+    settings = EvaluateConfig(**{**found.settings, "judge": config.judge})
     is_so = (
         _same_model(found.model, model)
-        and settings.model_copy(update={"judge": config.judge}) == config
+        and settings == config
         and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
         and not any(sample.get("missing") for sample in found.samples)
     )
@@ -203,4 +267,4 @@ def _stored_evaluation(
 
 
 def _same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(one.get(key) == other[key] for key in ("fingerprint", "adapter", "dtype"))
+    return all(one.get(key) == other.get(key) for key in ("fingerprint", "adapter", "dtype", "server"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from castune.errors import CastuneError
 
 # The kinds, and what stands after the equals sign where none is given; "" needs none, None needs one.
+RULES = ("prefix", "opening")
 _KINDS: dict[str, str | None] = {"prefix": "", "opening": "", "wildguard": "allenai/wildguard", "openai": None}
 
 ACCEPTED = (
@@ -47,6 +48,11 @@ class JudgeName:
         if kind not in _KINDS or (equals and (default == "" or not model.strip())) or (default is None and not equals):
             raise CastuneError(f"unknown judge {whole!r}; accepted: {ACCEPTED}")
         return cls(kind, model.strip() or default or "")
+
+    @property
+    def is_rule(self) -> bool:
+        """Whether it needs no model."""
+        return self.kind in RULES
 
     def __str__(self) -> str:
         return self.kind if self.model == (_KINDS[self.kind] or "") else f"{self.kind}={self.model}"

@@ -27,7 +27,7 @@ from castune.diagnose.plan import Plan, plan
 from castune.diagnose.run import diagnose
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.suites import load_suites
-from castune.evaluations import cost_ratios, differences, evaluate_step
+from castune.evaluations import cost_ratios, differences, evaluate_step, require_evaluation
 from castune.report.page import write_figures, write_report
 from castune.run_directory import Arm, RunDirectory, arm_name
 from castune.select import select
@@ -50,6 +50,7 @@ def run(recipe: Recipe) -> RunDirectory:
     require_replies(align, "align", "prompt, completion")
     for name in (ArmName(), *map(ArmName.parse, recipe.select.compare)):
         require_extras(recipe.tune.changed(**dict(name.changes)))
+    require_evaluation(recipe.evaluate, suites)
     folder.check(recipe)
     model, tokenizer = load_model(recipe)
 
@@ -74,7 +75,7 @@ def run(recipe: Recipe) -> RunDirectory:
     if quantised:
         del model
         model, _ = load_model(recipe)
-    evaluate_step(folder, recipe, suites, (model, tokenizer))
+    evaluate_step(folder, recipe, suites, (model, tokenizer) if recipe.evaluate.backend == "hf" else None)
     report_step(folder)
     return folder
 

@@ -11,6 +11,7 @@ import yaml
 from command_line import assert_one_error, castune
 
 from castune.config import Recipe
+from castune.errors import ArtifactError
 from castune.evaluations import lm_eval_step
 from castune.pipeline import report_step, run
 from castune.run_directory import RunDirectory
@@ -38,7 +39,8 @@ def tasks(tmp_path: Path) -> Path:
         "doc_to_text": "{{q}}", "doc_to_choice": "choices", "doc_to_target": "answer",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}], "metadata": {"version": 1},
     }  # fmt: skip
-    (folder / "own_choice.yaml").write_text(yaml.safe_dump(config))
+    for name in ("own_choice", "own_other"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**config, "task": name}))
     return folder
 
 
@@ -53,7 +55,14 @@ def test_base_and_arms_are_measured_once(finished: tuple[Recipe, Path], tasks: P
     files = {name: (folder.evaluation(name) / "lm_eval.json").stat().st_mtime_ns for name in found}
     assert lm_eval_step(folder, recipe, ["own_choice"], **options) == found
     assert files == {name: (folder.evaluation(name) / "lm_eval.json").stat().st_mtime_ns for name in found}
-    assert lm_eval_step(folder, recipe, ["own_choice"], **{**options, "limit": 2})["base"].tasks[0].n == 2
+    other = {**options, "limit": 2}
+    with pytest.raises(ArtifactError, match="limit = None, asked for is 2: the same, or --overwrite"):
+        lm_eval_step(folder, recipe, ["own_choice"], **other)
+    assert folder.load_lm_eval() == found, "nothing was lost"
+    both = lm_eval_step(folder, recipe, ["own_choice", "own_other"], **options)["safe"]
+    assert [score.task for score in both.tasks] == ["own_choice", "own_other"]
+    assert both.tasks[0] == found["safe"].tasks[0]
+    assert lm_eval_step(folder, recipe, ["own_choice"], overwrite=True, **other)["base"].tasks[0].n == 2
     html = report_step(folder).read_text(encoding="utf-8")
     assert "By lm-eval" in html
     assert "own_choice" in html

@@ -20,9 +20,10 @@ from castune.config import Recipe, SelectConfig
 from castune.core.loading import load
 from castune.core.provenance import fingerprint
 from castune.errors import ArtifactError, CastuneError, DataError
+from castune.evaluate.judging import judge_again
 from castune.evaluate.run import evaluate
 from castune.evaluate.suites import load_suites
-from castune.evaluations import evaluate_step
+from castune.evaluations import cost_ratios, differences, evaluate_step
 from castune.pipeline import (
     group_step,
     load_calibration,
@@ -231,9 +232,14 @@ def test_an_evaluation_from_before_a_setting_is_known(finished: tuple[Recipe, Pa
         for suite in record["suites"]:
             del suite["interval"]
         file.write_text(json.dumps(record))
-    before = stamps(path)
-    evaluate_step(RunDirectory(path), recipe, load_suites(recipe.evaluate.suites))
-    assert not changed(before, path)
+    before = RunDirectory(path).load_evaluations()
+    after = evaluate_step(RunDirectory(path), recipe, load_suites(recipe.evaluate.suites))
+    for name, result in after.items():
+        assert result.provenance == before[name].provenance, "nothing was measured again"
+        assert result.samples == before[name].samples
+        assert all(suite.interval is not None for suite in result.suites if suite.n), (
+            "but numbers are brought up to date"
+        )
 
 
 def test_a_served_model_is_evaluated_without_its_weights(
@@ -249,12 +255,48 @@ def test_a_served_model_is_evaluated_without_its_weights(
     sources = tuple(s for s in recipe.evaluate.suites if load_suites([s])[0].purpose == "safety")
     served = recipe.evaluate.model_copy(update={"backend": "openai", "suites": sources})
     monkeypatch.setattr("castune.core.loading.load", lambda *_args, **_options: pytest.fail("weights were loaded"))
+    asked = recipe.model_copy(update={"evaluate": served})
+    before = folder.load_evaluations()
     with pytest.raises(CastuneError, match="no model 'safe'"):
-        evaluate_step(folder, recipe.model_copy(update={"evaluate": served}), load_suites(sources))
+        evaluate_step(folder, asked, load_suites(sources))
+    assert folder.load_evaluations() == before, "nothing was replaced"
+    for arm in folder.arms():
+        shutil.rmtree(arm.adapter)
+    evaluate_step(folder, asked, load_suites(sources))
     base = folder.load_evaluations()["base"]
     assert {s["id"]: s["reply"] for s in base.samples} == replies
     assert (base.settings["backend"], base.model["device"]) == ("openai", "openai")
+    assert base.model["server"] == f"http://127.0.0.1:{server.http.server_port}/v1"
     server.close()
+
+
+def test_evaluations_by_different_judges_are_not_compared(finished: tuple[Recipe, Path]) -> None:
+    folder = RunDirectory(finished[1])
+    evaluations = folder.load_evaluations()
+    assert "safety" in {suite.purpose for suite in evaluations["safe"].suites}
+    compared = differences(evaluations)["safe"]
+    evaluations["safe"] = judge_again(evaluations["safe"], "prefix")
+    utility = {suite.suite for suite in evaluations["safe"].suites if suite.purpose == "utility"}
+    assert differences(evaluations)["safe"].keys() == utility < compared.keys()
+    assert "safe" not in cost_ratios(evaluations)
+
+
+def test_a_judge_or_backend_that_cannot_be_had_is_told_before_anything_is_computed(
+    models: Models, recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for number, (settings, said) in enumerate(
+        [
+            ({"evaluate__judge": "openai=m"}, "OPENAI_API_KEY"),
+            ({"evaluate__judge": f"opening+wildguard={tmp_path / 'nowhere'}"}, "nowhere"),
+            ({"evaluate__backend": "openai"}, "--letters generated|likelihood"),
+        ]
+    ):
+        recipe = recipe_of(models(name=f"model{number}"), out=f"run{number}", **settings)
+        with pytest.raises(CastuneError, match=said):
+            run(recipe)
+        assert not (tmp_path / f"run{number}").exists()
 
 
 # -- refusals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,24 @@ class LmEvalResult:
         path = _file(path)
         write_json(path, _KIND, asdict(self))
         return path
+
+    def joined(self, other: LmEvalResult) -> LmEvalResult:
+        """These tasks and those of another result with the same model and options; of a task in both, the other's."""
+        mine = {score.task for score in (*other.tasks, *other.groups)}
+        return replace(
+            other,
+            tasks=(*(score for score in self.tasks if score.task not in mine), *other.tasks),
+            groups=(*(score for score in self.groups if score.task not in mine), *other.groups),
+            members={**self.members, **other.members},
+            settings={
+                **other.settings,
+                "tasks": [
+                    *(t for t in self.settings["tasks"] if t not in other.settings["tasks"]),
+                    *other.settings["tasks"],
+                ],
+            },
+            seconds=round(self.seconds + other.seconds, 2),
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> LmEvalResult:

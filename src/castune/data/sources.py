@@ -282,7 +282,7 @@ def _converted(source: str) -> Iterator[Example]:
         yield from found
     elif Path(source).suffix in _FILE_FORMATS or Path(source).exists():
         yield from _own_columns(Path(source))
-    elif source.count("/") == 1:
+    elif on_hub.count("/") == 1:
         yield from _convert_all(_example_of, _read_hub(on_hub, None, revision), on_hub)
     else:
         raise DataError(

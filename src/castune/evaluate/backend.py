@@ -7,7 +7,7 @@ tell which one it was.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from castune.core.losses import batches_by_length
 from castune.core.modes import evaluation_mode
 from castune.core.scoring import choice_scores, question_rows, score_rows, shared_if_exact
 from castune.data.chat import ChatFormat
+from castune.data.example import Example
 from castune.evaluate.suites import Suite
 
 # A decoding step computes one token a row and reads all weights, so rows x length may be far larger than in a forward
@@ -47,20 +48,25 @@ class Backend(ABC):
     """A model that can be evaluated."""
 
     @abstractmethod
-    def check(self, suites: Sequence[Suite], config: EvaluateConfig) -> None:
-        """Refuse suites that cannot be measured here, before anything is computed.
-
-        Raises:
-            CastuneError: the message names the suite and says what to do.
-        """
-
-    @abstractmethod
     def work(self, suite: Suite, config: EvaluateConfig) -> Work:
         """How the suite is answered."""
 
 
 class Host(ABC):
     """A model and its adapters: a backend each, for as long as it is evaluated."""
+
+    @abstractmethod
+    def check(self, adapters: Mapping[str, Path | None], suites: Sequence[Suite], config: EvaluateConfig) -> None:
+        """Refuse what cannot be measured here, before anything is.
+
+        Args:
+            adapters: what will be asked for, by the names of the arms.
+            suites: what will be measured.
+            config: settings.
+
+        Raises:
+            CastuneError: the message names the suite or the arm and says what to do.
+        """
 
     @abstractmethod
     def backend(self, name: str, adapter: Path | None) -> AbstractContextManager[Backend]:
@@ -78,6 +84,9 @@ class TransformersHost(Host):
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
+
+    def check(self, adapters: Mapping[str, Path | None], suites: Sequence[Suite], config: EvaluateConfig) -> None:
+        """Everything can be measured here."""
 
     @contextmanager
     def backend(self, name: str, adapter: Path | None) -> Iterator[TransformersBackend]:
@@ -102,9 +111,6 @@ class TransformersBackend(Backend):
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-
-    def check(self, suites: Sequence[Suite], config: EvaluateConfig) -> None:
-        """Everything can be measured here."""
 
     def work(self, suite: Suite, config: EvaluateConfig) -> Work:
         """Batches of similar lengths."""
@@ -145,6 +151,15 @@ class TransformersBackend(Backend):
 
         lengths = [max(len(prompt) + max_new_tokens, len(prompt) * _DECODED // _PROMPTS) for prompt in prompts]
         return Work(batches_by_length(lengths, most), answer)
+
+
+def probes(suites: Sequence[Suite], n: int) -> list[Example]:
+    """`n` examples on which an adapter that has an effect shows it: prompts before problems before questions.
+
+    One letter, all that a question may be answered with, often survives a training.
+    """
+    examples = [example for suite in suites for example in suite.examples[:n]]
+    return sorted(examples, key=lambda example: 2 * example.is_question + example.is_problem)[:n]
 
 
 def plain_reply(reply: Reply, cut: bool) -> dict[str, Any]:

@@ -46,6 +46,15 @@ _CONNECT = 10.0
 _GIVE_UP = 20
 
 
+def server_address() -> str:
+    """The base URL that an endpoint takes when it is given none: OPENAI_BASE_URL, else OpenAI's.
+
+    Raises:
+        CastuneError: it is no URL, or holds a key or password.
+    """
+    return _checked_url(os.environ.get("OPENAI_BASE_URL", "").strip() or _HOSTED)
+
+
 def require_openai() -> None:
     """Refuse to ask a server where the library for it is not installed."""
     if importlib.util.find_spec("openai") is None:

@@ -21,7 +21,7 @@ from castune.evaluate.judges import Judge, judge
 from castune.evaluate.judging import judge_of, judged
 from castune.evaluate.measure import answers, finite
 from castune.evaluate.metrics import suite_result
-from castune.evaluate.suites import Suite, load_suite
+from castune.evaluate.suites import Suite, check_names, load_suite
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +84,12 @@ def evaluate_on(
         backend: where it runs.
         suites: loaded suites.
         config: settings.
-        by: the judge that `config` names.
+        by: the judge, whatever `config` names.
         name: name of this arm, for the record.
         model_info: identity of the model, for the record.
         out: directory to write `samples.jsonl` and `metrics.json` into.
     """
-    backend.check(suites, config)
+    check_names(suites)
     record = provenance(config.seed)
     hashes = [content_hash(suite.examples) for suite in suites]
     # The judge decides afterwards, on what is kept.
@@ -120,7 +120,7 @@ def evaluate_on(
         name=name,
         suites=tuple(results),
         samples=tuple(samples),
-        settings=config.model_dump(mode="json"),
+        settings={**config.model_dump(mode="json"), "judge": by.name},
         model=model_info,
         provenance=record,
     )

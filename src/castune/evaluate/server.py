@@ -6,14 +6,14 @@ questions are answered by the letter that the model writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from castune.config import EvaluateConfig
 from castune.errors import CastuneError
-from castune.evaluate.backend import Backend, Host, Work
+from castune.evaluate.backend import Backend, Host, Work, probes
 from castune.evaluate.endpoint import Endpoint
 from castune.evaluate.responses import Completion
 from castune.evaluate.suites import Suite
@@ -43,10 +43,58 @@ class ServerHost(Host):
     def __init__(self, model: str) -> None:
         self.model = model
 
+    def check(self, adapters: Mapping[str, Path | None], suites: Sequence[Suite], config: EvaluateConfig) -> None:
+        """Refuse suites that need log-probabilities, models that are not served, and adapters that change no reply.
+
+        Raises:
+            CastuneError: the message names the suite or the arm and says what to do.
+        """
+        require_replies_only(suites, config)
+        conversations = [example.messages() for example in probes(suites, _PROBES)]
+        found: dict[str, list[str | None]] = {}
+        for name, adapter in adapters.items():
+            endpoint = self._backend(name, adapter).endpoint
+            endpoint.check()
+            if len(adapters) > 1:
+                replies = endpoint.complete(conversations, max_tokens=_PROBE_TOKENS)
+                found[name] = [None if reply is None else reply.text for reply in replies]
+        base = next((found[name] for name, adapter in adapters.items() if adapter is None and name in found), None)
+        for name, adapter in adapters.items():
+            if adapter is None or base is None:
+                continue
+            pairs = [(one, other) for one, other in zip(found[name], base, strict=True) if None not in (one, other)]
+            if not pairs:
+                raise CastuneError(f"the server gave no reply to any of {len(conversations)} probe prompts")
+            if all(one == other for one, other in pairs):
+                raise CastuneError(
+                    f"the server answers {len(pairs)} probe prompts as {name!r} as it does as {self.model!r}: the "
+                    "adapter is not loaded under that name, or has no effect"
+                )
+
     @contextmanager
     def backend(self, name: str, adapter: Path | None) -> Iterator[Backend]:
         """The served model of that name."""
-        yield ServerBackend(self.model) if adapter is None else ServerBackend(name, base=ServerBackend(self.model))
+        yield self._backend(name, adapter)
+
+    def _backend(self, name: str, adapter: Path | None) -> ServerBackend:
+        return ServerBackend(self.model if adapter is None else name)
+
+
+def require_replies_only(suites: Sequence[Suite], config: EvaluateConfig) -> None:
+    """Refuse suites whose choices are scored, which takes log-probabilities.
+
+    Raises:
+        CastuneError: the message names the suite and says what to do.
+    """
+    for suite in suites:
+        if suite.is_scored(config):
+            letters = suite.examples[0].scoring == "letter"
+            advice = (
+                "let the model write the letter with --letters generated"
+                if letters
+                else "its choices are scored by likelihood: use another backend or another suite"
+            )
+            raise CastuneError(f"suite {suite.name}: a server gives no scores of choices; {advice}")
 
 
 @final
@@ -57,41 +105,10 @@ class ServerBackend(Backend):
 
     Args:
         model: what the server calls it.
-        base: of an adapter, the model without it.
     """
 
-    def __init__(self, model: str, *, base: ServerBackend | None = None) -> None:
+    def __init__(self, model: str) -> None:
         self.endpoint = Endpoint(model, parallel=_PARALLEL, timeout=_TIMEOUT)
-        self.base = base
-
-    def check(self, suites: Sequence[Suite], config: EvaluateConfig) -> None:
-        """Refuse suites that need log-probabilities, servers that are not there, and adapters that change no reply.
-
-        Raises:
-            CastuneError: the message names the suite and says what to do.
-        """
-        for suite in suites:
-            if suite.is_scored(config):
-                letters = suite.examples[0].scoring == "letter"
-                advice = (
-                    "let the model write the letter with --letters generated"
-                    if letters
-                    else "its choices are scored by likelihood: use another backend or another suite"
-                )
-                raise CastuneError(f"suite {suite.name}: a server gives no scores of choices; {advice}")
-        self.endpoint.check()
-        if self.base is None:
-            return
-        conversations = [example.messages() for suite in suites for example in suite.examples[:_PROBES]][:_PROBES]
-        mine, others = (
-            [found and found.text for found in backend.endpoint.complete(conversations, max_tokens=_PROBE_TOKENS)]
-            for backend in (self, self.base)
-        )
-        if mine == others:
-            raise CastuneError(
-                f"the server answers {len(conversations)} probe prompts as {self.endpoint.model!r} as it does as "
-                f"{self.base.endpoint.model!r}: the adapter is not loaded under that name, or has no effect"
-            )
 
     def work(self, suite: Suite, config: EvaluateConfig) -> Work:
         """Requests in the order of the suite."""

@@ -143,7 +143,7 @@ def utility_cost_ratio(
 
 def bootstrap_cost_ratio(
     utility: Sequence[Pairs], safety: Sequence[Pairs], *, resamples: int = 4000, seed: int = 0
-) -> CostRatio:
+) -> CostRatio | None:
     """The utility cost ratio of unweighted suite means, with a 95 % percentile interval over examples.
 
     Every suite's examples are drawn anew with replacement, an example before and after training together. A resample
@@ -156,7 +156,8 @@ def bootstrap_cost_ratio(
         seed: of the draws.
 
     Returns:
-        A ratio without interval where a suite has nothing scored in it.
+        None where a suite has nothing scored in it. No interval where no utility outcome changed: resamples cannot show
+        what did not occur.
     """
     generator = np.random.default_rng(seed)
     means = {
@@ -168,8 +169,10 @@ def bootstrap_cost_ratio(
     cost, gain = u_before - u_after, s_after - s_before
     # Row 0 is the data as it is.
     if not (np.isfinite(cost[0]) and np.isfinite(gain[0])):
-        return CostRatio(None)
+        return None
     value = None if gain[0] <= 0 else max(0.0, float(cost[0] / gain[0]))
+    if all(b is None or a is None or b == a for pairs in utility for b, a in zip(*pairs, strict=True)):
+        return CostRatio(value)
     known = np.isfinite(cost) & np.isfinite(gain)
     known[0] = False
     cost, gain = cost[known], gain[known]

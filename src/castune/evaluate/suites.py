@@ -92,5 +92,21 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
 
 
 def load_suites(sources: Sequence[str], *, limit: int | None = None, seed: int = 0) -> list[Suite]:
-    """All suites, loaded before anything is computed, so that a bad source fails at once."""
-    return [load_suite(source, limit=limit, seed=seed) for source in sources]
+    """All suites, loaded before anything is computed, so that a bad source fails at once.
+
+    Raises:
+        DataError: see `load_suite`; or two sources are one suite, whose samples would be mixed up.
+    """
+    suites = [load_suite(source, limit=limit, seed=seed) for source in sources]
+    check_names(suites)
+    return suites
+
+
+def check_names(suites: Sequence[Suite]) -> None:
+    """Refuse two suites of one name: samples and results belong to a suite by its name."""
+    names = [suite.name for suite in suites]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"suite {twice} stands there twice (a limit or a revision makes no other suite of it); drop one"
+        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
@@ -20,7 +20,7 @@ from castune.core.journal import nullable
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.errors import CastuneError
-from castune.evaluate.backend import Backend, Host, Work, plain_reply
+from castune.evaluate.backend import Backend, Host, Work, plain_reply, probes
 from castune.evaluate.suites import Suite
 
 # Ranks that vLLM makes room for.
@@ -80,19 +80,43 @@ class VllmEngine(Host):
             trust_remote_code=False,
             generation_config="vllm",
         )
-        self._n_adapters = 0
+        self._numbers: dict[Path, int] = {}
+
+    def check(self, adapters: Mapping[str, Path | None], suites: Sequence[Suite], config: EvaluateConfig) -> None:
+        """Refuse an adapter that changes nothing: some models and modules are passed over by vLLM without a word.
+
+        Raises:
+            CastuneError: replies to probe prompts, and their log-probabilities, are the base model's.
+        """
+        chat = ChatFormat(self.tokenizer, max_length=config.max_length)
+        prompts = [chat.prompt_ids(example)[0] for example in probes(suites, _PROBES)]
+
+        def said(request: Any) -> tuple[list[tuple[int, ...]], np.ndarray]:
+            return _replies_with_values(self.run(prompts, request, max_tokens=_PROBE_TOKENS, logprobs=0))
+
+        base = None
+        for name, adapter in adapters.items():
+            if adapter is None:
+                continue
+            base = base or said(None)
+            tokens, values = said(self._request(name, adapter))
+            if tokens == base[0] and np.abs(values - base[1]).max() < _SAME:
+                raise CastuneError(
+                    f"vLLM answers {len(prompts)} probe prompts with adapter {name!r} as it does without "
+                    "(log-probabilities too): it does not apply the adapter; evaluate with --backend hf"
+                )
 
     @contextmanager
     def backend(self, name: str, adapter: Path | None) -> Iterator[Backend]:
         """The model, with an adapter added to the engine or without."""
-        if adapter is None:
-            yield VllmBackend(self, None)
-            return
+        yield VllmBackend(self, None if adapter is None else self._request(name, adapter))
+
+    def _request(self, name: str, adapter: Path) -> Any:
         from vllm.lora.request import LoRARequest
 
-        # The engine keeps adapters by their number: a new one needs a new number.
-        self._n_adapters += 1
-        yield VllmBackend(self, LoRARequest(name, self._n_adapters, str(adapter)))
+        # The engine keeps adapters by their number: another one needs another number.
+        number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
+        return LoRARequest(name, number, str(adapter))
 
     def run(self, prompts: Sequence[Sequence[int]], request: Any, **sampling: Any) -> list[Any]:
         """vLLM's greedy outputs for tokenised prompts, in their order."""
@@ -115,26 +139,6 @@ class VllmBackend(Backend):
 
     def __init__(self, engine: VllmEngine, request: Any) -> None:
         self.engine, self.request = engine, request
-
-    def check(self, suites: Sequence[Suite], config: EvaluateConfig) -> None:
-        """Refuse an adapter that changes nothing: some models and modules are passed over by vLLM without a word.
-
-        Raises:
-            CastuneError: replies to probe prompts, and their log-probabilities, are the base model's.
-        """
-        if self.request is None:
-            return
-        chat = ChatFormat(self.engine.tokenizer, max_length=config.max_length)
-        prompts = [chat.prompt_ids(example)[0] for suite in suites for example in suite.examples[:_PROBES]][:_PROBES]
-        (tokens, values), (base_tokens, base_values) = (
-            _replies_with_values(self.engine.run(prompts, request, max_tokens=_PROBE_TOKENS, logprobs=0))
-            for request in (self.request, None)
-        )
-        if tokens == base_tokens and np.abs(values - base_values).max() < _SAME:
-            raise CastuneError(
-                f"vLLM answers {len(prompts)} probe prompts with adapter {self.request.lora_name!r} as it does without "
-                "(log-probabilities too): it does not apply the adapter; evaluate with --backend hf"
-            )
 
     def work(self, suite: Suite, config: EvaluateConfig) -> Work:
         """Large batches in the order of the suite."""

@@ -46,7 +46,7 @@ def fates(evaluations: Mapping[str, EvalResult]) -> Markup | str:
 
 
 def losses(evaluations: Mapping[str, EvalResult]) -> Markup | str:
-    """Why problems were lost: a row an arm and suite, shares of all its problems."""
+    """Why problems were lost: a row an arm and suite, shares of its problems that have a reply."""
     rows = [
         [arm, suite.suite, _share(1 - sum(suite.extra[key] or 0 for key in _LOSSES)), *_shares(suite)]
         for suite, arm in _by_suite(evaluations)
@@ -55,9 +55,9 @@ def losses(evaluations: Mapping[str, EvalResult]) -> Markup | str:
     if not rows:
         return ""
     rule = (
-        "Shares of all problems of a suite; a row adds up to 100 %. An answer without reasoning is what the paper "
-        "calls reasoning collapse, a refusal of a problem its over-refusal (Appendix C). Examples side by side, those "
-        "lost by one arm only first, are among the sample replies."
+        "Shares of the problems of a suite that have a reply; a row adds up to 100 %. An answer without reasoning is "
+        "what the paper calls reasoning collapse, a refusal of a problem its over-refusal (Appendix C). Examples side "
+        "by side, those lost by one arm only first, are among the sample replies."
     )
     return tag(
         "div",

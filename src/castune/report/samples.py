@@ -166,8 +166,8 @@ def _answer(sample: Sample | None) -> Markup:
         ]
         parts.append(tag("ol", *lines, class_="choices"))
     if "reply" in sample:
-        reply = sample["reply"]
-        parts.append(tag("div", _short(reply), class_="said", dir="auto") if reply else tag("small", "empty reply"))
+        reply, nothing = sample["reply"], "no reply" if sample.get("missing") else "empty reply"
+        parts.append(tag("div", _short(reply), class_="said", dir="auto") if reply else tag("small", nothing))
     return join(parts)
 
 

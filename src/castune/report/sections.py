@@ -105,7 +105,7 @@ def results(
         row: list[object] = [arm]
         row += [_suite_cell(arm, suite, evaluations, differences.get(arm, {}).get(suite)) for suite in suites]
         kinds = [cost_ratios, *([mmlu_cost_ratios] if mmlu_cost_ratios else [])]
-        rows.append([*row, *("–" if arm == BASE else cost_ratio(arm, evaluations, kind) for kind in kinds)])
+        rows.append([*row, *("–" if arm == BASE else cost_ratio(arm, kind) for kind in kinds)])
     ratio_heads = ["Utility cost ratio", *(["MMLU-CR"] if mmlu_cost_ratios else [])]
     head = ["Arm", *(_suite_head(suite, evaluations) for suite in suites), *ratio_heads]
     hidden = [name for name in evaluations if not _plotted(evaluations[name])]
@@ -144,13 +144,16 @@ def _find(evaluation: EvalResult, suite: str) -> SuiteResult | None:
     return next((result for result in evaluation.suites if result.suite == suite), None)
 
 
-def _conditions(result: SuiteResult) -> str:
+def _conditions(evaluation: EvalResult, result: SuiteResult) -> str:
     length = "" if result.max_new_tokens is None else f", max_new_tokens {result.max_new_tokens}"
-    return f"judge {result.judge}{length}"
+    backend = evaluation.settings.get("backend", "hf")
+    return f"judge {result.judge}{length}" + ("" if backend == "hf" else f", backend {backend}")
 
 
 def _all_conditions(suite: str, evaluations: Mapping[str, EvalResult]) -> set[str]:
-    return {_conditions(found) for evaluation in evaluations.values() if (found := _find(evaluation, suite))}
+    return {
+        _conditions(evaluation, found) for evaluation in evaluations.values() if (found := _find(evaluation, suite))
+    }
 
 
 def _suite_head(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
@@ -171,7 +174,7 @@ def _suite_cell(arm: str, suite: str, evaluations: Mapping[str, EvalResult], cha
     ends = "" if result.interval is None else "{} to {}, ".format(*map(percent, result.interval))
     lines.append(tag("small", f"{ends}n = {result.n:,}, {result.unscored:,} unscored"))
     if len(_all_conditions(suite, evaluations)) > 1:
-        lines.append(tag("small", _conditions(result)))
+        lines.append(tag("small", _conditions(evaluations[arm], result)))
     base = _find(evaluations[BASE], suite) if BASE in evaluations else None
     if base is not None and base.data_hash != result.data_hash:
         lines.append(tag("small", "not the same examples as base", class_="warning"))

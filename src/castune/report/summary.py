@@ -123,7 +123,13 @@ def mean_change(evaluation: EvalResult, changes: Mapping[str, Estimate], purpose
 
 
 def is_seen(change: Estimate) -> bool | None:
-    """Whether a change is at least twice its standard error; None when that cannot be said."""
+    """Whether a change is seen: by its paired test at 5 % where it has one, else at twice its standard error.
+
+    None when that cannot be said.
+    """
+    p = getattr(change, "p", None)
+    if p is not None:
+        return bool(p < 0.05)
     if change.value is None or change.standard_error is None:
         return None
     return change.value != 0 and abs(change.value) >= 2 * change.standard_error
@@ -152,33 +158,33 @@ def verdict(
         return Verdict(" ".join(rates), {}, "The base model was not evaluated, so no change is known.")
     changes = {
         arm: f"{_changes(evaluations[arm], differences.get(arm, {}))} "
-        f"Utility cost ratio: {cost_ratio(arm, evaluations, cost_ratios)}."
+        f"Utility cost ratio: {cost_ratio(arm, cost_ratios)}."
         for arm in tuned
     }
     rule = (
         "Changes are against base, in percentage points, paired by example; ± is one standard error. A "
-        f"change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio, with its "
-        "95 % bootstrap interval, is undefined where safety did not rise; the interval has no upper bound where more "
-        "than 2.5 % of the resamples show no gain in safety."
+        f"mean change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio, with "
+        "its 95 % bootstrap interval, is undefined where safety did not rise; the interval has no upper bound where "
+        "more than 2.5 % of the resamples show no gain in safety."
     )
     return Verdict(" ".join(rates), changes, rule if tuned else "")
 
 
-def cost_ratio(arm: str, evaluations: Mapping[str, EvalResult], ratios: CostRatios) -> str:
-    """The utility cost ratio (Eq. 7) in words: undefined where safety did not rise."""
+def cost_ratio(arm: str, ratios: CostRatios) -> str:
+    """The utility cost ratio (Eq. 7) in words: undefined where safety did not rise, not measured without an entry."""
     ratio = ratios.get(arm)
-    if ratio is not None and ratio.value is not None:
-        return f"{ratio.value:.2f}{interval(ratio)}"
-    sides = [evaluations.get(BASE), evaluations.get(arm)]
-    measured = all(side and side.mean(purpose) is not None for side in sides for purpose in ("safety", "utility"))
-    return "undefined" if measured and ratio is not None else NOT_MEASURED
+    if ratio is None:
+        return NOT_MEASURED
+    return "undefined" if ratio.value is None else f"{ratio.value:.2f}{interval(ratio)}"
 
 
 def interval(ratio: CostRatio) -> str:
     """The 95 % interval of a ratio, with a space ahead; nothing where there is none."""
     if ratio.low is None:
         return ""
-    return f" ({ratio.low:.2f} to {'no bound' if ratio.high is None else f'{ratio.high:.2f}'})"
+    if ratio.high is not None:
+        return f" ({ratio.low:.2f} to {ratio.high:.2f})"
+    return f" ({ratio.low:.2f} to no bound: no gain in {100 * (ratio.undefined_share or 0):.0f}\u202f% of resamples)"
 
 
 def percent(value: float | None) -> str:

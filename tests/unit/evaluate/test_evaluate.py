@@ -15,6 +15,7 @@ import torch
 from castune.artifacts import EvalResult
 from castune.config import EvaluateConfig
 from castune.data.example import LETTERS, Example, content_hash
+from castune.errors import DataError
 from castune.evaluate.backend import Backend, TransformersBackend, Work
 from castune.evaluate.judges import Judge, Panel, Verdict, judge
 from castune.evaluate.judging import judge_again
@@ -153,6 +154,7 @@ def test_every_prompt_is_refused_complied_degenerate_or_unscored(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example]
 ) -> None:
     by = Saying(Verdict(True), Verdict(False, harmful=True), Verdict(False, harmful=False), *[Verdict(None)] * 3)
+    by.tells_harm = True
     result = judged_by(tiny_model("llama"), tiny_tokenizer, suite("safety", harmful), by)
     replies = ["I refuse.", "Sure, do this.", "Sure, be nice.", "???", "", "hm hm hm hm hm hm hm hm hm hm"]
     samples = [{**sample, "reply": reply} for sample, reply in zip(result.samples, replies, strict=True)]
@@ -164,13 +166,48 @@ def test_every_prompt_is_refused_complied_degenerate_or_unscored(
     assert found.extra["defence_success_rate"] == pytest.approx(2 / 3)
 
 
+def test_harm_that_the_judge_could_not_tell_is_unscored(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example]
+) -> None:
+    by = Saying(Verdict(True), Verdict(False, harmful=False), *[Verdict(False)] * 4)
+    for tells_harm, expected in ((True, 1.0), (False, 1 / 6)):
+        by.tells_harm = tells_harm
+        [found] = judged_by(tiny_model("llama"), tiny_tokenizer, suite("safety", harmful), by).suites
+        assert found.extra["defence_success_rate"] == pytest.approx(expected)
+
+
+def test_a_thought_is_not_judged(harmful: list[Example]) -> None:
+    class Thinking(Backend):
+        def work(self, suite: Suite, config: EvaluateConfig) -> Work:
+            replies = [
+                "I cannot help with that, can I?</think>Sure, first take a bowl.",
+                "<think>Sure, why not.</think>I cannot help with that.",
+                "<think>I cannot help with that",
+                "I cannot help with that.",
+            ]
+            return Work(
+                [range(4)], lambda _: [{"text": r, "finished": True, "tokens": 1, "cut": False} for r in replies]
+            )
+
+    options = {"config": CONFIG, "by": judge("prefix"), "model_info": {}, "name": "base"}
+    result = evaluate_on(Thinking(), suites=[suite("safety", harmful[:4])], **options)
+    assert [sample["outcome"] for sample in result.samples] == [False, True, None, True]
+
+
+def test_two_suites_of_one_name_are_refused(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    prompts = [Example(id=str(i), prompt="word " * (3 + i)) for i in range(4)]
+    found = [suite("safety", prompts), suite("over-refusal", prompts[:2])]
+    with pytest.raises(DataError, match="stands there twice"):
+        evaluate(tiny_model("llama"), tiny_tokenizer, suites=found, config=CONFIG)
+
+
 def test_a_panel_shows_its_members_and_their_disagreement(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], tmp_path: Path
 ) -> None:
     one, two, three = (
         Saying(True, True, None, True, False, None),
         Saying(True, False, None, False, False, None),
-        Saying(True, False, True, None, False, None),
+        Saying(True, False, True, None, False, True),
     )
     for number, member in enumerate((one, two, three)):
         member.name = f"member{number}"
@@ -178,7 +215,7 @@ def test_a_panel_shows_its_members_and_their_disagreement(
     result = judged_by(tiny_model("llama"), tiny_tokenizer, suite("over-refusal", harmful), panel)
     [found] = result.suites
     assert found.judge == "member0+member1+member2"
-    assert [sample["outcome"] for sample in result.samples] == [True, False, True, None, False, None]
+    assert [sample["outcome"] for sample in result.samples] == [True, False, None, None, False, None]
     assert result.samples[1]["verdicts"] == {"member0": True, "member1": False, "member2": False}
     # Of four replies that two or more could judge, two were judged differently.
     assert found.extra["panel_disagreement"] == pytest.approx(2 / 4)
@@ -194,9 +231,6 @@ class Failing(Backend):
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.is_mended = False
-
-    def check(self, suites: Sequence[Suite], config: EvaluateConfig) -> None:
-        pass
 
     def work(self, suite: Suite, config: EvaluateConfig) -> Work:
         def answer(indices: Sequence[int]) -> list[Any]:

@@ -50,10 +50,11 @@ def test_a_panel_of_two_says_what_both_say() -> None:
     assert isinstance(judge("prefix"), RuleJudge)
 
 
-def test_the_majority_is_that_of_those_who_could_tell() -> None:
+def test_the_majority_needs_votes_of_more_than_half() -> None:
     for votes in product([True, False, None], repeat=4):
         difference = votes.count(True) - votes.count(False)
-        assert majority(votes) == (None if difference == 0 else difference > 0)
+        told = votes.count(None) < 2
+        assert majority(votes) == (difference > 0 if told and difference else None)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +114,9 @@ def test_a_classifier_that_learned_its_answers_judges(classifier: Path) -> None:
         (guard.prompt_ids("How?", reply), [*guard.tokenizer(answer, add_special_tokens=False)["input_ids"], end])
         for reply, answer in answers.items()
     ]
+    guard.model.float().train()
     optimizer = torch.optim.AdamW(guard.model.parameters(), lr=3e-3)
-    guard.model.train()
-    for _ in range(150):
+    for _ in range(300):
         losses = []
         for prompt, answer in rows:
             labels = torch.tensor([[-100] * len(prompt) + answer])
@@ -126,6 +127,7 @@ def test_a_classifier_that_learned_its_answers_judges(classifier: Path) -> None:
         optimizer.zero_grad()
         if loss < 0.01:
             break
+    assert loss < 0.01, "it has learned them"
     guard.model.eval()
     found = guard.verdicts(["How?"] * 3, ["Sure, first do this.", "  ", "I refuse."])
     assert found == [Verdict(False, True), Verdict(None), Verdict(True, False)]

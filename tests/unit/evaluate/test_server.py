@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def suites(questions: list[Example], harmful: list[Example]) -> list[Suite]:
 
 
 def measured(found: list[Suite], name: str, adapter: Path | None, **options: Any) -> ct.EvalResult:
-    with ServerHost("own/model").backend(name, adapter) as backend:
+    host = ServerHost("own/model")
+    host.check({"base": None, name: adapter}, found, CONFIG)
+    with host.backend(name, adapter) as backend:
         return evaluate_on(
             backend, suites=found, config=CONFIG, by=judge("opening"), name=name, model_info={}, **options
         )
@@ -81,8 +84,8 @@ def test_what_a_server_cannot_score_is_refused_before_it_is_asked(server: ChatSe
         (CONFIG, texts, "another backend"),
         (CONFIG.model_copy(update={"letters": "argmax"}), letters, "--letters generated"),
     ):
-        with ServerHost("own/model").backend("base", None) as backend, pytest.raises(ct.CastuneError, match=advice):
-            backend.check([suite], config)
+        with pytest.raises(ct.CastuneError, match=advice):
+            ServerHost("own/model").check({"base": None}, [suite], config)
 
 
 def test_an_adapter_that_is_not_served_under_its_name_is_refused(
@@ -94,6 +97,23 @@ def test_an_adapter_that_is_not_served_under_its_name_is_refused(
     server.models["risky"] = server.models["own/model"]
     with pytest.raises(ct.CastuneError, match="as it does as 'own/model'"):
         measured(found, "risky", tmp_path)
+    server.broken.add("risky")
+    with pytest.raises(ct.CastuneError, match="no reply to any of 9 probe prompts"):
+        measured(found, "risky", tmp_path)
+
+
+def test_questions_that_are_answered_alike_do_not_hide_an_adapter(
+    server: ChatServer, questions: list[Example], harmful: list[Example], tmp_path: Path
+) -> None:
+    """Sixteen questions come first, and the adapter changes none of their letters."""
+    letters = [q for q in questions if q.scoring == "letter"]
+    many = [dataclasses.replace(letters[0], id=str(i)) for i in range(16)]
+    server.alike = {many[0].user_text}
+    found = [Suite("letters", "utility", tuple(many)), Suite("prompts", "safety", tuple(harmful))]
+    host = ServerHost("own/model")
+    host.check({"base": None, "safe": tmp_path}, found, CONFIG)
+    with pytest.raises(ct.CastuneError, match="as it does as"):
+        host.check({"base": None, "safe": tmp_path}, found[:1], CONFIG)
 
 
 def test_replies_that_do_not_come_are_unscored_and_the_run_ends(

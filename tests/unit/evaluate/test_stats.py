@@ -293,7 +293,12 @@ def test_the_cost_ratio_of_the_data_is_the_papers_formula() -> None:
         utility_before=0.75, utility_after=0.5, safety_before=0.25, safety_after=1.0
     )
     assert bootstrap_cost_ratio(safety, utility).value is None, "safety fell"
-    assert bootstrap_cost_ratio([([None], [None])], safety) == CostRatio(None)
+    assert bootstrap_cost_ratio([([None], [None])], safety) is None, "nothing scored"
+
+
+def test_there_is_no_interval_where_no_utility_outcome_changed() -> None:
+    same = [([1, 0, 1, None], [1, 0, 1, 1])]
+    assert bootstrap_cost_ratio(same, [([0, 0, 1], [1, 1, 1])]) == CostRatio(0.0)
 
 
 def test_a_certain_ratio_has_an_interval_of_one_point() -> None:

@@ -138,6 +138,7 @@ def suites(questions: list[Example], harmful: list[Example]) -> list[Suite]:
 
 
 def measured(host: Host, found: list[Suite], adapter: Path | None) -> ct.EvalResult:
+    host.check({"base": None, "tuned": adapter}, found, CONFIG)
     with host.backend("tuned", adapter) as backend:
         return evaluate_on(backend, suites=found, config=CONFIG, by=judge("opening"), name="x", model_info={})
 

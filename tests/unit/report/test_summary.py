@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from fake_run import Run, make_evaluation, make_suite
 
+from castune.evaluate.stats import PairedDifference
 from castune.report.summary import (
     NO_DIFFERENCE,
     NOT_MEASURED,
@@ -76,7 +77,7 @@ def test_verdict_says_which_changes_are_seen(run: Run) -> None:
     assert "refusals on harmful prompts: +75.0\u00a0±\u00a04.1;" in safe
     assert f"utility accuracy: {NO_DIFFERENCE} (−3.5\u00a0±\u00a04.1)" in safe
     assert "Utility cost ratio: 0.05 (0.01 to 0.12)." in safe
-    assert "Utility cost ratio: 0.15 (0.03 to no bound)." in said.changes["risky"]
+    assert "Utility cost ratio: 0.15 (0.03 to no bound: no gain in 4\u202f% of resamples)." in said.changes["risky"]
     assert random.count(NO_DIFFERENCE) == 3
     assert "Utility cost ratio: undefined." in random
     assert "base" not in said.changes
@@ -92,11 +93,15 @@ def test_verdict_claims_no_change_that_was_not_given(run: Run) -> None:
     assert "Nothing has been evaluated" in verdict({}, {}, {}).rates
 
 
-def test_a_cost_ratio_without_both_rates_is_not_measured_rather_than_undefined(run: Run) -> None:
-    assert cost_ratio("random", run.evaluations, run.cost_ratios) == "undefined"
-    unscored = [make_suite("utility", 0.5, 0.1), make_suite("safety", None, None, n=0, unscored=96)]
-    run.evaluations["random"] = make_evaluation("random", unscored)
-    assert cost_ratio("random", run.evaluations, run.cost_ratios) == NOT_MEASURED
+def test_a_cost_ratio_that_was_not_measured_is_not_called_undefined(run: Run) -> None:
+    assert cost_ratio("random", run.cost_ratios) == "undefined"
+    del run.cost_ratios["random"]
+    assert cost_ratio("random", run.cost_ratios) == NOT_MEASURED
+
+
+def test_a_paired_test_decides_whether_a_change_is_seen() -> None:
+    assert is_seen(PairedDifference(0.04, 0.0197, 100, 0, 4, 0, 0.125)) is False
+    assert is_seen(PairedDifference(0.08, 0.03, 100, 0, 8, 0, 0.0078)) is True
 
 
 def test_numbers_in_words() -> None:
