@@ -16,12 +16,12 @@ from castune.core.ablation import can_resume
 from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
+from castune.core.refusals import decides_by
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.sweep import Ablator, sweep
-from castune.evaluate.judges import judge
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 # Of random weights by which some head changes a decision.
@@ -80,7 +80,7 @@ def test_diagnosis_equals_brute_force(
 
     decisions, margins = reference.utility(questions)
     if measure == "decision":
-        utility, safety = decisions, reference.refusals(harmful, judge("prefix"))
+        utility, safety = decisions, reference.refusals(harmful, decides_by("prefix"))
         utility_shift, safety_shift = decision_shift(utility), decision_shift(safety)
         assert 0 < decisions[0].mean() < 1
         assert len(set(utility_shift)) > 1, "the heads must differ, or nothing is compared"

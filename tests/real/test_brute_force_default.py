@@ -11,8 +11,8 @@ import pytest
 from brute_force import BruteForce, decision_shift, margin_shift, percentile_ranks, sensitivity
 
 import castune
+from castune.core.refusals import decides_by
 from castune.data.example import Example
-from castune.evaluate.judges import judge
 
 pytestmark = pytest.mark.real
 
@@ -75,7 +75,7 @@ def test_default_model_equals_brute_force(
 
     decisions, margins = utility_outcomes
     if measure == "decision":
-        of_utility, of_safety = decisions, reference.refusals(safety, judge("prefix"))
+        of_utility, of_safety = decisions, reference.refusals(safety, decides_by("prefix"))
         assert 0 < of_safety[0].sum() < len(safety), "refusals must not all be equal"
         assert len({tuple(row) for row in of_safety}) > 1, "refusals must vary with the head"
         utility_shift, safety_shift, atol = decision_shift(of_utility), decision_shift(of_safety), 1e-12

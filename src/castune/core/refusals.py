@@ -125,6 +125,21 @@ def read_by(reader: str) -> Callable[[Sequence[str], Sequence[str]], list[bool |
     return verdicts
 
 
+def decides_by(reader: str) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
+    """As `read_by`, but a reply without words is no refusal, and only an empty one says nothing.
+
+    For ablations: a model that writes no word without a head does not refuse without it, which is a finding about that
+    head and no missing value.
+    """
+    read = read_by(reader)
+
+    def verdicts(prompts: Sequence[str], replies: Sequence[str]) -> list[bool | None]:
+        found = read(prompts, replies)
+        return [False if v is None and reply.strip() else v for v, reply in zip(found, replies, strict=True)]
+
+    return verdicts
+
+
 def is_settled(reader: str, reply: str) -> bool:
     """Whether `reader` would say the same of `reply` whatever followed it; generation may then stop."""
     # The last token may end inside a character, which decodes to the replacement mark and changes with the next one.

@@ -12,7 +12,7 @@ import numpy as np
 from castune.config import DiagnoseConfig
 from castune.core.generation import Reply, generate_replies
 from castune.core.journal import Journal
-from castune.core.refusals import is_settled, read_by
+from castune.core.refusals import decides_by, is_settled
 from castune.core.scoring import (
     answer_margin,
     choice_scores,
@@ -122,7 +122,7 @@ class Objectives:
 
     def refusals(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Floats:
         """The judge's verdicts on replies: 1, 0, or NaN where it could not tell."""
-        verdicts = read_by(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
+        verdicts = decides_by(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
         return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
 
     def refusal_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> RefusalMeasure:
@@ -134,7 +134,7 @@ class Objectives:
             [example.prompt for example in examples],
             replies,
             end_tokens=self.chat.end_tokens(self.ablator.model),
-            judge=read_by(self.config.judge),
+            judge=decides_by(self.config.judge),
             is_settled=partial(is_settled, self.config.judge),
             max_new_tokens=self.config.max_new_tokens,
             batch_tokens=self._batch_tokens,

@@ -16,6 +16,7 @@ from castune.core.refusals import (
     OPENING_CHARACTERS,
     PREFIX_CHARACTERS,
     READERS,
+    decides_by,
     is_settled,
     read_by,
     refuses_by_opening,
@@ -139,6 +140,12 @@ def test_false_friends(reply: str) -> None:
 )
 def test_a_reply_in_which_nothing_is_said_is_unscored(reply: str) -> None:
     assert read_by("prefix")(["p"], [reply]) == read_by("opening")(["p"], [reply]) == [None]
+
+
+def test_without_a_head_a_reply_without_words_is_no_refusal() -> None:
+    replies = ["I cannot help.", "Sure.", "!!! ... ???", "", "  \n"]
+    assert decides_by("prefix")(["p"] * 5, replies) == [True, False, False, None, None]
+    assert read_by("prefix")(["p"] * 5, replies) == [True, False, None, None, None]
 
 
 def test_order_is_kept() -> None:
