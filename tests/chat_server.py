@@ -18,6 +18,7 @@ class ChatServer:
     def __init__(self, tokenizer: Any, models: dict[str, Any]) -> None:
         self.tokenizer, self.models = tokenizer, models
         self.broken: set[str] = set()
+        self.n_asked = 0
         # Prompts that every model answers like the first.
         self.alike: set[str] = set()
         self.lock = threading.Lock()
@@ -40,6 +41,7 @@ class ChatServer:
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.n_asked += 1
                 if request["model"] in outer.broken:
                     self.answer(400, {"error": {"message": "no"}})
                     return

@@ -95,7 +95,12 @@ def evaluate_step(
         # There need not be room for a judge's model beside it.
         del host, backend
     del loaded
-    return judge_step(folder, config.judge)
+    stored = folder.load_evaluations()
+    # Rules cost nothing, and those of another version may have said something else.
+    is_rule = all(part.is_rule for part in JudgeName.parse(config.judge))
+    if is_rule or any(result.settings["judge"] != config.judge for result in stored.values()):
+        return judge_step(folder, config.judge)
+    return stored
 
 
 def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Path]) -> Host:
@@ -112,24 +117,21 @@ def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Pat
 
 
 def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
-    """All evaluations of the run with the outcomes of a judge, from the replies that are stored."""
-    before = folder.load_evaluations()
-    if not before:
+    """All evaluations of the run with the outcomes of a judge, from the replies that are stored.
+
+    What the same judge could not tell before is asked again.
+    """
+    evaluations = folder.load_evaluations()
+    if not evaluations:
         raise ArtifactError(f"{folder.path}: nothing has been evaluated; run: castune evaluate {folder.path}")
-    wanted = "+".join(map(str, JudgeName.parse(name)))
-    # Rules cost nothing, and those of another version may have said something else.
-    is_rule = all(part.is_rule for part in JudgeName.parse(name))
-    todo = {arm: result for arm, result in before.items() if is_rule or result.settings["judge"] != wanted}
-    if not todo:
-        return before
     by = judge(name)
     # All of them before the first is replaced: arms that are judged differently cannot be compared.
-    after = {arm: judge_again(result, by) for arm, result in todo.items()}
-    for arm, result in after.items():
-        if result != before[arm]:
+    judged = {arm: judge_again(result, by) for arm, result in evaluations.items()}
+    for arm, result in judged.items():
+        if result != evaluations[arm]:
             logger.info("evaluation of %s: judged by %s", arm, by.name)
             result.save(folder.evaluation(arm))
-    return {arm: after.get(arm, result) for arm, result in before.items()}
+    return judged
 
 
 def lm_eval_step(

@@ -23,7 +23,7 @@ from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.judging import judge_again
 from castune.evaluate.run import evaluate
 from castune.evaluate.suites import load_suites
-from castune.evaluations import cost_ratios, differences, evaluate_step
+from castune.evaluations import cost_ratios, differences, evaluate_step, judge_step
 from castune.pipeline import (
     group_step,
     load_calibration,
@@ -267,6 +267,25 @@ def test_a_served_model_is_evaluated_without_its_weights(
     assert {s["id"]: s["reply"] for s in base.samples} == replies
     assert (base.settings["backend"], base.model["device"]) == ("openai", "openai")
     assert base.model["server"] == f"http://127.0.0.1:{server.http.server_port}/v1"
+    server.close()
+
+
+def test_judging_again_asks_for_what_the_judge_could_not_tell(
+    finished: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("openai")
+    recipe, path = finished
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
+    server = ChatServer(tokenizer, {"judge": model})
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.http.server_port}/v1")
+    server.broken.add("judge")
+    for _ in range(2):
+        before = server.n_asked
+        found = judge_step(RunDirectory(path), "openai=judge")
+        assert server.n_asked > before, "failed judgements are asked for again"
+        judged = [suite for suite in found["base"].suites if suite.purpose != "utility"]
+        assert all((suite.value, suite.n, suite.judge) == (None, 0, "openai=judge") for suite in judged)
     server.close()
 
 
