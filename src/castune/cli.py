@@ -98,6 +98,46 @@ def run(
 
 
 @app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe; its table [study] says what is compared.")],
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. study.seeds=[21]. Repeatable."),
+    ] = None,
+    out: Annotated[Optional[str], typer.Option(help="Study directory, instead of the recipe's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the graph and its cost; do nothing.")] = False,
+    accelerator: Annotated[
+        Optional[str], typer.Option(help="Of the dry run: a100, h100, h200 or l40s, projected from its data sheet.")
+    ] = None,
+    executor: Annotated[str, typer.Option(help="local: processes here; ray: tasks of a Ray cluster.")] = "local",
+    workers: Annotated[
+        Optional[int], typer.Option(help="Units beside each other (local, or a Ray started here); by the machine.")
+    ] = None,
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads a unit; shared out when absent.")] = None,
+    gpus: Annotated[Optional[int], typer.Option(help="Accelerators a unit; one where there are any.")] = None,
+    memory: Annotated[Optional[float], typer.Option(help="Gigabytes a unit, for Ray to place it.")] = None,
+    address: Annotated[
+        Optional[str], typer.Option(help="Of a running Ray cluster, or auto; one is started here when absent.")
+    ] = None,
+    shards: Annotated[int, typer.Option(help="Units a diagnosis is split into.")] = 1,
+) -> None:
+    """Arms x seeds x buckets: the paper's tables and figures. Continues where it was; retries what failed."""
+    from castune.config import Recipe
+    from castune.study import command
+
+    changes = list(overrides or [])
+    if out is not None:
+        changes.append(f"out={out!r}")
+    found = Recipe.load(recipe, changes)
+    if dry_run:
+        command.dry_run(found, accelerator=accelerator, shards=shards)
+        return
+    options = command.Options(executor, workers, threads, gpus, memory, address, shards)
+    if not command.run(found, options):
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="default, a hub id, a model directory, or a config.json alone.")],
     safety: SafetyOption = "starter-safety",

@@ -73,6 +73,20 @@ def check_domain_names(names: Iterable[str]) -> None:
             raise CastuneError(f"domains {other!r} and {name!r} differ in capitals only; rename one of them")
 
 
+def _data_or_domains(value: Any) -> DataConfig | dict[str, DataConfig]:
+    """One set, or several by the names of their domains."""
+    if not isinstance(value, Mapping) or "source" in value or value.keys() <= DataConfig.model_fields.keys():
+        return _data(value)
+    check_domain_names(value)
+    domains = {}
+    for name, entry in value.items():
+        try:
+            domains[name] = _data(entry)
+        except CastuneError as error:
+            raise CastuneError(f"domain {name!r}: {error}") from None
+    return domains
+
+
 class DiagnoseConfig(_Config):
     """How heads are measured (Section 3 of the paper)."""
 
@@ -251,6 +265,98 @@ class EvaluateConfig(_Config):
         return suites
 
 
+class CalibrationConfig(_Config):
+    """Another conflict map of a study beside the main one: other data or another measure (Tables 10 and 11)."""
+
+    safety: DataConfig | None = None
+    """D_safe; the recipe's when absent."""
+    utility: DataConfig | dict[str, DataConfig] | None = None
+    """D_util; the recipe's when absent. Gradient surgery takes it too."""
+    measure: Literal["decision", "margin"] | None = None
+    """How heads are measured; as in the recipe when absent."""
+    arms: tuple[str, ...] = ()
+    """Arms to train from this map, by their names; when empty the map is only compared with the main one."""
+
+    @field_validator("safety", mode="before")
+    @classmethod
+    def _plain_source(cls, value: Any) -> Any:
+        return _source(value)
+
+    @field_validator("utility", mode="before")
+    @classmethod
+    def _one_set_or_domains(cls, value: Any) -> DataConfig | dict[str, DataConfig] | None:
+        return None if value is None else _data_or_domains(value)
+
+    @field_validator("arms")
+    @classmethod
+    def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked_arms(arms)
+
+
+class StudyConfig(_Config):
+    """What `castune study` trains and compares; the paper's study by default."""
+
+    arms: tuple[str, ...] = ("all", "random", "risky", "safe")
+    """Arms of Tables 1 and 2, by their names (`castune.arms`)."""
+    methods: tuple[str, ...] = ("sft", "pcgrad")
+    """How every one of these arms is trained: `sft` as the recipe says, else a change of it: `pcgrad`, `cagrad`, `dpo`,
+    `replay-10`, ..."""
+    seeds: tuple[int, ...] = (21, 42, 84)
+    """Seeds of random selections and of the training; every arm is trained with each."""
+    buckets: tuple[Count, ...] = (4,)
+    """Numbers M of equal buckets, each of which is trained (Table 7)."""
+    scores: tuple[Score, ...] = ("conflict", "gradient", "sensitivity")
+    """What heads are sorted by for these buckets (Table 8)."""
+    shares: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = (50, 75)
+    """Further shares of all heads in per cent, from both ends of the map (Table 9)."""
+    random_draws: Annotated[int, Field(ge=0)] = 0
+    """Further random selections, with seeds of their own: the null distribution a zone is compared with."""
+    calibrations: dict[str, CalibrationConfig] = {}
+    """Further maps by name."""
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> StudyConfig:
+        for name in ("arms", "methods", "seeds", "buckets", "scores", "shares"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"study.{name} names one twice: {', '.join(map(str, values))}")
+        if not self.seeds:
+            raise ValueError("study.seeds needs at least one seed, for example 21")
+        if "main" in self.calibrations:
+            raise ValueError("study.calibrations: main is the name of the recipe's own map")
+        check_domain_names(self.calibrations)
+        _checked_arms(self.main_arms)
+        return self
+
+    @property
+    def main_arms(self) -> tuple[str, ...]:
+        """Names of the arms of the main map: tables 1 and 2, buckets, shares; each once."""
+        names = [f"{arm}{method_suffix(method)}" for method in self.methods for arm in self.arms]
+        for buckets in self.buckets:
+            names += [self.bucket(n, buckets, score) for score in self.scores for n in range(1, buckets + 1)]
+        names += [f"{zone}-{share:g}" for zone in ("risky", "safe") for share in self.shares]
+        return tuple(dict.fromkeys(names))
+
+    @staticmethod
+    def bucket(number: int, buckets: int, score: str) -> str:
+        """Name of the arm of a bucket."""
+        return f"bucket-{number}-of-{buckets}" + ("" if score == "conflict" else f"-{score}")
+
+
+def method_suffix(method: str) -> str:
+    """What a method of a study adds to the names of arms."""
+    return "" if method == "sft" else f"+{method}"
+
+
+def _checked_arms(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        try:
+            ArmName.parse(name)
+        except CastuneError as error:
+            raise ValueError(str(error)) from None
+    return names
+
+
 class Recipe(_Config):
     """A whole run: which model, which data, the settings of every stage."""
 
@@ -272,6 +378,8 @@ class Recipe(_Config):
     select: SelectConfig = SelectConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    study: StudyConfig = StudyConfig()
+    """For `castune study` alone."""
 
     @field_validator("safety", "align", mode="before")
     @classmethod
@@ -282,16 +390,7 @@ class Recipe(_Config):
     @field_validator("utility", mode="before")
     @classmethod
     def _one_set_or_domains(cls, value: Any) -> DataConfig | dict[str, DataConfig]:
-        if not isinstance(value, Mapping) or "source" in value or value.keys() <= DataConfig.model_fields.keys():
-            return _data(value)
-        check_domain_names(value)
-        domains = {}
-        for name, entry in value.items():
-            try:
-                domains[name] = _data(entry)
-            except CastuneError as error:
-                raise CastuneError(f"domain {name!r}: {error}") from None
-        return domains
+        return _data_or_domains(value)
 
     @classmethod
     def of(cls, **values: Any) -> Recipe:
@@ -320,8 +419,9 @@ class Recipe(_Config):
             raise CastuneError(f"{path}: {error}") from None
 
     def to_toml(self) -> str:
-        """The resolved recipe, every default written out."""
-        return to_toml(self.model_dump(mode="json"))
+        """The resolved recipe, every default written out; of the study only where it is not the default."""
+        exclude = {"study"} if self.study == StudyConfig() else None
+        return to_toml(self.model_dump(mode="json", exclude=exclude))
 
 
 def to_toml(values: Mapping[str, Any], path: str = "") -> str:

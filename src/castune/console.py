@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -177,6 +178,19 @@ def show_lm_eval(results: dict[str, LmEvalResult]) -> None:
         first = next(iter(scores.values()))
         cells = [_value(scores.get(name)) for name in results]
         table.add_row(task, metric, "" if first.num_fewshot is None else str(first.num_fewshot), f"{first.n:,}", *cells)
+    _show(table)
+
+
+def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of plain values, numbers to two places; what is missing is a dash."""
+    if not rows:
+        return
+    from rich.table import Table
+
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        cells = [f"{value:.2f}" if isinstance(value, float) else value for value in row.values()]
+        table.add_row(*("–" if cell is None else str(cell) for cell in cells))
     _show(table)
 
 

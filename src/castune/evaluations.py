@@ -49,7 +49,12 @@ def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
 
 
 def evaluate_step(
-    folder: RunDirectory, recipe: Recipe, suites: Sequence[Suite], loaded: tuple[Any, Any] | None = None
+    folder: RunDirectory,
+    recipe: Recipe,
+    suites: Sequence[Suite],
+    loaded: tuple[Any, Any] | None = None,
+    *,
+    only: str | None = None,
 ) -> dict[str, EvalResult]:
     """Evaluations of the base model and every arm with an adapter, made where missing or older than the adapter.
 
@@ -60,6 +65,7 @@ def evaluate_step(
         recipe: its recipe, with the settings of the evaluation.
         suites: what is measured.
         loaded: the recipe's model and tokenizer, if they are loaded already; for the backend `hf`.
+        only: evaluate this arm, and leave its replies to be judged by `judge_step`: other processes evaluate others.
     """
     config = recipe.evaluate
     require_evaluation(config, suites)
@@ -71,7 +77,7 @@ def evaluate_step(
         identity = {**folder.load_map().metadata["model"], "dtype": recipe.dtype, "device": config.backend}
         if config.backend == "openai":
             identity["server"] = server_address()
-    adapters, records = _models(folder, identity)
+    adapters, records = _models(folder, identity, only)
     names = [n for n in adapters if _stored_evaluation(folder.evaluation(n), records[n], config, suites) is None]
     for name in adapters.keys() - set(names):
         logger.info("evaluation of %s: already there", name)
@@ -96,6 +102,8 @@ def evaluate_step(
         del host, backend
     del loaded
     stored = folder.load_evaluations()
+    if only is not None:
+        return stored
     # Rules cost nothing, and those of another version may have said something else.
     is_rule = all(part.is_rule for part in JudgeName.parse(config.judge))
     if is_rule or any(result.settings["judge"] != config.judge for result in stored.values()):
@@ -178,8 +186,10 @@ def lm_eval_step(
     return {name: result for name, result in folder.load_lm_eval().items() if name in records}
 
 
-def _models(folder: RunDirectory, identity: dict[str, Any]) -> tuple[dict[str, Path | None], dict[str, dict[str, Any]]]:
-    """Adapter directories and identities of the base model and every arm that has an adapter, by name.
+def _models(
+    folder: RunDirectory, identity: dict[str, Any], only: str | None = None
+) -> tuple[dict[str, Path | None], dict[str, dict[str, Any]]]:
+    """Adapter directories and identities of the base model and every arm (or `only` one) that has an adapter, by name.
 
     Every adapter is checked against its certificate here, before anything is measured or replaced.
     """
@@ -187,6 +197,8 @@ def _models(folder: RunDirectory, identity: dict[str, Any]) -> tuple[dict[str, P
     adapters: dict[str, Path | None] = {BASE: None}
     records = {BASE: {**identity, "adapter": None}}
     for arm in folder.arms():
+        if only not in (None, arm.name):
+            continue
         made = folder.load_adapter(arm, folder.load_selection(arm, cmap))
         if made is not None:
             adapters[arm.name] = arm.adapter

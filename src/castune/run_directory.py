@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from castune.arms import heads_name
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import write_text
@@ -177,13 +179,14 @@ class RunDirectory:
             )
 
     def record_step(self, stage: str, provenance: dict[str, Any]) -> None:
-        """Append a stage to `provenance.json`."""
+        """Append a stage to `provenance.json`; several processes may do so at once."""
         path = self.path / "provenance.json"
-        try:
-            steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else []
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: damaged: {error!r}; remove it, results do not depend on it") from None
-        write_text(path, json.dumps({"steps": [*steps, {"stage": stage, **provenance}]}, indent=1) + "\n")
+        with FileLock(self.path / ".provenance.lock"):
+            try:
+                steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else []
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                raise ArtifactError(f"{path}: damaged: {error!r}; remove it, results do not depend on it") from None
+            write_text(path, json.dumps({"steps": [*steps, {"stage": stage, **provenance}]}, indent=1) + "\n")
 
     def load_map(self, fingerprint: str | None = None) -> ConflictMap:
         """The conflict map; refused when it belongs to another model than `fingerprint`."""
@@ -266,5 +269,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     # Where a run lies and computes is not what it is.
     return {
-        key: value for key, value in flat.items() if key not in ("out", "device") and not key.startswith("evaluate.")
+        key: value
+        for key, value in flat.items()
+        if key not in ("out", "device") and not key.startswith(("evaluate.", "study."))
     }

@@ -1,0 +1,105 @@
+"""What `castune study` does with its options: the executor, and what is shown at the end."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import NamedTuple
+
+from castune.config import Recipe
+from castune.console import say, show_rows
+from castune.errors import CastuneError
+from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
+from castune.study.graph import Graph
+from castune.study.run import load_study_suites, run_study, study_graph
+from castune.study.tables import tables
+
+_ARM_TABLES = ("table_1_", "table_2_")
+_SHOWN = ("arm", "heads", "seeds", "general_average", "safety_average", "over_refusal_average", "ucr")
+
+
+class Options(NamedTuple):
+    """How a study is executed; None: by the machine."""
+
+    executor: str = "local"
+    workers: int | None = None
+    threads: int | None = None
+    gpus: int | None = None
+    memory: float | None = None
+    address: str | None = None
+    shards: int = 1
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            CastuneError: the message says what is accepted.
+        """
+        if self.executor not in ("local", "ray"):
+            raise CastuneError(f"--executor {self.executor}: accepted are local and ray")
+        if self.executor == "local" and (self.address is not None or self.memory is not None):
+            raise CastuneError("--address and --memory belong to --executor ray")
+        for name in ("workers", "threads", "shards"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CastuneError(f"--{name} {value}: accepted is 1 or more")
+
+    def resources(self, workers: int) -> Resources:
+        """What every unit has to itself."""
+        cores = os.cpu_count() or 1
+        threads = self.threads or max(1, cores // workers)
+        memory = None if self.memory is None else int(self.memory * 1e9)
+        return Resources(threads, self.gpus_a_unit(), memory)
+
+    def gpus_a_unit(self) -> int:
+        """Accelerators a unit: one where this machine has some."""
+        if self.gpus is not None:
+            return self.gpus
+        import torch
+
+        return min(1, torch.cuda.device_count())
+
+    def workers_here(self) -> int:
+        """Units beside each other on this machine."""
+        if self.workers is not None:
+            return self.workers
+        if gpus := self.gpus_a_unit():
+            import torch
+
+            return max(1, torch.cuda.device_count() // gpus)
+        return max(1, min(8, (os.cpu_count() or 1) // 2))
+
+    def made(self, graph: Graph) -> Executor:
+        """The executor."""
+        workers = self.workers_here()
+        resources = self.resources(workers)
+        if self.executor == "ray":
+            return RayExecutor(graph.folder, resources, address=self.address, workers=workers)
+        return LocalExecutor(graph.folder, workers, resources)
+
+
+def run(recipe: Recipe, options: Options) -> bool:
+    """Do a study and show what came out; returns whether all of it is done."""
+    options.check()
+    suites = load_study_suites(recipe)
+    graph = study_graph(recipe, shards=options.shards)
+    results, schedule = run_study(graph, options.made(graph), suites)
+    for table in tables(results, recipe.study):
+        if table.name.startswith(_ARM_TABLES):
+            show_rows(table.title, [{key: row.get(key) for key in _SHOWN} for row in table.rows])
+    for name in results.missing:
+        say(f"missing: {name}")
+    say(f"tables: {graph.folder / 'tables'}")
+    return all(state.state == "done" for state in schedule.states.values())
+
+
+def dry_run(recipe: Recipe, *, accelerator: str | None, shards: int) -> None:
+    """Show the graph of a study and what it costs."""
+    graph = study_graph(recipe, shards=shards, data=False)
+    counts = Counter(unit.stage for unit in graph.units)
+    say(f"{graph.n_heads} heads; " + ", ".join(f"{count} x {stage}" for stage, count in counts.items()))
+    for run_ in graph.runs:
+        say(f"{run_.label}: {', '.join(run_.trained)}")
+        for arm, trained in run_.same_as.items():
+            if arm != trained:
+                say(f"  {arm}: the heads of {trained}")

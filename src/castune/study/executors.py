@@ -1,0 +1,320 @@
+"""Where units of a study are done: in processes of this machine, or as tasks of a Ray cluster.
+
+An executor only starts units and tells how they ended. What is ready, what is retried and what is blocked is the
+business of `schedule.py`, the same for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import selectors
+import subprocess
+import sys
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from castune.errors import CastuneError
+from castune.study.graph import Unit
+
+logger = logging.getLogger(__name__)
+
+Ending = Literal["done", "failed", "died"]
+
+
+class Outcome(NamedTuple):
+    """How an attempt at a unit ended.
+
+    Attributes:
+        name: of the unit.
+        ending: `done`; `failed`: it raised an error, and would again; `died`: its process or its node is gone.
+        error: what went wrong, in one line.
+        seconds: wall time of the attempt; None where nobody was there to measure it.
+    """
+
+    name: str
+    ending: Ending
+    error: str | None = None
+    seconds: float | None = None
+
+
+class Resources(NamedTuple):
+    """What every unit has to itself.
+
+    Attributes:
+        threads: CPU threads. Sums of floating-point numbers depend on how they are split: results are equal bit for bit
+            between executions with the same number.
+        gpus: accelerators.
+        memory: bytes of memory, for Ray to know what fits on a node; None: not declared.
+    """
+
+    threads: int
+    gpus: int = 0
+    memory: int | None = None
+
+
+class Executor(ABC):
+    """Starts units and waits for them. Closed at the end of a `with` block, which stops what still runs.
+
+    Attributes:
+        slots: how many units it takes at once.
+    """
+
+    slots: int
+
+    @abstractmethod
+    def start(self, unit: Unit) -> None:
+        """Start a unit; there is a free slot."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> list[Outcome]:
+        """Outcomes of units that have ended; waits up to so many seconds for the first."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop everything."""
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def log_file(folder: Path, name: str) -> Path:
+    """The log of a unit in the study directory."""
+    return folder / "logs" / f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', name)}.log"
+
+
+def attempt(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a unit in this process. Errors are part of the answer, so that it can come from anywhere.
+
+    Args:
+        task: `unit` (plain JSON), `log` (its log file), `threads`.
+    """
+    started, name = time.monotonic(), task["unit"]["name"]
+    error = None
+    with _logging_to(Path(task["log"])):
+        try:
+            # Not at the top: the process that only waits for others loads no model library.
+            import torch
+
+            from castune.study.work import perform
+
+            torch.set_num_threads(task["threads"])
+            perform(Unit.from_json(task["unit"]))
+        except CastuneError as known:
+            error = str(known)
+        except Exception as bug:
+            error = f"{type(bug).__name__}: {bug}"
+            logger.error("%s", traceback.format_exc())
+    seconds = round(time.monotonic() - started, 2)
+    return Outcome(name, "failed" if error is not None else "done", error, seconds)._asdict()
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    ours = logging.getLogger("castune")
+    level, ours.propagate = ours.level, False
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        handler.close()
+        ours.setLevel(level)
+        ours.propagate = True
+
+
+class LocalExecutor(Executor):
+    """Worker processes on this machine.
+
+    Args:
+        folder: the study directory, for logs.
+        workers: how many processes.
+        resources: of each of them; with accelerators, worker i sees the i-th share of them.
+    """
+
+    def __init__(self, folder: Path, workers: int, resources: Resources) -> None:
+        self.folder, self.slots, self.resources = folder, workers, resources
+        self._workers: dict[int, subprocess.Popen[str]] = {}
+        self._unit_of: dict[int, str] = {}
+        self._selector = selectors.DefaultSelector()
+
+    def start(self, unit: Unit) -> None:
+        """Give the unit to an idle worker; start one where there is none."""
+        slot = next(slot for slot in range(self.slots) if slot not in self._unit_of)
+        worker = self._workers.get(slot) or self._spawn(slot)
+        self._unit_of[slot] = unit.name
+        assert worker.stdin is not None
+        with suppress(OSError):  # it died while it was idle: its standard output has ended too, which `wait` sees
+            worker.stdin.write(json.dumps(_task(self.folder, unit, self.resources)) + "\n")
+            worker.stdin.flush()
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """Outcomes of workers that have answered or died."""
+        outcomes = []
+        for key, _ in self._selector.select(seconds):
+            slot: int = key.data
+            worker = self._workers[slot]
+            assert worker.stdout is not None
+            line = worker.stdout.readline()
+            if not line.endswith("\n"):
+                code = self._forget(slot)
+                if slot in self._unit_of:
+                    outcomes.append(Outcome(self._unit_of.pop(slot), "died", f"its process ended ({_ending(code)})"))
+                continue
+            self._unit_of.pop(slot)
+            outcomes.append(Outcome(**json.loads(line)))
+        return outcomes
+
+    def close(self) -> None:
+        """Stop all workers."""
+        for slot in list(self._workers):
+            self._workers[slot].kill()
+            self._forget(slot)
+
+    def _spawn(self, slot: int) -> subprocess.Popen[str]:
+        threads = str(self.resources.threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if self.resources.gpus:
+            first = slot * self.resources.gpus
+            devices = _visible_devices()[first : first + self.resources.gpus]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        elif self.slots > 1:
+            # Threads that wait must not burn the cores on which others work.
+            environment.setdefault("OMP_WAIT_POLICY", "passive")
+        log = self.folder / "logs" / f"worker-{slot + 1}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as errors:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "castune.study.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                encoding="utf-8",
+                env=environment,
+                # Ctrl-C is for the study alone, which then stops its workers.
+                start_new_session=True,
+            )
+        self._workers[slot] = worker
+        self._selector.register(worker.stdout, selectors.EVENT_READ, slot)  # type: ignore[arg-type]
+        return worker
+
+    def _forget(self, slot: int) -> int:
+        worker = self._workers.pop(slot)
+        self._selector.unregister(worker.stdout)  # type: ignore[arg-type]
+        for pipe in (worker.stdin, worker.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # a line that the dead worker never read
+                pipe.close()
+        return worker.wait()
+
+
+class RayExecutor(Executor):
+    """Tasks of a Ray cluster whose nodes share a file system with the study directory.
+
+    Args:
+        folder: the study directory.
+        resources: what a unit needs; Ray places it on a node that has so much.
+        address: of a running cluster, `auto` for the one this machine belongs to; None starts one here, for `workers`.
+        workers: how many units run at once on the embedded cluster.
+    """
+
+    # Ray queues what does not fit yet, which is what makes a cluster grow.
+    slots = 1_000_000
+
+    def __init__(self, folder: Path, resources: Resources, *, address: str | None = None, workers: int = 1) -> None:
+        self._ray = require_ray()
+        self.folder, self.resources = folder.absolute(), resources
+        self._names: dict[Any, str] = {}
+        started: dict[str, Any] = (
+            {"address": address}
+            if address is not None
+            else {
+                "num_cpus": workers * resources.threads,
+                "num_gpus": workers * resources.gpus,
+                "include_dashboard": False,
+            }
+        )
+        threads = str(resources.threads)
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        self._ray.init(
+            **started, log_to_driver=False, logging_level=logging.WARNING, runtime_env={"env_vars": environment}
+        )
+        # Retries are the study's own business: it notes them.
+        options: dict[str, Any] = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_retries": 0}
+        if resources.memory is not None:
+            options["memory"] = resources.memory
+        self._attempt = self._ray.remote(attempt).options(**options)
+
+    def start(self, unit: Unit) -> None:
+        """Queue the unit."""
+        task = _task(self.folder, unit, self.resources)
+        self._names[self._attempt.options(name=unit.name).remote(task)] = unit.name
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """Outcomes of tasks that have ended, whatever became of their nodes."""
+        if not self._names:
+            return []
+        ended, _ = self._ray.wait(list(self._names), num_returns=1, timeout=seconds)
+        return [self._outcome(reference) for reference in ended]
+
+    def close(self) -> None:
+        """Stop all tasks and leave the cluster; an embedded one ends."""
+        for reference in self._names:
+            self._ray.cancel(reference, force=True)
+        self._ray.shutdown()
+
+    def _outcome(self, reference: Any) -> Outcome:
+        name = self._names.pop(reference)
+        try:
+            return Outcome(**self._ray.get(reference))
+        except self._ray.exceptions.RayTaskError:
+            raise  # `attempt` lets nothing through: a bug
+        except self._ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            return Outcome(name, "died", f"{type(error).__name__}: {reason}")
+
+
+def require_ray() -> Any:
+    """The package ray.
+
+    Raises:
+        CastuneError: it is not installed; the message says what to install.
+    """
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise CastuneError(
+            "--executor ray needs the package ray: python -m pip install 'castune[ray]'; or --executor local"
+        ) from None
+    return ray
+
+
+def _task(folder: Path, unit: Unit, resources: Resources) -> dict[str, Any]:
+    return {"unit": unit.to_json(), "log": str(log_file(folder, unit.name)), "threads": resources.threads}
+
+
+def _visible_devices() -> Sequence[str]:
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _ending(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,267 @@
+"""The graph of a study: which runs there are, what each unit of work needs, and where its result lies. Pure.
+
+    diagnose -> tune -> evaluate -> judge      a chain an arm, over the seeds
+    diagnose -> base ----------------^         the base model, once
+
+A study directory holds a run directory a map (`maps/NAME-KEY`) and a run directory a map and seed
+(`runs/NAME-SEED-KEY`), whose arms share the map. The key is a digest of everything the results depend on: another
+learning rate gives other directories beside the old ones, and what is there already is never computed twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from castune.arms import ArmName, heads_name
+from castune.config import CalibrationConfig, Recipe, SelectConfig, StudyConfig
+from castune.core.ranking import equal_parts
+from castune.errors import CastuneError
+
+MAIN = "main"
+# Seeds of the further random selections follow on these, far from those a user would choose.
+_FIRST_DRAW = 1_000
+
+Stage = Literal["diagnose", "base", "tune", "evaluate", "judge"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that one worker does, and that is retried when the worker dies.
+
+    Attributes:
+        name: unique, for people: `tune main/21/safe+pcgrad`.
+        stage: what is done.
+        recipe: of the run directory it is done in (`recipe.out`).
+        needs: names of the units whose results it takes.
+        map_folder: the run directory of the map.
+        base_folder: the run directory with the evaluation of the base model.
+        arm: the arm, for `tune` and `evaluate`.
+        shard: share of a diagnosis, `i/n`.
+    """
+
+    name: str
+    stage: Stage
+    recipe: Recipe
+    needs: tuple[str, ...]
+    map_folder: Path
+    base_folder: Path
+    arm: str | None = None
+    shard: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run directory the unit writes to."""
+        return Path(self.recipe.out)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, from which another process makes the unit again."""
+        return {
+            "name": self.name,
+            "stage": self.stage,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "needs": list(self.needs),
+            "map_folder": str(self.map_folder),
+            "base_folder": str(self.base_folder),
+            "arm": self.arm,
+            "shard": self.shard,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Unit:
+        """The unit that `to_json` wrote."""
+        paths = {key: Path(record[key]) for key in ("map_folder", "base_folder")}
+        values = {**record, **paths, "recipe": Recipe(**record["recipe"]), "needs": tuple(record["needs"])}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory of a study: arms of one map, trained with one seed.
+
+    Attributes:
+        calibration: name of the map, `main` for the recipe's own.
+        seed: of random selections and training.
+        recipe: with `out`, the seed and the map's data in it.
+        map_recipe: of the map's own run directory.
+        trained: names of the arms that are trained.
+        same_as: every wanted arm -> the trained one with the same heads, itself for most.
+        is_draw: whether it is there for a random selection more.
+    """
+
+    calibration: str
+    seed: int
+    recipe: Recipe
+    map_recipe: Recipe
+    trained: tuple[str, ...]
+    same_as: Mapping[str, str]
+    is_draw: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.recipe.out)
+
+    @property
+    def label(self) -> str:
+        """What the run is called in names of units."""
+        return f"{self.calibration}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All runs and units of a study; a unit comes behind those it needs.
+
+    Args:
+        recipe: of the study; `out` is the study directory.
+        n_heads: number of heads a map has.
+        data: digests of the data, by `align`, `safety:MAP` and `utility:MAP`; part of the keys.
+        shards: into how many units a diagnosis is split.
+    """
+
+    recipe: Recipe
+    n_heads: int
+    data: Mapping[str, str] = field(default_factory=dict)
+    shards: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """The study directory."""
+        return Path(self.recipe.out)
+
+    @cached_property
+    def maps(self) -> dict[str, Recipe]:
+        """The recipe of every map's run directory, by the name of its calibration."""
+        return {name: self._map_recipe(name, found) for name, found in self._calibrations().items()}
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """All run directories, the seeds of the main map first."""
+        study = self.recipe.study
+        wanted = [(MAIN, study.main_arms, seed, False) for seed in study.seeds]
+        wanted += [(MAIN, ("random",), _FIRST_DRAW + n, True) for n in range(study.random_draws)]
+        wanted += [
+            (name, found.arms, seed, False)
+            for name, found in study.calibrations.items()
+            if found.arms
+            for seed in study.seeds
+        ]
+        return tuple(self._run(*one) for one in wanted)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All units, in the order in which they are best done."""
+        return (*self._map_units(), *(unit for run in self.runs for unit in self._run_units(run)))
+
+    @property
+    def base_folder(self) -> Path:
+        """The run directory that holds the evaluation of the base model."""
+        return Path(self.maps[MAIN].out)
+
+    def _calibrations(self) -> dict[str, CalibrationConfig]:
+        return {MAIN: CalibrationConfig(), **self.recipe.study.calibrations}
+
+    def _map_recipe(self, name: str, calibration: CalibrationConfig) -> Recipe:
+        changes: dict[str, Any] = {"study": StudyConfig(), "select": SelectConfig()}
+        changes |= {key: value for key in ("safety", "utility") if (value := getattr(calibration, key)) is not None}
+        if calibration.measure is not None:
+            changes["diagnose"] = self.recipe.diagnose.model_copy(update={"measure": calibration.measure})
+        recipe = self.recipe.model_copy(update=changes)
+        made_from = _made_from(recipe, {"model", "revision", "dtype", "seed", "safety", "utility", "diagnose"})
+        key = _digest([made_from, self.data.get(f"safety:{name}"), self.data.get(f"utility:{name}")])
+        return recipe.model_copy(update={"out": str(self.folder / "maps" / f"{name}-{key}")})
+
+    def _run(self, calibration: str, arms: tuple[str, ...], seed: int, is_draw: bool) -> Run:
+        map_recipe = self.maps[calibration]
+        select = self.recipe.select.model_copy(update={"seed": seed})
+        recipe = map_recipe.model_copy(
+            update={"select": select, "tune": self.recipe.tune.model_copy(update={"seed": seed})}
+        )
+        made_from = _made_from(recipe, {"select", "tune", "align"})
+        # How often a training is saved changes nothing.
+        made_from.get("tune", {}).pop("checkpoint_steps", None)
+        key = _digest([Path(map_recipe.out).name, made_from, self.data.get("align")])
+        out = self.folder / "runs" / f"{calibration}-{seed}-{key}"
+        same_as = self._same_as(arms)
+        return Run(
+            calibration=calibration,
+            seed=seed,
+            recipe=recipe.model_copy(update={"out": str(out)}),
+            map_recipe=map_recipe,
+            trained=tuple(dict.fromkeys(same_as.values())),
+            same_as=same_as,
+            is_draw=is_draw,
+        )
+
+    def _same_as(self, arms: tuple[str, ...]) -> dict[str, str]:
+        """Every arm -> the first one that trains the same heads in the same way."""
+        first: dict[Any, str] = {}
+        found: dict[str, str] = {}
+        for text in arms:
+            name = self._full_name(ArmName.parse(text))
+            found[text] = first.setdefault((self._heads(ArmName.parse(text)), ArmName.parse(text).changes), name)
+        return found
+
+    def _full_name(self, name: ArmName) -> str:
+        """The name of the arm's directory."""
+        size = self._fraction(name)
+        zone, score = (name.zone or "bucket"), name.score or self.recipe.select.score
+        return heads_name(zone, size, name.bucket, name.buckets, score) + name.suffix
+
+    def _fraction(self, name: ArmName) -> float:
+        if name.zone == "all":
+            return 1.0
+        return name.fraction or self.recipe.select.fraction or 0.25
+
+    def _heads(self, name: ArmName) -> Any:
+        """What tells two selections apart, before the map is there: a range of the sorted heads where it is one."""
+        score, n = name.score or self.recipe.select.score, self.n_heads
+        if name.bucket is not None and name.buckets is not None:
+            if name.buckets > n:
+                raise CastuneError(f"{name.buckets} buckets of {n} heads: study.buckets goes up to the number of heads")
+            part = equal_parts(range(n), name.buckets)[name.bucket - 1]
+            return score, part[0], part[-1] + 1
+        count = max(1, round(self._fraction(name) * n))
+        if count == n or name.zone == "all":
+            return "all"
+        if name.zone == "risky":
+            return score, 0, count
+        if name.zone == "safe":
+            return score, n - count, n
+        return name.zone, score, count
+
+    def _map_units(self) -> Iterator[Unit]:
+        base = self.base_folder
+        for name, recipe in self.maps.items():
+            folder = Path(recipe.out)
+            shares: list[str] = []
+            for number in range(1, self.shards + 1) if self.shards > 1 else ():
+                shares.append(f"diagnose {name}, share {number} of {self.shards}")
+                yield Unit(shares[-1], "diagnose", recipe, (), folder, base, shard=f"{number}/{self.shards}")
+            # Behind the shares it finds the map made; without them it makes it.
+            yield Unit(f"diagnose {name}", "diagnose", recipe, tuple(shares), folder, base)
+        yield Unit("evaluate base", "base", self.maps[MAIN], (f"diagnose {MAIN}",), base, base)
+
+    def _run_units(self, run: Run) -> Iterator[Unit]:
+        places = Path(run.map_recipe.out), self.base_folder
+        evaluations = []
+        for arm in run.trained:
+            tune, evaluate = f"tune {run.label}/{arm}", f"evaluate {run.label}/{arm}"
+            yield Unit(tune, "tune", run.recipe, (f"diagnose {run.calibration}",), *places, arm=arm)
+            yield Unit(evaluate, "evaluate", run.recipe, (tune, "evaluate base"), *places, arm=arm)
+            evaluations.append(evaluate)
+        yield Unit(f"judge {run.label}", "judge", run.recipe, tuple(evaluations), *places)
+
+
+def _made_from(recipe: Recipe, keys: set[str]) -> dict[str, Any]:
+    """What of a recipe becomes part of a key: a setting that is new to castune changes none by its default."""
+    return recipe.model_dump(mode="json", include=keys, exclude_defaults=True)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]

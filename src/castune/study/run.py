@@ -1,0 +1,184 @@
+"""`castune study`: from a recipe to the paper's tables, over as many processes and machines as there are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from castune import pipeline
+from castune.arms import ArmName
+from castune.artifacts import EvalResult, TuneResult
+from castune.artifacts.files import write_text
+from castune.artifacts.tune_result import adapter_hash
+from castune.config import EvaluateConfig, Recipe, TuneConfig
+from castune.core.heads import HeadLayout
+from castune.core.loading import load_config, torch_dtype_of
+from castune.core.skeleton import skeleton
+from castune.data.example import content_hash, require_replies
+from castune.diagnose.domains import utility_hash, utility_sets
+from castune.errors import ArtifactError, CastuneError
+from castune.evaluate.suites import Suite, load_suites
+from castune.evaluations import require_evaluation
+from castune.run_directory import BASE, RunDirectory
+from castune.study.executors import Executor, log_file
+from castune.study.graph import Graph, Unit
+from castune.study.schedule import Schedule
+from castune.study.tables import tables
+from castune.study.trials import Results, read_results
+from castune.tune.train import require_extras
+
+logger = logging.getLogger(__name__)
+
+
+def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
+    """The graph of a study.
+
+    Args:
+        recipe: of the study; `recipe.study` says what is compared.
+        shards: into how many units a diagnosis is split.
+        data: whether the data are loaded and become part of the keys of directories; without, nothing is read but the
+            model's config.
+
+    Raises:
+        CastuneError: bad data or settings, an extra is missing, or the model's heads cannot be located.
+    """
+    if recipe.select.compare:
+        logger.warning("select.compare has no effect on a study: study.arms says what is compared")
+    config, _ = load_config(recipe.model, revision=recipe.revision)
+    layout = HeadLayout.unproven(skeleton(config, torch_dtype_of(recipe.dtype, recipe.device)))
+    layers = recipe.diagnose.layers
+    n_heads = sum(layers is None or head.layer in layers for head in layout.heads)
+    hashes = _checked_data(recipe) if data else {}
+    graph = Graph(recipe, n_heads, hashes, shards)
+    for run in graph.runs:
+        for arm in run.trained:
+            require_extras(recipe.tune.changed(**dict(ArmName.parse(arm).changes)))
+    return graph
+
+
+def run_study(graph: Graph, executor: Executor, suites: Sequence[Suite]) -> tuple[Results, Schedule]:
+    """Do what is missing of a study, and write its tables.
+
+    Args:
+        graph: of the study.
+        executor: where units are done.
+        suites: of the evaluation, loaded.
+
+    Returns:
+        The results, and the schedule with the state of every unit: some may have failed.
+
+    Raises:
+        CastuneError: another command is at work on this study.
+    """
+    with _alone(graph.folder):
+        write_text(graph.folder / "recipe.toml", graph.recipe.to_toml())
+        schedule = Schedule(graph.units, graph.folder, lambda unit: is_done(unit, suites))
+        logger.info("study: %s", schedule.progress())
+        with executor:
+            finished = schedule.run(executor)
+        if not finished:
+            failed = {name: state for name, state in schedule.states.items() if state.state == "failed"}
+            blocked = sum(state.state == "blocked" for state in schedule.states.values())
+            logger.error("study: %d units failed, %d are blocked by them; logs:", len(failed), blocked)
+            for name in failed:
+                logger.error("  %s", log_file(graph.folder, name))
+        return write_results(graph), schedule
+
+
+def write_results(graph: Graph) -> Results:
+    """Write the tables of what is there so far."""
+    results = read_results(graph)
+    folder = graph.folder / "tables"
+    for table in tables(results, graph.recipe.study):
+        write_text(folder / f"{table.name}.csv", table.to_csv())
+    return results
+
+
+def load_study_suites(recipe: Recipe) -> list[Suite]:
+    """The suites of a study, checked with their judge and backend before hours are spent."""
+    config = recipe.evaluate
+    suites = load_suites(config.suites, limit=config.limit, seed=config.seed)
+    require_evaluation(config, suites)
+    return suites
+
+
+def is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
+    """Whether the result of a unit is there, told from files alone: no model is loaded for it.
+
+    Diagnoses and trainings lie in directories whose names are digests of what they were made from. An evaluation must
+    be of these suites and settings, and of the adapter that is there. Judging is always asked for: it finds itself
+    whether there is something to do.
+    """
+    folder = RunDirectory(unit.folder)
+    if unit.stage == "diagnose":
+        return folder.map_file.is_file()
+    if unit.stage == "tune":
+        assert unit.arm is not None
+        arm = folder.side_arm(unit.arm)
+        if not (arm.is_trained and arm.selection_file.is_file()):
+            return False
+        wanted = unit.recipe.tune.changed(**dict(ArmName.parse(unit.arm).changes))
+        # If not, the unit says what differs.
+        return TuneConfig(**TuneResult.load(arm.adapter).settings) == wanted
+    if unit.stage == "base":
+        return _is_evaluated(folder.evaluation(BASE), unit.recipe.evaluate, suites, None, judged=True)
+    if unit.stage == "evaluate":
+        assert unit.arm is not None
+        adapter = folder.side_arm(unit.arm).adapter
+        return _is_evaluated(folder.evaluation(unit.arm), unit.recipe.evaluate, suites, adapter)
+    return False
+
+
+def _is_evaluated(
+    folder: Path, config: EvaluateConfig, suites: Sequence[Suite], adapter: Path | None, *, judged: bool = False
+) -> bool:
+    if not (folder / "metrics.json").is_file():
+        return False
+    try:
+        found = EvalResult.load(folder)
+    except ArtifactError as error:
+        logger.warning("%s", error)
+        return False
+    judge = config.judge if not judged else found.settings["judge"]
+    return (
+        EvaluateConfig(**{**found.settings, "judge": judge}) == config
+        and found.model.get("adapter") == (None if adapter is None else adapter_hash(adapter))
+        and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
+        and not any(sample.get("missing") for sample in found.samples)
+    )
+
+
+def _checked_data(recipe: Recipe) -> dict[str, str]:
+    """Digests of all data of a study, each checked for what it is used for."""
+    align = pipeline.load_data(recipe.align, recipe.seed)
+    require_replies(align, "align", "prompt, completion")
+    hashes = {"align": content_hash(align)}
+    for name, calibration in {"main": None, **recipe.study.calibrations}.items():
+        changes = {
+            key: value
+            for key in ("safety", "utility")
+            if calibration is not None and (value := getattr(calibration, key)) is not None
+        }
+        safety, utility = pipeline.load_calibration(recipe.model_copy(update=changes))
+        hashes |= {f"safety:{name}": content_hash(safety), f"utility:{name}": utility_hash(utility_sets(utility))}
+    return hashes
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".study.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CastuneError(
+            f"{folder}: another castune study is at work here; wait for it, stop it, or give another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,228 @@
+"""The paper's tables from the trials of a study, as rows of plain values. Pure.
+
+Rates are in per cent. `NAME_se` is the standard error of the mean over seeds (none with one seed), `seeds` how many
+there are. What could not be measured or is undefined is empty, never 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from castune.config import StudyConfig, method_suffix
+from castune.evaluate.stats import correlation, utility_cost_ratio
+from castune.study.trials import MMLU, PURPOSES, Measured, Results, Trial
+
+Row = dict[str, Any]
+
+_PURPOSE_NAMES = {"utility": "general_average", "safety": "safety_average", "over-refusal": "over_refusal_average"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: what it is called, what it shows, and its rows, all with the same keys."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.rows[0]) if self.rows else []
+
+    def to_csv(self) -> str:
+        """The table as CSV; the same rows give the same bytes."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
+        return text.getvalue()
+
+
+def tables(results: Results, study: StudyConfig) -> list[Table]:
+    """All tables that these results allow: 1 and 2, 7 to 11 of the paper, every trial, and how the maps agree."""
+    found = [Table("trials", "Every arm with every seed", tuple(map(_trial_row, results.trials)))]
+    for method in study.methods:
+        number = {"sft": "1", "pcgrad": "2"}.get(method)
+        title = f"Arms trained by {method}" + (f" (Table {number} of the paper)" if number else "")
+        name = f"table_{number}_{method}" if number else f"table_{method}"
+        arms = [f"{arm}{method_suffix(method)}" for arm in study.arms]
+        found.append(Table(name, title, tuple(_arm_rows(results, arms))))
+    found.append(Table("table_7_buckets", "Buckets (Table 7)", tuple(_bucket_rows(results, study))))
+    found.append(Table("table_8_validity", "Scores against realised costs (Table 8)", tuple(_validity(results, study))))
+    shares = ["all", *(_share(zone, share) for zone in ("risky", "safe") for share in (25.0, *study.shares))]
+    budgets = tuple(_arm_rows(results, shares))
+    found.append(Table("table_9_budget", "Budgets from both ends of the map (Table 9)", budgets))
+    others = [
+        row
+        for name, calibration in study.calibrations.items()
+        for row in _arm_rows(results, calibration.arms, calibration=name, base=False)
+    ]
+    found.append(Table("table_10_11_calibrations", "Other calibration data (Tables 10 and 11)", tuple(others)))
+    return [table for table in found if table.rows]
+
+
+def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:
+    """Rates of an arm over its seeds: every suite, the averages by purpose, and the cost ratios.
+
+    The cost ratio of the mean rates is `ucr`; `ucr_seeds` counts the seeds in which it is defined.
+    """
+    row: Row = {"seeds": len(trials)}
+    for name in [suite.suite for suite in trials[0].measured.suites]:
+        row |= over_seeds(name, [_percent(trial.measured.rate(name)) for trial in trials])
+    for purpose in PURPOSES:
+        means = [_percent(trial.measured.mean(purpose)) for trial in trials]
+        row |= over_seeds(_PURPOSE_NAMES[purpose], means)
+    row["unscored"] = sum(suite.unscored for trial in trials for suite in trial.measured.suites)
+    row["ucr"] = _ratio_of_means(trials, base, lambda measured: measured.mean("utility"))
+    row["ucr_seeds"] = sum(t.cost_ratio is not None and t.cost_ratio.value is not None for t in trials)
+    row["mmlu_cr"] = _ratio_of_means(trials, base, lambda measured: measured.rate(MMLU))
+    row["mmlu_cr_seeds"] = sum(t.mmlu_cost_ratio is not None and t.mmlu_cost_ratio.value is not None for t in trials)
+    return row
+
+
+def over_seeds(name: str, values: Sequence[float | None]) -> Row:
+    """Mean over seeds with its standard error; None where a seed has no value, or there is only one."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return {name: None, f"{name}_se": None}
+    mean = sum(known) / len(known)
+    error = None
+    if len(known) > 1:
+        error = math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1) / len(known))
+    return {name: mean, f"{name}_se": error}
+
+
+def _arm_rows(results: Results, arms: Iterable[str], *, calibration: str = "main", base: bool = True) -> list[Row]:
+    """A row an arm, the base model above them."""
+    rows = []
+    for arm in arms:
+        trials = results.of(arm, calibration)
+        if trials:
+            head = {"calibration": calibration, "arm": arm, "heads": len(trials[0].selection.heads)}
+            head["mean_conflict"] = _mean(trial.scores["conflict"] for trial in trials)
+            rows.append({**head, **summary_row(trials, results.base)})
+    if rows and base and results.base is not None:
+        rows.insert(0, _base_row(results.base, list(rows[0])))
+    return rows
+
+
+def _base_row(base: Measured, columns: Sequence[str]) -> Row:
+    row: Row = dict.fromkeys(columns)
+    row |= {"calibration": "main", "arm": "base"}
+    row |= {suite.suite: _percent(suite.value) for suite in base.suites}
+    row |= {_PURPOSE_NAMES[purpose]: _percent(base.mean(purpose)) for purpose in PURPOSES}
+    row["unscored"] = sum(suite.unscored for suite in base.suites)
+    return {column: row.get(column) for column in columns}
+
+
+def _bucket_rows(results: Results, study: StudyConfig) -> list[Row]:
+    rows = []
+    for score in study.scores:
+        for buckets in study.buckets:
+            for number in range(1, buckets + 1):
+                trials = results.of(study.bucket(number, buckets, score))
+                if trials:
+                    mean = _mean(trial.scores[score] for trial in trials)
+                    head = {"score": score, "buckets": buckets, "bucket": number, "mean_score": mean}
+                    rows.append({**head, **summary_row(trials, results.base)})
+    return rows
+
+
+def _validity(results: Results, study: StudyConfig) -> list[Row]:
+    """Correlation of the buckets' mean scores with their cost ratios, of the mean rates and of every seed."""
+    rows = []
+    for buckets in study.buckets:
+        for score in study.scores:
+            of_bucket = [results.of(study.bucket(n, buckets, score)) for n in range(1, buckets + 1)]
+            of_bucket = [trials for trials in of_bucket if trials]
+            for cost in ("ucr", "mmlu_cr"):
+                points = [
+                    (_mean(t.scores[score] for t in trials), summary_row(trials, results.base)[cost])
+                    for trials in of_bucket
+                ]
+                rows.append(_correlation_row(score, buckets, cost, "mean", points))
+                for seed in study.seeds:
+                    points = [
+                        (trial.scores[score], _cost(trial, cost))
+                        for trials in of_bucket
+                        for trial in trials
+                        if trial.seed == seed
+                    ]
+                    rows.append(_correlation_row(score, buckets, cost, str(seed), points))
+    return [row for row in rows if row["n"] or row["undefined"]]
+
+
+def _correlation_row(
+    score: str, buckets: int, cost: str, seed: str, points: Sequence[tuple[float, float | None]]
+) -> Row:
+    defined = [(x, y) for x, y in points if y is not None]
+    found = correlation([x for x, _ in defined], [y for _, y in defined])
+    return {
+        "score": score, "buckets": buckets, "cost": cost, "seed": seed, "n": found.n,
+        "undefined": len(points) - len(defined), "pearson": found.pearson, "pearson_p": found.pearson_p,
+        "spearman": found.spearman, "spearman_p": found.spearman_p,
+    }  # fmt: skip
+
+
+def _cost(trial: Trial, cost: str) -> float | None:
+    ratio = trial.cost_ratio if cost == "ucr" else trial.mmlu_cost_ratio
+    return None if ratio is None else ratio.value
+
+
+def _trial_row(trial: Trial) -> Row:
+    row: Row = {
+        "calibration": trial.calibration, "arm": trial.arm, "seed": trial.seed, "heads": len(trial.selection.heads),
+        "layers": len(trial.selection.layers), "mean_conflict": trial.scores["conflict"],
+        "mean_gradient": trial.scores["gradient"], "mean_sensitivity": trial.scores["sensitivity"],
+        "mean_layer": trial.depth,
+    }  # fmt: skip
+    for suite in trial.measured.suites:
+        row[suite.suite] = _percent(suite.value)
+        row[f"{suite.suite}_se"] = _percent(suite.standard_error)
+        row[f"{suite.suite}_n"], row[f"{suite.suite}_unscored"] = suite.n, suite.unscored
+    for name, ratio in (("ucr", trial.cost_ratio), ("mmlu_cr", trial.mmlu_cost_ratio)):
+        row[name] = None if ratio is None else ratio.value
+        row[f"{name}_low"] = None if ratio is None else ratio.low
+        row[f"{name}_high"] = None if ratio is None else ratio.high
+    return row
+
+
+def _ratio_of_means(trials: Sequence[Trial], base: Measured | None, utility: Any) -> float | None:
+    """The cost ratio of rates averaged over the seeds (the paper's rates are such averages)."""
+    if base is None:
+        return None
+    before, safety_before = utility(base), base.mean("safety")
+    after = [utility(trial.measured) for trial in trials]
+    safety_after = [trial.measured.mean("safety") for trial in trials]
+    if None in (before, safety_before, *after, *safety_after):
+        return None
+    return utility_cost_ratio(
+        utility_before=before,
+        utility_after=sum(after) / len(after),
+        safety_before=float(safety_before or 0.0),
+        safety_after=sum(value or 0.0 for value in safety_after) / len(safety_after),
+    )
+
+
+def _share(zone: str, share: float) -> str:
+    return zone if share == 25.0 else f"{zone}-{share:g}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _cell(value: Any) -> Any:
+    # Ten digits: what differs beyond is rounding.
+    return f"{value:.10g}" if isinstance(value, float) else value

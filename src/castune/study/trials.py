@@ -1,0 +1,176 @@
+"""What a study has measured: a trial an arm and seed, read from the run directories.
+
+Of an evaluation only the outcomes are kept, not the replies: a study of the paper's size has a million of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult
+from castune.evaluate.stats import CostRatio
+from castune.evaluations import cost_ratios
+from castune.run_directory import BASE, RunDirectory
+from castune.select import SCORE_COLUMNS
+from castune.study.graph import Graph, Run
+
+PURPOSES = ("utility", "safety", "over-refusal")
+MMLU = "mmlu"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation says: the results of its suites, and the outcome of every example of each."""
+
+    suites: tuple[SuiteResult, ...]
+    outcomes: dict[str, dict[str, float | None]]
+
+    @classmethod
+    def of(cls, result: EvalResult) -> Measured:
+        """The evaluation without its replies."""
+        outcomes: dict[str, dict[str, float | None]] = {suite.suite: {} for suite in result.suites}
+        for sample in result.samples:
+            outcome = sample["outcome"]
+            outcomes[sample["suite"]][sample["id"]] = None if outcome is None else float(outcome)
+        return cls(result.suites, outcomes)
+
+    def rate(self, suite: str) -> float | None:
+        """The rate of a suite; None where nothing was scored."""
+        return next((found.value for found in self.suites if found.suite == suite), None)
+
+    def mean(self, purpose: str) -> float | None:
+        """Unweighted mean over the suites of a purpose, as the paper averages; None if one is missing or unscored."""
+        values = [suite.value for suite in self.suites if suite.purpose == purpose]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if values and len(known) == len(values) else None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An arm, trained with one seed and evaluated.
+
+    Attributes:
+        calibration: the map it was chosen from, `main` for the study's own.
+        arm: its name in the study.
+        trained: name of its directory; another name where an arm of the same heads was trained before.
+        seed: of random selections and training.
+        is_draw: whether it is one of the further random selections.
+        selection: its heads.
+        scores: mean C, O and S of its heads, by `conflict`, `gradient`, `sensitivity`.
+        depth: mean layer of its heads.
+        measured: its evaluation.
+        cost_ratio: UCR (Eq. 7) with its interval over examples; None where a number for it is missing.
+        mmlu_cost_ratio: MMLU-CR (Eq. 8); None also where MMLU was not measured.
+    """
+
+    calibration: str
+    arm: str
+    trained: str
+    seed: int
+    is_draw: bool
+    selection: HeadSelection
+    scores: dict[str, float]
+    depth: float
+    measured: Measured
+    cost_ratio: CostRatio | None
+    mmlu_cost_ratio: CostRatio | None
+
+    @property
+    def heads(self) -> str:
+        """The arm's name without what is trained differently."""
+        return self.arm.partition("+")[0]
+
+    @property
+    def method(self) -> str:
+        """What is trained differently from the recipe, `sft` for nothing."""
+        return self.arm.partition("+")[2] or "sft"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a study has so far.
+
+    Attributes:
+        maps: the conflict maps by calibration.
+        base: the evaluation of the base model; None before it is made.
+        trials: those that are evaluated, in the order of the graph.
+        missing: what is not there, as `CALIBRATION/SEED/ARM`.
+        settings: how it was evaluated: judge, max_new_tokens and so on.
+    """
+
+    maps: dict[str, ConflictMap]
+    base: Measured | None
+    trials: tuple[Trial, ...]
+    missing: tuple[str, ...]
+    settings: dict[str, object]
+
+    def of(self, arm: str, calibration: str = "main") -> list[Trial]:
+        """The trials of an arm, one a seed."""
+        return [t for t in self.trials if (t.arm, t.calibration, t.is_draw) == (arm, calibration, False)]
+
+
+def read_results(graph: Graph) -> Results:
+    """What is there of a study; arms that are not finished are named, not guessed.
+
+    Raises:
+        ArtifactError: an artifact is damaged, or was made from another one than lies beside it.
+    """
+    folders = {name: RunDirectory(Path(recipe.out)) for name, recipe in graph.maps.items()}
+    maps = {name: folder.load_map() for name, folder in folders.items() if folder.map_file.is_file()}
+    found: EvalResult | None = None
+    base_folder = RunDirectory(graph.base_folder).evaluation(BASE)
+    if (base_folder / "metrics.json").is_file():
+        found = EvalResult.load(base_folder)
+    trials: list[Trial] = []
+    missing: list[str] = []
+    for run in graph.runs:
+        cmap = maps.get(run.calibration)
+        here = {} if cmap is None or found is None else _trained(run, cmap, found)
+        for arm, trained in run.same_as.items():
+            if trained in here:
+                trials.append(replace(here[trained], arm=arm))
+            else:
+                missing.append(f"{run.label}/{arm}")
+    settings = {} if found is None else found.settings
+    return Results(maps, None if found is None else Measured.of(found), tuple(trials), tuple(missing), settings)
+
+
+def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
+    """The finished arms of a run directory by the names of their directories."""
+    folder = RunDirectory(run.folder)
+    trials = {}
+    for name in run.trained:
+        arm, evaluation = folder.side_arm(name), folder.evaluation(name)
+        if not (arm.is_trained and (evaluation / "metrics.json").is_file()):
+            continue
+        selection = folder.load_selection(arm, cmap)
+        folder.load_tuning(arm, selection)  # refuses an adapter that is not the one of its certificate
+        result = EvalResult.load(evaluation)
+        if result.settings["judge"] != base.settings["judge"]:
+            continue  # not judged yet
+        pair = {BASE: base, name: result}
+        trials[name] = Trial(
+            calibration=run.calibration,
+            arm=name,
+            trained=name,
+            seed=run.seed,
+            is_draw=run.is_draw,
+            selection=selection,
+            scores=mean_scores(cmap, selection.heads),
+            depth=float(np.mean([layer for layer, _ in selection.heads])),
+            measured=Measured.of(result),
+            cost_ratio=cost_ratios(pair).get(name),
+            mmlu_cost_ratio=cost_ratios(pair, MMLU).get(name),
+        )
+    return trials
+
+
+def mean_scores(cmap: ConflictMap, heads: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Mean C, O and S over heads of a map: what a bucket's cost is predicted by (Section 5.3)."""
+    row_of = {head: row for row, head in enumerate(cmap.heads)}
+    rows = [row_of[head] for head in heads]
+    return {score: float(cmap.column(column)[rows].mean()) for score, column in SCORE_COLUMNS.items()}

@@ -1,0 +1,153 @@
+"""What a unit of a study does, in whatever process it is done: the pipeline's own steps on shared run directories."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from castune import evaluations, pipeline
+from castune.arms import ArmName
+from castune.artifacts.files import replacing
+from castune.config import Recipe
+from castune.core.loading import load_model
+from castune.data.example import Example
+from castune.diagnose.domains import Utility
+from castune.errors import MapUnfinished
+from castune.evaluate.suites import Suite, load_suites
+from castune.run_directory import BASE, RunDirectory
+from castune.study.graph import Unit
+
+
+def perform(unit: Unit) -> None:
+    """Do a unit; what it has done already is kept, also from an attempt that died.
+
+    Raises:
+        CastuneError: bad data, model or settings, or an artifact that does not fit.
+    """
+    {
+        "diagnose": _diagnose,
+        "base": _evaluate_base,
+        "tune": _tune,
+        "evaluate": _evaluate,
+        "judge": _judge,
+    }[unit.stage](unit)
+
+
+def _diagnose(unit: Unit) -> None:
+    folder, recipe = RunDirectory(unit.folder), unit.recipe
+    folder.save_recipe(recipe)
+    model, tokenizer = _model(_loads(recipe))
+    try:
+        pipeline.diagnose_step(folder, recipe, model, tokenizer, *_calibration(_loads(recipe)), shard=unit.shard)
+    except MapUnfinished:
+        if unit.shard is None:
+            raise
+
+
+def _evaluate_base(unit: Unit) -> None:
+    evaluations.evaluate_step(RunDirectory(unit.folder), unit.recipe, _suites(unit.recipe), _evaluated(unit.recipe))
+
+
+def _tune(unit: Unit) -> None:
+    assert unit.arm is not None
+    folder, recipe = _opened(unit), unit.recipe
+    name = ArmName.parse(unit.arm)
+    arm = pipeline.select_arm(folder, name, recipe.select, folder.load_map())
+    config = recipe.tune.changed(**dict(name.changes))
+    loads = _loads(recipe)
+    model, tokenizer = _model(loads, config.quantization)
+    utility = pipeline.all_examples(_calibration(loads)[1]) if config.needs_utility else None
+    pipeline.tune_step(
+        folder,
+        arm,
+        model,
+        tokenizer,
+        _align(loads),
+        config,
+        recipe.align.source,
+        utility=utility,
+        utility_source=pipeline.utility_source(recipe) if utility else None,
+    )
+
+
+def _evaluate(unit: Unit) -> None:
+    folder = _opened(unit)
+    evaluations.evaluate_step(folder, unit.recipe, _suites(unit.recipe), _evaluated(unit.recipe), only=unit.arm)
+
+
+def _judge(unit: Unit) -> None:
+    evaluations.judge_step(_opened(unit), unit.recipe.evaluate.judge)
+
+
+def _opened(unit: Unit) -> RunDirectory:
+    """The unit's run directory, with the map and the evaluation of the base model that it shares with others."""
+    folder = RunDirectory(unit.folder)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.path / ".open.lock"):
+        if not folder.recipe_file.is_file():
+            folder.save_recipe(unit.recipe)
+        base = RunDirectory(unit.base_folder).evaluation(BASE)
+        # The map last of its files, metrics last of theirs: where these are, all are.
+        shared = [*sorted((unit.map_folder / "domains").glob("*.parquet")), unit.map_folder / "conflict_map.parquet"]
+        for file in shared:
+            _share(file, folder.path / file.relative_to(unit.map_folder))
+        if (base / "metrics.json").is_file():
+            for name in ("samples.jsonl", "metrics.json"):
+                _share(base / name, folder.evaluation(BASE) / name)
+    return folder
+
+
+def _share(source: Path, target: Path) -> None:
+    """The same file at another place too; whoever writes there replaces it and leaves the source as it is."""
+    if target.exists() and (target.samefile(source) or target.read_bytes() == source.read_bytes()):
+        return
+    with replacing(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, temporary)
+
+
+# A worker does many units of the same study: models and data stay loaded from one to the next.
+
+
+def _loads(recipe: Recipe) -> str:
+    """What is loaded for a recipe, whatever its arms and settings, as a key."""
+    keys = {"model", "revision", "dtype", "device", "seed", "safety", "utility", "align"}
+    return recipe.model_copy(update={"out": ""}).model_dump_json(include=keys | {"out"})
+
+
+def _evaluated(recipe: Recipe) -> tuple[Any, Any] | None:
+    return _model(_loads(recipe)) if recipe.evaluate.backend == "hf" else None
+
+
+@lru_cache(maxsize=1)
+def _model(loads: str, quantization: str = "none") -> tuple[Any, Any]:
+    return load_model(Recipe.model_validate_json(loads), quantization)
+
+
+@lru_cache(maxsize=2)
+def _calibration(loads: str) -> tuple[list[Example], Utility]:
+    return pipeline.load_calibration(Recipe.model_validate_json(loads))
+
+
+@lru_cache(maxsize=1)
+def _align(loads: str) -> list[Example]:
+    recipe = Recipe.model_validate_json(loads)
+    return pipeline.load_data(recipe.align, recipe.seed)
+
+
+def _suites(recipe: Recipe) -> tuple[Suite, ...]:
+    config = recipe.evaluate
+    return _loaded_suites(config.suites, config.limit, config.seed)
+
+
+@lru_cache(maxsize=1)
+def _loaded_suites(names: tuple[str, ...], limit: int | None, seed: int) -> tuple[Suite, ...]:
+    return tuple(load_suites(names, limit=limit, seed=seed))
