@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from castune.arms import heads_name
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
-from castune.artifacts.files import write_text
+from castune.artifacts.files import locked, write_text
 from castune.artifacts.fingerprints import same_model
 from castune.artifacts.lm_eval_result import LM_EVAL_FILE, LmEvalResult
 from castune.artifacts.masked_adapter import MASK_FILE
@@ -181,7 +179,7 @@ class RunDirectory:
     def record_step(self, stage: str, provenance: dict[str, Any]) -> None:
         """Append a stage to `provenance.json`; several processes may do so at once."""
         path = self.path / "provenance.json"
-        with FileLock(self.path / ".provenance.lock"):
+        with locked(self.path):
             try:
                 steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else []
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

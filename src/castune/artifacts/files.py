@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from castune.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -76,6 +80,28 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(directory: str | Path, *, wait: bool = True) -> Iterator[None]:
+    """Be the only process in the block for a directory that exists; nothing is left behind, whatever happens.
+
+    Where the file system has no locks, there is none: a warning says so.
+
+    Raises:
+        BlockingIOError: another process is in it, and `wait` is False.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            logger.warning("%s: cannot be locked (%s); let no other castune write there now", directory, error)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _as_readable_as_any(file: Path) -> None:

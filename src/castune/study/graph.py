@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from castune.arms import ArmName, heads_name
-from castune.config import CalibrationConfig, Recipe, SelectConfig, StudyConfig
+from castune.config import CalibrationConfig, Recipe, SelectConfig, StudyConfig, TuneConfig
 from castune.core.ranking import equal_parts
 from castune.errors import CastuneError
 
@@ -155,8 +155,15 @@ class Graph:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """All units, in the order in which they are best done."""
-        return (*self._map_units(), *(unit for run in self.runs for unit in self._run_units(run)))
+        """All units, in the order in which they are best done: map by map, each with its runs."""
+        found: list[Unit] = []
+        for name, recipe in self.maps.items():
+            found += self._map_units(name, recipe)
+            if name == MAIN:
+                needs = (f"diagnose {MAIN}",)
+                found.append(Unit("evaluate base", "base", recipe, needs, self.base_folder, self.base_folder))
+            found += [unit for run in self.runs if run.calibration == name for unit in self._run_units(run)]
+        return tuple(found)
 
     @property
     def base_folder(self) -> Path:
@@ -182,9 +189,10 @@ class Graph:
         recipe = map_recipe.model_copy(
             update={"select": select, "tune": self.recipe.tune.model_copy(update={"seed": seed})}
         )
-        made_from = _made_from(recipe, {"select", "tune", "align"})
         # How often a training is saved changes nothing.
-        made_from.get("tune", {}).pop("checkpoint_steps", None)
+        usual = TuneConfig.model_fields["checkpoint_steps"].default
+        tune = recipe.tune.model_copy(update={"checkpoint_steps": usual})
+        made_from = _made_from(recipe.model_copy(update={"tune": tune}), {"select", "tune", "align"})
         key = _digest([Path(map_recipe.out).name, made_from, self.data.get("align")])
         out = self.folder / "runs" / f"{calibration}-{seed}-{key}"
         same_as = self._same_as(arms)
@@ -235,17 +243,14 @@ class Graph:
             return score, n - count, n
         return name.zone, score, count
 
-    def _map_units(self) -> Iterator[Unit]:
-        base = self.base_folder
-        for name, recipe in self.maps.items():
-            folder = Path(recipe.out)
-            shares: list[str] = []
-            for number in range(1, self.shards + 1) if self.shards > 1 else ():
-                shares.append(f"diagnose {name}, share {number} of {self.shards}")
-                yield Unit(shares[-1], "diagnose", recipe, (), folder, base, shard=f"{number}/{self.shards}")
-            # Behind the shares it finds the map made; without them it makes it.
-            yield Unit(f"diagnose {name}", "diagnose", recipe, tuple(shares), folder, base)
-        yield Unit("evaluate base", "base", self.maps[MAIN], (f"diagnose {MAIN}",), base, base)
+    def _map_units(self, name: str, recipe: Recipe) -> Iterator[Unit]:
+        places = Path(recipe.out), self.base_folder
+        shares: list[str] = []
+        for number in range(1, self.shards + 1) if self.shards > 1 else ():
+            shares.append(f"diagnose {name}, share {number} of {self.shards}")
+            yield Unit(shares[-1], "diagnose", recipe, (), *places, shard=f"{number}/{self.shards}")
+        # Behind the shares it finds the map made; without them it makes it.
+        yield Unit(f"diagnose {name}", "diagnose", recipe, tuple(shares), *places)
 
     def _run_units(self, run: Run) -> Iterator[Unit]:
         places = Path(run.map_recipe.out), self.base_folder

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from castune import pipeline
 from castune.arms import ArmName
 from castune.artifacts import EvalResult, TuneResult
-from castune.artifacts.files import write_text
+from castune.artifacts.files import locked, write_text
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import EvaluateConfig, Recipe, TuneConfig
 from castune.core.heads import HeadLayout
@@ -171,14 +169,11 @@ def _checked_data(recipe: Recipe) -> dict[str, str]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".study.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CastuneError(
-            f"{folder}: another castune study is at work here; wait for it, stop it, or give another --out"
-        ) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise CastuneError(
+                f"{folder}: another castune study is at work here; wait for it, stop it, or give another --out"
+            ) from None
         yield
-    finally:
-        lock.release()

@@ -8,11 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from castune import evaluations, pipeline
 from castune.arms import ArmName
-from castune.artifacts.files import replacing
+from castune.artifacts.files import locked, replacing
 from castune.config import Recipe
 from castune.core.loading import load_model
 from castune.data.example import Example
@@ -88,7 +86,7 @@ def _opened(unit: Unit) -> RunDirectory:
     """The unit's run directory, with the map and the evaluation of the base model that it shares with others."""
     folder = RunDirectory(unit.folder)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.path / ".open.lock"):
+    with locked(folder.path):
         if not folder.recipe_file.is_file():
             folder.save_recipe(unit.recipe)
         base = RunDirectory(unit.base_folder).evaluation(BASE)

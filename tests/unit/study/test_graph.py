@@ -1,0 +1,193 @@
+"""The graph of a study: order, names, what is the same, and what gives another directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from castune.arms import ArmName
+from castune.artifacts import ConflictMap
+from castune.artifacts.conflict_map import SCHEMA
+from castune.config import Recipe, StudyConfig
+from castune.errors import CastuneError
+from castune.select import select
+from castune.study.graph import Graph, Unit
+
+
+def recipe_of(**study: Any) -> Recipe:
+    return Recipe.of(out="somewhere", study=study)
+
+
+def conflict_map(n_heads: int, seed: int) -> ConflictMap:
+    generator = np.random.default_rng(seed)
+    columns = {name: pa.array(generator.random(n_heads)) for name in SCHEMA.names}
+    columns |= {
+        "unit": pa.array(["q_head"] * n_heads),
+        "layer": pa.array(np.arange(n_heads) // 4, pa.int32()),
+        "head": pa.array(np.arange(n_heads) % 4, pa.int32()),
+        "bucket": pa.array(np.ones(n_heads), pa.int32()),
+    }
+    return ConflictMap(
+        pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA), {"model": {"fingerprint": "f"}}
+    )
+
+
+def heads_of(cmap: ConflictMap, text: str, seed: int) -> tuple[tuple[int, int], ...]:
+    name = ArmName.parse(text)
+    return select(
+        cmap, zone=name.zone or "safe", fraction=name.fraction or 0.25, buckets=name.buckets, bucket=name.bucket,
+        score=name.score or "conflict", seed=seed,
+    ).heads  # fmt: skip
+
+
+def test_the_default_study_is_that_of_the_paper() -> None:
+    study = StudyConfig()
+    assert (study.seeds, study.buckets) == ((21, 42, 84), (4,))
+    graph = Graph(recipe_of(), n_heads=1024)
+    trained = graph.runs[0].trained
+    # Full, random and the two ends by SFT and PCGrad; then the buckets by C, O and S, and half and three quarters.
+    assert set(trained) == {
+        *(f"{arm}{method}" for arm in ("all", "random", "risky", "safe") for method in ("", "+pcgrad")),
+        *(f"bucket-{n}-of-4" for n in (2, 3)),
+        *(f"bucket-{n}-of-4-{score}" for n in (1, 2, 3, 4) for score in ("gradient", "sensitivity")),
+        *(f"{zone}-{share}" for zone in ("risky", "safe") for share in (50, 75)),
+    }
+    assert graph.runs[0].same_as["bucket-1-of-4"] == "risky"
+    assert graph.runs[0].same_as["bucket-4-of-4"] == "safe"
+
+
+def test_units_come_behind_what_they_need_and_have_names_of_their_own() -> None:
+    calibrations = {
+        "small": {"utility": {"source": "starter-utility", "limit": 10}, "arms": ["bucket-1-of-4"]},
+        "map": {},
+    }
+    graph = Graph(recipe_of(random_draws=2, calibrations=calibrations), n_heads=270, shards=3)
+    seen: set[str] = set()
+    for unit in graph.units:
+        assert unit.name not in seen
+        assert set(unit.needs) <= seen, unit
+        seen.add(unit.name)
+    # Every arm is trained, evaluated and judged; the base model is evaluated once.
+    for run in graph.runs:
+        for arm in run.trained:
+            assert {f"tune {run.label}/{arm}", f"evaluate {run.label}/{arm}", f"judge {run.label}"} <= seen
+    assert sum(unit.stage == "base" for unit in graph.units) == 1
+    assert sum(unit.stage == "diagnose" for unit in graph.units) == 3 * (3 + 1)
+    # A calibration without arms has a map and no run.
+    assert {run.calibration for run in graph.runs} == {"main", "small"}
+    assert [run.trained for run in graph.runs if run.is_draw] == [("random",), ("random",)]
+    folders = [run.folder for run in graph.runs]
+    assert len(set(folders)) == len(folders)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_heads=st.integers(4, 60), map_seed=st.integers(0, 5), fraction=st.sampled_from([0.1, 0.25, 0.5, 1.0]))
+def test_arms_said_to_be_the_same_have_the_same_heads_and_no_others(
+    n_heads: int, map_seed: int, fraction: float
+) -> None:
+    arms = ("all", "safe", "risky", "safe-50", "risky-50", "safe-25", "risky-25", "random", "safe-gradient")
+    recipe = Recipe.of(
+        out="x",
+        select={"fraction": fraction},
+        study={"arms": arms, "methods": ["sft"], "buckets": [2, 4], "shares": []},
+    )
+    run = Graph(recipe, n_heads).runs[0]
+    cmap = conflict_map(n_heads, map_seed)
+
+    def heads(arm: str) -> tuple[tuple[int, int], ...]:
+        name = ArmName.parse(arm)
+        text = (
+            arm
+            if name.fraction is not None or name.zone is None
+            else f"{arm.replace(name.zone, f'{name.zone}-{100 * fraction:g}', 1)}"
+        )
+        return heads_of(cmap, text, run.seed)
+
+    for arm, trained in run.same_as.items():
+        # The directory's name leaves the share out where it is a quarter.
+        first = next(other for other, found in run.same_as.items() if found == trained)
+        assert heads(arm) == heads(first)
+    # Where the range of sorted heads differs, so do the heads: scores have no ties here.
+    by_score = [a for a in dict.fromkeys(run.same_as.values()) if "random" not in a and a != "all"]
+    of_trained = {next(o for o, f in run.same_as.items() if f == a): a for a in by_score}
+    conflict = [o for o in of_trained if not o.endswith(("gradient", "sensitivity"))]
+    assert len({heads(o) for o in conflict}) == len(conflict)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another_map", "is_another_run"),
+    [
+        ({"tune": {"learning_rate": 0.5}}, False, True),
+        ({"tune": {"checkpoint_steps": 7}}, False, False),
+        ({"evaluate": {"limit": 3}}, False, False),
+        ({"device": "cpu"}, False, False),
+        ({"diagnose": {"margin_tokens": 3}}, True, True),
+        ({"safety": "starter-safety#x"}, True, True),
+        ({"align": {"source": "starter-align", "limit": 3}}, False, True),
+        ({"select": {"fraction": 0.5}}, False, True),
+        ({"seed": 5}, True, True),
+        ({"study": {"seeds": [21]}}, False, False),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_the_key_is_of_what_results_depend_on(
+    change: dict[str, Any], is_another_map: bool, is_another_run: bool
+) -> None:
+    before, after = Graph(recipe_of(), 270), Graph(Recipe.of(out="somewhere", **change), 270)
+    assert (before.maps["main"].out != after.maps["main"].out) is is_another_map
+    assert (before.runs[0].folder != after.runs[0].folder) is is_another_run
+
+
+def test_other_data_give_other_directories() -> None:
+    one, other = (Graph(recipe_of(), 270, {"safety:main": digest}) for digest in ("a", "b"))
+    assert one.maps["main"].out != other.maps["main"].out
+    assert one.runs[0].folder != other.runs[0].folder
+    aligned = Graph(recipe_of(), 270, {"safety:main": "a", "align": "c"})
+    assert aligned.maps["main"].out == one.maps["main"].out
+    assert aligned.runs[0].folder != one.runs[0].folder
+
+
+def test_a_unit_survives_json() -> None:
+    for unit in Graph(recipe_of(), 270, shards=2).units:
+        assert Unit.from_json(unit.to_json()) == unit
+        assert unit.folder.parts[0] == "somewhere"
+
+
+@pytest.mark.parametrize(
+    ("study", "said"),
+    [
+        ({"arms": ["sfae"]}, "sfae"),
+        ({"methods": ["sgd"]}, "sgd"),
+        ({"arms": ["safe+pcgrad"]}, "twice"),
+        ({"seeds": []}, "seed"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"buckets": [0]}, "buckets"),
+        ({"shares": [100]}, "shares"),
+        ({"calibrations": {"main": {}}}, "main"),
+        ({"calibrations": {"a b": {}}}, "a b"),
+        ({"calibrations": {"x": {"arms": ["nope"]}}}, "nope"),
+        ({"colour": 1}, "colour"),
+    ],
+    ids=str,
+)
+def test_studies_that_cannot_be(study: dict[str, Any], said: str) -> None:
+    with pytest.raises(CastuneError, match=said):
+        recipe_of(**study)
+
+
+def test_more_buckets_than_heads() -> None:
+    with pytest.raises(CastuneError, match="16 buckets of 12 heads"):
+        _ = Graph(recipe_of(buckets=[16]), 12).runs
+
+
+def test_a_recipe_without_a_study_writes_none(tmp_path: Path) -> None:
+    assert "study" not in recipe_of().to_toml()
+    changed = recipe_of(seeds=[3])
+    (tmp_path / "r.toml").write_text(changed.to_toml())
+    assert Recipe.load(tmp_path / "r.toml") == changed
