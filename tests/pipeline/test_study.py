@@ -1,0 +1,315 @@
+"""Studies on a tiny model: the tables, what is not done twice, and workers that die, here and under Ray."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import BIN, assert_one_error, castune
+from loopback import needs_loopback
+
+from castune.artifacts import ConflictMap, EvalResult
+from castune.config import Recipe
+from castune.evaluate.stats import utility_cost_ratio
+from castune.run_directory import RunDirectory
+from castune.study.graph import Graph
+from castune.study.run import study_graph
+from castune.study.schedule import load_states
+from castune.study.trials import read_results
+
+Models = Callable[..., Path]
+RecipeOf = Callable[..., Recipe]
+
+STUDY = {
+    "arms": ["all", "random", "risky", "safe"],
+    "methods": ["sft", "pcgrad"],
+    "seeds": [21, 42],
+    "buckets": [4],
+    "scores": ["conflict"],
+    "shares": [50],
+    "calibrations": {"margins": {"measure": "margin"}, "few": {"arms": ["bucket-1-of-4"]}},
+}
+FEW = {
+    **STUDY,
+    "arms": ["all", "safe"],
+    "methods": ["sft"],
+    "seeds": [21],
+    "scores": ["conflict"],
+    "shares": [],
+    "calibrations": {},
+}
+
+
+@pytest.fixture
+def study_of(models: Models, recipe_of: RecipeOf, tmp_path: Path) -> Callable[..., Path]:
+    """Write a study's recipe over the tiny model; returns the file."""
+    model = models()
+
+    def write(name: str = "study", study: dict[str, Any] = STUDY, **changes: Any) -> Path:
+        recipe = recipe_of(model, out=name, select={"fraction": 0.25}, **changes)
+        # What a user has written, and no more.
+        values = recipe.model_dump(mode="json", exclude_unset=True) | {"study": study}
+        path = tmp_path / f"{name}.toml"
+        path.write_text(Recipe.of(**values).to_toml(), encoding="utf-8")
+        return path
+
+    return write
+
+
+def done(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    found = castune("study", path, "--threads", "1", *options, cwd=path.parent)
+    assert found.returncode == 0, found.stderr
+    return found
+
+
+def table_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "tables").glob("*.csv"))}
+
+
+def rows(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / "tables" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def result_files(folder: Path) -> dict[str, float]:
+    names = ("*.safetensors", "conflict_map.parquet", "samples.jsonl", "ablation.parquet")
+    return {str(path.relative_to(folder)): path.stat().st_mtime for name in names for path in folder.rglob(name)}
+
+
+def test_a_study_and_what_its_tables_say(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path, folder = study_of(), tmp_path / "study"
+    said = done(path, "--workers", "2")
+    assert "Table 1" in said.stdout
+    graph = study_graph(Recipe.load(path))
+    results = read_results(graph)
+    assert not results.missing
+    assert results.base is not None
+    # Every row against the evaluations themselves, read by another way.
+    base = EvalResult.load(graph.base_folder / "evaluation" / "base")
+    for trial, row in zip(results.trials, rows(folder, "trials"), strict=True):
+        run = next(one for one in graph.runs if (one.calibration, one.seed) == (trial.calibration, trial.seed))
+        result = EvalResult.load(run.folder / "evaluation" / trial.trained)
+        for suite in result.suites:
+            assert float(row[suite.suite]) == pytest.approx(100 * suite.value)  # type: ignore[operator]
+            assert int(row[f"{suite.suite}_n"]) == suite.n
+        cmap = ConflictMap.load(graph.maps[trial.calibration].out)
+        mean = cmap.to_pandas().set_index(["layer", "head"]).loc[list(trial.selection.heads)]["conflict_score"].mean()
+        assert float(row["mean_conflict"]) == pytest.approx(mean)
+        ratio = utility_cost_ratio(
+            utility_before=base.mean("utility"), utility_after=result.mean("utility"),  # type: ignore[arg-type]
+            safety_before=base.mean("safety"), safety_after=result.mean("safety"),  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert row["ucr"] == ("" if ratio is None else pytest.approx(f"{ratio:.10g}"))
+    first = rows(folder, "table_1_sft")
+    assert [row["arm"] for row in first] == ["base", *STUDY["arms"]]  # type: ignore[has-type]
+    suite = base.suites[0].suite
+    for row in first[1:]:
+        of_seed = [
+            float(t[suite]) for t in rows(folder, "trials") if (t["arm"], t["calibration"]) == (row["arm"], "main")
+        ]
+        assert len(of_seed) == int(row["seeds"]) == 2
+        assert float(row[suite]) == pytest.approx(sum(of_seed) / 2)
+        assert float(row[f"{suite}_se"]) == pytest.approx(abs(of_seed[0] - of_seed[1]) / 2)
+    assert [row["arm"] for row in rows(folder, "table_2_pcgrad")][1:] == [f"{arm}+pcgrad" for arm in STUDY["arms"]]
+    buckets = rows(folder, "table_7_buckets")
+    assert [(row["score"], row["bucket"]) for row in buckets] == [
+        (s, str(n)) for s in ("conflict", "gradient") for n in (1, 2, 3, 4)
+    ]
+    scores = [float(row["mean_score"]) for row in buckets if row["score"] == "conflict"]
+    assert scores == sorted(scores, reverse=True)
+    assert [row["arm"] for row in rows(folder, "table_9_budget")] == [
+        "base",
+        "all",
+        "risky",
+        "risky-50",
+        "safe",
+        "safe-50",
+    ]
+    assert {row["calibration"] for row in rows(folder, "table_10_11_calibrations")} == {"few"}
+    # An arm with the heads of another is trained once.
+    assert graph.runs[0].same_as["bucket-1-of-4"] == "risky"
+    assert not (graph.runs[0].folder / "arms" / "bucket-1-of-4").exists()
+    # A run of a study is a run directory like any other.
+    assert "report:" in castune("report", graph.runs[0].folder, cwd=tmp_path).stdout
+    assert RunDirectory(graph.runs[0].folder).load_recipe().tune.seed == 21
+
+    before, files = table_files(folder), result_files(folder)
+    started = time.monotonic()
+    done(path, "--workers", "2")
+    assert table_files(folder) == before
+    assert result_files(folder) == files
+    # Only judging is asked for again; no worker has loaded the model for anything else.
+    states, _, _ = load_states(folder)
+    assert {state.stage for state in states.values() if not state.was_there} == {"judge"}
+    assert time.monotonic() - started < 60
+
+
+def test_another_seed_adds_runs_and_leaves_the_others(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path, folder = study_of(study=FEW), tmp_path / "study"
+    done(path)
+    files = result_files(folder)
+    done(path, "--set", "study.seeds=[21, 42]")
+    after = result_files(folder)
+    assert files.items() <= after.items()
+    assert any("42" in name for name in after.keys() - files.keys())
+    assert [row["seeds"] for row in rows(folder, "table_1_sft")] == ["", "2", "2"]
+    # Another training lies beside; another evaluation takes the place of the first.
+    done(path, "--set", "tune.learning_rate=0.05")
+    assert files.items() <= result_files(folder).items()
+
+
+def start(path: Path, *options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(BIN / "castune"), "study", str(path), "--threads", "1", *options], cwd=path.parent, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def children(pid: int) -> Iterator[int]:
+    """Living descendants of a process."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from children(int(child))
+
+
+def running(folder: Path, stage: str) -> bool:
+    if not (folder / "status.json").is_file():
+        return False
+    states, _, _ = load_states(folder)
+    return any(state.stage == stage and state.state == "running" for state in states.values())
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_killed_three_times_the_study_ends_with_the_same_tables(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    whole, killed = study_of("whole", FEW), study_of("killed", FEW)
+    done(whole, "--workers", "2")
+    for stage in ("diagnose", "tune", "evaluate"):
+        kill_during(stage, killed, tmp_path / "killed")
+    done(killed, "--workers", "2")
+    assert table_files(tmp_path / "killed") == table_files(tmp_path / "whole")
+
+
+def kill_during(stage: str, path: Path, folder: Path) -> None:
+    process = start(path, "--workers", "2")
+    wait_for(lambda: running(folder, stage) or process.poll() is not None)
+    workers = list(children(process.pid))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # Workers end with the study: nobody writes beside its successor.
+    wait_for(lambda: not any(map(alive, workers)), 30)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_a_worker_that_is_killed_loses_its_unit_only(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    whole, hurt = study_of("whole", FEW), study_of("hurt", FEW)
+    done(whole)
+    process = start(hurt, "--workers", "2")
+    wait_for(lambda: running(tmp_path / "hurt", "tune"))
+    for pid in list(children(process.pid))[:1]:
+        os.kill(pid, signal.SIGKILL)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "killed by signal 9" in said
+    assert "attempt 2 follows" in said
+    assert table_files(tmp_path / "hurt") == table_files(tmp_path / "whole")
+
+
+@needs_loopback
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_ray_and_a_ray_worker_that_is_killed(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    whole, hurt = study_of("whole", FEW), study_of("hurt", FEW)
+    done(whole)
+    process = start(hurt, "--workers", "2", "--executor", "ray", "--shards", "2")
+    wait_for(lambda: running(tmp_path / "hurt", "tune"))
+    wait_for(lambda: bool(ray_tasks(process.pid)))
+    os.kill(ray_tasks(process.pid)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "attempt 2 follows" in said
+    assert table_files(tmp_path / "hurt") == table_files(tmp_path / "whole")
+
+
+def ray_tasks(pid: int) -> list[int]:
+    """Processes of Ray in which a unit is being done."""
+    found = []
+    for child in children(pid):
+        try:
+            command = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ")
+        except FileNotFoundError:
+            continue
+        if command.startswith(b"ray::") and b"IDLE" not in command:
+            found.append(child)
+    return found
+
+
+def test_a_unit_that_fails_leaves_the_others(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path, folder = study_of(study=FEW), tmp_path / "study"
+    graph: Graph = study_graph(Recipe.load(path))
+    # A file where an arm's directory should be.
+    broken = graph.runs[0].folder / "arms" / "all"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("")
+    found = castune("study", path, "--threads", "1", cwd=tmp_path)
+    assert found.returncode == 1
+    assert "units failed" in found.stderr
+    assert "missing: main/21/all" in found.stdout
+    assert [row["arm"] for row in rows(folder, "table_1_sft")] == ["base", "safe"]
+    broken.unlink()
+    done(path)
+    assert [row["arm"] for row in rows(folder, "table_1_sft")] == ["base", "all", "safe"]
+
+
+def test_bad_studies_are_refused_before_anything_is_written(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = study_of(study=FEW)
+    for options, said in (
+        (["--set", "study.arms=['sfae']"], "sfae"),
+        (["--executor", "slurm"], "local and ray"),
+        (["--workers", "0"], "1 or more"),
+        (["--address", "auto"], "--executor ray"),
+        (["--set", "safety=nowhere.jsonl"], "nowhere"),
+        (["--set", "evaluate.judge=oracle"], "oracle"),
+        (["--set", "study.buckets=[99]"], "99 buckets of 12 heads"),
+    ):
+        assert_one_error(castune("study", path, *options, cwd=tmp_path), said)
+        assert not (tmp_path / "study").exists()
+
+
+def test_two_studies_in_one_directory(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = study_of(study=FEW)
+    process = start(path)
+    wait_for(lambda: running(tmp_path / "study", "diagnose"))
+    assert_one_error(castune("study", path, cwd=tmp_path), "another castune study is at work")
+    process.kill()
+    process.wait()
+
+
+def test_a_dry_run_shows_the_graph_and_writes_nothing(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = study_of()
+    found = castune("study", path, "--dry-run", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "12 heads" in found.stdout
+    assert "bucket-1-of-4: the heads of risky" in found.stdout
+    assert not (tmp_path / "study").exists()
