@@ -1,0 +1,1 @@
+"""Studies: arms by seeds, and what they are worth."""
