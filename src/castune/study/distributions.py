@@ -6,14 +6,16 @@ scipy has all of this; castune does without it, and the tests compare the two.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 # The normal quantile of two-sided 95 % intervals.
 Z = 1.959963984540054
 # Convergence takes about sqrt(max(a, b)) terms: enough for a billion degrees of freedom.
 _TERMS = 100_000
-# Halvings of [0, 1] after which float64 has no number left between the ends, down to 1e-30.
-_HALVINGS = 160
+# Relative width at which a search by halves ends, and a bound for quantiles near 0.
+_WIDTH, _HALVINGS = 1e-13, 200
 
 
 class Interval(NamedTuple):
@@ -58,15 +60,13 @@ def student_p(t: float, df: float) -> float:
     return incomplete_beta(df / (df + t * t), df / 2, 0.5) if math.isfinite(t) else 0.0
 
 
+@lru_cache(maxsize=1024)
 def student_quantile(df: float) -> float:
     """The t beyond which 2.5 % lie on either side: half a 95 % interval in standard errors (4.30 with df = 2)."""
-    low, high = 0.0, 1.0
+    high = 2.0
     while student_p(high, df) > 0.05:
         high *= 2
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, df) > 0.05 else (low, middle)
-    return high
+    return _last(lambda t: student_p(t, df) > 0.05, 0.0, high)
 
 
 def clopper_pearson(successes: int, n: int, *, at_most: int | None = None) -> Interval | None:
@@ -89,8 +89,14 @@ def clopper_pearson(successes: int, n: int, *, at_most: int | None = None) -> In
 
 
 def _beta_quantile(p: float, a: float, b: float) -> float:
-    low, high = 0.0, 1.0
+    return _last(lambda x: incomplete_beta(x, a, b) < p, 0.0, 1.0)
+
+
+def _last(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """The last point of [low, high] at which something holds that holds at low and not at high."""
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if incomplete_beta(middle, a, b) < p else (low, middle)
-    return (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+        if high - low <= _WIDTH * high:
+            break
+    return high

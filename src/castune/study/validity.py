@@ -193,15 +193,16 @@ def _retrained(
 
     Noise draws a correlation of measured costs towards 0, and noise added to them once more. So the costs are split, as
     deviations from their mean, into what lies along the scores (b) and what lies across (q): r = b / sqrt(b^2 + |q|^2).
-    - b is drawn from the t interval over the seeds' own b, with T - 1 degrees of freedom. Seeds are kept whole, whatever
-      the covariance of arms under one seed, and r has the sign of b: where this interval holds 0, that one does.
+    - b is drawn from the t interval over the seeds' own b, with T - 1 degrees of freedom. Seeds are kept whole,
+      whatever the covariance of arms under one seed, and r has the sign of b: where this interval holds 0, that one
+      does.
     - q has one noise level for all arms, with (A - 2)(T - 1) degrees of freedom. The noise is added to it, and twice
       its expected square taken off: once for the draw's, once for the data's own.
     - Examples add independent normal errors to both; what arms share of them would cancel, so this is rather too wide.
       So does the spread of the others to an arm with a defined cost under one seed only.
 
-    In simulations of 4 and 12 arms with normal costs it held the true r in 94 to 100 % of cases, 0 in 94 to 96 % of those
-    without any relation.
+    In simulations of 4 and 12 arms with normal costs it held the true r in 94 to 100 % of cases, and 0 in 94 to 96 % of
+    those without any relation.
     """
     n_arms, n_seeds = arms.cost_AT.shape
     counts_A = np.isfinite(arms.cost_AT).sum(1)
@@ -235,10 +236,9 @@ def _retrained(
     square_R = (q_RA**2).sum(1)
     left_R = np.sqrt(np.maximum(0, 1 - 2 * expected_R / np.maximum(square_R, np.finfo(float).tiny)))
     drawn_RA = b_R[:, None] * along_A + q_RA * left_R[:, None]
-    ranks_RA = np.array([percentile_rank(row) for row in drawn_RA])
     return (
         _interval(observed.pearson, correlations(along_A, drawn_RA)),
-        _interval(observed.spearman, correlations(percentile_rank(arms.score_A), ranks_RA)),
+        _interval(observed.spearman, correlations(percentile_rank(arms.score_A), _ranks(drawn_RA))),
     )
 
 
@@ -253,6 +253,11 @@ def _seed_noise(cost_AT: Floats, cost_A: Floats) -> Floats:
     counts_A = known_AT.sum(1)
     scale_A = np.where(counts_A > 1, 1 / np.sqrt(np.maximum(counts_A * (counts_A - 1), 1)), 0.0)
     return np.where(known_AT, deviation_AT - common_T, 0.0) * scale_A[:, None]
+
+
+def _ranks(rows_RA: Floats) -> Floats:
+    """Ranks in every row, ties at their average, up to a constant; arms are few, so each is compared with each."""
+    return np.stack([np.sign(rows_RA[:, [a]] - rows_RA).sum(1) for a in range(rows_RA.shape[1])], axis=1)
 
 
 def _chi(rng: np.random.Generator, df: int, draws: int) -> Floats:
