@@ -31,8 +31,8 @@ class Comparison:
             freedom (2 of 3 seeds: 4.30 standard errors).
         over_examples: 95 % for other examples of these trained models: t over the examples' mean differences.
         wider: which of the two is wider, `seeds` or `examples`; None where one is missing.
-        df: degrees of freedom of `interval`.
-        p: two-sided p-value that belongs to `interval`.
+        df: Satterthwaite's degrees of freedom of the variance over seeds and examples together.
+        p: two-sided p-value that belongs to `interval`: below 0.05 where it excludes 0.
         p_adjusted: Holm's, over all comparisons made together; p where there is one.
         n_comparisons: how many were made together.
         per_seed: mean difference of every seed.
@@ -63,7 +63,8 @@ def compare(first: Outcomes, second: Outcomes) -> Comparison:
     crossed. With V_T and V_N the variances of the mean of seed means and of example means, and V_R that of the rest,
     the variance of the grand mean is V_T + V_N - V_R, for each of the first two counts the rest once (two-way analysis
     of variance). It is taken as at least V_N: V_T of three seeds may be small by chance. Degrees of freedom after
-    Satterthwaite (1946).
+    Satterthwaite (1946), which promise a little too much where both matter and seeds are few: so the interval is never
+    narrower than that over seeds or that over examples.
 
     Args:
         first: of every seed, outcomes of N examples under one arm.
@@ -89,8 +90,9 @@ def compare(first: Outcomes, second: Outcomes) -> Comparison:
         variance_R = float((rest_TN**2).sum()) / ((n_seeds - 1) * (n_examples - 1) * n_seeds * n_examples)
         variance = max(variance_N, variance_T + variance_N - variance_R)
         df = _degrees(variance, variance_T, variance_N, n_seeds, n_examples)
-        interval = _interval(mean, variance, df)
-        p = student_p(mean / math.sqrt(variance), df) if variance > 0 else 0.0
+        parts = ((variance, df), (variance_T, n_seeds - 1), (variance_N, n_examples - 1))
+        interval = max((_interval(mean, *part) for part in parts), key=lambda found: found.high - found.low)
+        p = max(student_p(mean / math.sqrt(part), degrees) if part > 0 else 0.0 for part, degrees in parts)
         wider = "seeds" if over_seeds.high - over_seeds.low >= over_examples.high - over_examples.low else "examples"
     return Comparison(
         mean, interval, over_seeds, over_examples, wider, df, p, p, 1, per_seed, n_seeds, n_examples, n_unscored

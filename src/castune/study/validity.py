@@ -98,7 +98,7 @@ class Validity:
         n_undefined: trials left out, for their cost is undefined.
         n_arms: arms with a defined cost.
         n_lost: arms without one.
-        n_incomplete: arms with a defined cost in some seeds only.
+        n_incomplete: arms with a defined cost under one seed and an undefined one under another.
         n_seeds: seeds with a defined cost.
         counts_examples: `retrained` counts the choice of examples too.
     """
@@ -212,34 +212,41 @@ def _retrained(
     if not (repeated_A.any() or arms.has_errors):
         return None, None
     rng = np.random.default_rng(seed)
-    along_A = arms.score_A - arms.score_A.mean()
-    along_A /= np.linalg.norm(along_A)
-    cost_A = arms.cost_A - arms.cost_A.mean()
-    b = float(along_A @ cost_A)
+    # Squares of tiny values would vanish, sums of huge ones overflow; no correlation has a unit.
+    unit = float(np.nanmax(np.abs(arms.cost_AT)))
+    seed_AT = _seed_noise(arms.cost_AT / unit, arms.cost_A / unit)
+    # The variance of a single training, for the arms that have no other.
+    single = float((seed_AT[repeated_A] ** 2 * counts_A[repeated_A, None]).sum() / max(repeated_A.sum(), 1))
+    variance_A = (np.sqrt(arms.example_variance_A) / unit) ** 2 + np.where(repeated_A, 0.0, single)
+    along_A = arms.score_A / np.abs(arms.score_A).max()
+    along_A = (along_A - along_A.mean()) / np.linalg.norm(along_A - along_A.mean())
+    b_R = rng.standard_normal(draws) * np.sqrt(along_A**2 @ variance_A) + along_A @ (arms.cost_A / unit)
+    if repeated_A.any():
+        b_R += rng.standard_normal((draws, n_seeds)) @ (along_A @ seed_AT) / _chi(rng, n_seeds - 1, draws)
+    drawn_RA = b_R[:, None] * along_A + _drawn_across(along_A, arms.cost_A / unit, seed_AT, variance_A, draws, rng)
+    return (
+        _interval(observed.pearson, correlations(along_A, drawn_RA)),
+        _interval(observed.spearman, correlations(percentile_rank(arms.score_A), _ranks(drawn_RA))),
+    )
+
+
+def _drawn_across(
+    along_A: Floats, cost_A: Floats, seed_AT: Floats, variance_A: Floats, draws: int, rng: np.random.Generator
+) -> Floats:
+    """Draws [R, A] of the expected costs across the scores; shorter than measured, for noise made that longer."""
+    n_arms, n_seeds = seed_AT.shape
 
     def across(rows_RA: Floats) -> Floats:
         rows_RA = rows_RA - rows_RA.mean(1, keepdims=True)
         return rows_RA - (rows_RA @ along_A)[:, None] * along_A
 
-    seed_AT = _seed_noise(arms.cost_AT, arms.cost_A)
-    single = float((seed_AT[repeated_A] ** 2 * counts_A[repeated_A, None]).sum() / max(repeated_A.sum(), 1))
-    variance_A = arms.example_variance_A + np.where(repeated_A, 0.0, single)
-    b_R = b + rng.standard_normal(draws) * np.sqrt(along_A**2 @ variance_A)
-    across_AT = across(seed_AT.T)
-    level, df = float((across_AT**2).sum()) / (n_arms - 2), (n_arms - 2) * max(n_seeds - 1, 1)
-    if repeated_A.any():
-        b_R += rng.standard_normal((draws, n_seeds)) @ (along_A @ seed_AT) / _chi(rng, n_seeds - 1, draws)
-    level_R = level / _chi(rng, df, draws) ** 2
+    level = float((across(seed_AT.T) ** 2).sum()) / (n_arms - 2)
+    level_R = level / _chi(rng, (n_arms - 2) * max(n_seeds - 1, 1), draws) ** 2
     noise_RA = across(rng.standard_normal((draws, n_arms)) * np.sqrt(level_R[:, None] + variance_A))
     expected_R = (n_arms - 2) * level_R + variance_A @ (1 - 1 / n_arms - along_A**2)
-    q_RA = across(cost_A[None]) + noise_RA
-    square_R = (q_RA**2).sum(1)
-    left_R = np.sqrt(np.maximum(0, 1 - 2 * expected_R / np.maximum(square_R, np.finfo(float).tiny)))
-    drawn_RA = b_R[:, None] * along_A + q_RA * left_R[:, None]
-    return (
-        _interval(observed.pearson, correlations(along_A, drawn_RA)),
-        _interval(observed.spearman, correlations(percentile_rank(arms.score_A), _ranks(drawn_RA))),
-    )
+    drawn_RA = across(cost_A[None]) + noise_RA
+    square_R = np.maximum((drawn_RA**2).sum(1), np.finfo(float).tiny)
+    return drawn_RA * np.sqrt(np.maximum(0, 1 - 2 * expected_R / square_R))[:, None]
 
 
 def _seed_noise(cost_AT: Floats, cost_A: Floats) -> Floats:

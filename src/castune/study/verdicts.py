@@ -12,16 +12,28 @@ from castune.study.nulls import NullPosition
 from castune.study.validity import Validity
 
 
-def verdict(found: Validity, *, score: str = "C", cost: str = "cost") -> str:
+def verdict(
+    found: Validity,
+    *,
+    score: str = "C",
+    cost: str = "cost",
+    p_adjusted: float | None = None,
+    n_comparisons: int = 1,
+    level: float = 0.05,
+) -> str:
     """What a correlation of score and cost says.
 
-    Two intervals decide: that of training the same arms again, and that of other arms. If only the first excludes 0 the
-    relation is one of these arms; if the first is unknown (one seed, no errors) nothing is claimed.
+    Two intervals decide: that of training the same arms again, and that of other arms. If only the first excludes 0, or
+    too many orders of the arms do as well by chance, the relation is one of these arms; if the first is unknown (one
+    seed, no errors) nothing is claimed.
 
     Args:
         found: see `castune.study.validity.predictive_validity`.
         score: name of the score.
         cost: name of the cost.
+        p_adjusted: the permutation p-value of r after `holm`, where several scores or costs were tried.
+        n_comparisons: how many were tried together.
+        level: of that p-value from which on nothing is said of other arms.
     """
     r, over = found.of_means.pearson, f"{_count(found.n_arms, 'arm')} over {_count(found.n_seeds, 'seed')}"
     left_out = _left_out(found.n_undefined, found.n_trials, cost)
@@ -34,10 +46,13 @@ def verdict(found: Validity, *, score: str = "C", cost: str = "cost") -> str:
         few = "fewer than 3 arms" if found.n_arms < 3 else "one seed and no errors of the costs"
         return f"No relation can be claimed from {few}: {number}, {over}.{tail}"
     again, others = _interval(found.retrained), found.other_arms
+    p = found.of_means.pearson_p if p_adjusted is None else p_adjusted
+    tried = "permuting arms" if n_comparisons == 1 else f"permuting arms, of {n_comparisons} comparisons (Holm)"
+    over += f"; {'no p' if p is None else _p(p)} by {tried}"
     way = "higher" if r > 0 else "lower"
     if found.retrained.holds(0):
         return f"No relation seen at this n: {number} ({again}), {over}.{tail}"
-    if others is None or others.holds(0):
+    if others is None or others.holds(0) or p is None or p >= level:
         of_others = f" ({_interval(others)})" if others else ""
         return (
             f"In these arms higher {score} goes with {way} {cost}: {number} ({again}), {over}; they are too few "
@@ -75,7 +90,7 @@ def comparison_verdict(
     shown = f"{number} ({_interval(found.interval, scale, '+.1f' if percent else '+.3g')})"
     many = ""
     if found.n_comparisons > 1 and found.p_adjusted is not None:
-        many = f", p = {_p(found.p_adjusted)} after Holm over {found.n_comparisons} comparisons"
+        many = f", {_p(found.p_adjusted)} after Holm over {found.n_comparisons} comparisons"
     wider = f"; {found.wider} leave more doubt than {'examples' if found.wider == 'seeds' else 'seeds'}"
     adjusted = found.p if found.p_adjusted is None else found.p_adjusted
     if found.interval.holds(0) or adjusted is None or adjusted >= level:
@@ -101,11 +116,11 @@ def null_verdict(found: NullPosition, *, zone: str, cost: str = "cost", level: f
         return f"Not measurable: {which} {verb}{tail} {cost}.{undefined}"
     counted = (
         f"{found.lower} of {_count(found.n, 'random selection')} cost less, {found.higher} more "
-        f"(share that costs less: {_interval(found.interval, 100, '.0f')} %), p = {_p(found.p)}"
+        f"(share that costs less: {_interval(found.interval, 100, '.0f')} %), {_p(found.p)}"
     )
     if found.p >= level:
         floor = 2 / (found.n + 1)
-        few = f" {found.n} cannot show more than p = {_p(floor)}." if floor >= level else ""
+        few = f" {found.n} cannot show more than {_p(floor)}." if floor >= level else ""
         return f"The {zone} zone is not told from random heads at this n: {counted}.{few}{undefined}"
     side = "more" if found.lower > found.higher else "less"
     return f"The {zone} zone costs {side} than random heads: {counted}.{undefined}"
@@ -128,7 +143,7 @@ def _number(value: float, pattern: str = ".2f") -> str:
 
 
 def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _count(n: int, noun: str) -> str:

@@ -162,6 +162,20 @@ def test_a_unit_of_cost_changes_no_correlation(seed: int, scale: float, shift: f
     assert other.other_arms == pytest.approx(one.other_arms, abs=1e-6)
 
 
+@pytest.mark.parametrize("unit", [1e-200, 1e200])
+def test_hostile_units_change_no_correlation(unit: float) -> None:
+    cost_AT = np.random.default_rng(6).normal(size=(5, 3))
+    one = predictive_validity(study(range(5), cost_AT), draws=200)
+    other = predictive_validity(study(np.arange(5) * unit, cost_AT * unit), draws=200)
+    assert one.retrained == pytest.approx(other.retrained, abs=1e-9)
+
+
+def test_noiseless_costs_have_an_interval_of_one_point() -> None:
+    found = predictive_validity(study([1, 2, 4, 8], np.repeat([[1.0], [3], [2], [5]], 3, axis=1)), draws=100)
+    assert found.retrained == pytest.approx([found.of_means.pearson] * 2)
+    assert found.retrained_spearman == pytest.approx([0.8, 0.8])
+
+
 def test_what_a_seed_does_to_all_arms_alike_changes_nothing() -> None:
     cost_AT = np.random.default_rng(0).normal(size=(6, 3))
     one = predictive_validity(study(range(6), cost_AT), draws=500)
@@ -415,6 +429,8 @@ def test_variance_by_two_way_analysis_of_variance() -> None:
     assert found.interval is not None
     assert found.df is not None
     half = scipy.stats.t.ppf(0.975, found.df) * math.sqrt(variance)
+    assert found.over_seeds is not None
+    half = max(half, (found.over_seeds.high - found.over_seeds.low) / 2)
     assert found.interval == pytest.approx((d.mean() - half, d.mean() + half))
 
 
@@ -427,6 +443,18 @@ def test_coverage_of_a_comparison_over_three_seeds(of_seed: float, of_example: f
         assert interval is not None
         held += interval.holds(0)
     assert held / n > 0.95 - 4 * math.sqrt(0.95 * 0.05 / n)
+
+
+def test_the_p_value_and_the_interval_agree() -> None:
+    rng, unlike = np.random.default_rng(4), set()
+    for _ in range(60):
+        arm = crossed(rng, 3, 20, of_seed=0.1, of_example=0.5, rest=0.5)
+        found = compare({t: [0.5 + v for v in row] for t, row in arm.items()}, zeros(arm))
+        assert found.interval is not None
+        assert found.p is not None
+        assert found.interval.holds(0) == (found.p >= 0.05)
+        unlike.add(found.p >= 0.05)
+    assert unlike == {True, False}
 
 
 def test_examples_alone_promise_too_much_where_seeds_differ() -> None:

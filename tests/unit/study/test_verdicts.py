@@ -33,7 +33,7 @@ def test_a_relation_is_claimed_with_both_intervals() -> None:
     found = replace(found, of_means=found.of_means._replace(pearson=0.62))
     assert verdict(found, cost="UCR") == (
         "Higher C goes with higher UCR: r = 0.62 (95 % 0.31 to 0.83 for these arms trained again, "
-        "95 % 0.07 to 0.88 for others like them), 12 arms over 3 seeds."
+        "95 % 0.07 to 0.88 for others like them), 12 arms over 3 seeds; p < 0.001 by permuting arms."
     )
     lower = replace(found, retrained=Interval(-0.9, -0.2), other_arms=Interval(-0.9, -0.1))
     lower = replace(lower, of_means=lower.of_means._replace(pearson=-0.6))
@@ -52,6 +52,13 @@ def test_an_interval_that_holds_0_claims_nothing(interval: Interval) -> None:
     text = verdict(replace(RELATED, retrained=interval))
     assert text.startswith("No relation seen at this n: r = ")
     assert "goes with" not in text
+
+
+def test_what_chance_does_as_well_is_said_of_these_arms_only() -> None:
+    text = verdict(RELATED, p_adjusted=0.06, n_comparisons=6)
+    assert text.startswith("In these arms higher C goes with higher cost")
+    assert "p = 0.060 by permuting arms, of 6 comparisons (Holm)" in text
+    assert verdict(RELATED, p_adjusted=0.01, n_comparisons=6).startswith("Higher C goes with higher cost")
 
 
 def test_one_seed_claims_nothing() -> None:
