@@ -209,7 +209,7 @@ def kill_during(stage: str, path: Path, folder: Path) -> None:
     wait_for(lambda: running(folder, stage) or process.poll() is not None)
     workers = list(children(process.pid))
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     # Workers end with the study: nobody writes beside its successor.
     wait_for(lambda: not any(map(alive, workers)), 30)
 
@@ -303,7 +303,7 @@ def test_two_studies_in_one_directory(study_of: Callable[..., Path], tmp_path: P
     wait_for(lambda: running(tmp_path / "study", "diagnose"))
     assert_one_error(castune("study", path, cwd=tmp_path), "another castune study is at work")
     process.kill()
-    process.wait()
+    process.communicate()
 
 
 def test_a_dry_run_shows_the_graph_and_writes_nothing(study_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""What chance would do: the cost of random heads, and the cost of the buckets in any other order. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from castune.study.distributions import Interval, clopper_pearson
+
+# At most this many orders are enumerated (7! = 5,040); beyond, as many are drawn at random.
+_ORDERS = 10_000
+
+
+@dataclass(frozen=True)
+class NullPosition:
+    """Where the cost of a zone lies among those of random selections of as many heads.
+
+    Attributes:
+        lower: random selections that cost less.
+        equal: that cost the same.
+        higher: that cost more.
+        percentile: share of random selections that cost less, of equal ones half; None without any, or without a cost.
+        interval: exact 95 % interval of the share of all random selections that cost less (Clopper and Pearson); equal
+            ones may belong to either side.
+        p: two-sided p-value, min(1, 2 min(1 + lower + equal, 1 + higher + equal) / (n + 1)): the zone counts as one
+            of the random selections, so that it is never 0, and at least 2 / (n + 1).
+        n: random selections with a defined cost.
+        n_undefined: random selections left out, for their safety did not rise.
+    """
+
+    lower: int
+    equal: int
+    higher: int
+    percentile: float | None
+    interval: Interval | None
+    p: float | None
+    n: int
+    n_undefined: int
+
+
+@dataclass(frozen=True)
+class OrderNull:
+    """Whether the costs are in the order that the scores foretell.
+
+    Attributes:
+        inversions: pairs of arms in which the higher score has the lower cost.
+        pairs: pairs that differ in both.
+        p: share of all orders of the costs that agree with the scores at least as well: one-sided, for the prediction
+            has a direction. At least 1 / M!. None where a side does not vary.
+        p_two_sided: the same of agreement or its opposite (Kendall's test).
+        n: arms, M.
+        n_orders: orders that were tried; all M! of them up to M = 7.
+        n_undefined: arms left out, for their cost is undefined.
+    """
+
+    inversions: int
+    pairs: int
+    p: float | None
+    p_two_sided: float | None
+    n: int
+    n_orders: int
+    n_undefined: int
+
+
+def null_position(cost: float | None, random_costs: Sequence[float | None]) -> NullPosition:
+    """Place of a zone's cost in the distribution of trained random selections of the same number of heads.
+
+    The paper compares with one random selection (Section 4.2); one cannot tell how unusual a zone is. Compare like with
+    like: the cost of one training with those of one training each, or means over as many seeds.
+
+    Args:
+        cost: of the zone; None = undefined.
+        random_costs: of the random selections; None = undefined.
+
+    Raises:
+        ValueError: a cost is not finite.
+    """
+    defined = [value for value in random_costs if value is not None]
+    if not all(math.isfinite(value) for value in (*defined, 0.0 if cost is None else cost)):
+        raise ValueError("costs must be finite; an undefined cost is None")
+    n, n_undefined = len(defined), len(random_costs) - len(defined)
+    if cost is None or n == 0:
+        return NullPosition(0, 0, 0, None, None, None, n, n_undefined)
+    lower, equal = sum(value < cost for value in defined), sum(value == cost for value in defined)
+    higher = n - lower - equal
+    p = min(1.0, 2 * (1 + equal + min(lower, higher)) / (n + 1))
+    interval = clopper_pearson(lower, n, at_most=lower + equal)
+    return NullPosition(lower, equal, higher, (lower + equal / 2) / n, interval, p, n, n_undefined)
+
+
+def order_null(scores: Sequence[float], costs: Sequence[float | None], *, seed: int = 0) -> OrderNull:
+    """Permutation null of the order of M buckets: how likely is so good an order if scores say nothing of costs?
+
+    Args:
+        scores: mean score of every bucket.
+        costs: its cost, best the mean over seeds; None = undefined, left out.
+        seed: of the random orders above M = 7.
+
+    Raises:
+        ValueError: scores and costs differ in number, or one is not finite.
+    """
+    if len(scores) != len(costs):
+        raise ValueError(f"scores and costs differ in number: {len(scores)} and {len(costs)}")
+    pairs = [(float(x), float(y)) for x, y in zip(scores, costs, strict=True) if y is not None]
+    n, n_undefined = len(pairs), len(costs) - len(pairs)
+    x, y = np.array(pairs).reshape(n, 2).T
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("scores and costs must be finite; an undefined cost is None")
+    signs_x, signs_y = (np.sign(values[:, None] - values) for values in (x, y))
+    products = (signs_x * signs_y)[np.triu_indices(n, 1)]
+    inversions, differing = int((products < 0).sum()), int((products != 0).sum())
+    if differing == 0:
+        return OrderNull(0, 0, None, None, n, 0, n_undefined)
+    if math.factorial(n) <= _ORDERS:
+        orders = [list(order) for order in itertools.permutations(range(n))]
+    else:
+        rng = np.random.default_rng(seed)
+        # The observed order counts as one.
+        orders = [list(range(n)), *(rng.permutation(n).tolist() for _ in range(_ORDERS - 1))]
+    agreement = np.array([float((signs_x * signs_y[np.ix_(order, order)]).sum()) for order in orders])
+    observed = float((signs_x * signs_y).sum())
+    p, p_two_sided = float(np.mean(agreement >= observed)), float(np.mean(np.abs(agreement) >= abs(observed)))
+    return OrderNull(inversions, differing, p, p_two_sided, n, len(orders), n_undefined)

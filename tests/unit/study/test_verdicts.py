@@ -1,0 +1,133 @@
+"""Words: what they claim follows from the intervals, and every count is named."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from castune.study.comparisons import Comparison, compare
+from castune.study.distributions import Interval
+from castune.study.nulls import null_position
+from castune.study.validity import Trial, Validity, predictive_validity
+from castune.study.verdicts import comparison_verdict, null_verdict, verdict
+
+
+def study(cost_AT: Any) -> Validity:
+    trials = [
+        Trial(arm=str(a), seed=t, score=float(a), depth=0, cost=None if math.isnan(cost) else float(cost))
+        for a, row in enumerate(cost_AT)
+        for t, cost in enumerate(row)
+    ]
+    return predictive_validity(trials, draws=500)
+
+
+RELATED = study(np.arange(12.0)[:, None] + np.random.default_rng(0).normal(size=(12, 3)))
+
+
+def test_a_relation_is_claimed_with_both_intervals() -> None:
+    found = replace(RELATED, retrained=Interval(0.31, 0.83), other_arms=Interval(0.07, 0.88))
+    found = replace(found, of_means=found.of_means._replace(pearson=0.62))
+    assert verdict(found, cost="UCR") == (
+        "Higher C goes with higher UCR: r = 0.62 (95 % 0.31 to 0.83 for these arms trained again, "
+        "95 % 0.07 to 0.88 for others like them), 12 arms over 3 seeds; p < 0.001 by permuting arms."
+    )
+    lower = replace(found, retrained=Interval(-0.9, -0.2), other_arms=Interval(-0.9, -0.1))
+    lower = replace(lower, of_means=lower.of_means._replace(pearson=-0.6))
+    assert verdict(lower).startswith("Higher C goes with lower cost: r = −0.60")
+
+
+@pytest.mark.parametrize("other", [None, Interval(-0.3, 0.99)])
+def test_a_relation_of_these_arms_only_says_so(other: Interval | None) -> None:
+    text = verdict(replace(RELATED, other_arms=other))
+    assert text.startswith("In these arms higher C goes with higher cost")
+    assert "too few to say so of others" in text
+
+
+@pytest.mark.parametrize("interval", [Interval(-0.1, 0.9), Interval(0.0, 0.5), Interval(-0.9, 0.0)])
+def test_an_interval_that_holds_0_claims_nothing(interval: Interval) -> None:
+    text = verdict(replace(RELATED, retrained=interval))
+    assert text.startswith("No relation seen at this n: r = ")
+    assert "goes with" not in text
+
+
+def test_what_chance_does_as_well_is_said_of_these_arms_only() -> None:
+    text = verdict(RELATED, p_adjusted=0.06, n_comparisons=6)
+    assert text.startswith("In these arms higher C goes with higher cost")
+    assert "p = 0.060 by permuting arms, of 6 comparisons (Holm)" in text
+    assert verdict(RELATED, p_adjusted=0.01, n_comparisons=6).startswith("Higher C goes with higher cost")
+
+
+def test_one_seed_claims_nothing() -> None:
+    text = verdict(study(np.arange(6.0)[:, None]))
+    assert text == "No relation can be claimed from one seed and no errors of the costs: r = 1.00, 6 arms over 1 seed."
+
+
+def test_undefined_costs_are_named() -> None:
+    cost_AT = np.full((4, 3), math.nan)
+    cost_AT[0] = [1, 2, 3]
+    assert verdict(study(cost_AT), cost="cost ratio") == (
+        "Not measurable: in 9 of 12 trials safety did not rise, so the cost ratio is undefined. Left: 1 arm over 3 seeds."
+    )
+    cost_AT = np.arange(12.0)[:, None] + np.random.default_rng(0).normal(size=(12, 3))
+    cost_AT[3, 1] = math.nan
+    assert verdict(study(cost_AT)).endswith(
+        "In 1 of 36 trials safety did not rise, so the cost is undefined; those trials are left out."
+    )
+    assert verdict(predictive_validity([])).startswith("Not measurable: there are no trials.")
+
+
+SEEN = compare(
+    {t: (np.random.default_rng(t).random(200) < 0.8).tolist() for t in range(4)},
+    {t: (np.random.default_rng(10 + t).random(200) < 0.3).tolist() for t in range(4)},
+)
+
+
+def words(found: Comparison) -> str:
+    return comparison_verdict(found, first="safe", second="random", metric="accuracy")
+
+
+def test_a_difference_is_claimed_with_its_interval_and_counts() -> None:
+    text = words(SEEN)
+    assert text.startswith("Accuracy is higher under safe than under random: +")
+    assert "4 seeds, 200 examples" in text
+    assert " points (95 % " in text
+
+
+def test_a_difference_in_doubt_is_not_claimed() -> None:
+    for doubtful in (
+        replace(SEEN, interval=Interval(-0.01, 0.3)),
+        replace(SEEN, p_adjusted=0.07, n_comparisons=5),
+        replace(SEEN, interval=Interval(0.0, 0.3)),
+    ):
+        assert words(doubtful).startswith("No difference seen at this n")
+    assert "p = 0.070 after Holm over 5 comparisons" in words(replace(SEEN, p_adjusted=0.07, n_comparisons=5))
+
+
+def test_comparisons_without_an_interval() -> None:
+    assert words(compare({1: [1, 0]}, {1: [0, 0]})).startswith("No difference can be claimed from so little")
+    assert words(compare({1: [1], 2: [1]}, {1: [1], 2: [1]})).startswith("No outcome differs between safe and random")
+    assert words(compare({1: [None]}, {1: [1]})) == (
+        "Not measurable: no example has a score under both safe and random (1 seed, 0 examples, 1 left out as unscored)."
+    )
+
+
+def test_a_zone_among_random_heads() -> None:
+    many = [float(i) for i in range(1, 60)]
+    assert null_verdict(null_position(0.0, many), zone="safe").startswith(
+        "The safe zone costs less than random heads: 0 of 59"
+    )
+    assert null_verdict(null_position(99.0, many), zone="risky").startswith(
+        "The risky zone costs more than random heads"
+    )
+    few = null_verdict(null_position(0.0, [1.0, 2.0, 3.0, None]), zone="safe")
+    assert few.startswith("The safe zone is not told from random heads at this n: 0 of 3 random selections cost less")
+    assert "3 cannot show more than p = 0.500" in few
+    assert few.endswith("Of 1 more the cost is undefined.")
+    assert null_verdict(null_position(None, many), zone="safe") == "Not measurable: the safe zone has no defined cost."
+    assert (
+        null_verdict(null_position(1.0, []), zone="safe") == "Not measurable: no random selection with a defined cost."
+    )
