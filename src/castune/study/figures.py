@@ -1,0 +1,184 @@
+"""Figures 3 to 7 of the paper from a study, and its budget curve, as Vega-Altair charts. Pure.
+
+Large points are means over seeds with one standard error to both sides; small ones are the seeds, one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from castune.config import StudyConfig, method_suffix
+from castune.report.labels import place_labels
+from castune.report.maps import conflict_heatmap
+from castune.report.theme import BASE, arm_colours
+from castune.study.findings import COSTS, SYMBOLS, BudgetCheck, Findings, ScoreValidity
+from castune.study.trials import Measured, Results, Trial
+
+_METHOD_FIGURES = {"sft": "figure_3_sft", "pcgrad": "figure_4_pcgrad"}
+_COST_FIGURES = {"mmlu_cr": "figure_5_mmlu_cr", "ucr": "figure_6_ucr", "utility_lost": "figure_utility_lost"}
+_SIZE = {"width": 400, "height": 300}
+_PURPOSE_LABELS = {
+    "utility": "Utility accuracy, mean of suites (%)",
+    "over-refusal": "Refusals on harmless prompts, mean of suites (%)",
+}
+
+Record = dict[str, Any]
+
+
+def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, Any]:
+    """Every figure that these results allow, by the name of its file."""
+    made: dict[str, Any] = {}
+    for method in study.methods:
+        arms = {arm: results.of(f"{arm}{method_suffix(method)}") for arm in study.arms}
+        name = _METHOD_FIGURES.get(method, f"figure_{method}")
+        for cost, ending in (("utility", ""), ("over-refusal", "_over_refusal")):
+            chart = trade_off(arms, results.base, cost)
+            if chart is not None:
+                made[name + ending] = chart
+    for cost, name in _COST_FIGURES.items():
+        chosen = [v for v in found.validities if v.cost == cost and v.score == "conflict"]
+        if any(point.cost is not None for validity in chosen for point in validity.points):
+            made[name] = score_and_cost(chosen)
+    for calibration, cmap in results.maps.items():
+        suffix = "" if calibration == "main" else f"_{calibration}"
+        made[f"figure_7_map{suffix}"] = conflict_heatmap(cmap, {})
+    if found.budget is not None:
+        made["figure_budget"] = budget(found.budget)
+    return made
+
+
+def trade_off(arms: Mapping[str, Sequence[Trial]], base: Measured | None, cost: str) -> Any | None:
+    """Safety against utility or over-refusal (Figures 3 and 4); None where nothing has both numbers."""
+    points, seeds = [], []
+    for arm, trials in arms.items():
+        pairs = [(trial.seed, trial.measured.mean("safety"), trial.measured.mean(cost)) for trial in trials]
+        known = [(seed, 100 * x, 100 * y) for seed, x, y in pairs if x is not None and y is not None]
+        seeds += [{"arm": arm, "seed": str(seed), "x": x, "y": y} for seed, x, y in known]
+        if known:
+            points.append(_mean_point(arm, [x for _, x, _ in known], [y for *_, y in known]))
+    if not points:
+        return None
+    if base is not None and (x := base.mean("safety")) is not None and (y := base.mean(cost)) is not None:
+        points.insert(0, _mean_point(BASE, [100 * x], [100 * y]))
+    ranges = [_range([*points, *seeds], axis) for axis in "xy"]
+    place_labels(points, *ranges, _SIZE["width"], _SIZE["height"])
+    return _scatter(points, seeds, ranges, "Refusals on harmful prompts, mean of suites (%)", _PURPOSE_LABELS[cost])
+
+
+def score_and_cost(validities: Sequence[ScoreValidity]) -> Any:
+    """Mean score of buckets against their cost (Figures 5 and 6), a panel a number of buckets."""
+    panels = []
+    for one in validities:
+        by_arm: dict[str, list[Any]] = {}
+        for point in one.points:
+            if point.cost is not None:
+                by_arm.setdefault(point.arm, []).append(point)
+        points = [_mean_point(_bucket(arm), [p.score for p in found], [p.cost for p in found]) for arm, found in by_arm.items()]
+        seeds = [
+            {"arm": _bucket(p.arm), "seed": str(p.seed), "x": p.score, "y": p.cost}
+            for found in by_arm.values()
+            for p in found
+        ]
+        if not points:
+            continue
+        ranges = [_range([*points, *seeds], axis) for axis in "xy"]
+        place_labels(points, *ranges, _SIZE["width"], _SIZE["height"])
+        x = f"Mean {SYMBOLS[one.score]} of the heads of a bucket"
+        cost = COSTS[one.cost] + (" (points)" if one.cost == "utility_lost" else "")
+        panel = _scatter(points, seeds, ranges, x, cost[0].upper() + cost[1:])
+        panels.append(panel.properties(title=f"{one.buckets} buckets"))
+    return alt.concat(*panels, columns=2, spacing=36)
+
+
+def budget(found: BudgetCheck) -> Any:
+    """Predicted cost of training the safest heads, by their share, with its band; and what trained arms lost."""
+    curve, n = found.curve, found.curve.n_heads
+    # A point in a thousand is as fine as a page shows.
+    steps = sorted({round(i * n / min(n, 400)) for i in range(min(n, 400) + 1)})
+    records = [
+        {
+            "share": 100 * k / n,
+            "cost": 100 * float(curve.cost_K[k]),
+            "low": None if curve.low_K is None else 100 * float(curve.low_K[k]),
+            "high": None if curve.high_K is None else 100 * float(curve.high_K[k]),
+        }
+        for k in steps
+    ]
+    x = alt.X("share:Q", title="Share of all heads, the safest first (%)")
+    lines = alt.Chart(alt.InlineData(values=records)).encode(x=x)
+    layers = [lines.mark_line(strokeWidth=2).encode(y=alt.Y("cost:Q", title="Predicted cost, all heads = 100"))]
+    if curve.low_K is not None:
+        layers.insert(0, lines.mark_area(opacity=0.2).encode(y="low:Q", y2="high:Q"))
+    if curve.elbow.k is not None:
+        elbow = [{"share": 100 * curve.elbow.k / n, "cost": 100 * float(curve.cost_K[curve.elbow.k])}]
+        layers.append(
+            alt.Chart(alt.InlineData(values=elbow)).mark_point(size=120, strokeWidth=2, shape="diamond").encode(x=x, y="cost:Q")
+        )
+    predicted = alt.layer(*layers).properties(**_SIZE, title="Predicted from the map")
+    measured = [
+        {"arm": arm, "x": 100 * share, "y": loss}
+        for arm, share, loss in zip(found.arms, found.predicted, found.lost, strict=True)
+        if loss is not None
+    ]
+    if not measured:
+        return predicted
+    points = [_mean_point(str(m["arm"]), [m["x"]], [m["y"]]) for m in measured]
+    ranges = [_range(points, axis) for axis in "xy"]
+    place_labels(points, *ranges, _SIZE["width"], _SIZE["height"])
+    beside = _scatter(points, [], ranges, "Predicted cost, all heads = 100", "Utility lost, measured (points)")
+    return alt.hconcat(predicted, beside.properties(title="Beside trained arms"), spacing=40)
+
+
+def _scatter(
+    points: Sequence[Record], seeds: Sequence[Record], ranges: Sequence[list[float]], x_title: str, y_title: str
+) -> Any:
+    colours = arm_colours([str(point["arm"]) for point in points])
+    x = {"title": x_title, "scale": alt.Scale(domain=ranges[0], nice=False)}
+    y = {"title": y_title, "scale": alt.Scale(domain=ranges[1], nice=False)}
+    hue = alt.Color("arm:N", legend=None).scale(domain=list(colours), range=list(colours.values()))
+    means = alt.Chart(alt.InlineData(values=list(points)[::-1])).encode(x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y))
+    rules = means.mark_rule(strokeWidth=1.5, opacity=0.6).encode(color=hue)
+    tooltip = [alt.Tooltip("arm:N", title="Arm"), alt.Tooltip("x_text:N", title=x_title), alt.Tooltip("y_text:N", title=y_title)]
+    place = {key: alt.ExprRef(f"datum.{key}") for key in ("align", "dx", "dy")}
+    layers = [
+        rules.encode(x=alt.X("x_low:Q", **x), x2="x_high:Q"),
+        rules.encode(y=alt.Y("y_low:Q", **y), y2="y_high:Q"),
+        means.mark_point(opacity=1, strokeWidth=2, size=100, filled=True).encode(color=hue, tooltip=tooltip),
+        means.mark_text(baseline="middle", **place).encode(text="arm:N"),
+    ]
+    if seeds:
+        one_by_one = alt.Chart(alt.InlineData(values=list(seeds))).mark_point(size=22, opacity=0.7)
+        layers.insert(0, one_by_one.encode(
+            x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y), color=hue,
+            tooltip=["arm:N", "seed:N", alt.Tooltip("x:Q", format=".3~g"), alt.Tooltip("y:Q", format=".3~g")],
+        ))  # fmt: skip
+    return alt.layer(*layers).properties(**_SIZE, description=f"{y_title} over {x_title}, a point an arm.")
+
+
+def _mean_point(arm: str, xs: Sequence[float], ys: Sequence[float]) -> Record:
+    point: Record = {"arm": arm}
+    for axis, values in (("x", xs), ("y", ys)):
+        mean = sum(values) / len(values)
+        error = 0.0
+        if len(values) > 1:
+            error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+        known = f" ± {error:.2f}, {len(values)} seeds" if len(values) > 1 else ""
+        point |= {axis: mean, f"{axis}_low": mean - error, f"{axis}_high": mean + error}
+        point[f"{axis}_text"] = f"{mean:.2f}{known}"
+    return point
+
+
+def _range(points: Sequence[Record], axis: str) -> list[float]:
+    values = [point[key] for point in points for key in (axis, f"{axis}_low", f"{axis}_high") if key in point]
+    low, high = min(values), max(values)
+    margin = 0.1 * (high - low) or max(0.5, 0.1 * abs(high))
+    return [low - margin, high + margin]
+
+
+def _bucket(arm: str) -> str:
+    """`bucket-2-of-4` as the paper has it."""
+    return f"B{arm.split('-')[1]}" if arm.startswith("bucket-") else arm

@@ -1,0 +1,287 @@
+"""The report of a study: one page that needs nothing else, and the figures as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection
+from castune.artifacts.files import write_text
+from castune.report.document import document, write_charts
+from castune.report.explorer import explorer
+from castune.report.markup import Markup, table, tag
+from castune.report.outcomes import losses
+from castune.report.samples import samples
+from castune.report.sections import duration, figure, known, section
+from castune.report.summary import NOT_MEASURED
+from castune.run_directory import BASE, RunDirectory
+from castune.study.figures import charts
+from castune.study.findings import COSTS, SYMBOLS, Findings
+from castune.study.graph import Graph
+from castune.study.schedule import State
+from castune.study.tables import Row, Table
+from castune.study.trials import Results
+
+# Numbers of a table's row that belong to another one, and how it is shown with them.
+_HIDDEN = {"calibration", "mmlu_cr_seeds"}
+_HEADS = {
+    "arm": "Arm", "heads": "Heads", "mean_conflict": "Mean C", "mean_score": "Mean score", "seeds": "Seeds",
+    "general_average": "Utility, mean", "safety_average": "Safety, mean", "over_refusal_average": "Over-refusal, mean",
+    "unscored": "Unscored", "ucr": "UCR", "mmlu_cr": "MMLU-CR", "score": "Score", "buckets": "M", "bucket": "Bucket",
+    "pearson": "Pearson r", "spearman": "Spearman ρ", "pearson_p": "p of r", "spearman_p": "p of ρ", "cost": "Cost",
+    "seed": "Seed", "n": "n", "undefined": "Undefined", "ucr_seeds": "Seeds with a UCR",
+}  # fmt: skip
+_RULE = (
+    "Rates in per cent, ± one standard error over seeds; means over suites without weights, as the paper averages. UCR "
+    "and MMLU-CR (Eqs. 7 and 8) are those of the mean rates; they are undefined, and shown as –, where safety did not "
+    "rise. What examples add to the error is in the intervals of the comparisons."
+)
+
+
+def write_study_report(
+    graph: Graph,
+    results: Results,
+    found: Findings,
+    made: Sequence[Table],
+    states: Mapping[str, State],
+) -> Path:
+    """Write `report.html` and the figures of a study from what is there so far. Returns the page."""
+    drawn = charts(results, found, graph.recipe.study)
+    write_charts(graph.folder / "figures", drawn, ("svg", "pdf", "png"))
+    tables = {one.name: one for one in made}
+    # On the page the explorer stands for the maps.
+    shown = {name: chart for name, chart in drawn.items() if not name.startswith("figure_7")}
+    body = tag(
+        "main",
+        _opening(graph, results, found),
+        tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
+        _arms(tables, shown, found),
+        _validity(tables, shown, found),
+        _budget(tables, shown, found),
+        _maps(graph, results, found),
+        *_replies(graph),
+        _provenance(graph, results, states),
+    )
+    cmap = results.maps.get("main")
+    name = graph.recipe.model if cmap is None else known(cmap.metadata.get("model", {}).get("name"))
+    path = graph.folder / "report.html"
+    write_text(path, document(f"castune study: {name}", body, shown))
+    return path
+
+
+def _opening(graph: Graph, results: Results, found: Findings) -> Markup:
+    cmap = results.maps.get("main")
+    model = {} if cmap is None else cmap.metadata.get("model", {})
+    study = graph.recipe.study
+    size = f"{known(model.get('parameters'))} parameters, {graph.n_heads:,} units"
+    what = f"{len(results.trials)} trainings evaluated, seeds {', '.join(map(str, study.seeds))}"
+    judge = f"judge {results.settings.get('judge')}, {results.settings.get('max_new_tokens')} new tokens"
+    words = found.verdict or ["Nothing can be compared yet."]
+    return tag(
+        "header",
+        tag("p", "castune study", class_="kicker"),
+        tag("h1", known(model.get("name")) if model else graph.recipe.model),
+        tag("p", f"{known(model.get('type'))}, {size}; {what}; {judge}", class_="quiet"),
+        tag("ul", *(tag("li", sentence) for sentence in words), class_="changes"),
+        tag(
+            "p",
+            "Sentences follow from 95 % intervals, and from p-values after Holm where several comparisons are made "
+            "together; “no difference seen” never means that there is none.",
+            class_="small",
+        ),
+        tag("p", f"Not there yet: {', '.join(results.missing)}.", class_="small warning") if results.missing else "",
+    )
+
+
+def _arms(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
+    parts: list[object] = []
+    for name in [name for name in tables if name.startswith(("table_1", "table_2")) or name.count("_") == 1]:
+        if name.startswith("table_") and not name.startswith(("table_7", "table_8", "table_9", "table_10")):
+            parts += [tag("h3", tables[name].title), _table(tables[name])]
+    figures = [
+        figure(name, "Large: means over seeds, ± one standard error. Small: the seeds, one by one.")
+        for name in drawn
+        if name.startswith(("figure_3", "figure_4")) or name.split("_")[1] not in ("5", "6", "7", "budget", "utility")
+    ]
+    comparisons = [
+        [c.method, c.arm, c.purpose, _signed(c.found.value, 100), _span(c.found.interval, 100), _span(c.found.over_seeds, 100),
+         _p(c.found.p), _p(c.found.p_adjusted), f"{c.found.n_examples:,}", c.words]
+        for c in found.comparisons
+    ]  # fmt: skip
+    head = ["Trained by", "Arm", "Suites", "Minus safe, points", "95 %", "95 % over seeds", "p", "p (Holm)", "Examples", "In words"]
+    against = table(head, comparisons, label="Arms against the safe zone", class_="numbers")
+    return section(
+        "Arms",
+        "arms",
+        *parts,
+        tag("p", _RULE, class_="small"),
+        tag("div", *figures, class_="figures"),
+        tag("h3", "Against the safe zone") if comparisons else "",
+        against if comparisons else "",
+    )
+
+
+def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
+    figures = [
+        figure(name, "Buckets by their mean score; large: means over seeds, small: the seeds.")
+        for name in ("figure_5_mmlu_cr", "figure_6_ucr", "figure_utility_lost")
+        if name in drawn
+    ]
+    rows = [
+        [SYMBOLS[v.score], v.buckets, COSTS[v.cost], _number(v.found.of_means.pearson), _span(v.found.retrained),
+         _span(v.found.other_arms), _p(v.found.of_means.pearson_p), _number(v.found.of_means.spearman),
+         _p(v.order.p), f"{v.found.n_undefined} of {v.found.n_trials}", v.words]
+        for v in found.validities
+    ]  # fmt: skip
+    head = ["Score", "M", "Cost", "r of means", "95 %, trained again", "95 %, other arms", "p", "ρ", "p of the order", "Undefined", "In words"]
+    partial = [
+        [SYMBOLS[d.score], COSTS[d.cost], _number(d.found.pearson), _span(d.found.pearson_interval), _p(d.found.pearson_p),
+         _number(d.found.spearman), d.found.n, d.found.reason or "–"]
+        for d in found.depths
+    ]  # fmt: skip
+    nulls = [[n.zone, COSTS[n.cost], n.words] for n in found.nulls]
+    parts: list[object] = [tag("div", *figures, class_="figures")]
+    for name in ("table_7_buckets", "table_8_validity"):
+        if name in tables:
+            parts += [tag("h3", tables[name].title), _table(tables[name])]
+    if rows:
+        parts += [tag("h3", "Does the score foretell the cost?"), table(head, rows, label="Validity", class_="numbers")]
+    if partial:
+        title = tag("h3", "Controlled for the layer, over all arms of the usual size")
+        heads = ["Score", "Cost", "Partial r", "95 %", "p", "Partial ρ", "Arms", "Why not"]
+        parts += [title, table(heads, partial, label="Partial correlations", class_="numbers")]
+    if nulls:
+        parts += [tag("h3", "Among random heads"), table(["Zone", "Cost", "In words"], nulls, label="Null distribution")]
+    return section("Scores and costs", "validity", *parts)
+
+
+def _budget(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
+    parts: list[object] = []
+    if found.budget is not None and "figure_budget" in drawn:
+        curve, check = found.budget.curve, found.budget.check
+        elbow = "no elbow: within its band the curve is straight"
+        if curve.elbow.k is not None:
+            elbow = f"elbow at {curve.elbow.k} of {curve.n_heads} heads ({100 * curve.elbow.k / curve.n_heads:.0f} %)"
+        reliability = "unknown" if curve.reliability is None else f"{curve.reliability:.2f}"
+        order = "undefined" if check.correlation.spearman is None else f"{check.correlation.spearman:+.2f}"
+        parts += [
+            figure("figure_budget", "What the map foretells of training the safest heads, with its 95 % band."),
+            tag(
+                "p",
+                f"{elbow[0].upper()}{elbow[1:]}. Share of the scores' variance that is not noise: {reliability}. Predicted "
+                f"against lost over {len(found.budget.arms)} arms: Spearman {order}, p = {_p(check.correlation.spearman_p)}. "
+                "The curve is castune's own extension of the paper: it adds up C(h).",
+            ),
+        ]
+    if "table_9_budget" in tables:
+        parts += [tag("h3", tables["table_9_budget"].title), _table(tables["table_9_budget"])]
+    return section("Budget", "budget", *parts) if parts else Markup("")
+
+
+def _maps(graph: Graph, results: Results, found: Findings) -> Markup:
+    parts: list[object] = []
+    first = next((run for run in graph.runs if run.calibration == "main"), None)
+    for name, cmap in results.maps.items():
+        selections = {}
+        if first is not None and name == "main":
+            selections = _selections(RunDirectory(first.folder), graph.recipe.study.arms, first.same_as, cmap)
+        parts += [tag("h3", f"Map {name}: {known(cmap.metadata['settings'].get('measure'))}"), explorer(cmap, selections)]
+    rows = [
+        [a.one, a.other, _number(a.found.spearman), _span(a.found.interval), f"{a.found.n:,}"] for a in found.agreements
+    ]
+    if rows:
+        head = ["Score", "Other score", "Spearman ρ", "95 % over layers", "Heads"]
+        parts += [tag("h3", "Do scores agree?"), table(head, rows, label="Agreement of maps", class_="numbers")]
+    return section("Conflict maps", "maps", *parts) if parts else Markup("")
+
+
+def _selections(
+    folder: RunDirectory, arms: Sequence[str], same_as: Mapping[str, str], cmap: ConflictMap
+) -> dict[str, HeadSelection]:
+    chosen = {arm: folder.side_arm(same_as[arm]) for arm in arms if arm in same_as}
+    return {arm: folder.load_selection(one, cmap) for arm, one in chosen.items() if one.selection_file.is_file()}
+
+
+def _replies(graph: Graph) -> list[object]:
+    """Why problems were lost and sample replies, of the arms of the first seed."""
+    run = next((run for run in graph.runs if run.calibration == "main"), None)
+    if run is None:
+        return []
+    folder = RunDirectory(run.folder)
+    names = [BASE, *(run.same_as[arm] for arm in graph.recipe.study.arms if arm in run.same_as)]
+    evaluations = {
+        name: EvalResult.load(folder.evaluation(name))
+        for name in names
+        if (folder.evaluation(name) / "metrics.json").is_file()
+    }
+    if not evaluations:
+        return []
+    note = tag("p", f"Of the arms with seed {run.seed}, trained as the recipe says.", class_="small")
+    return [losses(evaluations), note, samples(evaluations)]
+
+
+def _provenance(graph: Graph, results: Results, states: Mapping[str, State]) -> Markup:
+    counts: dict[str, list[float]] = {}
+    for state in states.values():
+        if state.seconds is not None:
+            counts.setdefault(state.stage, []).append(state.seconds)
+    work = [[stage, len(seconds), duration(sum(seconds)), duration(sum(seconds) / len(seconds))] for stage, seconds in counts.items()]
+    failed = [[name, state.state, state.error or "–"] for name, state in states.items() if state.state in ("failed", "blocked")]
+    first = next(iter(results.maps.values()), None)
+    versions = {} if first is None else first.metadata.get("provenance", {}).get("versions", {})
+    facts = [(name, version) for name, version in versions.items() if version]
+    parts: list[object] = []
+    if work:
+        parts.append(table(["Stage", "Units done by the last command", "Time, all", "Time, each"], work, label="Work", class_="numbers"))
+    if failed:
+        parts += [tag("h3", "Not done"), table(["Unit", "State", "Why"], failed, label="Units not done")]
+    runs = [[run.label, run.folder.name, ", ".join(run.trained)] for run in graph.runs]
+    return section(
+        "Provenance",
+        "provenance",
+        *parts,
+        table(["Run", "Directory", "Arms"], runs, label="Runs"),
+        table([], facts, label="Versions", class_="facts"),
+        tag("details", tag("summary", "Recipe"), tag("pre", graph.recipe.to_toml())),
+    )
+
+
+def _table(shown: Table) -> Markup:
+    """A table of rows: a value with its `_se` beside it; what is missing is a dash."""
+    columns = [c for c in shown.columns if not c.endswith("_se") and c not in _HIDDEN]
+    rows = [[_cell(row, column) for column in columns] for row in shown.rows]
+    return table([_HEADS.get(c, c) for c in columns], rows, label=shown.title, class_="numbers")
+
+
+def _cell(row: Row, column: str) -> str:
+    value = row[column]
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    error = row.get(f"{column}_se")
+    is_rate = f"{column}_se" in row
+    text = f"{value:.1f}" if is_rate else f"{value:.3f}" if column.endswith("_p") else f"{value:.2f}"
+    return text.replace("-", "−") + ("" if error is None else f"\u00a0±\u00a0{error:.1f}")
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}".replace("-", "−")
+
+
+def _signed(value: float | None, scale: float = 1) -> str:
+    return NOT_MEASURED if value is None else f"{scale * value:+.1f}".replace("-", "−")
+
+
+def _span(interval: tuple[float, float] | None, scale: float = 1) -> str:
+    if interval is None:
+        return "–"
+    digits = 1 if scale == 100 else 2
+    return " to ".join(f"{scale * end:.{digits}f}".replace("-", "−") for end in interval)
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
