@@ -119,7 +119,7 @@ def _document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
     specs = {name: _bare(chart) for name, chart in drawn.items()}
     # The stub of vl_convert calls the snippet required; it is not, and only the default one is cached.
     runtime = vl_convert.javascript_bundle()  # type: ignore[call-arg]
-    scripts = [runtime, *(_read(name) for name in ("page.js", "explorer.js"))]
+    scripts = [runtime, *(_read(name) for name in ("page.js", "explorer.js", "samples.js"))]
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
@@ -132,7 +132,7 @@ def _document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
             Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
             Markup('<meta name="color-scheme" content="light dark">'),
             tag("title", title),
-            tag("style", Markup(_read("style.css") + _read("explorer.css"))),
+            tag("style", Markup("".join(map(_read, ("style.css", "explorer.css", "samples.css"))))),
         ]
     )
     data = tag(
