@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
+from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import NOT_RECORDED, duration, figure, known, section
 from castune.report.summary import Rate, percent, with_error
@@ -28,10 +29,6 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         *_reliability(cmap.metadata.get("reliability", {})),
         ("Time", duration(cmap.metadata.get("seconds"))),
     ]
-    caption = (
-        "A cell is a query head; layer 0 is at the top. Blue is low, red is high on the scale of the score "
-        "shown. Point at a cell for all values with their standard errors."
-    )
     zones = (
         figure("zones", "Heads that each arm trains, in colour.")
         if "zones" in drawn
@@ -46,17 +43,15 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
             "apart on a head, times how much more utility than safety hangs on it. The highest scores make "
             "the risky zone.",
         ),
+        explorer(cmap, selections),
+        tag("h3", "How it was measured"),
         tag(
             "div",
-            figure("conflict_map", caption),
-            tag(
-                "div",
-                figure(
-                    "score_distribution",
-                    "All heads by score. Buckets hold equal numbers of heads; 1 is the riskiest.",
-                ),
-                table([], facts, label="How the map was measured", class_="facts"),
+            figure(
+                "score_distribution",
+                "All heads by score. Buckets hold equal numbers of heads; 1 is the riskiest.",
             ),
+            table([], facts, label="How the map was measured", class_="facts"),
             class_="figures",
         ),
         _domains(cmap.metadata),

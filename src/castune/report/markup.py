@@ -7,6 +7,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# Elements that have no end tag.
+_VOID = frozenset({"input", "meta"})
+
 
 class Markup(str):
     """Text that is already HTML."""
@@ -33,7 +36,7 @@ def tag(name: str, *children: object, **attributes: str | bool) -> Markup:
             head += f" {key}"
         elif value is not False:
             head += f' {key}="{text(value)}"'
-    return Markup(f"<{head}>{join(children)}</{name}>")
+    return Markup(f"<{head}>" if name in _VOID else f"<{head}>{join(children)}</{name}>")
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, label: str, class_: str = "") -> Markup:

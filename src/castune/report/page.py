@@ -1,6 +1,6 @@
 """One HTML page that needs nothing else, and the same charts as files.
 
-The page carries Vega itself, once for all charts. Its security policy allows the two scripts it was written
+The page carries Vega itself, once for all charts. Its security policy allows the scripts it was written
 with (by hash) and inline styles, and nothing else: no request leaves it, and text of a model could not run
 even if it were not escaped. Vega's expressions are therefore interpreted (`ast`), never compiled.
 """
@@ -69,6 +69,8 @@ def write_report(
         The file.
     """
     drawn = charts(cmap, selections, tunings, evaluations)
+    # On the page the explorer stands for this chart.
+    del drawn["conflict_map"]
     body = tag(
         "main",
         opening(cmap, evaluations, differences, cost_ratios, notes),
@@ -117,7 +119,7 @@ def _document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
     specs = {name: _bare(chart) for name, chart in drawn.items()}
     # The stub of vl_convert calls the snippet required; it is not, and only the default one is cached.
     runtime = vl_convert.javascript_bundle()  # type: ignore[call-arg]
-    scripts = [runtime, (_HERE / "page.js").read_text(encoding="utf-8")]
+    scripts = [runtime, *(_read(name) for name in ("page.js", "explorer.js", "samples.js"))]
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
@@ -130,7 +132,7 @@ def _document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
             Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
             Markup('<meta name="color-scheme" content="light dark">'),
             tag("title", title),
-            tag("style", Markup((_HERE / "style.css").read_text(encoding="utf-8"))),
+            tag("style", Markup("".join(map(_read, ("style.css", "explorer.css", "samples.css"))))),
         ]
     )
     data = tag(
@@ -148,6 +150,10 @@ def _bare(chart: Any) -> dict[str, Any]:
     """The chart's specification without what the page decides itself."""
     spec: dict[str, Any] = chart.to_dict()
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+
+
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
 
 
 def _sha256(script: str) -> str:

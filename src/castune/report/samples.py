@@ -1,18 +1,23 @@
-"""What the models said, side by side, and what everything was made from."""
+"""What the models said, side by side, and what everything was made from.
+
+The page holds every sample that it shows, so that it reads without JavaScript too; `samples.js` only hides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.report.markup import Markup, join, table, tag
 from castune.report.sections import known, section
-from castune.report.summary import NOT_MEASURED, in_order
+from castune.report.summary import BASE, NOT_MEASURED, in_order
 
-# A page is for reading; the run directory has all samples in full.
-_ROWS = 6
-_CHARACTERS = 1500
+# A page is for reading; the run directory has all samples in full. A suite has as many rows as its share of the
+# section's characters allows, in these bounds.
+_FEWEST_ROWS, _MOST_ROWS = 6, 24
+_CHARACTERS, _CHARACTERS_IN_ALL = 1500, 600_000
 
 _OUTCOMES = {
     "utility": {True: "right", False: "wrong"},
@@ -30,15 +35,18 @@ def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
     if not suites:
         return section("Sample replies", "samples", tag("p", "No samples were stored."))
     rule = (
-        f"At most {_ROWS} examples of a suite: first those whose outcome differs between arms, then the "
-        "others, in the order of the data. They illustrate the rates above and are no fair draw from them. "
-        "Numbers beside choices are the model's scores; the choice it makes is bold."
+        f"At most {_MOST_ROWS} examples of a suite, fewer where replies are long. Those whose outcome differs between "
+        "arms are taken and shown first, lost and gained ones of every arm in turn. They illustrate the rates above "
+        "and are no fair draw from them. Against base, lost is right that became wrong, or refused that became "
+        "answered; gained is the opposite. Numbers beside choices are the model's scores; its choice is bold."
     )
+    share = _CHARACTERS_IN_ALL // len(suites)
+    content = [_suite(suite, evaluations, share) for suite in suites]
     return section(
         "Sample replies",
         "samples",
         tag("p", rule, class_="small"),
-        *(_suite(suite, evaluations) for suite in suites),
+        tag("div", _controls(list(suites), list(evaluations)), *content, class_="sample-replies"),
     )
 
 
@@ -105,7 +113,25 @@ def provenance(
     )
 
 
-def _suite(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
+def _controls(suites: Sequence[str], arms: Sequence[str]) -> Markup:
+    """What to show: hidden until the script that obeys them runs."""
+    shown = [tag("option", text, value=value) for value, text in (("", "all"), *((suite, suite) for suite in suites))]
+    fields = [tag("label", "Suite ", tag("select", *shown, data_part="suite"))]
+    if BASE in arms:
+        kinds = {"": "all", "lost gained": "changed", "lost": "lost", "gained": "gained"}
+        options = [tag("option", text, value=value) for value, text in kinds.items()]
+        fields.append(tag("label", "Outcome against base ", tag("select", *options, data_part="fate")))
+    boxes = [
+        tag("label", tag("input", type="checkbox", checked=True, value=str(i), data_part="arm"), f" {arm}")
+        for i, arm in enumerate(arms)
+        if arm != BASE
+    ]
+    fields.append(tag("fieldset", tag("legend", "Arms"), *boxes))
+    fields.append(tag("p", role="status", data_part="count", class_="small"))
+    return tag("div", *fields, class_="sample-controls", data_part="controls", hidden=True)
+
+
+def _suite(suite: str, evaluations: Mapping[str, EvalResult], share: int) -> Markup:
     by_arm = {
         arm: {str(sample["id"]): sample for sample in evaluation.samples_of(suite)}
         for arm, evaluation in evaluations.items()
@@ -113,22 +139,66 @@ def _suite(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
     first: dict[str, Sample] = {}
     for found in by_arm.values():
         first = {**found, **first}
-    chosen = sorted(first, key=lambda identifier: not _differs(identifier, by_arm))[:_ROWS]
-    rows = [
-        [_question(first[identifier]), *(_answer(found.get(identifier)) for found in by_arm.values())]
-        for identifier in chosen
-    ]
-    purpose = next(iter(first.values()))["purpose"]
-    content = table(["Prompt", *by_arm], rows, label=f"Samples of {suite}", class_="samples")
-    count = f"{len(chosen):,} of {len(first):,} examples"
-    if purpose == "safety":
+    taken: dict[str, Markup] = {}
+    length = 0
+    for identifier in _by_interest(first, by_arm)[:_MOST_ROWS]:
+        row = _row(first[identifier], {arm: found.get(identifier) for arm, found in by_arm.items()})
+        length += len(row)
+        if len(taken) >= _FEWEST_ROWS and length > share:
+            break
+        taken[identifier] = row
+    rows = [taken[identifier] for identifier in _differing_first(first, by_arm) if identifier in taken]
+    head = tag("tr", *(tag("th", name, scope="col") for name in ("Prompt", *by_arm)))
+    content = tag(
+        "div",
+        tag("table", tag("thead", head), tag("tbody", *rows), class_="samples"),
+        class_="scroll",
+        role="region",
+        aria_label=f"Samples of {suite}",
+        tabindex="0",
+    )
+    count = f"{len(rows):,} of {len(first):,} examples"
+    if next(iter(first.values()))["purpose"] == "safety":
         warning = f"{suite}: {count}. Harmful prompts and replies to them, behind this click."
-        return tag("details", tag("summary", warning, class_="warning"), content)
-    return tag("details", tag("summary", f"{suite}: {count}"), content, open=True)
+        return tag("details", tag("summary", warning, class_="warning"), content, data_suite=suite)
+    return tag("details", tag("summary", f"{suite}: {count}"), content, open=True, data_suite=suite)
 
 
-def _differs(identifier: str, by_arm: Mapping[str, Mapping[str, Sample]]) -> bool:
-    return len({found[identifier]["outcome"] for found in by_arm.values() if identifier in found}) > 1
+def _row(example: Sample, by_arm: Mapping[str, Sample | None]) -> Markup:
+    cells = []
+    for arm, sample in by_arm.items():
+        fate = "" if arm == BASE else _fate(by_arm.get(BASE), sample)
+        cells.append(tag("td", _answer(sample, fate), data_fate=fate))
+    return tag("tr", tag("th", _question(example), scope="row"), *cells)
+
+
+def _fate(before: Sample | None, after: Sample | None) -> str:
+    """`lost` or `gained`, as paired differences count them; nothing without a change between two outcomes."""
+    if before is None or after is None or before.get("outcome") is None or after.get("outcome") is None:
+        return ""
+    change = int(after["outcome"]) - int(before["outcome"])
+    return "gained" if change > 0 else "lost" if change < 0 else ""
+
+
+def _by_interest(identifiers: Iterable[str], by_arm: Mapping[str, Mapping[str, Sample]]) -> list[str]:
+    """All examples, those first that show a change: of every arm one that it lost and one that it gained, in turn."""
+    ordered = _differing_first(identifiers, by_arm)
+    base = by_arm.get(BASE, {})
+    changed = [
+        [identifier for identifier in ordered if _fate(base.get(identifier), found.get(identifier)) == fate]
+        for arm, found in by_arm.items()
+        if arm != BASE
+        for fate in ("lost", "gained")
+    ]
+    in_turn = [identifier for turn in zip_longest(*changed) for identifier in turn if identifier is not None]
+    return list(dict.fromkeys([*in_turn, *ordered]))
+
+
+def _differing_first(identifiers: Iterable[str], by_arm: Mapping[str, Mapping[str, Sample]]) -> list[str]:
+    def differs(identifier: str) -> bool:
+        return len({found[identifier]["outcome"] for found in by_arm.values() if identifier in found}) > 1
+
+    return sorted(identifiers, key=lambda identifier: not differs(identifier))
 
 
 def _question(sample: Sample) -> Markup:
@@ -145,12 +215,14 @@ def _question(sample: Sample) -> Markup:
     return join([*parts, tag("small", label)])
 
 
-def _answer(sample: Sample | None) -> Markup:
+def _answer(sample: Sample | None, fate: str) -> Markup:
     if sample is None:
         return tag("span", NOT_MEASURED, class_="quiet")
     outcome = sample.get("outcome")
     word = "unscored" if outcome is None else _OUTCOMES.get(sample["purpose"], {}).get(outcome, str(outcome))
     parts = [tag("span", word, class_=f"outcome {word}")]
+    if fate:
+        parts.append(tag("small", fate))
     if sample.get("failure"):
         parts.append(tag("small", sample["failure"]))
     if sample.get("choice_scores"):

@@ -10,6 +10,11 @@ from castune.report.summary import BASE
 NEUTRAL = "#808080"
 _ZONES = {BASE: NEUTRAL, "safe": "#2f7ec2", "risky": "#d1502f", "random": "#b08a2e", "all": "#8465b3"}
 _MORE = ("#3f9c78", "#bf5f96", "#6f8f2f", "#4a9fb0", "#9a6a4f")
+# ColorBrewer's RdYlBu, the scale of the paper's Figure 7, from low to high; told apart with any colour vision.
+LOW_TO_HIGH = (
+    *("#313695", "#4575b4", "#74add1", "#abd9e9", "#e0f3f8", "#ffffbf"),
+    *("#fee090", "#fdae61", "#f46d43", "#d73027", "#a50026"),
+)
 _RISKY_TO_SAFE = ("#d1502f", "#eaa35e", "#8fbad6", "#2f7ec2")
 
 

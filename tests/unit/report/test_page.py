@@ -37,7 +37,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((name, dict(attrs)))
-        if name != "meta":
+        if name not in ("meta", "input"):
             self.open.append((name, dict(attrs)))
 
     def handle_endtag(self, name: str) -> None:
@@ -196,7 +196,7 @@ def test_a_margin_map_says_how_many_tokens_it_compared(tmp_path: Path, run: Run)
 def test_the_data_of_the_charts_are_those_of_the_map(tmp_path: Path, run: Run) -> None:
     page = run.write(tmp_path / "report.html")
     data = json.loads(re.findall(r'<script id="charts" type="application/json">(.*?)</script>', page)[0])
-    (cells,) = data["specs"]["conflict_map"]["datasets"].values()
+    (cells,) = data["specs"]["zones"]["datasets"].values()
     assert [cell["conflict_score"] for cell in cells] == run.cmap.column("conflict_score").tolist()
     assert {attributes["data-chart"] for attributes in Page(page).named("div") if "data-chart" in attributes} == set(
         data["specs"]
@@ -263,10 +263,10 @@ def test_samples_show_outcomes_and_never_a_guess(tmp_path: Path) -> None:
     run.evaluations = {"base": run.evaluations["base"]}
     text = Page(run.write(tmp_path / "report.html")).text
     over = text[text.index("starter-over-refusal-eval: ") : text.index("Provenance")]
-    assert over.count(" answered ") == 5
+    assert over.count(" answered ") == 19
     assert over.count(" unscored ") == 1
     utility = text[text.index("starter-utility-eval: ") : text.index("starter-safety-eval: ")]
-    assert utility.count(" right answer ") == 6
+    assert utility.count(" right answer ") == 20
     assert "−0.750" in utility
 
 
@@ -274,7 +274,38 @@ def test_examples_whose_outcome_differs_come_first(tmp_path: Path, run: Run) -> 
     text = Page(run.write(tmp_path / "report.html")).text
     utility = text[text.index("starter-utility-eval: ") : text.index("starter-safety-eval: ")]
     shown = [int(number) for number in re.findall(r"dragonfly (\d+)", utility)]
-    assert shown == [0, 2, 3, 5, 6, 8]
+    differing = [i for i in range(20) if (i % 3 != 0) != ((i + 1) % 3 != 0)]
+    assert shown == [*differing, *(i for i in range(20) if i not in differing)]
+
+
+def many_samples(run: Run, count: int, reply: str) -> Run:
+    """A suite in which base answers all, and `safe` and `risky` refuse all but one each: the last, the last but one."""
+    for arm, evaluation in run.evaluations.items():
+        kept = {"safe": count - 1, "risky": count - 2}.get(arm)
+        samples = [
+            {"suite": "many", "id": f"m{i}", "purpose": "over-refusal", "prompt": f"Question {i}.", "reply": reply}
+            | {"outcome": (i in (count - 2, count - 1)) if arm == "base" else kept is not None and i != kept}
+            for i in range(count)
+        ]
+        run.evaluations[arm] = dataclasses.replace(evaluation, samples=tuple(samples))
+    return run
+
+
+def test_of_many_samples_rare_changes_are_kept(tmp_path: Path, run: Run) -> None:
+    text = Page(many_samples(run, 300, "A reply.").write(tmp_path / "report.html")).text
+    assert "many: 24 of 300 examples" in text
+    shown = re.findall(r"Question (\d+)\.", text)
+    assert len(shown) == 24
+    assert {"298", "299"} <= set(shown), "each is the only one that an arm lost"
+
+
+def test_samples_stay_in_bounds(tmp_path: Path, run: Run) -> None:
+    # An escaped "&" has five characters: 24 rows of four replies would be too much.
+    page = many_samples(run, 300, "&" * 100_000).write(tmp_path / "report.html")
+    assert "many: 24 of 300 examples" not in page
+    replies = page[page.index("sample-replies") : page.index('id="provenance"')]
+    assert len(replies) < 650_000
+    assert page.count("cut here, 100,000 characters") >= 6 * 4
 
 
 def test_a_run_without_training_and_with_a_bare_map_is_reported(tmp_path: Path) -> None:
