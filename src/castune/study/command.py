@@ -12,7 +12,6 @@ from castune.errors import CastuneError
 from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
 from castune.study.graph import Graph
 from castune.study.run import load_study_suites, run_study, study_graph
-from castune.study.tables import tables
 
 _ARM_TABLES = ("table_1_", "table_2_")
 _SHOWN = ("arm", "heads", "seeds", "general_average", "safety_average", "over_refusal_average", "ucr")
@@ -83,14 +82,17 @@ def run(recipe: Recipe, options: Options) -> bool:
     options.check()
     suites = load_study_suites(recipe)
     graph = study_graph(recipe, shards=options.shards)
-    results, schedule = run_study(graph, options.made(graph), suites)
-    for table in tables(results, recipe.study):
-        if table.name.startswith(_ARM_TABLES):
+    done = run_study(graph, options.made(graph), suites)
+    for name, table in done.tables.items():
+        if name.startswith(_ARM_TABLES):
             show_rows(table.title, [{key: row.get(key) for key in _SHOWN} for row in table.rows])
-    for name in results.missing:
+    for sentence in done.findings.verdict:
+        say(f"- {sentence}")
+    for name in done.results.missing:
         say(f"missing: {name}")
     say(f"tables: {graph.folder / 'tables'}")
-    return all(state.state == "done" for state in schedule.states.values())
+    say(f"report: {done.report}")
+    return done.is_finished
 
 
 def dry_run(recipe: Recipe, *, accelerator: str | None, shards: int) -> None:

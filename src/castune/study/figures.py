@@ -14,7 +14,8 @@ import altair as alt
 from castune.config import StudyConfig, method_suffix
 from castune.report.labels import place_labels
 from castune.report.maps import conflict_heatmap
-from castune.report.theme import BASE, arm_colours
+from castune.report.summary import BASE
+from castune.report.theme import arm_colours
 from castune.study.findings import COSTS, SYMBOLS, BudgetCheck, Findings, ScoreValidity
 from castune.study.trials import Measured, Results, Trial
 
@@ -65,7 +66,7 @@ def trade_off(arms: Mapping[str, Sequence[Trial]], base: Measured | None, cost: 
     if base is not None and (x := base.mean("safety")) is not None and (y := base.mean(cost)) is not None:
         points.insert(0, _mean_point(BASE, [100 * x], [100 * y]))
     ranges = [_range([*points, *seeds], axis) for axis in "xy"]
-    place_labels(points, *ranges, _SIZE["width"], _SIZE["height"])
+    place_labels(points, ranges[0], ranges[1], _SIZE["width"], _SIZE["height"])
     return _scatter(points, seeds, ranges, "Refusals on harmful prompts, mean of suites (%)", _PURPOSE_LABELS[cost])
 
 
@@ -77,7 +78,10 @@ def score_and_cost(validities: Sequence[ScoreValidity]) -> Any:
         for point in one.points:
             if point.cost is not None:
                 by_arm.setdefault(point.arm, []).append(point)
-        points = [_mean_point(_bucket(arm), [p.score for p in found], [p.cost for p in found]) for arm, found in by_arm.items()]
+        points = [
+            _mean_point(_bucket(arm), [p.score for p in found], [p.cost for p in found])
+            for arm, found in by_arm.items()
+        ]
         seeds = [
             {"arm": _bucket(p.arm), "seed": str(p.seed), "x": p.score, "y": p.cost}
             for found in by_arm.values()
@@ -86,7 +90,7 @@ def score_and_cost(validities: Sequence[ScoreValidity]) -> Any:
         if not points:
             continue
         ranges = [_range([*points, *seeds], axis) for axis in "xy"]
-        place_labels(points, *ranges, _SIZE["width"], _SIZE["height"])
+        place_labels(points, ranges[0], ranges[1], _SIZE["width"], _SIZE["height"])
         x = f"Mean {SYMBOLS[one.score]} of the heads of a bucket"
         cost = COSTS[one.cost] + (" (points)" if one.cost == "utility_lost" else "")
         panel = _scatter(points, seeds, ranges, x, cost[0].upper() + cost[1:])
@@ -116,19 +120,20 @@ def budget(found: BudgetCheck) -> Any:
     if curve.elbow.k is not None:
         elbow = [{"share": 100 * curve.elbow.k / n, "cost": 100 * float(curve.cost_K[curve.elbow.k])}]
         layers.append(
-            alt.Chart(alt.InlineData(values=elbow)).mark_point(size=120, strokeWidth=2, shape="diamond").encode(x=x, y="cost:Q")
+            alt.Chart(alt.InlineData(values=elbow))
+            .mark_point(size=120, strokeWidth=2, shape="diamond")
+            .encode(x=x, y="cost:Q")
         )
     predicted = alt.layer(*layers).properties(**_SIZE, title="Predicted from the map")
-    measured = [
-        {"arm": arm, "x": 100 * share, "y": loss}
+    points = [
+        _mean_point(arm, [100 * share], [loss])
         for arm, share, loss in zip(found.arms, found.predicted, found.lost, strict=True)
         if loss is not None
     ]
-    if not measured:
+    if not points:
         return predicted
-    points = [_mean_point(str(m["arm"]), [m["x"]], [m["y"]]) for m in measured]
     ranges = [_range(points, axis) for axis in "xy"]
-    place_labels(points, *ranges, _SIZE["width"], _SIZE["height"])
+    place_labels(points, ranges[0], ranges[1], _SIZE["width"], _SIZE["height"])
     beside = _scatter(points, [], ranges, "Predicted cost, all heads = 100", "Utility lost, measured (points)")
     return alt.hconcat(predicted, beside.properties(title="Beside trained arms"), spacing=40)
 
@@ -142,7 +147,11 @@ def _scatter(
     hue = alt.Color("arm:N", legend=None).scale(domain=list(colours), range=list(colours.values()))
     means = alt.Chart(alt.InlineData(values=list(points)[::-1])).encode(x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y))
     rules = means.mark_rule(strokeWidth=1.5, opacity=0.6).encode(color=hue)
-    tooltip = [alt.Tooltip("arm:N", title="Arm"), alt.Tooltip("x_text:N", title=x_title), alt.Tooltip("y_text:N", title=y_title)]
+    tooltip = [
+        alt.Tooltip("arm:N", title="Arm"),
+        alt.Tooltip("x_text:N", title=x_title),
+        alt.Tooltip("y_text:N", title=y_title),
+    ]
     place = {key: alt.ExprRef(f"datum.{key}") for key in ("align", "dx", "dy")}
     layers = [
         rules.encode(x=alt.X("x_low:Q", **x), x2="x_high:Q"),

@@ -176,7 +176,16 @@ def _points(trials: Sequence[Trial], base: Measured | None, score: str, cost: st
     points = []
     for trial in trials:
         value, error = cost_of(trial, base, cost)
-        points.append(Point(trial.arm, trial.seed, trial.scores[score], trial.depth, value, error))
+        points.append(
+            Point(
+                arm=trial.arm,
+                seed=trial.seed,
+                score=trial.scores[score],
+                depth=trial.depth,
+                cost=value,
+                cost_se=error,
+            )
+        )
     return points
 
 
@@ -244,13 +253,20 @@ def _agreements(results: Results) -> list[MapAgreement]:
         for name, cmap in results.maps.items()
         if name != "main" and cmap.heads == main.heads
     ]
-    return [MapAgreement(one, other, map_agreement(score, column, layers=layers)) for one, other, column in pairs]
+    return [
+        MapAgreement(one, other, map_agreement(score.tolist(), column.tolist(), layers=layers))
+        for one, other, column in pairs
+    ]
 
 
 def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
-    score_H = cmap.column("conflict_score")
+    score_H = cmap.column("conflict_score").tolist()
     low, high = cmap.column("conflict_score_low"), cmap.column("conflict_score_high")
-    errors = standard_errors(low, high) if np.isfinite(low).all() and np.isfinite(high).all() else None
+    errors = (
+        standard_errors(low.tolist(), high.tolist()).tolist()
+        if np.isfinite(low).all() and np.isfinite(high).all()
+        else None
+    )
     row_of = {head: row for row, head in enumerate(cmap.heads)}
     names = list(dict.fromkeys(trial.arm for trial in _plain(results)))
     predicted, lost, heads = [], [], []

@@ -109,7 +109,18 @@ def _arms(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings
          _p(c.found.p), _p(c.found.p_adjusted), f"{c.found.n_examples:,}", c.words]
         for c in found.comparisons
     ]  # fmt: skip
-    head = ["Trained by", "Arm", "Suites", "Minus safe, points", "95 %", "95 % over seeds", "p", "p (Holm)", "Examples", "In words"]
+    head = [
+        "Trained by",
+        "Arm",
+        "Suites",
+        "Minus safe, points",
+        "95 %",
+        "95 % over seeds",
+        "p",
+        "p (Holm)",
+        "Examples",
+        "In words",
+    ]
     against = table(head, comparisons, label="Arms against the safe zone", class_="numbers")
     return section(
         "Arms",
@@ -134,7 +145,19 @@ def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Find
          _p(v.order.p), f"{v.found.n_undefined} of {v.found.n_trials}", v.words]
         for v in found.validities
     ]  # fmt: skip
-    head = ["Score", "M", "Cost", "r of means", "95 %, trained again", "95 %, other arms", "p", "ρ", "p of the order", "Undefined", "In words"]
+    head = [
+        "Score",
+        "M",
+        "Cost",
+        "r of means",
+        "95 %, trained again",
+        "95 %, other arms",
+        "p",
+        "ρ",
+        "p of the order",
+        "Undefined",
+        "In words",
+    ]
     partial = [
         [SYMBOLS[d.score], COSTS[d.cost], _number(d.found.pearson), _span(d.found.pearson_interval), _p(d.found.pearson_p),
          _number(d.found.spearman), d.found.n, d.found.reason or "–"]
@@ -152,7 +175,10 @@ def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Find
         heads = ["Score", "Cost", "Partial r", "95 %", "p", "Partial ρ", "Arms", "Why not"]
         parts += [title, table(heads, partial, label="Partial correlations", class_="numbers")]
     if nulls:
-        parts += [tag("h3", "Among random heads"), table(["Zone", "Cost", "In words"], nulls, label="Null distribution")]
+        parts += [
+            tag("h3", "Among random heads"),
+            table(["Zone", "Cost", "In words"], nulls, label="Null distribution"),
+        ]
     return section("Scores and costs", "validity", *parts)
 
 
@@ -186,7 +212,10 @@ def _maps(graph: Graph, results: Results, found: Findings) -> Markup:
         selections = {}
         if first is not None and name == "main":
             selections = _selections(RunDirectory(first.folder), graph.recipe.study.arms, first.same_as, cmap)
-        parts += [tag("h3", f"Map {name}: {known(cmap.metadata['settings'].get('measure'))}"), explorer(cmap, selections)]
+        parts += [
+            tag("h3", f"Map {name}: {known(cmap.metadata['settings'].get('measure'))}"),
+            explorer(cmap, selections),
+        ]
     rows = [
         [a.one, a.other, _number(a.found.spearman), _span(a.found.interval), f"{a.found.n:,}"] for a in found.agreements
     ]
@@ -226,14 +255,28 @@ def _provenance(graph: Graph, results: Results, states: Mapping[str, State]) -> 
     for state in states.values():
         if state.seconds is not None:
             counts.setdefault(state.stage, []).append(state.seconds)
-    work = [[stage, len(seconds), duration(sum(seconds)), duration(sum(seconds) / len(seconds))] for stage, seconds in counts.items()]
-    failed = [[name, state.state, state.error or "–"] for name, state in states.items() if state.state in ("failed", "blocked")]
+    work = [
+        [stage, len(seconds), duration(sum(seconds)), duration(sum(seconds) / len(seconds))]
+        for stage, seconds in counts.items()
+    ]
+    failed = [
+        [name, state.state, state.error or "–"]
+        for name, state in states.items()
+        if state.state in ("failed", "blocked")
+    ]
     first = next(iter(results.maps.values()), None)
     versions = {} if first is None else first.metadata.get("provenance", {}).get("versions", {})
     facts = [(name, version) for name, version in versions.items() if version]
     parts: list[object] = []
     if work:
-        parts.append(table(["Stage", "Units done by the last command", "Time, all", "Time, each"], work, label="Work", class_="numbers"))
+        parts.append(
+            table(
+                ["Stage", "Units done by the last command", "Time, all", "Time, each"],
+                work,
+                label="Work",
+                class_="numbers",
+            )
+        )
     if failed:
         parts += [tag("h3", "Not done"), table(["Unit", "State", "Why"], failed, label="Units not done")]
     runs = [[run.label, run.folder.name, ", ".join(run.trained)] for run in graph.runs]
@@ -283,5 +326,3 @@ def _span(interval: tuple[float, float] | None, scale: float = 1) -> str:
 
 def _p(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-

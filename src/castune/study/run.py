@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from castune import pipeline
 from castune.arms import ArmName
@@ -23,9 +24,11 @@ from castune.evaluate.suites import Suite, load_suites
 from castune.evaluations import require_evaluation
 from castune.run_directory import BASE, RunDirectory
 from castune.study.executors import Executor, log_file
+from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, Unit
-from castune.study.schedule import Schedule
-from castune.study.tables import tables
+from castune.study.page import write_study_report
+from castune.study.schedule import Schedule, State
+from castune.study.tables import Table, finding_tables, tables
 from castune.study.trials import Results, read_results
 from castune.tune.train import require_extras
 
@@ -58,16 +61,36 @@ def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
     return graph
 
 
-def run_study(graph: Graph, executor: Executor, suites: Sequence[Suite]) -> tuple[Results, Schedule]:
-    """Do what is missing of a study, and write its tables.
+class Study(NamedTuple):
+    """A study as far as it is done.
+
+    Attributes:
+        results: what was measured.
+        findings: what it shows.
+        tables: by name, as they are written to files.
+        report: the page.
+        states: of every unit.
+    """
+
+    results: Results
+    findings: Findings
+    tables: Mapping[str, Table]
+    report: Path
+    states: Mapping[str, State]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every unit is done."""
+        return all(state.state == "done" for state in self.states.values())
+
+
+def run_study(graph: Graph, executor: Executor, suites: Sequence[Suite]) -> Study:
+    """Do what is missing of a study, and write its tables, figures and report.
 
     Args:
         graph: of the study.
         executor: where units are done.
         suites: of the evaluation, loaded.
-
-    Returns:
-        The results, and the schedule with the state of every unit: some may have failed.
 
     Raises:
         CastuneError: another command is at work on this study.
@@ -84,16 +107,18 @@ def run_study(graph: Graph, executor: Executor, suites: Sequence[Suite]) -> tupl
             logger.error("study: %d units failed, %d are blocked by them; logs:", len(failed), blocked)
             for name in failed:
                 logger.error("  %s", log_file(graph.folder, name))
-        return write_results(graph), schedule
+        return write_results(graph, schedule.states)
 
 
-def write_results(graph: Graph) -> Results:
-    """Write the tables of what is there so far."""
+def write_results(graph: Graph, states: Mapping[str, State]) -> Study:
+    """Write tables, figures and report of what is there so far."""
     results = read_results(graph)
-    folder = graph.folder / "tables"
-    for table in tables(results, graph.recipe.study):
-        write_text(folder / f"{table.name}.csv", table.to_csv())
-    return results
+    found = findings(results, graph.recipe.study)
+    made = [*tables(results, graph.recipe.study), *finding_tables(found)]
+    for table in made:
+        write_text(graph.folder / "tables" / f"{table.name}.csv", table.to_csv())
+    report = write_study_report(graph, results, found, made, states)
+    return Study(results, found, {table.name: table for table in made}, report, states)
 
 
 def load_study_suites(recipe: Recipe) -> list[Suite]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from castune.config import StudyConfig, method_suffix
 from castune.evaluate.stats import correlation, utility_cost_ratio
+from castune.study.findings import BudgetCheck, Findings
 from castune.study.trials import MMLU, PURPOSES, Measured, Results, Trial
 
 Row = dict[str, Any]
@@ -65,6 +66,65 @@ def tables(results: Results, study: StudyConfig) -> list[Table]:
     ]
     found.append(Table("table_10_11_calibrations", "Other calibration data (Tables 10 and 11)", tuple(others)))
     return [table for table in found if table.rows]
+
+
+def finding_tables(found: Findings) -> list[Table]:
+    """What the trials show, as tables: comparisons with the safe zone, depth, nulls, maps, and predicted budgets."""
+    comparisons = [
+        {"method": c.method, "arm": c.arm, "purpose": c.purpose, "minus_safe": _percent(c.found.value),
+         **_ends("interval", c.found.interval, 100), **_ends("over_seeds", c.found.over_seeds, 100),
+         **_ends("over_examples", c.found.over_examples, 100), "p": c.found.p, "p_holm": c.found.p_adjusted,
+         "seeds": c.found.n_seeds, "examples": c.found.n_examples, "unscored": c.found.n_unscored, "words": c.words}
+        for c in found.comparisons
+    ]  # fmt: skip
+    validity = [
+        {"score": v.score, "buckets": v.buckets, "cost": v.cost, "pearson": v.found.of_means.pearson,
+         **_ends("retrained", v.found.retrained), **_ends("other_arms", v.found.other_arms),
+         "p": v.found.of_means.pearson_p, "spearman": v.found.of_means.spearman, "order_p": v.order.p,
+         "arms": v.found.n_arms, "seeds": v.found.n_seeds, "trials": v.found.n_trials,
+         "undefined": v.found.n_undefined, "words": v.words}
+        for v in found.validities
+    ]  # fmt: skip
+    depths = [
+        {"score": d.score, "cost": d.cost, "partial_pearson": d.found.pearson,
+         **_ends("interval", d.found.pearson_interval), "p": d.found.pearson_p, "partial_spearman": d.found.spearman,
+         "arms": d.found.n, "why_not": d.found.reason}
+        for d in found.depths
+    ]  # fmt: skip
+    nulls = [
+        {"zone": n.zone, "cost": n.cost, "lower": n.found.lower, "higher": n.found.higher, "n": n.found.n,
+         "undefined": n.found.n_undefined, "p": n.found.p, "words": n.words}
+        for n in found.nulls
+    ]  # fmt: skip
+    maps = [
+        {"one": a.one, "other": a.other, "spearman": a.found.spearman, **_ends("interval", a.found.interval),
+         "heads": a.found.n}
+        for a in found.agreements
+    ]  # fmt: skip
+    made = {
+        "comparisons": ("Arms against the safe zone", comparisons),
+        "validity": ("Scores against costs, with intervals", validity),
+        "depth": ("Scores against costs, controlled for the layer", depths),
+        "nulls": ("Zones among random heads", nulls),
+        "maps": ("How scores agree", maps),
+        "budget": ("Predicted and measured cost of arms", _budget_rows(found.budget)),
+    }
+    return [Table(name, title, tuple(rows)) for name, (title, rows) in made.items() if rows]
+
+
+def _budget_rows(found: BudgetCheck | None) -> list[Row]:
+    if found is None:
+        return []
+    columns = zip(found.arms, found.heads, found.predicted, found.lost, found.check.residuals, strict=True)
+    return [
+        {"arm": arm, "heads": heads, "predicted": predicted, "utility_lost": lost, "residual": residual}
+        for arm, heads, predicted, lost, residual in columns
+    ]
+
+
+def _ends(name: str, interval: tuple[float, float] | None, scale: float = 1) -> Row:
+    low, high = (None, None) if interval is None else (scale * interval[0], scale * interval[1])
+    return {f"{name}_low": low, f"{name}_high": high}
 
 
 def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:

@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Point:
     """One training of one arm, and what it cost.
 
     Attributes:
@@ -118,7 +118,7 @@ class Validity:
     counts_examples: bool
 
 
-def arm_means(trials: Sequence[Trial]) -> Arms:
+def arm_means(trials: Sequence[Point]) -> Arms:
     """Means over seeds. Undefined costs are left out, never taken as zero; an arm keeps the seeds in which it has one.
 
     Raises:
@@ -149,7 +149,7 @@ def arm_means(trials: Sequence[Trial]) -> Arms:
     )
 
 
-def predictive_validity(trials: Sequence[Trial], *, draws: int = 4000, seed: int = 0) -> Validity:
+def predictive_validity(trials: Sequence[Point], *, draws: int = 4000, seed: int = 0) -> Validity:
     """Correlation of predicted scores and realised costs over arms (Section 5.3), seed by seed and of the means.
 
     Args:

@@ -19,7 +19,7 @@ from castune.study.comparisons import compare, compare_with, holm
 from castune.study.correlations import fisher_interval, map_agreement, partial_correlation
 from castune.study.distributions import clopper_pearson, incomplete_beta, student_p, student_quantile
 from castune.study.nulls import null_position, order_null
-from castune.study.validity import Trial, arm_means, predictive_validity
+from castune.study.validity import Point, arm_means, predictive_validity
 
 TABLE_7 = json.loads((Path(__file__).parents[2] / "data" / "published_table7.json").read_text())
 ROWS: list[dict[str, Any]] = [dict(zip(TABLE_7["columns"], row, strict=True)) for row in TABLE_7["rows"]]
@@ -31,10 +31,10 @@ TABLE_8 = {
 }  # fmt: skip
 
 
-def study(scores: Any, cost_AT: Any, errors: float | None = None, depth: float = 0) -> list[Trial]:
+def study(scores: Any, cost_AT: Any, errors: float | None = None, depth: float = 0) -> list[Point]:
     """Trials of arms (rows) under seeds (columns); a NaN is an undefined cost."""
     return [
-        Trial(
+        Point(
             arm=f"arm {a}",
             seed=t,
             score=float(score),
@@ -95,7 +95,7 @@ def test_table_8_by_the_study(model: str) -> None:
             for row in rows
         ]
         trials = [
-            Trial(arm=f"B_{row['bucket']}", seed=0, score=row["mean_score"], depth=0, cost=cost)
+            Point(arm=f"B_{row['bucket']}", seed=0, score=row["mean_score"], depth=0, cost=cost)
             for row, cost in zip(rows, costs, strict=True)
         ]
         found = predictive_validity(trials)
@@ -144,7 +144,7 @@ def test_without_any_cost_nothing_is_said() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_trial_refuses_what_is_no_number(field: str, bad: float) -> None:
     with pytest.raises(ValueError, match=f"{field} of arm 'B_1', seed 3"):
-        Trial(**{"arm": "B_1", "seed": 3, "score": 1.0, "depth": 1.0, "cost": 1.0, field: bad})
+        Point(**{"arm": "B_1", "seed": 3, "score": 1.0, "depth": 1.0, "cost": 1.0, field: bad})
 
 
 def test_an_arm_has_one_trial_a_seed() -> None:
