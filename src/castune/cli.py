@@ -120,6 +120,17 @@ def study(
         Optional[str], typer.Option(help="Of a running Ray cluster, or auto; one is started here when absent.")
     ] = None,
     shards: Annotated[int, typer.Option(help="Units a diagnosis is split into.")] = 1,
+    shard: Annotated[
+        Optional[str],
+        typer.Option(metavar="I/N", help="Do share I of N; the jobs have --out in common. Without it at the end."),
+    ] = None,
+    launch: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What starts the processes of one diagnosis or training: 'torchrun --standalone --nproc_per_node 8' "
+            "or accelerate launch with a config."
+        ),
+    ] = None,
 ) -> None:
     """Arms x seeds x buckets: the paper's tables and figures. Continues where it was; retries what failed."""
     from castune.config import Recipe
@@ -132,9 +143,38 @@ def study(
     if dry_run:
         command.dry_run(found, accelerator=accelerator, shards=shards)
         return
-    options = command.Options(executor, workers, threads, gpus, memory, address, shards)
+    options = command.Options(executor, workers, threads, gpus, memory, address, shards, shard, launch)
     if not command.run(found, options):
         raise typer.Exit(1)
+
+
+@app.command()
+def watch(
+    study_directory: Annotated[Path, typer.Argument(metavar="STUDY", help="A study directory.")],
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once.")] = False,
+) -> None:
+    """How far a study is: units, time left, what runs now with its loss, maps with their reliability."""
+    from castune.study import watch as watching
+
+    watching.watch(study_directory, interval=interval, once=once)
+
+
+@app.command()
+def budget(
+    run_directory: RunArgument,
+    max_loss: Annotated[
+        Optional[float], typer.Option(help="Utility that may be lost, in points of accuracy; needs --anchor.")
+    ] = None,
+    anchor: Annotated[
+        Optional[str], typer.Option(help="A trained and evaluated arm whose loss sets the scale: all, or a safe zone.")
+    ] = None,
+) -> None:
+    """How many heads to train: the predicted cost of every share of the safest, and the largest within a loss."""
+    from castune.run_directory import RunDirectory
+    from castune.study import budgeting
+
+    budgeting.show_budget(RunDirectory(run_directory), max_loss=max_loss, anchor=anchor)
 
 
 @app.command()

@@ -83,18 +83,24 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(directory: str | Path, *, wait: bool = True) -> Iterator[None]:
+def locked(directory: str | Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Be the only process in the block for a directory that exists; nothing is left behind, whatever happens.
 
     Where the file system has no locks, there is none: a warning says so.
+
+    Args:
+        directory: the directory.
+        wait: for whoever is in it.
+        shared: others that share may be in it too.
 
     Raises:
         BlockingIOError: another process is in it, and `wait` is False.
     """
     descriptor = os.open(directory, os.O_RDONLY)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
         except OSError as error:

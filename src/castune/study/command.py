@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from typing import NamedTuple
 
 from castune.config import Recipe
 from castune.console import say, show_rows
+from castune.core.shards import Shard
 from castune.errors import CastuneError
 from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
 from castune.study.graph import Graph
-from castune.study.run import load_study_suites, run_study, study_graph
+from castune.study.run import load_study_suites, run_share, run_study, study_graph
 
 _ARM_TABLES = ("table_1_", "table_2_")
 _SHOWN = ("arm", "heads", "seeds", "general_average", "safety_average", "over_refusal_average", "ucr")
@@ -27,6 +29,8 @@ class Options(NamedTuple):
     memory: float | None = None
     address: str | None = None
     shards: int = 1
+    shard: str | None = None
+    launch: str | None = None
 
     def check(self) -> None:
         """Refuse options that contradict each other.
@@ -48,7 +52,7 @@ class Options(NamedTuple):
         cores = os.cpu_count() or 1
         threads = self.threads or max(1, cores // workers)
         memory = None if self.memory is None else int(self.memory * 1e9)
-        return Resources(threads, self.gpus_a_unit(), memory)
+        return Resources(threads, self.gpus_a_unit(), memory, tuple(shlex.split(self.launch or "")))
 
     def gpus_a_unit(self) -> int:
         """Accelerators a unit: one where this machine has some."""
@@ -78,10 +82,17 @@ class Options(NamedTuple):
 
 
 def run(recipe: Recipe, options: Options) -> bool:
-    """Do a study and show what came out; returns whether all of it is done."""
+    """Do a study, or a share of it, and show what came out; returns whether nothing has failed."""
     options.check()
     suites = load_study_suites(recipe)
-    graph = study_graph(recipe, shards=options.shards)
+    share = None if options.shard is None else Shard.of(options.shard)
+    graph = study_graph(recipe, shards=options.shards if share is None else share.count)
+    if share is not None:
+        schedule, waiting = run_share(graph, options.made(graph), suites, share)
+        say(f"share {options.shard}: {schedule.progress()}")
+        if waiting:
+            say(f"{waiting} units wait for other shares: run this share again when these have ended")
+        return all(state.state == "done" for state in schedule.states.values())
     done = run_study(graph, options.made(graph), suites)
     for name, table in done.tables.items():
         if name.startswith(_ARM_TABLES):

@@ -13,6 +13,7 @@ import re
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -25,6 +26,9 @@ from castune.errors import CastuneError
 from castune.study.graph import Unit
 
 logger = logging.getLogger(__name__)
+
+# Evaluations and verdicts are made by one process.
+_LAUNCHED = ("diagnose", "tune")
 
 Ending = Literal["done", "failed", "died"]
 
@@ -53,11 +57,14 @@ class Resources(NamedTuple):
             between executions with the same number.
         gpus: accelerators.
         memory: bytes of memory, for Ray to know what fits on a node; None: not declared.
+        launch: what starts the processes of one diagnosis or training, `torchrun` or `accelerate launch` with its
+            options; empty: one process.
     """
 
     threads: int
     gpus: int = 0
     memory: int | None = None
+    launch: tuple[str, ...] = ()
 
 
 class Executor(ABC):
@@ -97,8 +104,10 @@ def attempt(task: Mapping[str, Any]) -> dict[str, Any]:
     """Do a unit in this process. Errors are part of the answer, so that it can come from anywhere.
 
     Args:
-        task: `unit` (plain JSON), `log` (its log file), `threads`.
+        task: `unit` (plain JSON), `log` (its log file), `threads`, `launch`.
     """
+    if task["launch"] and task["unit"]["stage"] in _LAUNCHED:
+        return _launched(task)
     started, name = time.monotonic(), task["unit"]["name"]
     error = None
     with _logging_to(Path(task["log"])):
@@ -117,6 +126,27 @@ def attempt(task: Mapping[str, Any]) -> dict[str, Any]:
             logger.error("%s", traceback.format_exc())
     seconds = round(time.monotonic() - started, 2)
     return Outcome(name, "failed" if error is not None else "done", error, seconds)._asdict()
+
+
+def _launched(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a unit in several processes; each of them runs `castune.study.worker FILE`, and the first one answers."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, Path(task["log"]).open("a", encoding="utf-8") as log:
+        file = Path(folder) / "task.json"
+        file.write_text(json.dumps({**task, "launch": []}), encoding="utf-8")
+        command = [*task["launch"], "-m", "castune.study.worker", str(file)]
+        code = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False).returncode
+        answer = answer_file(file)
+        if answer.is_file():
+            return dict(json.loads(answer.read_text(encoding="utf-8")))
+    seconds = round(time.monotonic() - started, 2)
+    # Whatever ended its processes, memory that ran out or a node, may not happen again.
+    return Outcome(task["unit"]["name"], "died", f"{task['launch'][0]} ended ({_ending(code)})", seconds)._asdict()
+
+
+def answer_file(task_file: Path) -> Path:
+    """Where the first of the processes of a unit writes how it ended."""
+    return task_file.with_suffix(".answer.json")
 
 
 @contextmanager
@@ -306,7 +336,8 @@ def require_ray() -> Any:
 
 
 def _task(folder: Path, unit: Unit, resources: Resources) -> dict[str, Any]:
-    return {"unit": unit.to_json(), "log": str(log_file(folder, unit.name)), "threads": resources.threads}
+    log = str(log_file(folder, unit.name))
+    return {"unit": unit.to_json(), "log": log, "threads": resources.threads, "launch": list(resources.launch)}
 
 
 def _visible_devices() -> Sequence[str]:

@@ -5,7 +5,6 @@ Every number here comes with what it was computed from; every sentence follows f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from castune.study.budget import Check, CostCurve, check_against, cost_curve, pr
 from castune.study.comparisons import Comparison, Outcomes, compare_with, holm
 from castune.study.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
 from castune.study.nulls import NullPosition, OrderNull, null_position, order_null
-from castune.study.trials import PURPOSES, Measured, Results, Trial
+from castune.study.trials import PURPOSES, Measured, Results, Trial, utility_lost
 from castune.study.validity import Point, Validity, arm_means, predictive_validity
 from castune.study.verdicts import comparison_verdict, null_verdict, verdict
 
@@ -133,7 +132,7 @@ def findings(results: Results, study: StudyConfig) -> Findings:
 def cost_of(trial: Trial, base: Measured | None, cost: str) -> tuple[float | None, float | None]:
     """What a trial cost, and its standard error over examples where it has one; None where it is undefined."""
     if cost == "utility_lost":
-        return (None, None) if base is None else _utility_lost(trial.measured, base)
+        return (None, None) if base is None else utility_lost(trial.measured, base)
     ratio = trial.cost_ratio if cost == "ucr" else trial.mmlu_cost_ratio
     return (None if ratio is None else ratio.value), None
 
@@ -261,12 +260,6 @@ def _agreements(results: Results) -> list[MapAgreement]:
 
 def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
     score_H = cmap.column("conflict_score").tolist()
-    low, high = cmap.column("conflict_score_low"), cmap.column("conflict_score_high")
-    errors = (
-        standard_errors(low.tolist(), high.tolist()).tolist()
-        if np.isfinite(low).all() and np.isfinite(high).all()
-        else None
-    )
     row_of = {head: row for row, head in enumerate(cmap.heads)}
     names = list(dict.fromkeys(trial.arm for trial in _plain(results)))
     predicted, lost, heads = [], [], []
@@ -279,7 +272,7 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
         lost.append(sum(known) / len(known) if len(known) == len(losses) else None)
         heads.append(len(trials[0].selection.heads))
     return BudgetCheck(
-        curve=cost_curve(score_H, errors),
+        curve=map_curve(cmap),
         arms=tuple(names),
         heads=tuple(heads),
         predicted=tuple(predicted),
@@ -288,26 +281,14 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
     )
 
 
+def map_curve(cmap: ConflictMap) -> CostCurve:
+    """The predicted cost of training the safest heads of a map, with a band where the map has intervals."""
+    low, high = cmap.column("conflict_score_low"), cmap.column("conflict_score_high")
+    known = np.isfinite(low).all() and np.isfinite(high).all()
+    errors = standard_errors(low.tolist(), high.tolist()).tolist() if known else None
+    return cost_curve(cmap.column("conflict_score").tolist(), errors)
+
+
 def _plain(results: Results) -> list[Trial]:
     """Trials of the main map that are trained as the recipe says."""
     return [t for t in results.trials if t.calibration == "main" and t.method == "sft" and not t.is_draw]
-
-
-def _utility_lost(after: Measured, before: Measured) -> tuple[float | None, float | None]:
-    """Points of utility accuracy lost, the unweighted mean over suites, and its standard error, paired by example."""
-    losses, variances = [], []
-    for suite in (found.suite for found in before.suites if found.purpose == "utility"):
-        pairs = [
-            (was, after.outcomes[suite][example])
-            for example, was in before.outcomes[suite].items()
-            if example in after.outcomes.get(suite, {})
-        ]
-        changes = np.array([100 * (was - now) for was, now in pairs if was is not None and now is not None])
-        if not len(changes):
-            return None, None
-        losses.append(float(changes.mean()))
-        variances.append(float(changes.var(ddof=1)) / len(changes) if len(changes) > 1 else math.nan)
-    if not losses:
-        return None, None
-    variance = sum(variances) / len(variances) ** 2
-    return sum(losses) / len(losses), None if math.isnan(variance) else math.sqrt(variance)

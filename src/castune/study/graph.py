@@ -170,6 +170,22 @@ class Graph:
         """The run directory that holds the evaluation of the base model."""
         return Path(self.maps[MAIN].out)
 
+    def share(self, index: int, count: int) -> tuple[Unit, ...]:
+        """The units of share `index` (0-based) of `count` separate jobs that have the study directory in common.
+
+        A share has its part of every diagnosis, which is the `shards` of the graph, and every count-th arm. The first
+        evaluates the base model. Judging is for the command without a share, which comes last.
+        """
+        arms = [unit for unit in self.units if unit.stage == "tune"]
+        mine = {(unit.folder, unit.arm) for unit in arms[index::count]}
+        return tuple(
+            unit
+            for unit in self.units
+            if unit.shard == f"{index + 1}/{count}"
+            or (unit.stage == "base" and index == 0)
+            or (unit.stage in ("tune", "evaluate") and (unit.folder, unit.arm) in mine)
+        )
+
     def _calibrations(self) -> dict[str, CalibrationConfig]:
         return {MAIN: CalibrationConfig(), **self.recipe.study.calibrations}
 

@@ -105,7 +105,8 @@ def _arms(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings
         if name.startswith(("figure_3", "figure_4")) or name.split("_")[1] not in ("5", "6", "7", "budget", "utility")
     ]
     comparisons = [
-        [c.method, c.arm, c.purpose, _signed(c.found.value, 100), _span(c.found.interval, 100), _span(c.found.over_seeds, 100),
+        [c.method, c.arm, c.purpose, _signed(c.found.value, 100), _span(c.found.interval, 100),
+         _span(c.found.over_seeds, 100),
          _p(c.found.p), _p(c.found.p_adjusted), f"{c.found.n_examples:,}", c.words]
         for c in found.comparisons
     ]  # fmt: skip
@@ -159,7 +160,8 @@ def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Find
         "In words",
     ]
     partial = [
-        [SYMBOLS[d.score], COSTS[d.cost], _number(d.found.pearson), _span(d.found.pearson_interval), _p(d.found.pearson_p),
+        [SYMBOLS[d.score], COSTS[d.cost], _number(d.found.pearson), _span(d.found.pearson_interval),
+         _p(d.found.pearson_p),
          _number(d.found.spearman), d.found.n, d.found.reason or "–"]
         for d in found.depths
     ]  # fmt: skip
@@ -195,8 +197,9 @@ def _budget(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findin
             figure("figure_budget", "What the map foretells of training the safest heads, with its 95 % band."),
             tag(
                 "p",
-                f"{elbow[0].upper()}{elbow[1:]}. Share of the scores' variance that is not noise: {reliability}. Predicted "
-                f"against lost over {len(found.budget.arms)} arms: Spearman {order}, p = {_p(check.correlation.spearman_p)}. "
+                f"{elbow[0].upper()}{elbow[1:]}. Share of the scores' variance that is not noise: {reliability}. "
+                f"Predicted against lost over {len(found.budget.arms)} arms: Spearman {order}, "
+                f"p = {_p(check.correlation.spearman_p)}. "
                 "The curve is castune's own extension of the paper: it adds up C(h).",
             ),
         ]

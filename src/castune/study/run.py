@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from castune.artifacts.tune_result import adapter_hash
 from castune.config import EvaluateConfig, Recipe, TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config, torch_dtype_of
+from castune.core.shards import Shard
 from castune.core.skeleton import skeleton
 from castune.data.example import content_hash, require_replies
 from castune.diagnose.domains import utility_hash, utility_sets
@@ -110,6 +112,31 @@ def run_study(graph: Graph, executor: Executor, suites: Sequence[Suite]) -> Stud
         return write_results(graph, schedule.states)
 
 
+def run_share(graph: Graph, executor: Executor, suites: Sequence[Suite], share: Shard) -> tuple[Schedule, int]:
+    """Do one share of a study, of several jobs that have its directory in common; no tables are written.
+
+    Returns:
+        The schedule, and how many units of this share wait for what other shares do: the same job again does them.
+
+    Raises:
+        CastuneError: a command without a share is at work on this study.
+    """
+    with _alone(graph.folder, shared=True):
+        units = graph.share(share.index, share.count)
+        by_name = {unit.name: unit for unit in graph.units}
+        mine: dict[str, Unit] = {}
+        for unit in units:
+            others = [name for name in unit.needs if name not in mine]
+            if all(is_done(by_name[name], suites) for name in others):
+                needs = tuple(name for name in unit.needs if name in mine)
+                mine[unit.name] = replace(unit, needs=needs)
+        status = f"status-{share.index + 1}-of-{share.count}.json"
+        schedule = Schedule(list(mine.values()), graph.folder, lambda unit: is_done(unit, suites), status=status)
+        with executor:
+            schedule.run(executor)
+        return schedule, len(units) - len(mine)
+
+
 def write_results(graph: Graph, states: Mapping[str, State]) -> Study:
     """Write tables, figures and report of what is there so far."""
     results = read_results(graph)
@@ -192,11 +219,11 @@ def _checked_data(recipe: Recipe) -> dict[str, str]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder, wait=False))
+            stack.enter_context(locked(folder, wait=False, shared=shared))
         except BlockingIOError:
             raise CastuneError(
                 f"{folder}: another castune study is at work here; wait for it, stop it, or give another --out"

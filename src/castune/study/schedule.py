@@ -50,10 +50,13 @@ class Schedule:
         units: a unit comes behind those it needs.
         folder: the study directory, where `status.json` is kept up to date for whoever watches.
         is_done: whether a unit's result is there already.
+        status: name of the status file.
     """
 
-    def __init__(self, units: Sequence[Unit], folder: Path, is_done: Callable[[Unit], bool]) -> None:
-        self.units, self.folder = {unit.name: unit for unit in units}, folder
+    def __init__(
+        self, units: Sequence[Unit], folder: Path, is_done: Callable[[Unit], bool], *, status: str = STATUS_FILE
+    ) -> None:
+        self.units, self.folder, self.status = {unit.name: unit for unit in units}, folder, status
         self.states = {unit.name: State(unit.stage) for unit in units}
         self._started, self._worked = time.time(), 0.0
         for unit in units:
@@ -123,7 +126,7 @@ class Schedule:
             "updated": time.time(),
             "units": {name: asdict(state) for name, state in self.states.items()},
         }
-        write_json(self.folder / STATUS_FILE, "study status", content)
+        write_json(self.folder / self.status, "study status", content)
 
 
 def progress_line(states: Sequence[State], elapsed: float) -> str:

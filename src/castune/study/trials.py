@@ -5,6 +5,7 @@ Of an evaluation only the outcomes are kept, not the replies: a study of the pap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,3 +175,23 @@ def mean_scores(cmap: ConflictMap, heads: Sequence[tuple[int, int]]) -> dict[str
     row_of = {head: row for row, head in enumerate(cmap.heads)}
     rows = [row_of[head] for head in heads]
     return {score: float(cmap.column(column)[rows].mean()) for score, column in SCORE_COLUMNS.items()}
+
+
+def utility_lost(after: Measured, before: Measured) -> tuple[float | None, float | None]:
+    """Points of utility accuracy lost, the unweighted mean over suites, and its standard error, paired by example."""
+    losses, variances = [], []
+    for suite in (found.suite for found in before.suites if found.purpose == "utility"):
+        pairs = [
+            (was, after.outcomes[suite][example])
+            for example, was in before.outcomes[suite].items()
+            if example in after.outcomes.get(suite, {})
+        ]
+        changes = np.array([100 * (was - now) for was, now in pairs if was is not None and now is not None])
+        if not len(changes):
+            return None, None
+        losses.append(float(changes.mean()))
+        variances.append(float(changes.var(ddof=1)) / len(changes) if len(changes) > 1 else math.nan)
+    if not losses:
+        return None, None
+    variance = sum(variances) / len(variances) ** 2
+    return sum(losses) / len(losses), None if math.isnan(variance) else math.sqrt(variance)

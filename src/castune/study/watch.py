@@ -1,0 +1,105 @@
+"""`castune watch`: how far a study is, from its status file, the logs of its units and the maps it has made."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from castune.artifacts import ConflictMap
+from castune.errors import ArtifactError
+from castune.study.executors import log_file
+from castune.study.schedule import State, load_states, progress_line
+
+# A study writes its status whenever a unit starts or ends; units log once a minute. Longer silence is worth a word.
+_SILENT = 30 * 60
+_TAIL = 4096
+
+
+def watch(folder: Path, *, interval: float, once: bool) -> None:
+    """Show the state of a study until it ends or Ctrl-C; in a pipe or with `once` one time.
+
+    Raises:
+        ArtifactError: no study there.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    view, ended = _view(folder)
+    if once or not sys.stdout.isatty():
+        console.print(view)
+        return
+    with Live(view, console=console, auto_refresh=False) as live:
+        while not ended:
+            time.sleep(interval)
+            view, ended = _view(folder)
+            live.update(view, refresh=True)
+
+
+def _view(folder: Path) -> tuple[Group, bool]:
+    """What is shown, and whether nothing runs or waits any more."""
+    states, started, updated = load_states(folder)
+    ended = not any(state.state in ("waiting", "running") for state in states.values())
+    now = updated if ended else time.time()
+    lines = [Text(f"{folder}: {progress_line(list(states.values()), now - started)}", style="bold")]
+    newest = max([updated, *(path.stat().st_mtime for path in (folder / "logs").glob("*.log"))])
+    if not ended and now - newest > _SILENT:
+        lines.append(
+            Text(f"nothing was written for {(now - newest) / 60:.0f} minutes: the study may have been stopped")
+        )
+    parts: list[Table | Text] = [*lines, _stages(states)]
+    if any(state.state == "running" for state in states.values()):
+        parts.append(_running(folder, states, now))
+    for name, state in states.items():
+        if state.state == "failed":
+            parts.append(Text(f"failed: {name}: {state.error}", style="red"))
+    parts += [Text(line) for line in _reliabilities(folder)]
+    return Group(*parts), ended
+
+
+def _stages(states: dict[str, State]) -> Table:
+    columns = ("done", "running", "waiting", "failed", "blocked")
+    table = Table("stage", *columns)
+    for stage in dict.fromkeys(state.stage for state in states.values()):
+        counts = Counter(state.state for state in states.values() if state.stage == stage)
+        table.add_row(stage, *(str(counts[column]) for column in columns))
+    return table
+
+
+def _running(folder: Path, states: dict[str, State], now: float) -> Table:
+    table = Table("running", "for", "attempt", "last word")
+    for name, state in states.items():
+        if state.state == "running":
+            minutes = "–" if state.started is None else f"{(now - state.started) / 60:.1f} min"
+            table.add_row(name, minutes, str(state.attempts), _last_line(log_file(folder, name)))
+    return table
+
+
+def _last_line(path: Path) -> str:
+    """The last line of a unit's log, without its time; progress lines of trainings carry the loss."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().decode(encoding="utf-8", errors="replace").strip().splitlines()
+    return re.sub(r"^\d{4}-\d\d-\d\d [\d:]+ ", "", lines[-1]) if lines else ""
+
+
+def _reliabilities(folder: Path) -> list[str]:
+    """A line a map that is there: how far it can be trusted."""
+    found = []
+    for path in sorted((folder / "maps").glob("*/conflict_map.parquet")):
+        try:
+            reliability = ConflictMap.load(path).metadata["reliability"]
+        except ArtifactError as error:
+            found.append(str(error))
+            continue
+        value = reliability["reliability"]
+        shown = "undefined" if value is None else f"{value:.2f}"
+        found.append(f"map {path.parent.name}: reliability of C {shown}; " + " ".join(reliability["warnings"]))
+    return found
