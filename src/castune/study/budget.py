@@ -5,7 +5,8 @@ Table 9). Here the conflict scores C(h) (Eq. 6) are added up instead: heads sort
 of training the k safest is their share of the sum over all heads. This curve and everything made of it is castune's
 extension: the paper only says that cost rises with the mean C of what is trained, not that costs add.
 
-Shape letters: H head (all heads of the model in one axis), K budget (0 to H heads), R draw.
+Shape letters: H head (all heads of the model in one axis), K budget (0 to H heads), M model of the
+distribution of true scores, R draw.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from castune.evaluate.stats import Correlation, correlation
 from castune.study.distributions import Interval, Z
+from castune.study.shrinkage import true_scores
 
 Floats = NDArray[np.float64]
 # Of an anchor's error on a curve without a band.
@@ -55,7 +57,7 @@ class CostCurve:
         high_K: its upper end.
         reliability: share of the variance of the scores that is not noise, 0 to 1; None without errors.
         elbow: see `Elbow`.
-        drawn_RK: the draws of the band; None without errors.
+        drawn_MRK: the draws of the band under each of two models; None without errors.
     """
 
     order_H: NDArray[np.int64]
@@ -66,7 +68,7 @@ class CostCurve:
     high_K: Floats | None
     reliability: float | None
     elbow: Elbow
-    drawn_RK: Floats | None = field(repr=False)
+    drawn_MRK: Floats | None = field(repr=False)
 
     @property
     def n_heads(self) -> int:
@@ -137,11 +139,13 @@ def cost_curve(
 ) -> CostCurve:
     """Predicted cost of every budget from the scores of a map.
 
-    With errors se_h the scores are taken as m + t_h + e_h, t_h normal with variance v = var(C) - mean(se^2), at least
-    0, and e_h with se_h^2. Given the measured C_h, the true score is normal with mean m + w_h (C_h - m), w_h = v / (v +
-    se_h^2), and variance w_h se_h^2: `cost_K` adds up these means, the band is the 2.5 and 97.5 % quantiles of curves
-    drawn so, var(C) drawn too (empirical Bayes). Such a band holds although the heads were chosen by the same scores;
-    one around C_h would not.
+    With errors the prediction is that of the expected true scores, given the measured ones and how those of all heads
+    are distributed (`study.shrinkage`): such a band holds although the heads were chosen by the same scores; one around
+    the measured sum would not. It is the envelope of two, with true scores of any distribution and normal ones. In
+    simulations with errors of known size it held the truth of a tenth, quarter and half of 60 to 1,024 heads in 92 to
+    100 % of cases. It held it less often in two: in 81 % for the lowest tenth where errors are in proportion to the
+    true score, and in 53 % where all heads are equal, where it is too narrow but the prediction was 0.007 too low.
+    Errors of heads are taken as independent; those of one map share its examples.
 
     The elbow is Kneedle's for a convex rising curve (Satopaa et al. 2011) without its smoothing: of all k the one with
     the largest distance k / H - cost to the chord from (0, 0) to (1, 1), the smallest of equal ones. Up to there every
@@ -178,20 +182,15 @@ def cost_curve(
     if error_H.shape != score_H.shape or not (np.isfinite(error_H) & (error_H >= 0)).all():
         raise ValueError(f"errors must be {len(score_H)} finite numbers of at least 0, one a head")
     rng = np.random.default_rng(seed)
-    n, mean = len(score_H), float(score_H.mean())
-    variance = float(score_H.var(ddof=1)) if n > 1 else 0.0
-    weight_H = _weights(np.array([variance]), error_H)[0]
-    expected_H = mean + weight_H * (score_H - mean)
-    # The variance of H scores is not certain either.
-    variance_R = variance * (n - 1) / rng.chisquare(max(n - 1, 1), draws)
-    weight_RH = _weights(variance_R, error_H)
-    noise_RH = rng.standard_normal((draws, n)) * np.sqrt(weight_RH) * error_H
-    drawn_RH = np.maximum(0, mean + weight_RH * (score_H - mean) + noise_RH)
-    drawn_RK = _cumulative(drawn_RH[:, order_H])
-    low_K, high_K = np.quantile(drawn_RK, (0.025, 0.975), axis=0)
+    mean, variance = float(score_H.mean()), float(score_H.var(ddof=1)) if len(score_H) > 1 else 0.0
+    expected_H, *drawn = true_scores(score_H, error_H, draws, rng)
+    drawn_MRK = np.stack([_cumulative(drawn_RH[:, order_H]) for drawn_RH in drawn])
+    low_K, high_K = _band(drawn_MRK)
     cost_K = _cumulative(expected_H[order_H][None])[0]
     # Scores of equal heads with these errors, sorted as the map was.
-    straight_RK = _cumulative(np.sort(np.maximum(0, mean + rng.standard_normal((draws, n)) * error_H), axis=1))
+    straight_RK = _cumulative(
+        np.sort(np.maximum(0, mean + rng.standard_normal((draws, len(score_H))) * error_H), axis=1)
+    )
     straight = float(np.quantile(_gaps(straight_RK).max(1), 0.95))
     return CostCurve(
         order_H,
@@ -202,7 +201,7 @@ def cost_curve(
         high_K,
         max(0.0, 1 - float((error_H**2).mean()) / variance) if variance > 0 else 0.0,
         _elbow(cost_K, measured_K, straight),
-        drawn_RK,
+        drawn_MRK,
     )
 
 
@@ -231,17 +230,17 @@ def largest_budget(curve: CostCurve, limit: float, anchor: Anchor | None = None,
     """
     if not (math.isfinite(limit) and limit >= 0):
         raise ValueError(f"limit is {limit}, accepted: a number of at least 0")
-    scale, loss_RK = 1.0, curve.drawn_RK
+    scale, loss_MRK = 1.0, curve.drawn_MRK
     if anchor is not None:
         _check_anchor(curve, anchor)
         scale = max(0.0, anchor.loss) / float(curve.cost_K[anchor.k])
-        loss_RK = _drawn_losses(curve, anchor, seed)
+        loss_MRK = _drawn_losses(curve, anchor, seed)
     loss_K = scale * curve.cost_K
     k = _largest(loss_K, limit)
     loss = None if k is None else float(loss_K[k])
-    if loss_RK is None:
+    if loss_MRK is None:
         return Budget(k, None, None, loss, None, scale)
-    low_K, high_K = np.quantile(loss_RK, (0.025, 0.975), axis=0)
+    low_K, high_K = _band(loss_MRK)
     interval = None if k is None else Interval(float(low_K[k]), float(high_K[k]))
     return Budget(k, _largest(high_K, limit), _largest(low_K, limit), loss, interval, scale)
 
@@ -270,11 +269,10 @@ def check_against(predicted: Sequence[float], losses: Sequence[float | None], *,
     return Check(found, scale, residuals, error, len(losses) - len(pairs))
 
 
-def _weights(variance_R: Floats, error_H: Floats) -> Floats:
-    """Share [R, H] of each measured score that is not noise, given the variance of the measured scores."""
-    true_R = np.maximum(0, variance_R - (error_H**2).mean())
-    whole_RH = true_R[:, None] + error_H**2
-    return np.divide(true_R[:, None], whole_RH, where=whole_RH > 0, out=np.ones_like(whole_RH))
+def _band(drawn_MRK: Floats) -> tuple[Floats, Floats]:
+    """Lowest and highest 95 % interval under any of the models."""
+    low_MK, high_MK = np.quantile(drawn_MRK, (0.025, 0.975), axis=1)
+    return low_MK.min(0), high_MK.max(0)
 
 
 def _cumulative(sorted_RH: Floats) -> Floats:
@@ -320,10 +318,12 @@ def _check_anchor(curve: CostCurve, anchor: Anchor) -> None:
 
 
 def _drawn_losses(curve: CostCurve, anchor: Anchor, seed: int) -> Floats | None:
-    """Losses [R, K] of drawn curves, each scaled to a drawn loss of the anchor; None where nothing is uncertain."""
-    if anchor.standard_error is None and curve.drawn_RK is None:
-        return None
-    drawn_RK = np.repeat(curve.cost_K[None], _ANCHOR_DRAWS, 0) if curve.drawn_RK is None else curve.drawn_RK
-    noise_R = np.random.default_rng(seed).standard_normal(len(drawn_RK)) * (anchor.standard_error or 0.0)
-    scale_R = np.maximum(0, anchor.loss + noise_R) / np.maximum(drawn_RK[:, anchor.k], np.finfo(float).tiny)
-    return scale_R[:, None] * drawn_RK
+    """Losses [M, R, K] of drawn curves, each scaled to a drawn loss of the anchor; None where nothing is uncertain."""
+    drawn_MRK = curve.drawn_MRK
+    if drawn_MRK is None:
+        if anchor.standard_error is None:
+            return None
+        drawn_MRK = np.repeat(curve.cost_K[None, None], _ANCHOR_DRAWS, axis=1)
+    noise_R = np.random.default_rng(seed).standard_normal(drawn_MRK.shape[1]) * (anchor.standard_error or 0.0)
+    scale_MR = np.maximum(0, anchor.loss + noise_R) / np.maximum(drawn_MRK[:, :, anchor.k], np.finfo(float).tiny)
+    return scale_MR[:, :, None] * drawn_MRK

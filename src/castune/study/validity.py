@@ -201,8 +201,8 @@ def _retrained(
     - Examples add independent normal errors to both; what arms share of them would cancel, so this is rather too wide.
       So does the spread of the others to an arm with a defined cost under one seed only.
 
-    In simulations of 4 and 12 arms with normal costs it held the true r in 94 to 100 % of cases, and 0 in 94 to 96 % of
-    those without any relation.
+    In simulations of 4 and 12 arms under 3 seeds with normal costs, some with a fifth of them undefined, it held the
+    true r in 94 to 100 % of cases, and 0 in 94 to 98 % of those without any relation.
     """
     n_arms, n_seeds = arms.cost_AT.shape
     counts_A = np.isfinite(arms.cost_AT).sum(1)

@@ -106,6 +106,18 @@ def test_the_lowest_scores_are_too_low_and_the_band_knows() -> None:
     assert abs(np.mean(error)) < 0.01
 
 
+def test_the_band_holds_for_skewed_scores_with_unequal_errors() -> None:
+    rng, n, held = np.random.default_rng(4), 60, 0
+    for seed in range(n):
+        true_H, error_H = rng.lognormal(-0.2, 0.4, size=150), 0.1 + 0.3 * rng.random(150)
+        curve = cost_curve(np.maximum(0, true_H + error_H * rng.normal(size=150)), error_H, draws=200, seed=seed)
+        truth = true_H[curve.order_H[:37]].sum() / true_H.sum()
+        assert curve.low_K is not None
+        assert curve.high_K is not None
+        held += curve.low_K[37] <= truth <= curve.high_K[37]
+    assert held / n > 0.78, "with normal true scores alone about 0.64"
+
+
 def test_reliability_is_the_share_that_is_no_noise() -> None:
     rng = np.random.default_rng(2)
     curve = cost_curve(np.maximum(0, 3 + rng.normal(size=4000) * math.hypot(0.4, 0.3)), [0.3] * 4000, draws=10)
