@@ -19,6 +19,7 @@ import torch
 
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
+from castune.core.accelerators import ACCELERATORS, Accelerator
 from castune.core.batching import ExampleBatch
 from castune.core.continuation import can_continue
 from castune.core.flops import ForwardFlops
@@ -45,24 +46,6 @@ _CHANGED_A_TOKEN = 0.04
 # Layers of the slice that stands for the model: where a layer is small, more are needed to be timed well.
 _SLICE_WEIGHTS = 50e6
 _MOST_SLICE_LAYERS = 6
-# What big matrix products and weight streaming reach in practice, as shares of the data sheet.
-_COMPUTE_SHARE, _BANDWIDTH_SHARE = 0.4, 0.8
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """Data sheet of an accelerator: dense bfloat16 FLOP/s and bytes/s of memory."""
-
-    flops: float
-    bandwidth: float
-
-
-ACCELERATORS = {
-    "a100": Accelerator(312e12, 2.0e12),
-    "h100": Accelerator(989e12, 3.35e12),
-    "h200": Accelerator(989e12, 4.8e12),
-    "l40s": Accelerator(362e12, 0.86e12),
-}
 
 
 @dataclass(frozen=True)
@@ -415,13 +398,14 @@ def _peak_memory(found: Plan, measured: Calibration, work: _Work, largest: Examp
 
 def _on_accelerator(found: Plan, accelerator: Accelerator) -> Plan:
     """A roofline: each stage takes as long as its arithmetic or its reading of weights, whichever is longer."""
-    flops, bandwidth = _COMPUTE_SHARE * accelerator.flops, _BANDWIDTH_SHARE * accelerator.bandwidth
-    read = found.weight_bytes / bandwidth
 
     def seconds(stage: Stage) -> float:
         passes = stage.layer_flops + stage.n_scored * found.flops.scored
-        step = stage.step_tokens * (sum(found.flops.token_L) + found.flops.scored)
-        return max(passes / flops, stage.weight_reads * read) + max(step / flops, stage.steps * read)
+        steps = stage.step_tokens * (sum(found.flops.token_L) + found.flops.scored)
+        read = found.weight_bytes
+        return accelerator.seconds(passes, stage.weight_reads * read) + accelerator.decoding_seconds(
+            stage.steps, found.n_layers, steps, stage.steps * read
+        )
 
     return replace(found, stages={n: replace(stage, seconds=seconds(stage)) for n, stage in found.stages.items()})
 
