@@ -60,6 +60,7 @@ class Stage:
         weight_reads: how often these passes read the whole of the decoder's weights.
         steps: decoding steps, each of a batch of replies.
         step_tokens: tokens decoded.
+        context: earlier tokens that decoded ones attend to, summed over these; a diagnosis' are short and not counted.
         seconds: predicted; None without calibration or accelerator.
     """
 
@@ -70,6 +71,7 @@ class Stage:
     weight_reads: float = 0.0
     steps: int = 0
     step_tokens: int = 0
+    context: float = 0.0
     seconds: float | None = None
 
     def __add__(self, other: Stage) -> Stage:
@@ -164,7 +166,7 @@ def plan(
     model = skeleton(config, dtype)
     layout = HeadLayout.unproven(model)
     own_memory = resident_memory() or 0
-    ablator = _slice_ablator(config, model, layout, dtype, device)
+    ablator = slice_ablator(config, model, layout, dtype, device)
     work = _Work(
         config=settings,
         chat=ChatFormat(tokenizer, max_length=settings.max_length),
@@ -347,7 +349,7 @@ class _Work:
         )
 
 
-def _slice_ablator(config: Any, model: Any, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> Ablator:
+def slice_ablator(config: Any, model: Any, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> Ablator:
     """The slice that stands for the model: two layers beyond the first with heads, more where layers are small."""
     first = layout.layers_with_heads[0]
     weights = sum(parameter.numel() for parameter in layout.decoder_layers(model)[first].parameters())
