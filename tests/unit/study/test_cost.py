@@ -63,7 +63,7 @@ def test_a_recipe_costs_the_sum_of_its_parts(costed: Callable[..., RecipeCost]) 
     assert found.hours(1) == pytest.approx(whole / 3600)
     units = found.units("a/") + found.units("b/")
     assert makespan(units, 1) == pytest.approx(2 * whole)
-    assert makespan(units, 1000) == pytest.approx(longest_chain(units, 1000))
+    assert longest_chain(units, 50) <= makespan(units, 50) <= longest_chain(units, 50) + 2 * whole / 50
     assert found.notes == []
     assert costed(tune={"max_steps": 8}).arms["main"].training.steps == 2 * found.arms["main"].training.steps
 
@@ -76,26 +76,30 @@ def test_a_recipe_is_timed_here(costed: Callable[..., RecipeCost], monkeypatch: 
     assert all(stage.seconds is not None and stage.seconds > 0 for stage in found.suites.values())
 
 
-def test_the_papers_recipe_is_told_from_a_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_recipe_is_told_from_a_config_alone(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*_arguments: Any) -> Any:
         from castune.errors import DataError
 
         raise DataError("no network")
 
     monkeypatch.setattr("castune.data.sources._read_hub", unreachable)
+    tiny_model("mistral", vocab_size=50_000, max_position_embeddings=4096).config.save_pretrained(tmp_path)
     recipe = Recipe.load(
         CONFIGS.parent / "mistral-7b.toml",
         [
-            f"model={CONFIGS / 'mistral-7b-v0.2'}",
+            f"model={tmp_path}",
             'evaluate.suites=["csqa", "gsm8k#50", "wildguard"]',
             "safety.limit=20",
             "utility.limit=20",
+            "align.limit=400",
         ],
     )
     found = recipe_cost(recipe, accelerator="h100")
-    assert found.shape.n_heads == 1024
-    assert found.arms["main"].training.steps == 1250  # 10,000 / (4 x 2)
-    assert 0 < found.hours(8) < found.hours(1) < paper_hours(1024)
+    assert found.shape.n_heads == 12
+    assert found.arms["main"].training.steps == 50  # 400 / (4 x 2)
+    assert 0 < found.hours(8) < found.hours(1)
     assert any(note.startswith("wildjailbreak-train: not to be had here") for note in found.notes)
     assert found.suites.keys() == {"csqa", "gsm8k", "wildguard"}
 
