@@ -95,7 +95,11 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
         say(f"peak memory: about {', '.join(by_measure)}")
     say(f"partial gradients: {_gigabytes(found.gradient_sums)} of the CPU's memory (diagnose.gradient_chunks)")
     if accelerator:
-        notes = [*notes, "time: a roofline at 40 % of the data sheet's FLOP/s and 80 % of its bandwidth, not measured"]
+        notes = [
+            *notes,
+            "time: a roofline at 40 % of the data sheet's FLOP/s and 80 % of its bandwidth, not measured; "
+            "a decoding step waits for the host 0.5 ms a layer",
+        ]
     else:
         notes = [*notes, f"time and memory: measured on {found.slice_layers} layers with random weights"]
     if not found.resumable:

@@ -7,7 +7,7 @@ nothing is computed twice, and the same command continues an interrupted run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,9 @@ def run(recipe: Recipe) -> RunDirectory:
     return folder
 
 
-def load_data(config: DataConfig, seed: int) -> list[Example]:
-    """The examples of a recipe's data entry."""
-    return examples(config.source, limit=config.limit, seed=seed)
+def load_data(config: DataConfig, seed: int, read: Callable[..., list[Example]] = examples) -> list[Example]:
+    """The examples of a recipe's data entry; `read` is called as `examples` is."""
+    return read(config.source, limit=config.limit, seed=seed)
 
 
 def all_examples(utility: Utility) -> list[Example]:
@@ -97,30 +97,28 @@ def utility_source(recipe: Recipe) -> str:
     return ", ".join(recipe.utility[name].source for name in sorted(recipe.utility))
 
 
-def load_calibration(recipe: Recipe) -> tuple[list[Example], Utility]:
+def load_calibration(recipe: Recipe, read: Callable[..., list[Example]] = examples) -> tuple[list[Example], Utility]:
     """D_safe and D_util of a recipe, checked for what a diagnosis needs; D_util by domain where it has domains."""
-    safety, utility = load_data(recipe.safety, recipe.seed), _load_utility(recipe)
+    safety, utility = load_data(recipe.safety, recipe.seed, read), _load_utility(recipe, read)
     require_replies(safety, "safety", "prompt, target")
     utility_sets(utility)
     return safety, utility
 
 
 def plan_diagnosis(
-    recipe: Recipe, *, accelerator: str | None = None, decoded_share: float | None = None
+    recipe: Recipe,
+    *,
+    accelerator: str | None = None,
+    decoded_share: float | None = None,
+    read: Callable[..., list[Example]] = examples,
 ) -> tuple[Plan, list[str]]:
     """What the recipe's diagnosis will cost, from the model's config and the data; no weights are loaded.
 
     Returns:
         The plan, and what the user should know about it.
     """
-    safety, utility = load_calibration(recipe)
-    config, tokenizer = load_config(recipe.model, revision=recipe.revision)
-    notes = []
-    if tokenizer is None:
-        if find_default_gguf() is None:
-            raise CastuneError(f"{recipe.model} has no tokenizer, which a plan needs to count tokens")
-        tokenizer = load_config("default")[1]
-        notes.append("no tokenizer there: tokens are counted with the default model's, which makes more of them")
+    safety, utility = load_calibration(recipe, read)
+    config, tokenizer, notes = config_and_tokenizer(recipe)
     found = plan(
         config,
         tokenizer,
@@ -135,13 +133,28 @@ def plan_diagnosis(
     return found, notes
 
 
-def _load_utility(recipe: Recipe) -> Utility:
+def config_and_tokenizer(recipe: Recipe) -> tuple[Any, Any, list[str]]:
+    """The config of a recipe's model, a tokenizer to count tokens with, and what the user should know about it.
+
+    Raises:
+        CastuneError: no config, or no tokenizer at all.
+    """
+    config, tokenizer = load_config(recipe.model, revision=recipe.revision)
+    if tokenizer is not None:
+        return config, tokenizer, []
+    if find_default_gguf() is None:
+        raise CastuneError(f"{recipe.model} has no tokenizer, which a plan needs to count tokens")
+    note = "no tokenizer there: tokens are counted with the default model's, which makes more of them"
+    return config, load_config("default")[1], [note]
+
+
+def _load_utility(recipe: Recipe, read: Callable[..., list[Example]]) -> Utility:
     if isinstance(recipe.utility, DataConfig):
-        return load_data(recipe.utility, recipe.seed)
+        return load_data(recipe.utility, recipe.seed, read)
     domains = {}
     for name, config in recipe.utility.items():
         try:
-            domains[name] = load_data(config, recipe.seed)
+            domains[name] = load_data(config, recipe.seed, read)
         except DataError as error:
             raise DataError(f"utility: domain {name!r}: {error}") from error
     return domains

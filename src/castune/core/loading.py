@@ -130,10 +130,13 @@ def load_config(name: str | Path = "default", *, revision: str | None = None) ->
     except _NOT_LOADABLE as error:
         raise CastuneError(f"no model config at {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
     try:
-        tokenizer = _with_template(AutoTokenizer.from_pretrained(source, **options), name)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except _NOT_LOADABLE:
-        tokenizer = None
-    return config, tokenizer
+        return config, None
+    # Some families' classes make an empty tokenizer out of a config alone.
+    if not tokenizer("castune", add_special_tokens=False)["input_ids"]:
+        return config, None
+    return config, _with_template(tokenizer, name)
 
 
 def find_default_gguf() -> Path | None:

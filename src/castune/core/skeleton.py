@@ -38,7 +38,8 @@ def random_slice(config: Any, n_layers: int, *, dtype: torch.dtype, device: torc
     """The model's first `n_layers` decoder layers, with embeddings and output head, and random weights.
 
     It computes nonsense at the model's own speed. Every matrix is filled with copies of one random block, which takes
-    a fraction of the time that drawing billions of numbers does.
+    a fraction of the time that drawing billions of numbers does. Each begins elsewhere in the block: were embeddings,
+    queries and keys equal row by row, every token would attend to itself alone, whatever its queries.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -55,9 +56,10 @@ def random_slice(config: Any, n_layers: int, *, dtype: torch.dtype, device: torc
                 parameter.fill_(1.0)
                 continue
             flat = parameter.view(-1)
+            own = block.roll(int(torch.randint(_BLOCK, (1,), generator=generator, device=device)))
             for start in range(0, len(flat), _BLOCK):
                 part = flat[start : start + _BLOCK]
-                part.copy_(block[: len(part)])
+                part.copy_(own[: len(part)])
     return model.eval()
 
 

@@ -111,12 +111,12 @@ def calibrate(
         n_layers: decoder layers of the whole model.
         batch_tokens: rows x tokens of a forward.
     """
-    sweep, sweep_memory = _sweeping(ablator, batches, batch_tokens)
-    gradients, gradient_memory, gradient_memory_layer = _gradients(ablator, loss_rows, batch_tokens)
+    sweep, sweep_memory = sweep_speed(ablator, batches, batch_tokens)
+    gradients, gradient_memory, gradient_memory_layer = gradient_speed(ablator, loss_rows, batch_tokens)
     return Calibration(
         sweep=sweep,
         gradients=gradients,
-        steps=_decoding(ablator, chat, prompt, n_decoded, n_layers, continues=continues),
+        steps=decoding_steps(ablator, chat, prompt, n_decoded, n_layers, continues=continues),
         n_layers=ablator.layout.n_layers,
         residual_bytes=_residual_bytes(ablator),
         sweep_memory=sweep_memory,
@@ -126,7 +126,8 @@ def calibrate(
     )
 
 
-def _sweeping(ablator: Ablator, batches: Sequence[ExampleBatch], batch_tokens: int) -> tuple[Speed, int | None]:
+def sweep_speed(ablator: Ablator, batches: Sequence[ExampleBatch], batch_tokens: int) -> tuple[Speed, int | None]:
+    """Speed of forwards under ablation, and the memory of the first batch."""
     layer = ablator.layout.layers_with_heads[0]
     device = next(ablator.model.parameters()).device
     peak = Peak()
@@ -150,7 +151,8 @@ def _sweeping(ablator: Ablator, batches: Sequence[ExampleBatch], batch_tokens: i
     return _speed(ablator, work), peak.extra
 
 
-def _gradients(ablator: Ablator, rows: Sequence[Row], batch_tokens: int) -> tuple[Speed, int | None, float | None]:
+def gradient_speed(ablator: Ablator, rows: Sequence[Row], batch_tokens: int) -> tuple[Speed, int | None, float | None]:
+    """Speed of a forward and backward of rows, its memory on the slice, and what a further layer adds."""
     device = next(ablator.model.parameters()).device
 
     def gradients() -> None:
@@ -170,7 +172,7 @@ def _gradients(ablator: Ablator, rows: Sequence[Row], batch_tokens: int) -> tupl
     return speed, peak_deep, max(0.0, (peak_deep - peak_shallow) / (ablator.layout.n_layers - _shallow(ablator)))
 
 
-def _decoding(
+def decoding_steps(
     ablator: Ablator, chat: ChatFormat, prompt: Sequence[int], n_replies: int, n_layers: int, *, continues: bool
 ) -> Steps:
     """A long and a short generation, of many and of few replies: the differences are steps, and replies in them."""

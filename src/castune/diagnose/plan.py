@@ -19,6 +19,7 @@ import torch
 
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
+from castune.core.accelerators import ACCELERATORS, Accelerator
 from castune.core.batching import ExampleBatch
 from castune.core.continuation import can_continue
 from castune.core.flops import ForwardFlops
@@ -45,24 +46,6 @@ _CHANGED_A_TOKEN = 0.04
 # Layers of the slice that stands for the model: where a layer is small, more are needed to be timed well.
 _SLICE_WEIGHTS = 50e6
 _MOST_SLICE_LAYERS = 6
-# What big matrix products and weight streaming reach in practice, as shares of the data sheet.
-_COMPUTE_SHARE, _BANDWIDTH_SHARE = 0.4, 0.8
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """Data sheet of an accelerator: dense bfloat16 FLOP/s and bytes/s of memory."""
-
-    flops: float
-    bandwidth: float
-
-
-ACCELERATORS = {
-    "a100": Accelerator(312e12, 2.0e12),
-    "h100": Accelerator(989e12, 3.35e12),
-    "h200": Accelerator(989e12, 4.8e12),
-    "l40s": Accelerator(362e12, 0.86e12),
-}
 
 
 @dataclass(frozen=True)
@@ -77,6 +60,7 @@ class Stage:
         weight_reads: how often these passes read the whole of the decoder's weights.
         steps: decoding steps, each of a batch of replies.
         step_tokens: tokens decoded.
+        context: earlier tokens that decoded ones attend to, summed over these; a diagnosis' are short and not counted.
         seconds: predicted; None without calibration or accelerator.
     """
 
@@ -87,6 +71,7 @@ class Stage:
     weight_reads: float = 0.0
     steps: int = 0
     step_tokens: int = 0
+    context: float = 0.0
     seconds: float | None = None
 
     def __add__(self, other: Stage) -> Stage:
@@ -181,7 +166,7 @@ def plan(
     model = skeleton(config, dtype)
     layout = HeadLayout.unproven(model)
     own_memory = resident_memory() or 0
-    ablator = _slice_ablator(config, model, layout, dtype, device)
+    ablator = slice_ablator(config, model, layout, dtype, device)
     work = _Work(
         config=settings,
         chat=ChatFormat(tokenizer, max_length=settings.max_length),
@@ -364,7 +349,7 @@ class _Work:
         )
 
 
-def _slice_ablator(config: Any, model: Any, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> Ablator:
+def slice_ablator(config: Any, model: Any, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> Ablator:
     """The slice that stands for the model: two layers beyond the first with heads, more where layers are small."""
     first = layout.layers_with_heads[0]
     weights = sum(parameter.numel() for parameter in layout.decoder_layers(model)[first].parameters())
@@ -415,13 +400,14 @@ def _peak_memory(found: Plan, measured: Calibration, work: _Work, largest: Examp
 
 def _on_accelerator(found: Plan, accelerator: Accelerator) -> Plan:
     """A roofline: each stage takes as long as its arithmetic or its reading of weights, whichever is longer."""
-    flops, bandwidth = _COMPUTE_SHARE * accelerator.flops, _BANDWIDTH_SHARE * accelerator.bandwidth
-    read = found.weight_bytes / bandwidth
 
     def seconds(stage: Stage) -> float:
         passes = stage.layer_flops + stage.n_scored * found.flops.scored
-        step = stage.step_tokens * (sum(found.flops.token_L) + found.flops.scored)
-        return max(passes / flops, stage.weight_reads * read) + max(step / flops, stage.steps * read)
+        steps = stage.step_tokens * (sum(found.flops.token_L) + found.flops.scored)
+        read = found.weight_bytes
+        return accelerator.seconds(passes, stage.weight_reads * read) + accelerator.decoding_seconds(
+            stage.steps, found.n_layers, steps, stage.steps * read
+        )
 
     return replace(found, stages={n: replace(stage, seconds=seconds(stage)) for n, stage in found.stages.items()})
 

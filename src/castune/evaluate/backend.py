@@ -21,11 +21,12 @@ from castune.core.modes import evaluation_mode
 from castune.core.scoring import choice_scores, question_rows, score_rows, shared_if_exact
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
+from castune.data.rows import Row
 from castune.evaluate.suites import Suite
 
 # A decoding step computes one token a row and reads all weights, so rows x length may be far larger than in a forward
 # over whole rows: what fills up are keys and values. The prompts, which do run as whole rows, are held to less.
-_DECODED, _PROMPTS = 16, 4
+DECODED, PROMPTS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,12 @@ class TransformersBackend(Backend):
                 for index in indices
             ]
 
-        lengths = [sum(len(row.ids) for row in rows) for rows in rows_of]
-        return Work(batches_by_length(lengths, config.batch_tokens), answer)
+        return Work(choice_batches(rows_of, config.batch_tokens), answer)
 
     def _replies(self, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> Work:
         max_new_tokens = suite.reply_tokens(config)
         prompts, cut = zip(*(chat.prompt_ids(example) for example in suite.examples), strict=True)
-        most = _DECODED * config.batch_tokens
+        most = DECODED * config.batch_tokens
 
         def answer(indices: Sequence[int]) -> list[Any]:
             replies = generate_replies(
@@ -149,8 +149,18 @@ class TransformersBackend(Backend):
             )
             return [plain_reply(reply, cut[index]) for index, reply in zip(indices, replies, strict=True)]
 
-        lengths = [max(len(prompt) + max_new_tokens, len(prompt) * _DECODED // _PROMPTS) for prompt in prompts]
-        return Work(batches_by_length(lengths, most), answer)
+        return Work(reply_batches(prompts, max_new_tokens, config.batch_tokens), answer)
+
+
+def choice_batches(rows_of: Sequence[Sequence[Row]], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of the questions that are scored together, from the rows of each."""
+    return batches_by_length([sum(len(row.ids) for row in rows) for rows in rows_of], batch_tokens)
+
+
+def reply_batches(prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of the prompts that are answered together."""
+    lengths = [max(len(prompt) + max_new_tokens, len(prompt) * DECODED // PROMPTS) for prompt in prompts]
+    return batches_by_length(lengths, DECODED * batch_tokens)
 
 
 def probes(suites: Sequence[Suite], n: int) -> list[Example]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from castune.config import EvaluateConfig
@@ -55,7 +55,9 @@ class Suite:
         return 1.0 if self.is_scored(config) else 1.0 + self.reply_tokens(config) / _SCORED_AS_DECODED
 
 
-def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite:
+def load_suite(
+    source: str, *, limit: int | None = None, seed: int = 0, read: Callable[..., list[Example]] = examples
+) -> Suite:
     """A suite from a data source.
 
     Args:
@@ -63,6 +65,7 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
             multiple-choice questions needs no purpose. `#500` at its end draws so many examples, whatever `limit` says.
         limit: examples to draw; the subset depends on `seed` alone.
         seed: seed of the subset.
+        read: what reads the data, called as `examples` is.
 
     Raises:
         DataError: see `examples`; or the purpose is unknown or does not fit the data.
@@ -71,7 +74,7 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
         source, limit = own[1], int(own[2])
     prefix, _, rest = source.partition(":")
     purpose, path = (prefix, rest) if prefix in PURPOSES else (purpose_of(source), source)
-    found = examples(path, limit=limit, seed=seed)
+    found = read(path, limit=limit, seed=seed)
     with_answers = sum(example.is_question or example.is_problem for example in found)
     if purpose is None and with_answers == len(found):
         purpose = "utility"
@@ -91,13 +94,19 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
     return Suite(source_name(path), purpose, tuple(found))
 
 
-def load_suites(sources: Sequence[str], *, limit: int | None = None, seed: int = 0) -> list[Suite]:
+def load_suites(
+    sources: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    read: Callable[..., list[Example]] = examples,
+) -> list[Suite]:
     """All suites, loaded before anything is computed, so that a bad source fails at once.
 
     Raises:
         DataError: see `load_suite`; or two sources are one suite, whose samples would be mixed up.
     """
-    suites = [load_suite(source, limit=limit, seed=seed) for source in sources]
+    suites = [load_suite(source, limit=limit, seed=seed, read=read) for source in sources]
     check_names(suites)
     return suites
 

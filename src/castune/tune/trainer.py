@@ -138,7 +138,7 @@ class SparseTraining(Trainer):
             return super()._get_train_sampler(train_dataset)
         # All examples of an optimiser step, over all processes, are of similar lengths.
         n = self.config.batch_size * self.config.accumulation * self.args.world_size
-        return _ByLength(n, self.lengths, self.config.seed)
+        return ByLength(n, self.lengths, self.config.seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
@@ -191,7 +191,7 @@ class ReplyTrainer(SparseTraining):
         return self.finite(reply_nll(model, batch, fused=True).mean())
 
 
-class _ByLength(LengthGroupedSampler):
+class ByLength(LengthGroupedSampler):
     """Random steps of examples of similar lengths; the same on all processes, others every epoch."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from castune.core.heads import HeadLayout
+from castune.core.loading import load_config
 from castune.core.skeleton import at_depth, random_slice, skeleton
 
 CPU = torch.device("cpu")
+CONFIGS = Path(__file__).parents[3] / "recipes" / "configs"
 
 
 def test_a_skeleton_has_the_shapes_and_heads_of_the_model(any_tiny_model: Any) -> None:
@@ -46,3 +50,34 @@ def test_depth_equals_a_model_of_that_depth_and_comes_back(tiny_model: Callable[
         model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
         raise KeyError
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+
+
+def test_no_two_matrices_of_a_slice_are_equal_row_by_row() -> None:
+    """Qwen2.5-7B's widths, where tokens used to attend to themselves alone and no head could be proven."""
+    config = AutoConfig.for_model(
+        "qwen2",
+        hidden_size=3584,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=300,
+    )
+    model = random_slice(config, 1, dtype=torch.bfloat16, device=CPU)
+    assert len(HeadLayout.of(model).heads) == 28
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    starts = [tuple(matrix.flatten()[:4].tolist()) for matrix in matrices]
+    assert len(set(starts)) == len(matrices)
+
+
+# Billions of parameters as the models' cards give them, and query heads.
+@pytest.mark.parametrize(
+    ("name", "billions", "n_heads"),
+    [("llama3.1-8b", 8.03, 1024), ("qwen2.5-7b", 7.62, 784), ("mistral-7b-v0.2", 7.24, 1024)],
+)
+def test_the_shipped_configs_are_those_of_the_papers_models(name: str, billions: float, n_heads: int) -> None:
+    config, tokenizer = load_config(CONFIGS / name)
+    model = skeleton(config, torch.bfloat16)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2) == billions
+    assert len(HeadLayout.unproven(model).heads) == n_heads
+    assert tokenizer is None, "a config alone has no tokenizer"

@@ -16,7 +16,7 @@ from castune.core.losses import reply_nll
 from castune.data.example import Example
 from castune.errors import TrainingError
 from castune.tune.train import tune
-from castune.tune.trainer import _ByLength
+from castune.tune.trainer import ByLength
 from castune.tune.workspace import Workspace
 
 SelectionOf = Callable[..., HeadSelection]
@@ -215,7 +215,7 @@ def test_gradient_checkpointing_trains_the_same(
 @pytest.mark.parametrize(("n", "size"), [(1, 4), (4, 4), (7, 4), (64, 8), (67, 8), (8, 3)])
 def test_steps_by_length_see_every_example_once_an_epoch(n: int, size: int) -> None:
     lengths = [(37 * i) % 23 + 1 for i in range(n)]
-    sampler = _ByLength(size, lengths, seed=3)
+    sampler = ByLength(size, lengths, seed=3)
     orders = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
@@ -229,7 +229,7 @@ def test_steps_by_length_see_every_example_once_an_epoch(n: int, size: int) -> N
 
 def test_steps_by_length_pad_less_and_come_in_random_order() -> None:
     lengths = [(7919 * i) % 200 + 1 for i in range(512)]
-    order = list(_ByLength(8, lengths, seed=0))
+    order = list(ByLength(8, lengths, seed=0))
 
     def padded(indices: list[int]) -> int:
         return sum(8 * max(lengths[i] for i in indices[k : k + 8]) for k in range(0, len(indices), 8))
