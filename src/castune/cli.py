@@ -141,7 +141,7 @@ def study(
         changes.append(f"out={out!r}")
     found = Recipe.load(recipe, changes)
     if dry_run:
-        command.dry_run(found, accelerator=accelerator, shards=shards)
+        command.dry_run(found, accelerator=accelerator)
         return
     options = command.Options(executor, workers, threads, gpus, memory, address, shards, shard, launch)
     if not command.run(found, options):

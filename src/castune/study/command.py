@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections import Counter
 from typing import NamedTuple
 
 from castune.config import Recipe
 from castune.console import say, show_rows
 from castune.core.shards import Shard
 from castune.errors import CastuneError
+from castune.study.cost import paper_hours
 from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
 from castune.study.graph import Graph
+from castune.study.graph_cost import study_cost
 from castune.study.run import load_study_suites, run_share, run_study, study_graph
 
 _ARM_TABLES = ("table_1_", "table_2_")
@@ -106,13 +107,22 @@ def run(recipe: Recipe, options: Options) -> bool:
     return done.is_finished
 
 
-def dry_run(recipe: Recipe, *, accelerator: str | None, shards: int) -> None:
-    """Show the graph of a study and what it costs."""
-    graph = study_graph(recipe, shards=shards, data=False)
-    counts = Counter(unit.stage for unit in graph.units)
-    say(f"{graph.n_heads} heads; " + ", ".join(f"{count} x {stage}" for stage, count in counts.items()))
+def dry_run(recipe: Recipe, *, accelerator: str | None) -> None:
+    """Show the graph of a study and what it costs, from configs alone: no weights are loaded, nothing is written."""
+    graph = study_graph(recipe, data=False)
     for run_ in graph.runs:
         say(f"{run_.label}: {', '.join(run_.trained)}")
         for arm, trained in run_.same_as.items():
             if arm != trained:
                 say(f"  {arm}: the heads of {trained}")
+    found = study_cost(graph, accelerator=accelerator)
+    show_rows("Work", found.rows())
+    where = f"one {accelerator}" if accelerator else "this machine, one unit at a time"
+    n_heads, hours = graph.n_heads, found.diagnosis_hours
+    say(
+        f"map of {n_heads:,} heads: {hours:.2f} hours on {where}; as the paper does it (67 s a head on an H800) "
+        f"{paper_hours(n_heads):.1f} hours"
+    )
+    say(f"whole study: {found.hours(1):.1f} hours on {where}, {found.hours(8):.1f} on eight")
+    for note in found.notes:
+        say(f"note: {note}")

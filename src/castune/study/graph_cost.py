@@ -1,0 +1,99 @@
+"""What a study costs: the cost of its recipes, unit by unit of its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from castune.config import SelectConfig
+from castune.diagnose.plan import Stage
+from castune.study import makespan
+from castune.study.cost import RecipeCost, recipe_cost
+from castune.study.graph import MAIN, Graph, Unit
+
+
+@dataclass(frozen=True)
+class StudyCost:
+    """Cost of a study.
+
+    Attributes:
+        units: the graph's, with seconds on one device.
+        work: of all units of a stage.
+        diagnosis_hours: of the main map, on one device.
+        notes: what the user should know.
+    """
+
+    units: Sequence[makespan.Unit]
+    work: Mapping[str, Stage]
+    diagnosis_hours: float
+    notes: Sequence[str]
+
+    def hours(self, n_devices: int) -> float:
+        """Hours on so many devices; each does a unit at a time, and they share diagnoses."""
+        return makespan.makespan(self.units, n_devices) / 3600
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a stage."""
+        counts: dict[str, int] = {}
+        for unit in self.units:
+            stage = unit.name.partition(" ")[0]
+            counts[stage] = counts.get(stage, 0) + 1
+        return [
+            {
+                "stage": name,
+                "units": counts[name],
+                "forwards": f"{stage.forwards:,}",
+                "tokens": f"{stage.tokens:,}",
+                "decoded": f"{stage.step_tokens:,}",
+                "hours on one device": (stage.seconds or 0.0) / 3600,
+            }
+            for name, stage in self.work.items()
+        ]
+
+
+def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
+    """What a study costs, from configs alone; see `recipe_cost`. Judging is not counted."""
+    of_map = {name: _cost(graph, name, accelerator) for name in graph.maps}
+    calibration_of = {recipe.out: name for name, recipe in graph.maps.items()}
+    evaluation = of_map[MAIN].evaluation
+    units, work = [], dict.fromkeys(("diagnose", "tune", "evaluate"), Stage(seconds=0.0))
+    names = {unit.name for unit in graph.units if unit.stage != "judge"}
+    for unit in graph.units:
+        if unit.stage == "judge":
+            continue
+        cost = of_map[calibration_of[str(unit.map_folder)]]
+        done = _of_unit(unit, cost, evaluation)
+        stage = unit.name.partition(" ")[0]
+        work[stage] = _sum(work[stage], done)
+        needs = tuple(name for name in unit.needs if name in names)
+        units.append(makespan.Unit(unit.name, done.seconds or 0.0, needs, is_divisible=unit.stage == "diagnose"))
+    notes = list(dict.fromkeys(note for cost in of_map.values() for note in cost.notes))
+    return StudyCost(units, work, of_map[MAIN].diagnosis_seconds / 3600, notes)
+
+
+def _cost(graph: Graph, calibration: str, accelerator: str | None) -> RecipeCost:
+    """The cost of a map and of all arms that any of its runs trains."""
+    arms = dict.fromkeys(arm for run in graph.runs if run.calibration == calibration for arm in run.trained)
+    select = SelectConfig(zone="all", fraction=None, compare=tuple(arm for arm in arms if arm != "all"), seed=0)
+    return recipe_cost(graph.maps[calibration].model_copy(update={"select": select}), accelerator=accelerator)
+
+
+def _of_unit(unit: Unit, cost: RecipeCost, evaluation: Stage) -> Stage:
+    if unit.stage == "diagnose":
+        return _diagnosis(cost)
+    if unit.stage == "tune":
+        assert unit.arm is not None
+        arm = cost.arms.get(unit.arm, cost.arms["main"])
+        return Stage(**{**vars(arm.training.stage), "seconds": arm.seconds})
+    return evaluation
+
+
+def _diagnosis(cost: RecipeCost) -> Stage:
+    parts = cost.diagnosis.parts(cost.measure).values()
+    total = sum(parts, Stage())
+    return Stage(**{**vars(total), "seconds": cost.diagnosis_seconds})
+
+
+def _sum(one: Stage, other: Stage) -> Stage:
+    return Stage(**{**vars(one + other), "seconds": (one.seconds or 0.0) + (other.seconds or 0.0)})
