@@ -65,15 +65,16 @@
 
     // All that is shown follows from this and from the controls.
     const state = { selected: null, sort: null };
-    const map = () => data.maps[controls.map ? Number(controls.map.value) : 0];
-    const score = () => data.scores[Number(controls.score.value)];
-    const value = (column, row) => (map().columns[column] ? map().columns[column][row] : null);
+    let [map, score] = [data.maps[0], data.scores[0]];
+    const value = (column, row) => (map.columns[column] ? map.columns[column][row] : null);
 
     // --- What follows from the controls -----------------------------------------------------------------------------
 
     let cut; // count, bucket of every row, zone of every row ("", "risky", "safe" or "risky safe"), place in the order
     function recut() {
-      const order = map().order[score().column];
+      map = data.maps[controls.map ? Number(controls.map.value) : 0];
+      score = data.scores[Number(controls.score.value)];
+      const order = map.order[score.column];
       const count = headCount(Number(controls.budget.value), total);
       const zone = new Array(total).fill("");
       const place = new Array(total);
@@ -85,7 +86,7 @@
     }
 
     function statistics(group) {
-      const measures = score().column === "conflict_score" ? ["conflict_score"] : ["conflict_score", score().column];
+      const measures = score.column === "conflict_score" ? ["conflict_score"] : ["conflict_score", score.column];
       const means = measures.map((column) => {
         const values = group.map((row) => value(column, row)).filter((one) => one !== null);
         return values.length ? values.reduce((sum, one) => sum + one, 0) / values.length : null;
@@ -141,7 +142,7 @@
     }
 
     function colourGrid() {
-      const column = map().columns[score().column] || rows.map(() => null);
+      const column = map.columns[score.column] || rows.map(() => null);
       const byBucket = controls.colour.value === "1";
       const parts = Number(controls.parts.value);
       let [low, high] = [Infinity, -Infinity];
@@ -153,34 +154,34 @@
       for (const row of rows) {
         const { fill, pale } = column[row] === null ? { fill: "", pale: true } : ramp(share(row));
         cells[row].style.backgroundColor = fill;
-        cells[row].classList.toggle("pale", pale);
-        cells[row].classList.toggle("empty", column[row] === null);
+        ground[row] = column[row] === null ? "pale empty" : pale ? "pale" : "";
       }
+      dressGrid();
       const bar = make("span", { className: "bar" });
       bar.style.backgroundImage = `linear-gradient(90deg, ${data.ramp.join(",")})`;
       const ends = byBucket
         ? [`bucket ${parts}, lowest`, "bucket 1, highest"]
         : low > high ? [missing, missing] : [shown(low), shown(high)];
-      part("legend").replaceChildren(make("strong", {}, score().label), make("span", {}, ends[0]), bar, ends[1]);
+      part("legend").replaceChildren(make("strong", {}, score.label), make("span", {}, ends[0]), bar, ends[1]);
     }
 
-    function markGrid() {
+    const ground = rows.map(() => "");
+    const worn = new Array(total);
+    function dressGrid(some = rows) {
       const choice = Number(controls["bring-out"].value);
-      for (const row of rows) {
+      for (const row of some) {
         const zone = cut.zone[row];
         const out = [true, zone.startsWith("risky"), zone.endsWith("safe")][choice] ?? armSets[choice - 3].has(row);
-        const classes = cells[row].classList;
-        // Classes that stay cost nothing: only the heads that change are drawn again.
-        classes.toggle("risky", zone.startsWith("risky"));
-        classes.toggle("safe", zone.endsWith("safe"));
-        classes.toggle("dim", !out);
+        const classes = `cell ${ground[row]} ${zone} ${out ? "" : "dim"} ${row === state.selected ? "selected" : ""}`;
+        // Among thousands of cells only those that change are touched, and each of them once.
+        if (worn[row] !== classes) cells[row].className = worn[row] = classes;
       }
     }
 
     // --- The numbers at this budget ---------------------------------------------------------------------------------
 
     function numbersTable(caption, first, groups) {
-      const means = score().column === "conflict_score" ? ["C(h)"] : ["C(h)", score().symbol];
+      const means = score.column === "conflict_score" ? ["C(h)"] : ["C(h)", score.symbol];
       const head = [first, "Heads", "Layers", ...means.map((symbol) => `Mean ${symbol}`)];
       const lines = groups.map(([name, group]) => {
         const [count, inLayers, ...found] = statistics(group);
@@ -210,17 +211,17 @@
         ["Risky zone", cut.order.slice(0, cut.count)],
         ["Safe zone", cut.order.slice(total - cut.count)],
       ];
-      part("zones").replaceChildren(numbersTable(`Zones by ${score().symbol}`, "Zone", zones));
+      part("zones").replaceChildren(numbersTable(`Zones by ${score.symbol}`, "Zone", zones));
       const buckets = Array.from({ length: parts }, () => []);
       for (const row of cut.order) buckets[cut.bucket[row] - 1].push(row);
       const numbered = buckets.map((group, i) => [String(i + 1), group]);
       part("buckets").replaceChildren(
-        numbersTable(`${parts} equal buckets by ${score().symbol}, 1 has the highest`, "Bucket", numbered),
+        numbersTable(`${parts} equal buckets by ${score.symbol}, 1 has the highest`, "Bucket", numbered),
       );
-      const command = `castune select RUN --zone safe --fraction ${percent / 100} --score ${score().select}`;
+      const command = `castune select RUN --zone safe --fraction ${percent / 100} --score ${score.select}`;
       const line = part("command");
-      if (!score().select) line.textContent = `castune select does not sort by ${score().symbol}.`;
-      else if (map() !== data.maps[0]) line.textContent = "castune select takes the combined map of a run.";
+      if (!score.select) line.textContent = `castune select does not sort by ${score.symbol}.`;
+      else if (map !== data.maps[0]) line.textContent = "castune select takes the combined map of a run.";
       else line.replaceChildren("The safe zone as a selection: ", make("code", {}, command));
     }
 
@@ -283,7 +284,7 @@
         sorted = [...rows].sort(descending ? (a, b) => column.compare(b, a) : column.compare);
       } else {
         // Ascending is the same order from its end, which begins with the safe zone; rows without a value stay last.
-        const order = map().order[column.score];
+        const order = map.order[column.score];
         const known = order.filter((row) => value(column.score, row) !== null);
         const unknown = order.filter((row) => value(column.score, row) === null);
         sorted = [...(descending ? known : known.reverse()), ...unknown];
@@ -335,13 +336,13 @@
 
     function select(row) {
       if (state.selected === row) return;
-      const before = cells[state.selected ?? 0];
+      const old = state.selected;
+      const before = cells[old ?? 0];
       before.tabIndex = -1;
-      before.classList.remove("selected");
       before.removeAttribute("aria-selected");
       state.selected = row;
       cells[row].tabIndex = 0;
-      cells[row].classList.add("selected");
+      dressGrid(old === null ? [row] : [old, row]);
       cells[row].setAttribute("aria-selected", "true");
       reveal(row);
       fillTable();
@@ -355,14 +356,14 @@
         const [low, high] = [value(`${column}_low`, row), value(`${column}_high`, row)];
         const error = value(`${column}_se`, row);
         let text = shown(value(column, row));
-        if (value(column, row) !== null && map().columns[`${column}_se`]) {
+        if (value(column, row) !== null && map.columns[`${column}_se`]) {
           text += error === null ? ", error not measured" : ` ± ${shorten(error, 2)}`;
         }
         return [label, text, low === null || high === null ? "" : `${shorten(low, 3)} to ${shorten(high, 3)}`];
       });
       const parts = controls.parts.value;
       lines.push(
-        ["Bucket", `${cut.bucket[row]} of ${parts}`, `place ${cut.place[row] + 1} of ${total} by ${score().symbol}`],
+        ["Bucket", `${cut.bucket[row]} of ${parts}`, `place ${cut.place[row] + 1} of ${total} by ${score.symbol}`],
         ["Zone", zoneWords(row), ""],
         ["Trained in", armsOf[row].join(", ") || "no arm", ""],
       );
@@ -424,17 +425,18 @@
         if (target.classList.contains("cell")) cells[to].focus();
         else select(to);
       });
-      const timeless = (work) => () => {
+      // The tooltip tells of what was before: it goes.
+      const untold = (work) => () => {
         hideTip();
         work();
       };
-      controls.budget.addEventListener("input", timeless(() => redraw({ coloured: false })));
-      controls["bring-out"].addEventListener("input", timeless(markGrid));
-      controls.colour.addEventListener("input", timeless(colourGrid));
-      controls.parts.addEventListener("input", timeless(() => redraw({ coloured: controls.colour.value === "1" })));
-      controls.map?.addEventListener("input", timeless(() => redraw({ coloured: true })));
-      controls.score.addEventListener("input", timeless(() => {
-        const column = tableColumns.findIndex((one) => one.score === score().column);
+      controls.budget.addEventListener("input", untold(() => redraw({ coloured: false })));
+      controls["bring-out"].addEventListener("input", untold(() => dressGrid()));
+      controls.colour.addEventListener("input", untold(colourGrid));
+      controls.parts.addEventListener("input", untold(() => redraw({ coloured: controls.colour.value === "1" })));
+      controls.map?.addEventListener("input", untold(() => redraw({ coloured: true })));
+      controls.score.addEventListener("input", untold(() => {
+        const column = tableColumns.findIndex((one) => one.score === score.column);
         state.sort = { column, descending: true };
         redraw({ coloured: true });
       }));
@@ -475,7 +477,7 @@
     function redraw({ coloured }) {
       recut();
       if (coloured) colourGrid();
-      markGrid();
+      else dressGrid();
       tellNumbers();
       resort();
       fillTable();
@@ -485,7 +487,7 @@
     buildTable();
     listen();
     part("live").hidden = false;
-    state.sort = { column: tableColumns.findIndex((one) => one.score === score().column), descending: true };
+    state.sort = { column: tableColumns.findIndex((one) => one.score === score.column), descending: true };
     redraw({ coloured: true });
     measureTable();
     root.dataset.ready = "true";
