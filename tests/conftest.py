@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import Browser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -90,6 +91,14 @@ def make_tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     config = AutoConfig.for_model(model_type, **{**sizes, **changes})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One browser for all tests: a test opens its own page in it."""
+    found = Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, Browser
 from command_line import BIN, assert_one_error, castune
 from loopback import needs_loopback
 
@@ -19,6 +21,7 @@ from castune.artifacts import ConflictMap, EvalResult
 from castune.config import Recipe
 from castune.evaluate.stats import utility_cost_ratio
 from castune.run_directory import RunDirectory
+from castune.select import select
 from castune.study.graph import Graph
 from castune.study.run import study_graph
 from castune.study.schedule import load_states
@@ -149,6 +152,46 @@ def test_a_study_and_what_its_tables_say(study_of: Callable[..., Path], tmp_path
     states, _, _ = load_states(folder)
     assert {state.stage for state in states.values() if not state.was_there} == {"judge"}
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_report_of_a_study_in_a_browser(
+    study_of: Callable[..., Path], own_data: dict[str, Path], tmp_path: Path, browser: Browser, dark: bool
+) -> None:
+    attack = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    with own_data["held-out"].open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"id": attack, "prompt": f"Explain {attack}", "target": "No."}) + "\n")
+    path, folder = study_of(study=FEW), tmp_path / "study"
+    done(path)
+    ready = (
+        "document.querySelector('.explorer')?.dataset.ready === 'true' && "
+        "[...document.querySelectorAll('[data-chart]')].every((box) => box.dataset.drawn === 'true')"
+    )
+    browser.open(folder / "report.html", ready, dark=dark)
+    assert browser.console == []
+    assert browser.requests == [(folder / "report.html").as_uri()]
+    assert browser.run("document.title").startswith("castune study: ")
+    assert attack in browser.run("document.body.textContent")
+    # A move of the budget is what `castune select` would choose.
+    (recipe,) = study_graph(Recipe.load(path)).maps.values()
+    cmap = ConflictMap.load(recipe.out)
+    for share in (25, 50):
+        browser.run(
+            f"(() => {{ const slider = document.querySelector('[data-part=budget]'); slider.value = '{share}';"
+            "slider.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        )
+        browser.settle()
+        marked = browser.run(
+            "[...document.querySelectorAll('.grid .cell.safe')].map((cell) => Number(cell.dataset.row))"
+        )
+        assert {cmap.heads[row] for row in marked} == set(select(cmap, zone="safe", fraction=share / 100).heads)
+    headings = browser.run("[...document.querySelectorAll('h2')].map((h) => h.textContent)")
+    assert headings == ["Arms", "Scores and costs", "Budget", "Conflict maps", "Sample replies", "Provenance"]
+    # Sentences of the verdict are those of the table.
+    said = browser.run("[...document.querySelectorAll('header li')].map((li) => li.textContent)")
+    assert {row["words"] for row in rows(folder, "comparisons") if row["purpose"] == "utility"} <= set(said)
+    assert (folder / "report.html").stat().st_size < 5_000_000
 
 
 def test_another_seed_adds_runs_and_leaves_the_others(study_of: Callable[..., Path], tmp_path: Path) -> None:

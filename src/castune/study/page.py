@@ -107,7 +107,7 @@ def _arms(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings
     comparisons = [
         [c.method, c.arm, c.purpose, _signed(c.found.value, 100), _span(c.found.interval, 100),
          _span(c.found.over_seeds, 100),
-         _p(c.found.p), _p(c.found.p_adjusted), f"{c.found.n_examples:,}", c.words]
+         _p(c.found.p), _p(c.found.p_adjusted), f"{c.found.n_examples:,}"]
         for c in found.comparisons
     ]  # fmt: skip
     head = [
@@ -120,7 +120,6 @@ def _arms(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings
         "p",
         "p (Holm)",
         "Examples",
-        "In words",
     ]
     against = table(head, comparisons, label="Arms against the safe zone", class_="numbers")
     return section(
@@ -143,7 +142,7 @@ def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Find
     rows = [
         [SYMBOLS[v.score], v.buckets, COSTS[v.cost], _number(v.found.of_means.pearson), _span(v.found.retrained),
          _span(v.found.other_arms), _p(v.found.of_means.pearson_p), _number(v.found.of_means.spearman),
-         _p(v.order.p), f"{v.found.n_undefined} of {v.found.n_trials}", v.words]
+         _p(v.order.p), f"{v.found.n_undefined} of {v.found.n_trials}"]
         for v in found.validities
     ]  # fmt: skip
     head = [
@@ -157,7 +156,6 @@ def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Find
         "ρ",
         "p of the order",
         "Undefined",
-        "In words",
     ]
     partial = [
         [SYMBOLS[d.score], COSTS[d.cost], _number(d.found.pearson), _span(d.found.pearson_interval),
