@@ -329,6 +329,9 @@ def tune(
         str, typer.Option(help="Of the base while it is trained: none, or nf4 (QLoRA, extra qlora).")
     ] = "none",
     checkpoint_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    snapshot_steps: Annotated[
+        Optional[int], typer.Option(help="Keep the adapter every so many steps, for castune drift; never when absent.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial values, data order and random selections.")] = 21,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
 ) -> None:
@@ -351,6 +354,7 @@ def tune(
         replay=replay,
         gradient_checkpointing=gradient_checkpointing,
         checkpoint_steps=checkpoint_steps,
+        snapshot_steps=snapshot_steps,
         learning_rate=learning_rate,
         epochs=epochs,
         max_steps=max_steps,
