@@ -16,9 +16,11 @@ from typing import Any
 import vl_convert
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import replacing, write_text
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.report.diagnosis import conflict_map
+from castune.report.drift import drift_section
 from castune.report.figures import charts
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.samples import provenance, samples
@@ -46,6 +48,7 @@ def write_report(
     masked: Mapping[str, MaskedAdapter] | None = None,
     lm_eval: Mapping[str, LmEvalResult] | None = None,
     mmlu_cost_ratios: CostRatios | None = None,
+    drifts: Mapping[str, DriftResult] | None = None,
     recipe_text: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -62,13 +65,14 @@ def write_report(
         masked: by arm, the adapters made of others without training.
         lm_eval: by arm, what lm-eval measured by its own protocol.
         mmlu_cost_ratios: MMLU-CR by arm, where MMLU was measured.
+        drifts: by arm, how the map changed while it was trained.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.
 
     Returns:
         The file.
     """
-    drawn = charts(cmap, selections, tunings, evaluations)
+    drawn = charts(cmap, selections, tunings, evaluations, drifts)
     body = tag(
         "main",
         opening(cmap, evaluations, differences, cost_ratios, notes),
@@ -76,6 +80,7 @@ def write_report(
         results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, mmlu_cost_ratios or {}),
         conflict_map(cmap, selections, drawn),
         training(tunings, masked or {}, selections, drawn),
+        drift_section(drifts or {}, drawn),
         samples(evaluations),
         provenance(cmap, selections, tunings, masked or {}, evaluations, recipe_text),
     )
@@ -91,6 +96,7 @@ def write_figures(
     selections: Mapping[str, HeadSelection],
     tunings: Mapping[str, TuneResult],
     evaluations: Mapping[str, EvalResult],
+    drifts: Mapping[str, DriftResult] | None = None,
 ) -> list[Path]:
     """Write every chart of the report as SVG and PNG, atomically; needs no browser.
 
@@ -100,7 +106,7 @@ def write_figures(
     directory = Path(directory)
     config = {**theme(_INK, _FILE_FONT), "background": _PAPER, "padding": 12}
     written = []
-    for name, chart in charts(cmap, selections, tunings, evaluations).items():
+    for name, chart in charts(cmap, selections, tunings, evaluations, drifts).items():
         spec = chart.to_dict()
         # The theme decides colours and fonts here, not Altair's default configuration.
         spec.pop("config", None)
