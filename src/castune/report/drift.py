@@ -40,7 +40,7 @@ def drift_chart(result: DriftResult) -> Any | None:
         x=alt.X("step:Q", title="Optimiser step", axis=alt.Axis(grid=False, tickMinStep=1)),
         color=alt.Color("series:N", title=None)
         .scale(domain=list(shown), range=["#2f7ec2", "#808080"])
-        .legend(orient="top"),
+        .legend(orient="top", symbolOpacity=1),
     )
     scale = alt.Scale(zero=False, nice=True)
     y = alt.Y("value:Q", title="Spearman of C with the first map", scale=scale)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -37,6 +37,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(1, 40), st.integers(1, 120))
 def test_every_multiple_before_the_last_step_is_kept(every: int, n_steps: int) -> None:
     found = snapshot_steps(CONFIG.changed(snapshot_steps=every), n_steps)
@@ -124,3 +125,20 @@ def test_only_folders_of_steps_are_snapshots(tmp_path: Path) -> None:
         (tmp_path / "snapshots" / name).mkdir(parents=True)
     assert list(snapshots_of(tmp_path)) == [9, 10, 100]
     shutil.rmtree(tmp_path / "snapshots")
+
+
+def test_preferences_keep_snapshots_too(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, selection_of: SelectionOf, tmp_path: Path
+) -> None:
+    pytest.importorskip("trl")
+    words = ["tea", "rain", "the sea", "bread"]
+    pairs = [Example(id=w, prompt=f"Tell me of {w}.", reply=f"I like {w}.", rejected="No.") for w in words]
+    model = tiny_model("llama")
+    selection = selection_of(model, SOME)
+    config = CONFIG.changed(method="dpo", accumulation=1, max_steps=5)
+    tune(model, tiny_tokenizer, selection, data=pairs, out=tmp_path / "adapter", config=config)
+    kept = snapshots_of(tmp_path / "adapter")
+    assert list(kept) == [2, 4]
+    for folder in kept.values():
+        assert certify(model, folder, selection) == Certificate.load(folder)
+    assert weights(kept[2]) != weights(kept[4])
