@@ -16,6 +16,7 @@ from castune.console import (
     say,
     show_certificate,
     show_diagnosis,
+    show_drift,
     show_evaluations,
     show_lm_eval,
     show_masked,
@@ -409,6 +410,9 @@ def tune(
         str, typer.Option(help="Of the base while it is trained: none, or nf4 (QLoRA, extra qlora).")
     ] = "none",
     checkpoint_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    snapshot_steps: Annotated[
+        Optional[int], typer.Option(help="Keep the adapter every so many steps, for castune drift; never when absent.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial values, data order and random selections.")] = 21,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
 ) -> None:
@@ -431,6 +435,7 @@ def tune(
         replay=replay,
         gradient_checkpointing=gradient_checkpointing,
         checkpoint_steps=checkpoint_steps,
+        snapshot_steps=snapshot_steps,
         learning_rate=learning_rate,
         epochs=epochs,
         max_steps=max_steps,
@@ -462,6 +467,29 @@ def tune(
     show_surgery(trained.name, result)
     show_certificate(result.certificate)
     say(f"adapter: {trained.adapter}")
+
+
+@app.command()
+def drift(
+    run_directory: RunArgument,
+    arm: Annotated[Optional[str], typer.Option(help="An arm of the run; the main one when absent.")] = None,
+    shard: Annotated[
+        Optional[str], typer.Option(metavar="I/N", help="Do share I of N; the jobs have RUN in common.")
+    ] = None,
+) -> None:
+    """Measure the map again at every adapter a training kept: does it change beyond measurement noise?"""
+    from castune import drifts
+    from castune.run_directory import RunDirectory
+
+    folder = RunDirectory(run_directory)
+    try:
+        result = drifts.drift_step(folder, arm, shard=shard)
+    except MapUnfinished as unfinished:
+        say(str(unfinished))
+        return
+    if result is not None:
+        show_drift(result)
+        say(f"drift: {folder.drift(folder.arm(arm))}")
 
 
 @app.command()

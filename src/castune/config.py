@@ -186,6 +186,8 @@ class TuneConfig(_Config):
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     checkpoint_steps: Count = 100
     """Optimiser steps between checkpoints, from which the same command continues after an interruption."""
+    snapshot_steps: Count | None = None
+    """Keep the adapter as it is after every so many optimiser steps beside the finished one (`castune drift`)."""
     freeze_a: bool = False
     """Train B alone: budgets of equal head counts are then equal to the parameter."""
     seed: int = 21

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
+    from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
     from castune.diagnose.plan import Plan
     from castune.evaluate.stats import CostRatio
@@ -64,6 +65,21 @@ def show_surgery(name: str, result: TuneResult) -> None:
         f"alignment and utility conflicted at {found['conflicting_steps']} of {found['steps']} steps, "
         f"mean cosine {cosine}"
     )
+
+
+def show_drift(result: DriftResult) -> None:
+    """How far the map of every step goes with that before training, beside measurement noise."""
+    from castune.report.drift import drift_verdict
+
+    say(f"{result.arm}: the map before training and with the adapter of each step, {result.n['heads']} heads")
+    for step in result.steps:
+        score, safe = step.columns["conflict_score"], step.zones["safe"]
+        say(
+            f"  step {step.step}: Spearman of C {_number(score.spearman)} on the same examples, noise ceiling "
+            f"{_number(score.ceiling)}; the safe zone keeps {safe.kept} of {safe.size} heads ({safe.by_chance:.1f} by "
+            "chance)"
+        )
+        say(f"    {drift_verdict(step, result.n)}")
 
 
 def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:

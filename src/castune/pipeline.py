@@ -400,7 +400,15 @@ def report_step(folder: RunDirectory) -> Path:
         elif made is not None:
             masked[arm.name] = made
     evaluations = folder.load_evaluations()
-    write_figures(folder.path / "figures", cmap=cmap, selections=selections, tunings=tunings, evaluations=evaluations)
+    drifts = folder.load_drifts(cmap)
+    write_figures(
+        folder.path / "figures",
+        cmap=cmap,
+        selections=selections,
+        tunings=tunings,
+        evaluations=evaluations,
+        drifts=drifts,
+    )
     return write_report(
         folder.report_file,
         cmap=cmap,
@@ -412,6 +420,7 @@ def report_step(folder: RunDirectory) -> Path:
         cost_ratios=cost_ratios(evaluations),
         mmlu_cost_ratios=cost_ratios(evaluations, "mmlu") if _has_suite(evaluations, "mmlu") else None,
         differences=differences(evaluations),
+        drifts=drifts,
         recipe_text=folder.recipe_file.read_text(encoding="utf-8") if folder.recipe_file.is_file() else "",
     )
 

@@ -1,15 +1,17 @@
 """The run directory: where every artifact lies, and what it was made from.
 
-recipe.toml  provenance.json  conflict_map.parquet  ablation.parquet
+recipe.toml  provenance.json  conflict_map.parquet  ablation.parquet  gradients.parquet
 domains/NAME.parquet                         the map of each utility domain, where there are several
 selection.json  adapter/                     the main arm
 arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison: trained, or made of other adapters
 evaluation/NAME/  figures/  report.html
+drift/ARM/drift.json  drift/ARM/STEP/        maps of the model on its way through the training of an arm
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tomllib
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import Any
 
 from castune.arms import heads_name
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts.drift_result import DRIFT_FILE, DriftResult
 from castune.artifacts.files import locked, write_text
 from castune.artifacts.fingerprints import same_model
 from castune.artifacts.lm_eval_result import LM_EVAL_FILE, LmEvalResult
@@ -25,6 +28,8 @@ from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.config import Recipe
 from castune.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
@@ -82,6 +87,10 @@ class RunDirectory:
     def evaluation(self, arm: str) -> Path:
         """Evaluation directory of an arm, or of the base model (`base`)."""
         return self.path / "evaluation" / arm
+
+    def drift(self, arm: Arm) -> Path:
+        """Where the drift of an arm is, and the maps it was made from."""
+        return self.path / "drift" / arm.name
 
     def arms(self) -> list[Arm]:
         """All arms that have a selection, the main one first."""
@@ -254,6 +263,24 @@ class RunDirectory:
             for name in names
             if (self.evaluation(name) / LM_EVAL_FILE).is_file()
         }
+
+    def load_drifts(self, cmap: ConflictMap) -> dict[str, DriftResult]:
+        """The conflict drift of every arm where it was measured, against this map and for the adapter that is there."""
+        found = {}
+        for arm in self.arms():
+            if not (self.drift(arm) / DRIFT_FILE).is_file() or not arm.is_trained:
+                continue
+            result = DriftResult.load(self.drift(arm))
+            if (result.first_map_hash, result.adapter_hash) == (cmap.content_hash, adapter_hash(arm.adapter)):
+                found[arm.name] = result
+            else:
+                logger.warning(
+                    "%s belongs to another map or adapter and is left out; run: castune drift %s --arm %s",
+                    self.drift(arm) / DRIFT_FILE,
+                    self.path,
+                    arm.name,
+                )
+        return found
 
 
 def arm_name(selection: HeadSelection) -> str:

@@ -67,8 +67,9 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     inside.mkdir()
     try:
         yield inside
-        for file in inside.iterdir():
-            _as_readable_as_any(file)  # safetensors makes private files too
+        for file in inside.rglob("*"):
+            if file.is_file():
+                _as_readable_as_any(file)  # safetensors makes private files too
         if replace and path.exists():
             shutil.rmtree(path)
         inside.rename(path)

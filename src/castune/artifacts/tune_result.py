@@ -11,11 +11,18 @@ from castune.artifacts.files import file_hash, parsed, read_json, write_json
 _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
 TUNE_FILE = "tune.json"
+SNAPSHOTS = "snapshots"
 
 
 def adapter_hash(adapter: Path) -> str:
     """Digest of the two files that make a PEFT adapter: its weights and its configuration."""
     return "-".join(file_hash(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json"))
+
+
+def snapshots_of(adapter: Path) -> dict[int, Path]:
+    """The adapters that a training kept on its way to this one, by optimiser step."""
+    found = {int(path.name): path for path in (adapter / SNAPSHOTS).glob("*") if path.name.isdecimal()}
+    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def split_half(measurements: Measurements, *, n_splits: int = 50, seed: int) -> 
     if n_splits < 1:
         raise ValueError(f"n_splits is {n_splits}, accepted is 1 or more")
     rng = np.random.default_rng(seed)
-    halves = [_random_halves(size, n_splits, rng) for size in measurements.sizes]
+    halves = [random_halves(size, n_splits, rng) for size in measurements.sizes]
     one, other = (measurements.columns(Weights.of(arrays)) for arrays in zip(*halves, strict=True))
     found = {}
     for name in COLUMNS:
@@ -335,7 +335,7 @@ def _random_counts(n: int, n_resamples: int, rng: np.random.Generator) -> Floats
     return rng.multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(np.float64)
 
 
-def _random_halves(n: int, n_splits: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+def random_halves(n: int, n_splits: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """Weights [R, N] of two random halves of n // 2 each, one row a split."""
     place_RN = rng.permuted(np.tile(np.arange(n), (n_splits, 1)), axis=1)
     half_RN = place_RN // (n // 2)

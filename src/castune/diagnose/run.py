@@ -33,6 +33,7 @@ from castune.diagnose.domains import Utility, UtilitySet, utility_sets
 from castune.diagnose.grams import journaled_grams, measure_grams
 from castune.diagnose.maps import Results, conflict_map
 from castune.diagnose.objectives import Measured, Objectives
+from castune.diagnose.stored import save_gradients
 from castune.diagnose.sweep import Ablator, Outcomes
 from castune.errors import CastuneError, DataError, MapUnfinished
 
@@ -50,6 +51,7 @@ def diagnose(
     shard: str | None = None,
     sources: dict[str, str] | None = None,
     seed: int | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> ConflictMap:
     """Measure O(h), H_gen(h), H_safe(h), S(h) and C(h) of every head (Sections 3.2-3.4 of the paper).
 
@@ -62,12 +64,14 @@ def diagnose(
         safety: D_safe, harmful prompts with a safe reply each.
         utility: D_util, multiple-choice questions; or several such sets, by the names of their domains.
         config: settings; the paper's by default.
-        out: a run directory to write `conflict_map.parquet`, `ablation.parquet` and, of several domains,
-            `domains/NAME.parquet` into.
+        out: a run directory to write `conflict_map.parquet`, `ablation.parquet`, `gradients.parquet` and, of several
+            domains, `domains/NAME.parquet` into.
         shard: `"i/n"`: do this share only, of n jobs that have `out` in common. The last to end returns the map.
         sources: names of the data sources, `{"safety": ..., "utility": ...}`, for the record; `utility:NAME` are the
             keys of several domains.
         seed: seed the subsets were drawn with, for the record.
+        adapter: of a model into whose weights an adapter is merged: which one (plain JSON), for the record. A diagnosis
+            is continued only where it is the same.
 
     Returns:
         The conflict map, one row a head; of several domains the combined one, with each domain's own in `domains`.
@@ -95,11 +99,15 @@ def diagnose(
     if share.count > 1 and out is None:
         raise CastuneError("processes share their work through the run directory: give `out`")
     identity = model_record(model)
+    if adapter is not None:
+        identity["adapter"] = adapter
     data = {name: _data_record((sources or {}).get(name), found, rows[name]) for name, found in examples.items()}
     settings, record = config.model_dump(mode="json"), provenance(seed)
     # How domains are combined changes nothing that is measured.
     measured_by = {key: value for key, value in settings.items() if key != "domains"}
     made_by = [identity["fingerprint"], identity["dtype"], record["versions"]["castune"]]
+    # A fingerprint samples weights: it need not see a small update.
+    made_by += [] if adapter is None else [adapter]
     journal = Journal.of(None if out is None else Path(out), [*made_by, measured_by, data])
     with evaluation_mode(model):
         config = _with_batch_tokens(model, config, journal, share)
@@ -134,10 +142,24 @@ def diagnose(
     share.wait()  # all ranks have read the journal before it is removed
     if out is not None and share.writes:
         _save_outcomes(Path(out), heads, examples, {**complete, "safety": of_safety})
+        save_gradients(Path(out), heads, grams)
         cmap.save(out)
         journal.remove()
     share.wait()
     return cmap
+
+
+def measure_gradients(
+    model: Any, tokenizer: Any, *, safety: Sequence[Example], utility: Utility, config: DiagnoseConfig, out: Path
+) -> None:
+    """Write `gradients.parquet` alone, for a map that was made before it was kept; the arguments are `diagnose`'s."""
+    chat = ChatFormat(tokenizer, max_length=config.max_length)
+    examples = {"safety": safety, **{one.objective: one.examples for one in _checked(safety, utility, config)}}
+    rows = {name: [chat.loss_row(example) for example in found] for name, found in examples.items()}
+    layout = HeadLayout.of(model)
+    heads = _heads(layout, config.layers)
+    with evaluation_mode(model):
+        save_gradients(out, heads, measure_grams(model, layout, heads, rows, config, Journal.of(None, None)))
 
 
 def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig) -> list[UtilitySet]:

@@ -13,6 +13,8 @@ from typing import Any
 import altair as alt
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts.drift_result import DriftResult
+from castune.report.drift import drift_charts
 from castune.report.labels import place_labels
 from castune.report.maps import SCORES, conflict_heatmap, zones
 from castune.report.summary import BASE, PURPOSES, in_order, mean_rate
@@ -24,6 +26,7 @@ def charts(
     selections: Mapping[str, HeadSelection],
     tunings: Mapping[str, TuneResult],
     evaluations: Mapping[str, EvalResult],
+    drifts: Mapping[str, DriftResult] | None = None,
 ) -> dict[str, Any]:
     """Every chart that these artifacts allow, by name."""
     made = {
@@ -37,7 +40,7 @@ def charts(
             made[name] = trade_off(evaluations, cost=cost)
     if any(result.losses for result in tunings.values()):
         made["training_loss"] = training_loss(tunings)
-    return made
+    return {**made, **drift_charts(drifts or {})}
 
 
 def score_distribution(cmap: ConflictMap) -> Any:

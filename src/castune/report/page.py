@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.report.diagnosis import conflict_map
 from castune.report.document import document, write_charts
+from castune.report.drift import drift_section
 from castune.report.figures import charts
 from castune.report.markup import tag
 from castune.report.samples import provenance, samples
@@ -30,6 +32,7 @@ def write_report(
     masked: Mapping[str, MaskedAdapter] | None = None,
     lm_eval: Mapping[str, LmEvalResult] | None = None,
     mmlu_cost_ratios: CostRatios | None = None,
+    drifts: Mapping[str, DriftResult] | None = None,
     recipe_text: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -46,13 +49,14 @@ def write_report(
         masked: by arm, the adapters made of others without training.
         lm_eval: by arm, what lm-eval measured by its own protocol.
         mmlu_cost_ratios: MMLU-CR by arm, where MMLU was measured.
+        drifts: by arm, how the map changed while it was trained.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.
 
     Returns:
         The file.
     """
-    drawn = charts(cmap, selections, tunings, evaluations)
+    drawn = charts(cmap, selections, tunings, evaluations, drifts)
     # On the page the explorer stands for this chart.
     del drawn["conflict_map"]
     body = tag(
@@ -62,6 +66,7 @@ def write_report(
         results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, mmlu_cost_ratios or {}),
         conflict_map(cmap, selections, drawn),
         training(tunings, masked or {}, selections, drawn),
+        drift_section(drifts or {}, drawn),
         samples(evaluations),
         provenance(cmap, selections, tunings, masked or {}, evaluations, recipe_text),
     )
@@ -77,10 +82,11 @@ def write_figures(
     selections: Mapping[str, HeadSelection],
     tunings: Mapping[str, TuneResult],
     evaluations: Mapping[str, EvalResult],
+    drifts: Mapping[str, DriftResult] | None = None,
 ) -> list[Path]:
     """Write every chart of the report as SVG and PNG, atomically; needs no browser.
 
     Returns:
         The files: `conflict_map.svg`, `conflict_map.png`, `trade_off.svg`, ...
     """
-    return write_charts(directory, charts(cmap, selections, tunings, evaluations))
+    return write_charts(directory, charts(cmap, selections, tunings, evaluations, drifts))

@@ -70,7 +70,7 @@ def write_merged(
         raise CastuneError("the base model is quantised: merging would round its weights again; give the full model")
     certificate = certify(base, adapter, selection)
     layout = HeadLayout.of(base)
-    with _merged(base, layout, adapter, selection):
+    with merged_into(base, adapter, selection):
         base.save_pretrained(out)
         wanted = {f"{layout.at(layer).query_path}{_WEIGHT}": layer for layer in selection.layers}
         merged = {name: base.state_dict()[name].detach().cpu().clone() for name in wanted}
@@ -82,8 +82,12 @@ def write_merged(
 
 
 @contextlib.contextmanager
-def _merged(base: nn.Module, layout: HeadLayout, adapter: Path, selection: HeadSelection) -> Iterator[None]:
-    """The model with the selected rows updated, in place; afterwards as it was, in every bit."""
+def merged_into(base: nn.Module, adapter: Path, selection: HeadSelection) -> Iterator[None]:
+    """The model with the selected rows updated, in place; afterwards as it was, in every bit.
+
+    The adapter must be one of these heads (`certify`).
+    """
+    layout = HeadLayout.of(base)
     config = plain_lora_config(adapter)
     scaling = config["lora_alpha"] / config["r"]
     layer_of = {layout.at(layer).query_path: layer for layer in selection.layers}
@@ -91,7 +95,7 @@ def _merged(base: nn.Module, layout: HeadLayout, adapter: Path, selection: HeadS
     try:
         for path, a, b in lora_pairs(adapter / "adapter_model.safetensors"):
             layer = layer_of[path]
-            weight = layout.query_projection(base, layer).weight
+            weight = layout.query_projection(base, layer).weight.detach()
             rows = weight.t() if layout.at(layer).transposed else weight
             mask = projection_mask(layout, selection, layer, len(rows)).to(rows.device)
             before.append((rows, mask, rows[mask].clone()))

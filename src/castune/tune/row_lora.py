@@ -9,6 +9,7 @@ Shape letters: R LoRA rank, D model width.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,11 +136,13 @@ def lora_layers(peft_model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in peft_model.named_modules() if hasattr(module, "lora_B")]
 
 
-def adapter_weights(peft_model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's parameters by name, gathered where FSDP has sharded them: all processes have to call this.
+def save_adapter(peft_model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write an adapter's parameters (`adapter_weights`) as a standard PEFT adapter."""
+    peft_model.save_pretrained(folder, selected_adapters=[ADAPTER_NAME], state_dict=weights)
 
-    `peft_model.save_pretrained(path, state_dict=...)` takes them.
-    """
+
+def adapter_weights(peft_model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's parameters by name, gathered where FSDP has sharded them: all processes have to call this."""
     found = {}
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments, set_seed
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.files import new_directory
+from castune.artifacts.tune_result import SNAPSHOTS
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.progress import progress
@@ -28,7 +29,8 @@ from castune.data.example import Example, content_hash, require_replies
 from castune.data.rows import Row
 from castune.errors import CastuneError, DataError, TrainingError
 from castune.tune.preferences import Pair, preference_pairs, preference_trainer, require_trl
-from castune.tune.row_lora import ADAPTER_NAME, adapter_weights, budget, check_selection, sparse_lora
+from castune.tune.row_lora import adapter_weights, budget, check_selection, save_adapter, sparse_lora
+from castune.tune.snapshots import Snapshots, snapshot_steps
 from castune.tune.surgery import Operation, parameter_groups, require_method
 from castune.tune.trainer import ReplyTrainer, trainer_settings
 from castune.tune.verify import certificate_of
@@ -102,6 +104,10 @@ def tune(
         if Shard.is_main_process():
             with new_directory(out, replace=True) as folder:
                 shutil.copytree(workspace.adapter, folder, dirs_exist_ok=True)
+                for step in snapshot_steps(config, run.steps):
+                    snapshot = folder / SNAPSHOTS / str(step)
+                    shutil.copytree(workspace.snapshot(step), snapshot)
+                    run.base.certificate(snapshot, selection).save(snapshot)
                 TuneResult(
                     adapter=out.name,
                     certificate=run.base.certificate(folder, selection),
@@ -240,6 +246,8 @@ def _trained(
                 trainer = ReplyTrainer(peft_model, settings, rows, config, workspace, operation)
             if trainer.is_fsdp_enabled:
                 base = base.on_cpu()  # nobody has the whole of the base soon
+            if config.snapshot_steps is not None:
+                trainer.add_callback(Snapshots(peft_model, workspace, config))
             with progress("training", 1.0) as advance:
                 trainer.run(advance)
             weights = adapter_weights(peft_model)
@@ -256,7 +264,7 @@ def _trained(
             )
             if Shard.is_main_process():
                 with workspace.writing("the adapter"):
-                    peft_model.save_pretrained(workspace.adapter, selected_adapters=[ADAPTER_NAME], state_dict=weights)
+                    save_adapter(peft_model, weights, workspace.adapter)
             return found
         finally:
             peft_model.unload()

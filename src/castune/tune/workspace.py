@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from castune.artifacts.files import write_text
+from castune.artifacts.tune_result import SNAPSHOTS
 from castune.errors import CheckpointError
 
 # Written into a checkpoint after everything else: a checkpoint without it is not whole.
@@ -52,6 +53,10 @@ class Workspace:
     def adapter(self) -> Path:
         """Where the adapter is put together."""
         return self.folder / "adapter"
+
+    def snapshot(self, step: int) -> Path:
+        """Where the adapter of a step is kept. It is there before the checkpoint of that step is whole."""
+        return self.folder / SNAPSHOTS / str(step)
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:

@@ -21,6 +21,7 @@ from castune.artifacts import (
     TuneResult,
 )
 from castune.artifacts.conflict_map import SCHEMA
+from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.evaluate.stats import CostRatio, PairedDifference
 from castune.report.page import write_report
@@ -55,6 +56,7 @@ class Run:
     masked: dict[str, MaskedAdapter] = field(default_factory=dict)
     lm_eval: dict[str, LmEvalResult] = field(default_factory=dict)
     mmlu_cost_ratios: dict[str, CostRatio] = field(default_factory=dict)
+    drifts: dict[str, DriftResult] = field(default_factory=dict)
     recipe_text: str = 'model = "default"\nout = "runs/quickstart"\n\n[tune]\nlearning_rate = 0.0002\n'
     notes: Sequence[str] = ()
 
