@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from browser import CHROMIUM, Browser
 from command_line import BIN, assert_one_error, castune
 from loopback import needs_loopback
 
-from castune.artifacts import ConflictMap, EvalResult
+from castune.artifacts import ConflictMap, EvalResult, TuneResult
 from castune.config import Recipe
 from castune.evaluate.stats import utility_cost_ratio
 from castune.run_directory import RunDirectory
@@ -306,6 +308,74 @@ def ray_tasks(pid: int) -> list[int]:
         if command.startswith(b"ray::") and b"IDLE" not in command:
             found.append(child)
     return found
+
+
+def test_shares_of_separate_jobs_come_to_the_same_tables(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    whole, shared = study_of("whole", FEW), study_of("shared", FEW)
+    done(whole)
+    for _ in range(3):
+        for share in ("1/2", "2/2"):
+            done(shared, "--shard", share)
+        assert not (tmp_path / "shared" / "tables").exists()
+    assert "wait for other shares" not in done(shared, "--shard", "2/2").stdout
+    done(shared)
+    states, _, _ = load_states(tmp_path / "shared")
+    assert {state.stage for state in states.values() if not state.was_there} == {"judge"}
+    assert table_files(tmp_path / "shared") == table_files(tmp_path / "whole")
+
+
+@needs_loopback
+def test_diagnoses_and_trainings_by_two_processes_each(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path, folder = study_of(study=FEW), tmp_path / "study"
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    done(path, "--launch", launch, "--workers", "1")
+    assert [row["arm"] for row in rows(folder, "table_1_sft")] == ["base", "all", "safe"]
+    # Two processes take two micro-batches of 2 a step: the whole data of 8 examples in 2 steps.
+    (run,) = study_graph(Recipe.load(path)).runs
+    tuned = TuneResult.load(run.folder / "arms" / "safe" / "adapter")
+    assert tuned.steps == 2
+    # A launcher that dies is tried again, and then given up; what does not need it is done.
+    other = study_of("other", FEW)
+    found = castune("study", other, "--threads", "1", "--launch", "false", cwd=tmp_path)
+    assert found.returncode == 1
+    assert "attempt 3 follows" in found.stderr
+    assert "false ended (exit code 1)" in found.stderr
+
+
+def test_watching_a_study(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    assert_one_error(castune("watch", tmp_path / "study", "--once", cwd=tmp_path), "no such study status")
+    path = study_of(study=FEW)
+    done(path)
+    said = castune("watch", tmp_path / "study", cwd=tmp_path).stdout
+    n_units = len(study_graph(Recipe.load(path)).units)
+    assert f"{n_units} of {n_units} units done" in said
+    assert re.search(r"map main-[0-9a-f]{10}: reliability of C", said)
+    status = json.loads((tmp_path / "study" / "status.json").read_text())
+    name = "tune main/21/safe"
+    status["units"][name] |= {"state": "running", "started": time.time() - 60, "attempts": 2}
+    (tmp_path / "study" / "status.json").write_text(json.dumps(status))
+    said = castune("watch", tmp_path / "study", "--once", cwd=tmp_path).stdout
+    assert re.search(rf"{name}.*1\.\d min.*2", said)
+
+
+def test_a_budget_from_a_run_of_a_study(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = study_of(study=FEW)
+    done(path)
+    (run,) = study_graph(Recipe.load(path)).runs
+    said = castune("budget", run.folder, cwd=tmp_path).stdout
+    assert "Predicted cost" in said
+    assert re.search(r"elbow: (none|\d+ heads)", said)
+    said = castune("budget", run.folder, "--anchor", "all", "--max-loss", "100", cwd=tmp_path).stdout
+    assert "anchor: all, 12 heads" in said
+    assert "at most 100 points: 12 heads (100 %) by the prediction" in said
+    for options, error in (
+        (["--max-loss", "1"], "go together"),
+        (["--anchor", "all"], "go together"),
+        (["--anchor", "risky", "--max-loss", "1"], "no selection named risky"),
+        (["--anchor", "bucket-1-of-4", "--max-loss", "1"], "safest heads"),
+        (["--anchor", "all", "--max-loss", "-1"], "at least 0"),
+    ):
+        assert_one_error(castune("budget", run.folder, *options, cwd=tmp_path), error)
 
 
 def test_a_unit_that_fails_leaves_the_others(study_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
     """
     if (max_loss is None) != (anchor is None):
         raise CastuneError("--max-loss and --anchor go together: a loss in points needs an arm whose loss is known")
+    if max_loss is not None and not 0 <= max_loss <= 100:
+        raise CastuneError(f"--max-loss {max_loss:g}: accepted are points of accuracy, at least 0 and at most 100")
     cmap = folder.load_map()
     curve = map_curve(cmap)
     n = curve.n_heads

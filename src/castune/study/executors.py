@@ -285,15 +285,15 @@ class RayExecutor(Executor):
             **started, log_to_driver=False, logging_level=logging.WARNING, runtime_env={"env_vars": environment}
         )
         # Retries are the study's own business: it notes them.
-        options: dict[str, Any] = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_retries": 0}
+        self._options: dict[str, Any] = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_retries": 0}
         if resources.memory is not None:
-            options["memory"] = resources.memory
-        self._attempt = self._ray.remote(attempt).options(**options)
+            self._options["memory"] = resources.memory
+        self._attempt = self._ray.remote(attempt)
 
     def start(self, unit: Unit) -> None:
         """Queue the unit."""
         task = _task(self.folder, unit, self.resources)
-        self._names[self._attempt.options(name=unit.name).remote(task)] = unit.name
+        self._names[self._attempt.options(name=unit.name, **self._options).remote(task)] = unit.name
 
     def wait(self, seconds: float) -> list[Outcome]:
         """Outcomes of tasks that have ended, whatever became of their nodes."""
