@@ -103,6 +103,16 @@ def require_questions(examples: Sequence[Example], name: str) -> None:
             )
 
 
+def require_solutions(examples: Sequence[Example], name: str) -> None:
+    """Refuse data in which an example is no problem with a worked solution."""
+    for example in examples:
+        if not example.is_problem or example.reply is None:
+            raise DataError(
+                f"{name}: example {example.id!r} is no problem with a worked solution, as the first one is; the sources "
+                "gsm8k and math have such"
+            )
+
+
 def content_hash(examples: Sequence[Example]) -> str:
     """SHA-256 (first 16 digits) over the content of examples, in order."""
     digest = hashlib.sha256()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from castune.config import check_domain_names
-from castune.data.example import Example, content_hash, require_questions
+from castune.data.example import Example, content_hash, require_questions, require_solutions
 from castune.errors import CastuneError, DataError
 
 Utility = Sequence[Example] | Mapping[str, Sequence[Example]]
@@ -23,12 +23,17 @@ class UtilitySet:
         name: of the domain; `utility` for a set without a name.
         objective: what it is called in journal, `ablation.parquet` and errors: `utility`, or `utility:NAME` where
             there are others beside it.
-        examples: the questions.
+        examples: the questions, or problems with worked solutions.
     """
 
     name: str
     objective: str
     examples: Sequence[Example]
+
+    @property
+    def is_of_problems(self) -> bool:
+        """Whether these are problems, which are measured by the log-probability of their worked solutions."""
+        return self.examples[0].is_problem
 
 
 def utility_sets(utility: Utility) -> list[UtilitySet]:
@@ -36,7 +41,8 @@ def utility_sets(utility: Utility) -> list[UtilitySet]:
 
     Raises:
         CastuneError: no domain, or a name that cannot be one.
-        DataError: a set of fewer than two examples, or with an example that is no multiple-choice question.
+        DataError: a set of fewer than two examples, or that is neither of multiple-choice questions nor of problems
+            with worked solutions.
     """
     if not isinstance(utility, Mapping):
         _check(utility, "utility")
@@ -64,4 +70,7 @@ def utility_hash(sets: Sequence[UtilitySet]) -> str:
 def _check(examples: Sequence[Example], name: str) -> None:
     if len(examples) < 2:
         raise DataError(f"{name}: {len(examples)} examples, a diagnosis needs at least 2")
-    require_questions(examples, name)
+    if examples[0].is_problem:
+        require_solutions(examples, name)
+    else:
+        require_questions(examples, name)

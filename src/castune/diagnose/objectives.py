@@ -55,12 +55,17 @@ class Objectives:
         return self.config.batch_tokens
 
     def utility(self, one: UtilitySet, journal: Journal, shard: Shard) -> Measured | None:
-        """Right answers (Eq. 3), or the margins of the right answers; None while other shares are missing."""
+        """Right answers (Eq. 3), or the margins of the right answers; None while other shares are missing.
+
+        Of problems, the log-probabilities of the worked solutions.
+        """
         measure = self.utility_measure(one.examples)
         outcomes = sweep(one.objective, self.ablator, measure, journal=journal, shard=shard)
         if outcomes is None:
             return None
         decisions_N = outcomes.baseline_N
+        if one.is_of_problems:
+            return Measured(outcomes, np.full(len(one.examples), np.nan))  # nothing was answered
         return Measured(outcomes, _positive(decisions_N) if self.config.measure == "margin" else decisions_N)
 
     def safety(self, examples: Sequence[Example], journal: Journal, shard: Shard) -> Measured | None:
@@ -74,7 +79,9 @@ class Objectives:
         return Measured(outcomes, self.refusals(examples, replies) if by_margin else outcomes.baseline_N)
 
     def utility_measure(self, examples: Sequence[Example]) -> ScoredMeasure:
-        """Decisions on questions, or the margins of their right answers."""
+        """Decisions on questions, or the margins of their right answers; of problems see `_solution_measure`."""
+        if examples[0].is_problem:
+            return self._solution_measure(examples)
         rows_of = shared_if_exact(
             self.ablator.model, lambda share: [question_rows(self.chat, e, share_prompt=share) for e in examples]
         )
@@ -87,6 +94,17 @@ class Objectives:
             return answer_margin(examples[n], scores) if by_margin else is_correct(examples[n], scores)
 
         return ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self._batch_tokens)
+
+    def _solution_measure(self, examples: Sequence[Example]) -> ScoredMeasure:
+        """Mean log-probability a token of every problem's worked solution."""
+        rows_of = [
+            reply_rows(self.chat, e, [self.chat.reply_ids(e.right_reply or "")], share_prompt=False) for e in examples
+        ]
+
+        def mean(_: int, values: Sequence[Floats]) -> float:
+            return float(values[0].mean())
+
+        return ScoredMeasure(self.ablator, rows_of, mean, batch_tokens=self._batch_tokens)
 
     def margin_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ScoredMeasure:
         """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""

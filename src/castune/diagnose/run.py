@@ -168,6 +168,12 @@ def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig
         raise DataError(f"safety: {len(safety)} examples, a diagnosis needs at least 2")
     require_replies(safety, "safety", "prompt, target")
     sets = utility_sets(utility)
+    for one in sets:
+        if one.is_of_problems and config.measure == "decision":
+            raise CastuneError(
+                f"{one.objective}: problems are measured by margins, the log-probability of their worked solutions "
+                "without every head: diagnose.measure = margin (--measure margin); or give multiple-choice questions"
+            )
     if len(sets) == 1 and config.domains != DiagnoseConfig.model_fields["domains"].default:
         logger.warning("diagnose.domains = %r has no effect: there is one utility set", config.domains)
     return sets
