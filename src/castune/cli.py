@@ -738,6 +738,7 @@ def doctor() -> None:
         ("openai", "openai"),
         ("vllm", "vllm"),
         ("lm_eval", "lm-eval"),
+        ("ray", "ray"),
     ):
         try:
             say(f"  {package:18} {importlib.metadata.version(package)}")

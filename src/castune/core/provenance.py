@@ -71,7 +71,7 @@ def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
 def provenance(seed: int | None = None) -> dict[str, Any]:
     """Versions, machine, command and time of this process."""
     packages = ("castune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
-    optional = ("torchjd", "trl", "bitsandbytes", "math-verify", "vllm", "openai", "lm_eval")
+    optional = ("torchjd", "trl", "bitsandbytes", "math-verify", "vllm", "openai", "lm_eval", "ray")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

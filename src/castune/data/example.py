@@ -108,8 +108,8 @@ def require_solutions(examples: Sequence[Example], name: str) -> None:
     for example in examples:
         if not example.is_problem or example.reply is None:
             raise DataError(
-                f"{name}: example {example.id!r} is no problem with a worked solution, as the first one is; the sources "
-                "gsm8k and math have such"
+                f"{name}: example {example.id!r} is no problem with a worked solution, as the first one is; the "
+                "sources gsm8k and math have such"
             )
 
 
