@@ -151,9 +151,11 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
         bucket=None,
         score="conflict",
         seed=None,
-        n_total=masked.n_total if masked else len(certificate.selection),
+        n_total=masked.n_total if masked else len(certificate.selection) + len(certificate.units),
         model_fingerprint=certificate.model_fingerprint,
         conflict_map_hash=None,
+        units=certificate.units,
+        mlp_groups=certificate.mlp_groups,
     )
     facts = CardFacts(
         model=model,

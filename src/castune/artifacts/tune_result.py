@@ -11,6 +11,8 @@ from castune.artifacts.files import file_hash, parsed, read_json, write_json
 _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
 TUNE_FILE = "tune.json"
+# Fields that only certificates with units of other kinds than query heads have.
+_OF_UNITS = ("units", "mlp_groups", "checked_columns", "changed_columns", "selected_columns")
 
 
 def adapter_hash(adapter: Path) -> str:
@@ -20,18 +22,24 @@ def adapter_hash(adapter: Path) -> str:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Proof that an adapter changes nothing but the query rows of the selected heads.
+    """Proof that an adapter changes nothing but the rows and columns that the selected heads and other units own.
 
     Attributes:
         model_fingerprint: the base model.
         selection: the selected (layer, head) pairs.
         adapter_hash: hash of the adapter's weights and configuration (`adapter_hash`).
-        checked_rows: query rows outside the selection that were compared bit by bit, all identical.
+        checked_rows: rows of the adapted projections outside the selection that were compared bit by bit, all
+            identical; of query heads alone these are query rows.
         checked_tensors: tensors of the merged model compared bit by bit with the base, all identical outside
             the selected rows.
-        changed_rows: selected query rows whose merged weight differs from the base.
-        selected_rows: query rows of the selected heads.
+        changed_rows: selected rows whose merged weight differs from the base.
+        selected_rows: rows of the selected heads and other units.
         largest_change: largest absolute change of a merged weight.
+        units: the selected (kind, layer, number) of other kinds than query heads.
+        mlp_groups: into how many groups the neurons of a layer are cut; None without such groups.
+        checked_columns: as `checked_rows`, of projections of which units own columns.
+        changed_columns: as `changed_rows`.
+        selected_columns: as `selected_rows`.
     """
 
     model_fingerprint: str
@@ -42,11 +50,18 @@ class Certificate:
     changed_rows: int
     selected_rows: int
     largest_change: float
+    units: tuple[tuple[str, int, int], ...] = ()
+    mlp_groups: int | None = None
+    checked_columns: int = 0
+    changed_columns: int = 0
+    selected_columns: int = 0
 
     def save(self, path: str | Path) -> Path:
         """Write `certificate.json` into an adapter directory (or to the given file), atomically."""
         path = _named(path, "certificate.json")
-        write_json(path, _CERTIFICATE, asdict(self))
+        content = asdict(self)
+        others = {name: content.pop(name) for name in _OF_UNITS}
+        write_json(path, _CERTIFICATE, {**content, **others} if self.units else content)
         return path
 
     @classmethod
@@ -55,7 +70,10 @@ class Certificate:
         path = _named(path, "certificate.json")
         record = read_json(path, _CERTIFICATE, f"castune tune {path.parent.parent} --data DATA")
         selection = parsed(path, _CERTIFICATE, lambda: tuple((layer, head) for layer, head in record["selection"]))
-        fields = [name for name in cls.__dataclass_fields__ if name != "selection"]
+        fields = [name for name in cls.__dataclass_fields__ if name not in ("selection", *_OF_UNITS)]
+        if any(name in record for name in _OF_UNITS):
+            units = parsed(path, _CERTIFICATE, lambda: tuple((kind, layer, i) for kind, layer, i in record["units"]))
+            record, fields = {**record, "units": units}, [*fields, *_OF_UNITS]
         return parsed(path, _CERTIFICATE, lambda: cls(selection=selection, **{name: record[name] for name in fields}))
 
 

@@ -155,7 +155,8 @@ def _gradients(ablator: Ablator, rows: Sequence[Row], batch_tokens: int) -> tupl
 
     def gradients() -> None:
         layers = [layer for layer in ablator.layout.layers_with_heads if layer < _depth(ablator)]
-        partial_gradients(ablator.model, ablator.layout, layers, rows, n_chunks=1, batch_tokens=batch_tokens)
+        paths = [ablator.layout.at(layer).query_path for layer in layers]
+        partial_gradients(ablator.model, paths, rows, n_chunks=1, batch_tokens=batch_tokens)
 
     def measured() -> tuple[float, int | None]:
         with peak_memory(device) as peak:

@@ -18,13 +18,14 @@ from castune.artifacts.files import replacing
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
 from castune.core.batching import tuned_batch_tokens
-from castune.core.heads import HeadId, HeadLayout
+from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.memory import return_freed_memory
 from castune.core.modes import evaluation_mode
 from castune.core.provenance import model_record, provenance
 from castune.core.quantisation import is_quantised
 from castune.core.shards import Shard
+from castune.core.units import Unit, UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.rows import Row
@@ -33,7 +34,7 @@ from castune.diagnose.domains import Utility, UtilitySet, utility_sets
 from castune.diagnose.grams import journaled_grams, measure_grams
 from castune.diagnose.maps import Results, conflict_map
 from castune.diagnose.objectives import Measured, Objectives
-from castune.diagnose.sweep import Ablator, Outcomes
+from castune.diagnose.sweep import Ablator, Outcomes, place_of
 from castune.errors import CastuneError, DataError, MapUnfinished
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ def diagnose(
             "can be trained on the quantised one (castune tune --quantization nf4)"
         )
     layout = HeadLayout.of(model)
-    heads = _heads(layout, config.layers)
+    layers = _layers(layout, config)
+    units = UnitLayout.of(model, layout, config.units, n_mlp_groups=config.mlp_groups, layers=layers)
+    heads = [one for one in units.units if layers is None or one.layer in layers]
     share = Shard.of(shard)
     if share.count > 1 and out is None:
         raise CastuneError("processes share their work through the run directory: give `out`")
@@ -104,9 +107,10 @@ def diagnose(
     with evaluation_mode(model):
         config = _with_batch_tokens(model, config, journal, share)
         # The first share's work, which costs no more than a few heads.
-        grams = measure_grams(model, layout, heads, rows, config, journal) if share.is_first else {}
+        grams = measure_grams(model, units, heads, rows, config, journal) if share.is_first else {}
         return_freed_memory()
-        ablator = _ablator(model, layout, heads, list(chain(*rows.values())), config)
+        swept, twins = _distinct(units, heads)
+        ablator = _ablator(model, units, swept, list(chain(*rows.values())), config)
         objectives = Objectives(ablator, tokenizer, chat, config)
         of_utility = {one.objective: objectives.utility(one, journal, share) for one in sets}
         return_freed_memory()
@@ -127,6 +131,8 @@ def diagnose(
         "seconds": round(time.perf_counter() - started, 2),
         "provenance": record,
     }
+    complete = {objective: measured.of(twins) for objective, measured in complete.items()}
+    of_safety = of_safety.of(twins)
     results = Results(heads=heads, grams=grams, utility=complete, safety=of_safety, sets=sets, data=data)
     cmap = conflict_map(results, config, metadata)
     for warning in cmap.metadata["reliability"]["warnings"]:
@@ -151,13 +157,36 @@ def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig
     return sets
 
 
-def _heads(layout: HeadLayout, layers: Sequence[int] | None) -> list[HeadId]:
+def _layers(layout: HeadLayout, config: DiagnoseConfig) -> Sequence[int] | None:
+    """The layers that are diagnosed, None for all; refuses those that have no units."""
+    layers = config.layers
     if layers is None:
-        return list(layout.heads)
-    unknown = [layer for layer in layers if layer >= layout.n_layers or not layout.n_heads(layer)]
+        return None
+    of_mlps = {"mlp_blocks", "mlp_groups"} & set(config.units)
+    unknown = [layer for layer in layers if layer >= layout.n_layers or not (of_mlps or layout.n_heads(layer))]
     if unknown or not layers:
-        raise CastuneError(f"layers {list(layers)}: accepted are layers with heads, of 0 to {layout.n_layers - 1}")
-    return [head for head in layout.heads if head.layer in layers]
+        what = "layers" if of_mlps else "layers with heads"
+        raise CastuneError(f"layers {list(layers)}: accepted are {what}, of 0 to {layout.n_layers - 1}")
+    return layers
+
+
+def _distinct(units: UnitLayout, heads: Sequence[Unit]) -> tuple[list[Unit], list[int]]:
+    """The units that are ablated, and for each of all units which of them is ablated in its place.
+
+    Without a head's columns of the output projection the model is the same as without the head, and without the only
+    group of neurons the same as without the MLP: it is measured once.
+    """
+    first: dict[tuple[str, bool, int, int], int] = {}
+    swept: list[Unit] = []
+    twins = []
+    for one in heads:
+        site = units.site(*place_of(one))
+        place = (site.path, site.is_output, *site.spans[one.number])
+        if place not in first:
+            first[place] = len(swept)
+            swept.append(one)
+        twins.append(first[place])
+    return swept, twins
 
 
 def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, share: Shard) -> DiagnoseConfig:
@@ -176,13 +205,14 @@ def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, sha
 
 
 def _ablator(
-    model: Any, layout: HeadLayout, heads: Sequence[HeadId], rows: Sequence[Row], config: DiagnoseConfig
+    model: Any, units: UnitLayout, heads: Sequence[Unit], rows: Sequence[Row], config: DiagnoseConfig
 ) -> Ablator:
     filling = None
     assert config.batch_tokens != "auto"
     if config.ablation == "mean":
-        filling = mean_replacements(model, layout, rows, batch_tokens=config.batch_tokens)
-    return Ablator(model, layout, heads, can_resume(model, layout), filling)
+        sites = dict.fromkeys(units.site(*place_of(one)) for one in heads)
+        filling = mean_replacements(model, sites, rows, batch_tokens=config.batch_tokens)
+    return Ablator(model, units.heads, heads, can_resume(model, units.heads), filling, units)
 
 
 def _reply_counts(outcomes: Outcomes, config: DiagnoseConfig) -> dict[str, int] | None:
@@ -202,18 +232,23 @@ def _data_record(source: str | None, examples: Sequence[Example], rows: Sequence
 
 
 def _save_outcomes(
-    out: Path, heads: Sequence[HeadId], examples: Mapping[str, Sequence[Example]], measured: Mapping[str, Measured]
+    out: Path, heads: Sequence[Unit], examples: Mapping[str, Sequence[Example]], measured: Mapping[str, Measured]
 ) -> None:
     """`ablation.parquet`: head x example outcomes by objective, null where unscored."""
     tables = []
     for objective, outcomes in ((name, one.outcomes) for name, one in measured.items()):
         n_heads, n_examples = outcomes.ablated_HN.shape
+        # Of query heads alone the table is as it was before there were other units.
+        kinds = (
+            {} if all(h.kind == "q_head" for h in heads) else {"unit": np.repeat([h.kind for h in heads], n_examples)}
+        )
         tables.append(
             pa.table(
                 {
                     "objective": [objective] * (n_heads * n_examples),
+                    **kinds,
                     "layer": pa.array(np.repeat([h.layer for h in heads], n_examples), pa.int32()),
-                    "head": pa.array(np.repeat([h.head for h in heads], n_examples), pa.int32()),
+                    "head": pa.array(np.repeat([h.number for h in heads], n_examples), pa.int32()),
                     "example": [example.id for example in examples[objective]] * n_heads,
                     "baseline": pa.array(np.tile(outcomes.baseline_N, n_heads), from_pandas=True),
                     "ablated": pa.array(outcomes.ablated_HN.ravel(), from_pandas=True),
