@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,6 +101,14 @@ class HeadSelection:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of unit that are selected, query heads first."""
         return tuple(dict.fromkeys(kind for kind, _, _ in self.all_units))
+
+    @property
+    def counted(self) -> str:
+        """How many units of each kind are selected, in words."""
+        numbers = Counter(kind for kind, _, _ in self.all_units)
+        return (
+            ", ".join(f"{n} {'heads' if kind == 'q_head' else f'{kind}s'}" for kind, n in numbers.items()) or "0 heads"
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -56,6 +56,24 @@ class Certificate:
     changed_columns: int = 0
     selected_columns: int = 0
 
+    @property
+    def changed(self) -> str:
+        """How much of what may change has changed, in words."""
+        text = f"{self.changed_rows:,} of {self.selected_rows:,} selected rows"
+        if self.selected_columns:
+            text += f" and {self.changed_columns:,} of {self.selected_columns:,} selected columns"
+        return f"{text} changed"
+
+    @property
+    def n_units(self) -> int:
+        """How many heads and units of other kinds were selected."""
+        return len(self.selection) + len(self.units)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that hold a selected unit, sorted."""
+        return tuple(sorted({layer for layer, _ in self.selection} | {layer for _, layer, _ in self.units}))
+
     def save(self, path: str | Path) -> Path:
         """Write `certificate.json` into an adapter directory (or to the given file), atomically."""
         path = _named(path, "certificate.json")

@@ -129,7 +129,7 @@ def tune(
         raise
     run.wait()
     result = TuneResult.load(out)
-    if not result.certificate.changed_rows and Shard.is_main_process():
+    if not (result.certificate.changed_rows or result.certificate.changed_columns) and Shard.is_main_process():
         logger.warning(
             "the training changed no weight of the base in its dtype, %s: its updates are below the rounding; train "
             "for more steps, or with a learning_rate above %g",
