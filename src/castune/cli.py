@@ -15,7 +15,6 @@ from castune import __version__
 from castune.console import (
     say,
     selected_in,
-    selected_in,
     show_certificate,
     show_diagnosis,
     show_evaluations,

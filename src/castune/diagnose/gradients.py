@@ -104,13 +104,14 @@ def gram_matrices(layout: UnitLayout, units: Sequence[Unit], chunks: Sequence[di
         n_together = max(1, _MOST_ELEMENTS // n_elements)
         for start in range(0, len(owners), n_together):
             together = owners[start : start + n_together]
-            numbers = [number for number, _ in together]
+            # Numbers may repeat: gate and up of one group of neurons may lie in one projection.
+            numbers = torch.tensor([number for number, _ in together])
             blocks_CH = [torch.stack([part.of(chunk[path]) for _, part in together]) for chunk in chunks]
             n_rows = max(1, blocks_CH[0].shape[1] * _MOST_ELEMENTS // max(n_elements, _MOST_ELEMENTS))
             for pieces_C in zip(*(block.split(n_rows, dim=1) for block in blocks_CH), strict=True):
                 # float64: an inner product of ten thousands of products keeps ten digits, which a cosine near 1 needs.
                 parts_HCP = torch.stack([piece.flatten(1) for piece in pieces_C]).transpose(0, 1).double()
-                grams_HCC[numbers] += parts_HCP @ parts_HCP.transpose(1, 2)
+                grams_HCC.index_add_(0, numbers, parts_HCP @ parts_HCP.transpose(1, 2))
     return np.asarray(grams_HCC.numpy())
 
 
