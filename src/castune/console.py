@@ -73,7 +73,7 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
     """Work, time and memory of a diagnosis to come."""
     where = f"on one {accelerator}" if accelerator else "here"
     say(
-        f"{found.model_type}: {found.n_layers} layers, {found.n_heads} heads, "
+        f"{found.model_type}: {found.n_layers} layers, {found.n_heads} {found.what}, "
         f"{found.n_parameters / 1e6:,.1f} M parameters, {_gigabytes(found.weight_bytes)} of weights in {found.dtype}"
     )
     from rich.table import Table

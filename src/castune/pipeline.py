@@ -247,7 +247,11 @@ def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -
 def select_arm(folder: RunDirectory, name: ArmName, config: SelectConfig, cmap: ConflictMap) -> Arm:
     """Write the selection of the arm of that name; of the main one's size unless the name says another."""
     main = folder.main_selection()
-    size = (config.fraction or 1.0) if main is None else len(main.all_units) / main.n_total
+    size = config.fraction or 1.0
+    if main is not None:
+        size = len(main.heads) / main.n_total
+        if main.units:  # the same share of each kind, which rounds apart for each
+            size = main.fraction or (1 / main.buckets if main.buckets else len(main.all_units) / main.n_total)
     selection = select(
         cmap,
         zone=name.zone or "safe",

@@ -34,7 +34,7 @@ from castune.diagnose.domains import Utility, UtilitySet, utility_sets
 from castune.diagnose.grams import journaled_grams, measure_grams
 from castune.diagnose.maps import Results, conflict_map
 from castune.diagnose.objectives import Measured, Objectives
-from castune.diagnose.sweep import Ablator, Outcomes, place_of
+from castune.diagnose.sweep import Ablator, Outcomes, distinct, place_of
 from castune.errors import CastuneError, DataError, MapUnfinished
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def diagnose(
         # The first share's work, which costs no more than a few heads.
         grams = measure_grams(model, units, heads, rows, config, journal) if share.is_first else {}
         return_freed_memory()
-        swept, twins = _distinct(units, heads)
+        swept, twins = distinct(units, heads)
         ablator = _ablator(model, units, swept, list(chain(*rows.values())), config)
         objectives = Objectives(ablator, tokenizer, chat, config)
         of_utility = {one.objective: objectives.utility(one, journal, share) for one in sets}
@@ -168,25 +168,6 @@ def _layers(layout: HeadLayout, config: DiagnoseConfig) -> Sequence[int] | None:
         what = "layers" if of_mlps else "layers with heads"
         raise CastuneError(f"layers {list(layers)}: accepted are {what}, of 0 to {layout.n_layers - 1}")
     return layers
-
-
-def _distinct(units: UnitLayout, heads: Sequence[Unit]) -> tuple[list[Unit], list[int]]:
-    """The units that are ablated, and for each of all units which of them is ablated in its place.
-
-    Without a head's columns of the output projection the model is the same as without the head, and without the only
-    group of neurons the same as without the MLP: it is measured once.
-    """
-    first: dict[tuple[str, bool, int, int], int] = {}
-    swept: list[Unit] = []
-    twins = []
-    for one in heads:
-        site = units.site(*place_of(one))
-        place = (site.path, site.is_output, *site.spans[one.number])
-        if place not in first:
-            first[place] = len(swept)
-            swept.append(one)
-        twins.append(first[place])
-    return swept, twins
 
 
 def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, share: Shard) -> DiagnoseConfig:

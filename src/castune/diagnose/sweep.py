@@ -86,6 +86,25 @@ def place_of(head: Unit) -> tuple[str, int]:
     return head.kind, head.layer
 
 
+def distinct(units: UnitLayout, heads: Sequence[Unit]) -> tuple[list[Unit], list[int]]:
+    """The units that are ablated, and for each of all units which of them is ablated in its place.
+
+    Without a head's columns of the output projection the model is the same as without the head, and without the only
+    group of neurons the same as without the MLP: it is measured once.
+    """
+    first: dict[tuple[str, bool, int, int], int] = {}
+    swept: list[Unit] = []
+    twins = []
+    for one in heads:
+        site = units.site(*place_of(one))
+        place = (site.path, site.is_output, *site.spans[one.number])
+        if place not in first:
+            first[place] = len(swept)
+            swept.append(one)
+        twins.append(first[place])
+    return swept, twins
+
+
 class Measure(Protocol):
     """What a sweep measures.
 
