@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
 
 import castune
 from castune import CastuneError, ConflictMap, DiagnoseConfig, HeadLayout, UnsupportedArchitecture
-from castune.core.units import KINDS, UnitLayout
+from castune.core.ablation import can_resume
+from castune.core.generation import generate_replies
+from castune.core.journal import Journal
+from castune.core.shards import Shard
+from castune.core.units import KINDS, UnitLayout, unit
+from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
+from castune.diagnose.decode import RefusalMeasure
 from castune.diagnose.gradients import gradient_passes, gram_matrices, partial_gradients
 from castune.diagnose.groups import ablate_groups
+from castune.diagnose.sweep import Ablator, sweep
 
 MARGIN = DiagnoseConfig(measure="margin", max_new_tokens=4, mlp_groups=3)
 ROWS = [
@@ -137,8 +146,6 @@ def test_domains_and_several_kinds(
     np.testing.assert_allclose(
         cmap.column("conflict_score"), np.mean([d.column("conflict_score") for d in cmap.domains.values()], axis=0)
     )
-    import pyarrow.parquet as pq
-
     outcomes = pq.read_table(tmp_path / "ablation.parquet").to_pandas()
     assert set(outcomes["unit"]) == {"q_head", "mlp_block"}
     assert len(outcomes) == len(cmap) * (len(harmful) + len(questions))
@@ -147,8 +154,6 @@ def test_domains_and_several_kinds(
 def test_groups_of_one_unit_are_the_map(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], harmful: list[Example]
 ) -> None:
-    from castune.core.units import unit
-
     model = tiny_model("phi3")
     config = MARGIN.model_copy(update={"units": ("k_groups", "mlp_groups")})
     data: dict[str, Any] = {"safety": harmful, "utility": questions, "config": config}
@@ -166,8 +171,6 @@ def test_an_interrupted_diagnosis_of_units_continues_to_the_same_map(
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from castune.core.journal import Journal
-
     model = tiny_model("llama")
     config = MARGIN.model_copy(update={"units": ("v_groups", "q_heads", "mlp_groups")})
     data: dict[str, Any] = {"safety": harmful, "utility": questions, "config": config}
@@ -190,6 +193,54 @@ def test_an_interrupted_diagnosis_of_units_continues_to_the_same_map(
             n_stops += 1
     assert n_stops > 3
     assert found.table.equals(expected.table)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_replies_without_a_unit_are_those_of_a_model_with_zeroed_weights(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], family: str
+) -> None:
+    """Verified, and decoded from recorded keys and values (a KV group's own among them), against plain generation."""
+
+    def chance_judge(_prompts: Any, replies: Any) -> list[bool | None]:
+        """A random model never says "I cannot"."""
+        return [None if not reply else sum(reply.encode()) % 2 == 0 for reply in replies]
+
+    model, harmful = tiny_model(family, seed=3), harmful[:3]
+    layout = UnitLayout.of(model, HeadLayout.of(model), ("k_groups", "v_groups", "mlp_groups"), n_mlp_groups=2)
+    chat, ablator = (
+        ChatFormat(tiny_tokenizer),
+        Ablator(model, layout.heads, layout.units, can_resume(model, layout.heads), units=layout),
+    )
+    prompts = [chat.prompt_ids(example)[0] for example in harmful]
+    options: dict[str, Any] = {"end_tokens": chat.end_tokens(model), "max_new_tokens": 6, "batch_tokens": 600}
+    replies = generate_replies(model, tiny_tokenizer, prompts, **options)
+    measure = RefusalMeasure(
+        ablator, tiny_tokenizer, prompts, [e.prompt for e in harmful], replies, judge=chance_judge,
+        is_settled=lambda _: False, **options,
+    )  # fmt: skip
+    found = sweep("safety", ablator, measure, journal=Journal.of(None, 0), shard=Shard())
+    assert found is not None
+    assert found.n_decoded > 0
+    expected = []
+    for one in layout.units:
+        crippled = copy.deepcopy(model)
+        for part in layout.parts(one):
+            module = crippled.get_submodule(part.path)
+            with torch.no_grad():
+                part.of(module.weight)[:] = 0
+                if part.axis == 0 and module.bias is not None:
+                    module.bias[part.at] = 0
+        texts = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            output = crippled.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
+                eos_token_id=options["end_tokens"], pad_token_id=257,
+            )  # fmt: skip
+            texts.append(tiny_tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+        expected.append([np.nan if v is None else float(v) for v in chance_judge(None, texts)])
+    assert len({tuple(row) for row in expected}) > 2, "outcomes must vary over units"
+    np.testing.assert_array_equal(found.ablated_HN, expected)
 
 
 # -- planted conflicts
