@@ -27,6 +27,7 @@ from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.modes import evaluation_mode
 from castune.core.shards import Shard
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.diagnose.gradients import gram_matrices, partial_gradients
 from castune.diagnose.measurements import Domain, Measurements
@@ -78,14 +79,13 @@ def measured(
                     for examples in (safety, utility)
                     for chunk in partial_gradients(
                         model,
-                        layout,
-                        layout.layers_with_heads,
+                        [layout.at(layer).query_path for layer in layout.layers_with_heads],
                         [chat.loss_row(example) for example in examples],
                         n_chunks=n // CHUNK,
                         batch_tokens=2048,
                     )
                 ]
-            np.save(gram_file, gram_matrices(layout, layout.layers_with_heads, chunks))
+            np.save(gram_file, gram_matrices(UnitLayout(layout), layout.heads, chunks))
         objectives = Objectives(
             Ablator(model, layout, layout.heads, can_resume(model, layout)), tokenizer, chat, config
         )

@@ -14,6 +14,7 @@ import typer
 from castune import __version__
 from castune.console import (
     say,
+    selected_in,
     show_certificate,
     show_diagnosis,
     show_drift,
@@ -47,6 +48,13 @@ SafetyLimitOption = Annotated[Optional[int], typer.Option(help="Examples of D_sa
 UtilityLimitOption = Annotated[Optional[int], typer.Option(help="Examples of D_util, of each domain; all when absent.")]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens of a reply that the judge sees.")]
 MarginTokensOption = Annotated[int, typer.Option(help="First tokens of two replies that a margin compares.")]
+UnitsOption = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated kinds of unit: q_heads (the paper), k_groups, v_groups, o_heads, mlp_blocks, mlp_groups."
+    ),
+]
+MlpGroupsOption = Annotated[int, typer.Option(help="Groups that the neurons of a layer are cut into (mlp_groups).")]
 JudgeOption = Annotated[
     str,
     typer.Option(
@@ -188,6 +196,8 @@ def plan(
     max_new_tokens: MaxNewTokensOption = 24,
     margin_tokens: MarginTokensOption = 8,
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
+    units: UnitsOption = "q_heads",
+    mlp_groups: MlpGroupsOption = 8,
     accelerator: Annotated[
         Optional[str], typer.Option(help="a100, h100, h200 or l40s: project from its data sheet, measure nothing.")
     ] = None,
@@ -213,7 +223,13 @@ def plan(
         seed=seed,
         safety={"source": safety, "limit": safety_limit},
         utility=_utility(utility, utility_limit),
-        diagnose={"max_new_tokens": max_new_tokens, "margin_tokens": margin_tokens, "batch_tokens": batch_tokens},
+        diagnose={
+            "max_new_tokens": max_new_tokens,
+            "margin_tokens": margin_tokens,
+            "batch_tokens": batch_tokens,
+            "units": _names(units),
+            "mlp_groups": mlp_groups,
+        },
     )
     found, notes = pipeline.plan_diagnosis(recipe, accelerator=accelerator, decoded_share=decoded_share)
     show_plan(found, notes, accelerator)
@@ -242,6 +258,8 @@ def diagnose(
         Optional[str], typer.Option(metavar="I/N", help="Do share I of N; the jobs have --out in common.")
     ] = None,
     layers: Annotated[Optional[str], typer.Option(help="Only these layers, e.g. 0,15,29.")] = None,
+    units: UnitsOption = "q_heads",
+    mlp_groups: MlpGroupsOption = 8,
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 21,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -261,6 +279,8 @@ def diagnose(
         "sensitivity_rank": sensitivity_rank,
         "batch_tokens": int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens,
         "layers": _integers(layers, "--layers"),
+        "units": _names(units),
+        "mlp_groups": mlp_groups,
         "domains": domains,
     }
     recipe = Recipe.of(
@@ -324,8 +344,9 @@ def select(
     )
     arm = folder.side_arm(arm_name(chosen)) if beside else folder.main_arm(chosen)
     chosen.save(arm.folder)
+    what = f"units ({chosen.counted})" if chosen.units else "heads"
     say(
-        f"{arm.name}: {len(chosen.heads)} of {chosen.n_total} heads in {len(chosen.layers)} layers: "
+        f"{arm.name}: {len(chosen.all_units)} of {chosen.n_total} {what} in {len(chosen.layers)} layers: "
         f"{arm.selection_file}"
     )
 
@@ -461,7 +482,7 @@ def tune(
         return
     budget = result.budget
     say(
-        f"{trained.name}: {budget['heads']} heads, {budget['trainable_parameters']:,} trainable parameters, "
+        f"{trained.name}: {selected_in(budget)}, {budget['trainable_parameters']:,} trainable parameters, "
         f"{result.steps} steps"
     )
     show_surgery(trained.name, result)
@@ -577,9 +598,8 @@ def export(
     done = write(source, out, merged=merged, arm=arm, base=base, dtype=dtype)
     if done.merging is not None:
         say(
-            f"merged ({done.merging.dtype}) and read back: {done.certificate.changed_rows:,} of "
-            f"{done.certificate.selected_rows:,} selected rows changed; {done.merging.identical_tensors:,} other "
-            f"tensors and {done.merging.identical_rows:,} unselected rows bit-identical to the base"
+            f"merged ({done.merging.dtype}) and read back: {done.certificate.changed}; "
+            f"{done.merging.identical_tensors:,} other tensors and {done.merging.identical} bit-identical to the base"
         )
     say(f"{'model' if merged else 'adapter'}: {done.path}")
 
@@ -776,6 +796,10 @@ def _integers(text: str | None, option: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise CastuneError(f"{option} {text}: expected numbers separated by commas, for example 0,15,29") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

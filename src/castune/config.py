@@ -21,6 +21,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 SurgeryGranularity = Literal["global", "tensor", "head"]
+UnitKind = Literal["q_heads", "k_groups", "v_groups", "o_heads", "mlp_blocks", "mlp_groups"]
 
 
 class _Config(BaseModel):
@@ -109,11 +110,26 @@ class DiagnoseConfig(_Config):
     """`difference`: Eq. 5, exp(rank - rank). `of-difference`: exp(rank of the difference), the scale of Table 7."""
     gradient_chunks: Annotated[int, Field(ge=2)] = 8
     """Parts of each set whose gradients are kept apart for the standard error of O(h)."""
+    gradient_memory: Annotated[float, Field(gt=0)] = 40
+    """Gigabytes that these parts may take together (in float32, in the memory of the CPU); what does not fit is
+    measured in further passes over the examples. One projection at least is measured at a time."""
+    units: tuple[UnitKind, ...] = ("q_heads",)
+    """What is diagnosed (`core.units`): the paper's query heads, KV groups by their keys or values, columns of the
+    output projection by head, whole MLPs, groups of MLP neurons. Ranks are within a kind."""
+    mlp_groups: Count = 8
+    """Into how many equal groups the neurons of a layer are cut, for `mlp_groups`."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Diagnose these layers only; ranks are then among their heads. All layers when absent."""
     domains: Literal["mean", "worst"] = "mean"
     """How the maps of several utility domains become one. `mean`: of every column. `worst`: a head's row is that of
     the domain in which its C is highest."""
+
+    @field_validator("units")
+    @classmethod
+    def _some_units(cls, units: tuple[str, ...]) -> tuple[str, ...]:
+        if not units or len(set(units)) != len(units):
+            raise ValueError("needs at least one kind of unit, each named once")
+        return units
 
 
 class SelectConfig(_Config):

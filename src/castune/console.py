@@ -29,8 +29,10 @@ def show_diagnosis(cmap: ConflictMap) -> None:
     baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
     domains = metadata.get("domains", {})
     of_domains = f" of {len(domains)} domains ({metadata['combined']})" if domains else ""
+    kinds = metadata.get("kinds", {})
+    counted = ", ".join(f"{found['n']} {kind}s" for kind, found in kinds.items()) or f"{len(cmap)} heads"
     say(
-        f"{len(cmap)} heads, measure {metadata['settings']['measure']}, "
+        f"{counted}, measure {metadata['settings']['measure']}, "
         f"n = {metadata['data']['utility']['n']} questions{of_domains} and {metadata['data']['safety']['n']} harmful "
         f"prompts, {metadata['seconds']:.0f} s"
     )
@@ -47,6 +49,8 @@ def show_diagnosis(cmap: ConflictMap) -> None:
         f"  safe zones of two halves of the examples overlap by {_number(zones['safe'])} "
         f"({_number(zones['safe_by_chance'])} by chance)"
     )
+    for kind, found in kinds.items():
+        say(f"  {kind}s: reliability of C {_number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():
         say(
             f"  domain {name} (n = {record['data']['n']}): accuracy {_rate(record['utility_accuracy'])}, reliability "
@@ -86,7 +90,7 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
     """Work, time and memory of a diagnosis to come."""
     where = f"on one {accelerator}" if accelerator else "here"
     say(
-        f"{found.model_type}: {found.n_layers} layers, {found.n_heads} heads, "
+        f"{found.model_type}: {found.n_layers} layers, {found.n_heads} {found.what}, "
         f"{found.n_parameters / 1e6:,.1f} M parameters, {_gigabytes(found.weight_bytes)} of weights in {found.dtype}"
     )
     from rich.table import Table
@@ -142,12 +146,18 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
+def selected_in(budget: dict[str, int]) -> str:
+    """How many units of each kind are trained."""
+    others = [f"{n} {name}" for name, n in budget.items() if name.endswith(("_groups", "_heads", "_blocks"))]
+    return ", ".join([f"{budget['heads']} heads"] * bool(budget["heads"] or not others) + others)
+
+
 def show_certificate(certificate: Certificate) -> None:
     """What an adapter changes, and what it was proven not to change."""
-    say(
-        f"certificate: {certificate.changed_rows:,} of {certificate.selected_rows:,} selected rows changed, "
-        f"{certificate.checked_rows:,} other rows of the adapted layers and all other tensors bit-identical"
-    )
+    others = f"{certificate.checked_rows:,} other rows"
+    if certificate.selected_columns:
+        others += f" and {certificate.checked_columns:,} columns"
+    say(f"certificate: {certificate.changed}, {others} of the adapted layers and all other tensors bit-identical")
 
 
 def show_masked(masked: MaskedAdapter) -> None:

@@ -22,7 +22,7 @@ from castune.diagnose.domains import Utility
 from castune.diagnose.drift import N_RESAMPLES, N_SPLITS, drift, kept_heads, zone_changes
 from castune.diagnose.run import diagnose, measure_gradients
 from castune.diagnose.stored import GRADIENTS_FILE, OUTCOMES_FILE, stored_measurements
-from castune.errors import ArtifactError, MapUnfinished
+from castune.errors import ArtifactError, CastuneError, MapUnfinished
 from castune.pipeline import diagnose_step, load_calibration
 from castune.run_directory import Arm, RunDirectory
 from castune.select import select
@@ -51,7 +51,12 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
         MapUnfinished: this share is done, others are missing.
     """
     recipe, arm = folder.load_recipe(), folder.arm(name)
-    selection = folder.load_selection(arm, folder.load_map())
+    cmap = folder.load_map()
+    if cmap.kinds != ["q_head"]:
+        raise CastuneError(
+            f"{folder.path}: drift is measured on maps of query heads; this one has {', '.join(cmap.kinds)}"
+        )
+    selection = folder.load_selection(arm, cmap)
     adapters = _adapters(folder, arm, selection)
     safety, utility = load_calibration(recipe)
     model, tokenizer = load_model(recipe)

@@ -50,7 +50,7 @@ def export(
     Args:
         source: a run directory, or an adapter directory with a certificate.
         out: the directory to write; it must be empty or absent, and is complete or absent afterwards.
-        merged: the whole model in transformers format, in which only the selected query rows differ from the base.
+        merged: the whole model in transformers format; only the selected rows and columns differ from the base.
         arm: the arm of a run; the main one when absent.
         base: the base model; the run's, or the one the adapter names, when absent.
         dtype: of the merged model; `auto` is the dtype the base is stored in.
@@ -81,7 +81,7 @@ def export(
     loaded, tokenizer = load(model, dtype=_stored_dtype(model, revision, dtype), device="cpu", revision=revision)
     with new_directory(out) as aside:
         done = write_merged(loaded, tokenizer, adapter, selection, aside)
-        merging = Merging(done.dtype, done.identical_tensors, done.identical_rows)
+        merging = Merging(done.dtype, done.identical_tensors, done.identical_rows, done.identical_columns)
         facts = replace(facts, certificate=done.certificate, merging=merging)
         write_text(aside / "README.md", model_card(facts))
         # The record of what the certificate in the card says, in the dtype of the merged model.
@@ -151,9 +151,11 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
         bucket=None,
         score="conflict",
         seed=None,
-        n_total=masked.n_total if masked else len(certificate.selection),
+        n_total=masked.n_total if masked else len(certificate.selection) + len(certificate.units),
         model_fingerprint=certificate.model_fingerprint,
         conflict_map_hash=None,
+        units=certificate.units,
+        mlp_groups=certificate.mlp_groups,
     )
     facts = CardFacts(
         model=model,

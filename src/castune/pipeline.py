@@ -19,6 +19,7 @@ from castune.config import DataConfig, DiagnoseConfig, Recipe, SelectConfig, Tun
 from castune.core.loading import device_of, find_default_gguf, load_config, load_model, torch_dtype_of
 from castune.core.provenance import fingerprint, provenance
 from castune.core.shards import Shard
+from castune.core.units import unit
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.sources import examples
 from castune.diagnose.domains import Utility, utility_hash, utility_sets
@@ -219,15 +220,16 @@ def group_step(
         error and the sum over its heads ablated one at a time.
     """
     cmap = folder.load_map(fingerprint(model))
-    groups = [select(cmap, buckets=buckets, bucket=number).heads for number in range(1, buckets + 1)]
-    shifts = ablate_groups(model, tokenizer, groups=groups, safety=safety, utility=utility, config=recipe.diagnose)
-    row_of = {head: row for row, head in enumerate(cmap.heads)}
+    groups = [select(cmap, buckets=buckets, bucket=number).all_units for number in range(1, buckets + 1)]
+    of_groups = [[unit(*one) for one in group] for group in groups]
+    shifts = ablate_groups(model, tokenizer, groups=of_groups, safety=safety, utility=utility, config=recipe.diagnose)
+    row_of = {one: row for row, one in enumerate(cmap.units)}
     # The combined map may hold of each head the shift on its worst domain only.
     maps = list(cmap.domains.values()) or [cmap]
     records = []
-    for number, heads in enumerate(groups):
-        rows = [row_of[head] for head in heads]
-        record: dict[str, Any] = {"bucket": number + 1, "heads": len(heads)}
+    for number, group in enumerate(groups):
+        rows = [row_of[one] for one in group]
+        record: dict[str, Any] = {"bucket": number + 1, "heads": len(group)}
         for name in ("utility_shift", "safety_shift"):
             error = float(getattr(shifts, f"{name}_se")[number])
             record[name] = float(getattr(shifts, name)[number])
@@ -258,7 +260,11 @@ def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -
 def select_arm(folder: RunDirectory, name: ArmName, config: SelectConfig, cmap: ConflictMap) -> Arm:
     """Write the selection of the arm of that name; of the main one's size unless the name says another."""
     main = folder.main_selection()
-    size = (config.fraction or 1.0) if main is None else len(main.heads) / main.n_total
+    size = config.fraction or 1.0
+    if main is not None:
+        size = len(main.heads) / main.n_total
+        if main.units:  # the same share of each kind, which rounds apart for each
+            size = main.fraction or (1 / main.buckets if main.buckets else len(main.all_units) / main.n_total)
     selection = select(
         cmap,
         zone=name.zone or "safe",
@@ -313,7 +319,7 @@ def tune_step(
             _check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
         logger.info("tuning %s: already there", arm.name)
         return result
-    logger.info("tuning %s: %d heads, %d examples", arm.name, len(selection.heads), len(data))
+    logger.info("tuning %s: %s, %d examples", arm.name, selection.counted, len(data))
     result = tune(
         model,
         tokenizer,

@@ -243,7 +243,8 @@ class RunDirectory:
                 f"{arm.adapter}: the adapter ({found}) is not the one its certificate was made for "
                 f"({certificate.adapter_hash}); run: {again}"
             )
-        if certificate.selection != selection.heads or certificate.model_fingerprint != selection.model_fingerprint:
+        wanted = (selection.heads, selection.units, selection.mlp_groups, selection.model_fingerprint)
+        if (certificate.selection, certificate.units, certificate.mlp_groups, certificate.model_fingerprint) != wanted:
             raise ArtifactError(f"{arm.adapter} was made for another selection than {arm.selection_file}; run: {again}")
 
     def load_evaluations(self) -> dict[str, EvalResult]:

@@ -1,4 +1,4 @@
-"""From a conflict map to the heads that are trained (Section 3.5 of the paper). Pure."""
+"""From a conflict map to the heads, or units of other kinds, that are trained (Section 3.5 of the paper). Pure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from castune.arms import SEEDED_ZONES, ZONES
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.core.ranking import by_descending, equal_parts
 from castune.errors import CastuneError
+
+Unit = tuple[str, int, int]
+"""Kind, layer, number."""
 
 SCORE_COLUMNS = {
     "conflict": "conflict_score",
@@ -31,13 +34,14 @@ def select(
     """Choose heads by their score.
 
     Heads are sorted by score, highest first; equal scores keep the order of layer and head, so that a selection is
-    reproducible.
+    reproducible. With several kinds of unit in the map everything is done within each kind, so that each gives the same
+    share of its units: scores are made of ranks within a kind and do not compare between kinds.
 
     Args:
         cmap: the conflict map.
         zone: `safe` takes the lowest scores, `risky` the highest, `random` any (by `seed`), `layer-matched` any with as
             many in each layer as `safe` (which tells whether the heads matter or only their layers), `all` all heads.
-        fraction: share of heads in (0, 1], rounded to the nearest number of heads, at least one.
+        fraction: share of heads (of the units of each kind) in (0, 1], rounded to the nearest number, at least one.
         buckets: cut the sorted heads into this many equal buckets B_1..B_M; sizes differ by at most one.
         bucket: take this bucket, 1 (highest scores) to `buckets`; `zone` and `fraction` are then not used.
         score: `conflict` C(h), `gradient` O(h) alone, `sensitivity` S(h) alone (Table 8).
@@ -48,34 +52,47 @@ def select(
     """
     if score not in SCORE_COLUMNS:
         raise CastuneError(f"score is {score!r}, accepted: {', '.join(SCORE_COLUMNS)}")
-    ordered = by_descending(cmap.heads, cmap.column(SCORE_COLUMNS[score]))
+    scores = cmap.column(SCORE_COLUMNS[score])
+    ordered_by_kind = [
+        by_descending([cmap.units[row] for row in rows], scores[rows]) for rows in map(cmap.rows_of, cmap.kinds)
+    ]
+    chosen: list[Unit] = []
+    share = None
     if buckets is not None or bucket is not None:
         if buckets is None or bucket is None:
             raise CastuneError("buckets and bucket go together, for example --buckets 4 --bucket 1")
-        if not 1 <= buckets <= len(ordered):
-            raise CastuneError(f"buckets is {buckets}, accepted: 1 to {len(ordered)}, the number of heads")
+        fewest = min(map(len, ordered_by_kind))
+        if not 1 <= buckets <= fewest:
+            raise CastuneError(f"buckets is {buckets}, accepted: 1 to {fewest}, the number of heads")
         if not 1 <= bucket <= buckets:
             raise CastuneError(f"bucket is {bucket}, accepted: 1 (highest conflict) to {buckets}")
-        chosen, zone, share = equal_parts(ordered, buckets)[bucket - 1], "bucket", None
+        zone = "bucket"
+        for ordered in ordered_by_kind:
+            chosen += equal_parts(ordered, buckets)[bucket - 1]
     else:
         if not 0 < fraction <= 1 or math.isnan(fraction):
             raise CastuneError(f"fraction is {fraction}, accepted: above 0, at most 1")
-        chosen, share = _zone(ordered, zone, max(1, round(fraction * len(ordered))), seed), fraction
+        share = fraction
+        for ordered in ordered_by_kind:
+            chosen += _zone(ordered, zone, max(1, round(fraction * len(ordered))), seed)
+    units = tuple(one for one in chosen if one[0] != "q_head")
     return HeadSelection(
-        heads=tuple(chosen),
+        heads=tuple((layer, head) for kind, layer, head in chosen if kind == "q_head"),
         zone=zone,
         fraction=1.0 if zone == "all" else share,
         buckets=buckets,
         bucket=bucket,
         score=score,
         seed=seed if zone in SEEDED_ZONES else None,
-        n_total=len(ordered),
+        n_total=len(cmap),
         model_fingerprint=cmap.fingerprint,
         conflict_map_hash=cmap.content_hash,
+        units=units,
+        mlp_groups=cmap.mlp_groups,
     )
 
 
-def _zone(ordered: list[tuple[int, int]], zone: str, count: int, seed: int | None) -> list[tuple[int, int]]:
+def _zone(ordered: list[Unit], zone: str, count: int, seed: int | None) -> list[Unit]:
     if zone == "safe":
         return ordered[-count:]
     if zone == "risky":
@@ -85,13 +102,15 @@ def _zone(ordered: list[tuple[int, int]], zone: str, count: int, seed: int | Non
     if zone in SEEDED_ZONES:
         if seed is None:
             raise CastuneError(f"a {zone} selection needs a seed, for example --seed 21")
-        generator = random.Random(seed)
+        kind = ordered[0][0]
+        # Kinds with as many units must not get the same draws.
+        generator = random.Random(seed if kind == "q_head" else f"{seed} {kind}")
         if zone == "random":
             return generator.sample(sorted(ordered), count)
-        layers = Counter(layer for layer, _ in ordered[-count:])
+        layers = Counter(layer for _, layer, _ in ordered[-count:])
         return [
-            head
+            one
             for layer, n in sorted(layers.items())
-            for head in generator.sample(sorted(h for h in ordered if h[0] == layer), n)
+            for one in generator.sample(sorted(other for other in ordered if other[1] == layer), n)
         ]
     raise CastuneError(f"zone is {zone!r}, accepted: {', '.join(ZONES)}")

@@ -89,9 +89,11 @@ def test_artifacts_know_no_model_library() -> None:
             assert not re.search(r"^\s*(?:from|import) (?:torch|transformers|peft)\b", text, re.MULTILINE), path
 
 
-def test_only_one_file_knows_architectures() -> None:
+def test_few_files_know_architectures() -> None:
+    """One a kind of place: attention heads, keys and values, MLPs."""
     names = re.compile(
-        r"\b(?:[qkv]_proj|o_proj|qkv_proj|c_attn|c_proj|query_key_value|Wqkv|out_proj|self_attn|LlamaAttention)\b"
+        r"\b(?:[qkv]_proj|o_proj|qkv_proj|c_attn|c_proj|query_key_value|Wqkv|out_proj|self_attn|LlamaAttention"
+        r"|(?:gate|up|down|gate_up)_proj|c_fc|fc1|fc2|dense_h_to_4h|dense_4h_to_h)\b"
     )
     knowing = {}
     for path in FILES:
@@ -113,7 +115,7 @@ def test_only_one_file_knows_architectures() -> None:
         }  # fmt: skip
         if hits:
             knowing[str(path.relative_to(SRC))] = hits
-    assert set(knowing) == {"core/heads.py"}, knowing
+    assert set(knowing) == {"core/heads.py", "core/key_values.py", "core/mlps.py"}, knowing
 
 
 def test_hooks_are_registered_in_few_places() -> None:
@@ -123,7 +125,8 @@ def test_hooks_are_registered_in_few_places() -> None:
         if re.search(r"\.register_\w*hook\(", path.read_text(encoding="utf-8"))
     }
     # losses.py: float32 logits from a 16-bit output head, which is no matter of heads.
-    assert places <= {"core/heads.py", "core/ablation.py", "core/losses.py"}
+    probes = {"core/heads.py", "core/key_values.py", "core/mlps.py"}
+    assert places <= {*probes, "core/ablation.py", "core/losses.py"}
 
 
 def loaded_after(code: str) -> set[str]:

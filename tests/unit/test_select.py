@@ -196,3 +196,63 @@ def test_layer_matched_heads_are_drawn_from_all_heads_of_a_layer() -> None:
 def test_layer_matched_needs_a_seed() -> None:
     with pytest.raises(CastuneError, match="layer-matched selection needs a seed"):
         select(make_map([1.0, 2.0]), zone="layer-matched")
+
+
+# -- several kinds of unit
+
+
+def mixed_map() -> ConflictMap:
+    """Twelve query heads, twelve columns of heads and six groups of neurons, whose scores are ten times as high."""
+    kinds = ["q_head"] * 12 + ["o_head"] * 12 + ["mlp_group"] * 6
+    places = [(i // 4, i % 4) for i in range(12)] * 2 + [(i // 2, i % 2) for i in range(6)]
+    scores = [*range(12), *range(12, 0, -1), *(10 * i for i in range(1, 7))]
+    columns = {field.name: [0.5] * 30 for field in SCHEMA}
+    columns |= {
+        "unit": kinds, "layer": [layer for layer, _ in places], "head": [head for _, head in places],
+        "conflict_score": [float(score) for score in scores], "bucket": [1] * 30,
+    }  # fmt: skip
+    metadata = {"model": {"fingerprint": "abc"}, "settings": {"mlp_groups": 2}}
+    return ConflictMap(pa.table(columns, schema=SCHEMA), metadata)
+
+
+def test_every_kind_gives_the_same_share() -> None:
+    """Whatever the scale of its scores."""
+    safe = select(mixed_map(), zone="safe", fraction=1 / 3)
+    assert safe.heads == ((0, 0), (0, 1), (0, 2), (0, 3))
+    assert safe.units == (
+        ("mlp_group", 0, 0), ("mlp_group", 0, 1), ("o_head", 2, 0), ("o_head", 2, 1), ("o_head", 2, 2), ("o_head", 2, 3),
+    )  # fmt: skip
+    assert (safe.n_total, safe.mlp_groups, safe.fraction) == (30, 2, 1 / 3)
+    assert safe.kinds == ("q_head", "mlp_group", "o_head")
+    assert safe.layers == (0, 2)
+    risky = select(mixed_map(), zone="risky", fraction=1 / 3)
+    assert len(risky.heads) == 4
+    assert ("mlp_group", 2, 1) in risky.units
+    assert len(select(mixed_map(), zone="all").all_units) == 30
+
+
+def test_buckets_partition_every_kind() -> None:
+    parts = [select(mixed_map(), buckets=3, bucket=number) for number in (1, 2, 3)]
+    assert sorted(one for part in parts for one in part.all_units) == sorted(mixed_map().units)
+    assert [(len(part.heads), len(part.units)) for part in parts] == [(4, 6)] * 3
+    assert ("mlp_group", 2, 1) in parts[0].units
+    with pytest.raises(CastuneError, match="accepted: 1 to 6"):
+        select(mixed_map(), buckets=7, bucket=1)
+
+
+def test_random_draws_of_kinds_are_not_the_same() -> None:
+    drawn = select(mixed_map(), zone="random", fraction=0.5, seed=3)
+    assert drawn == select(mixed_map(), zone="random", fraction=0.5, seed=3)
+    columns = {(layer, number) for kind, layer, number in drawn.units if kind == "o_head"}
+    assert len(drawn.heads) == len(columns) == 6
+    assert set(drawn.heads) != columns
+    # Query heads are drawn as they are without other units.
+    alone = ConflictMap(mixed_map().table.slice(0, 12), {"model": {"fingerprint": "abc"}})
+    assert drawn.heads == select(alone, zone="random", fraction=0.5, seed=3).heads
+
+
+def test_layer_matched_draws_match_the_layers_of_each_kind() -> None:
+    matched, safe = (select(mixed_map(), zone=zone, fraction=1 / 3, seed=1) for zone in ("layer-matched", "safe"))
+    for kind in ("q_head", "o_head", "mlp_group"):
+        layers = [sorted(layer for k, layer, _ in one.all_units if k == kind) for one in (matched, safe)]
+        assert layers[0] == layers[1]

@@ -1,4 +1,4 @@
-"""The conflict map: one row a head, and what it was measured from."""
+"""The conflict map: one row a head, or unit of another kind, and what it was measured from."""
 
 from __future__ import annotations
 
@@ -60,9 +60,12 @@ class ConflictMap:
     """O(h), H(h), S(h) and C(h) of every head (Eqs. 2-6 of the paper).
 
     Attributes:
-        table: the columns of `SCHEMA`, sorted by layer and head.
+        table: the columns of `SCHEMA`, kind by kind of unit, sorted by layer and head (number of the unit). Ranks and
+            buckets are within a kind: shifts and gradients of a whole MLP and of a head have other scales.
         metadata: model, data, settings, baselines, ties, reliability, seconds, provenance; plain JSON. With several
-            utility domains also `domains`, a record each, and `combined`, how their maps became this one.
+            utility domains also `domains`, a record each, and `combined`, how their maps became this one. With several
+            kinds of unit also `kinds`: n, ties and reliability of each; `ties`, `reliability` (its warnings aside,
+            which are those of all) and what `domains` tells are those of the first kind.
         domains: the map of each utility domain by name, where there are several.
     """
 
@@ -94,6 +97,37 @@ class ConflictMap:
     def heads(self) -> list[tuple[int, int]]:
         """(layer, head) of every row."""
         return list(zip(self.table["layer"].to_pylist(), self.table["head"].to_pylist(), strict=True))
+
+    @property
+    def units(self) -> list[tuple[str, int, int]]:
+        """(kind, layer, number) of every row; kinds are `q_head` and those of `castune.core.units`."""
+        return [(kind, layer, index) for kind, (layer, index) in zip(self._kinds, self.heads, strict=True)]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of unit there are, in the order of the rows."""
+        return list(dict.fromkeys(self._kinds))
+
+    def rows_of(self, kind: str) -> list[int]:
+        """Numbers of the rows of a kind of unit."""
+        return [row for row, found in enumerate(self._kinds) if found == kind]
+
+    def only(self, kind: str) -> ConflictMap:
+        """The rows of one kind of unit, to be shown: its metadata are those of the whole map."""
+        if self.kinds == [kind]:
+            return self
+        metadata = {key: value for key, value in self.metadata.items() if key != "domains"}
+        domains = {name: cmap.only(kind) for name, cmap in self.domains.items()}
+        return ConflictMap(self.table.take(self.rows_of(kind)), metadata, domains)
+
+    @property
+    def mlp_groups(self) -> int | None:
+        """Into how many groups the neurons of a layer were cut; None in a map without such groups."""
+        return int(self.metadata["settings"]["mlp_groups"]) if "mlp_group" in self.kinds else None
+
+    @property
+    def _kinds(self) -> list[str]:
+        return [str(kind) for kind in self.table["unit"].to_pylist()]
 
     @property
     def fingerprint(self) -> str:

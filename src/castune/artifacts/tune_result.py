@@ -12,6 +12,8 @@ _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
 TUNE_FILE = "tune.json"
 SNAPSHOTS = "snapshots"
+# Fields that only certificates with units of other kinds than query heads have.
+_OF_UNITS = ("units", "mlp_groups", "checked_columns", "changed_columns", "selected_columns")
 
 
 def adapter_hash(adapter: Path) -> str:
@@ -27,18 +29,24 @@ def snapshots_of(adapter: Path) -> dict[int, Path]:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Proof that an adapter changes nothing but the query rows of the selected heads.
+    """Proof that an adapter changes nothing but the rows and columns that the selected heads and other units own.
 
     Attributes:
         model_fingerprint: the base model.
         selection: the selected (layer, head) pairs.
         adapter_hash: hash of the adapter's weights and configuration (`adapter_hash`).
-        checked_rows: query rows outside the selection that were compared bit by bit, all identical.
+        checked_rows: rows of the adapted projections outside the selection that were compared bit by bit, all
+            identical; of query heads alone these are query rows.
         checked_tensors: tensors of the merged model compared bit by bit with the base, all identical outside
             the selected rows.
-        changed_rows: selected query rows whose merged weight differs from the base.
-        selected_rows: query rows of the selected heads.
+        changed_rows: selected rows whose merged weight differs from the base.
+        selected_rows: rows of the selected heads and other units.
         largest_change: largest absolute change of a merged weight.
+        units: the selected (kind, layer, number) of other kinds than query heads.
+        mlp_groups: into how many groups the neurons of a layer are cut; None without such groups.
+        checked_columns: as `checked_rows`, of projections of which units own columns.
+        changed_columns: as `changed_rows`.
+        selected_columns: as `selected_rows`.
     """
 
     model_fingerprint: str
@@ -49,11 +57,36 @@ class Certificate:
     changed_rows: int
     selected_rows: int
     largest_change: float
+    units: tuple[tuple[str, int, int], ...] = ()
+    mlp_groups: int | None = None
+    checked_columns: int = 0
+    changed_columns: int = 0
+    selected_columns: int = 0
+
+    @property
+    def changed(self) -> str:
+        """How much of what may change has changed, in words."""
+        text = f"{self.changed_rows:,} of {self.selected_rows:,} selected rows"
+        if self.selected_columns:
+            text += f" and {self.changed_columns:,} of {self.selected_columns:,} selected columns"
+        return f"{text} changed"
+
+    @property
+    def n_units(self) -> int:
+        """How many heads and units of other kinds were selected."""
+        return len(self.selection) + len(self.units)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that hold a selected unit, sorted."""
+        return tuple(sorted({layer for layer, _ in self.selection} | {layer for _, layer, _ in self.units}))
 
     def save(self, path: str | Path) -> Path:
         """Write `certificate.json` into an adapter directory (or to the given file), atomically."""
         path = _named(path, "certificate.json")
-        write_json(path, _CERTIFICATE, asdict(self))
+        content = asdict(self)
+        others = {name: content.pop(name) for name in _OF_UNITS}
+        write_json(path, _CERTIFICATE, {**content, **others} if self.units else content)
         return path
 
     @classmethod
@@ -62,7 +95,10 @@ class Certificate:
         path = _named(path, "certificate.json")
         record = read_json(path, _CERTIFICATE, f"castune tune {path.parent.parent} --data DATA")
         selection = parsed(path, _CERTIFICATE, lambda: tuple((layer, head) for layer, head in record["selection"]))
-        fields = [name for name in cls.__dataclass_fields__ if name != "selection"]
+        fields = [name for name in cls.__dataclass_fields__ if name not in ("selection", *_OF_UNITS)]
+        if any(name in record for name in _OF_UNITS):
+            units = parsed(path, _CERTIFICATE, lambda: tuple((kind, layer, i) for kind, layer, i in record["units"]))
+            record, fields = {**record, "units": units}, [*fields, *_OF_UNITS]
         return parsed(path, _CERTIFICATE, lambda: cls(selection=selection, **{name: record[name] for name in fields}))
 
 

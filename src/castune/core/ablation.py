@@ -1,19 +1,20 @@
-"""Ablating heads and resuming from recorded residuals, without touching weights or model code.
+"""Ablating units and resuming from recorded residuals, without touching weights or model code.
 
-Two hook sites, both context managers: `ablate` changes the input of an output projection, `record_residuals`
+Two hook sites, both context managers: `ablate` changes the input of an output projection (`ablate_at`: a slice of the
+input or output of any module, for units of other kinds), `record_residuals`
 and `resume_from` read and replace the residual stream at the input of a decoder layer.
 
 `resume_from` lets the model's *own* forward run: layers below the ablated one become the identity and the
 recorded residual is put in. Masks, rotary embeddings, sliding windows, final norm and soft-capping stay the
 model's, so the result equals a full forward bit for bit (verified again at start by `can_resume`).
 
-Shape letters: B batch row, S sequence position, D model width, L layer, H query head, K head width.
+Shape letters: B batch row, S sequence position, D model width, L layer, H query head, K head width, W channel.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from castune.core.heads import HeadLayout
+from castune.core.units import Site, UnitLayout
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +47,37 @@ def ablate(
         heads: one head for all batch rows, or an integer tensor `[B]` with one head a row (-1: none).
         replacement_HK: values to put in instead of zero, `[H, K]` (mean ablation).
     """
-    n_heads, width = layout.at(layer).n_heads, layout.at(layer).o_dim
+    filling_W = None if replacement_HK is None else replacement_HK.flatten()
+    with ablate_at(model, UnitLayout(layout).site("q_head", layer), heads, filling_W):
+        yield
 
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        z = args[0].unflatten(-1, (n_heads, width))
-        if isinstance(heads, Tensor):
-            ablated_BH = torch.arange(n_heads, device=z.device) == heads.to(z.device)[:, None]
-            ablated = ablated_BH[:, None, :, None]
-        else:
-            ablated = (torch.arange(n_heads, device=z.device) == heads)[:, None]
-        filling = z.new_zeros(()) if replacement_HK is None else replacement_HK.to(z)
-        return (torch.where(ablated, filling, z).flatten(-2), *args[1:])
 
-    handle = layout.output_projection(model, layer).register_forward_pre_hook(hook)
+@contextmanager
+def ablate_at(model: nn.Module, site: Site, units: int | Tensor, replacement_W: Tensor | None = None) -> Iterator[None]:
+    """Replace what the units at a site contribute inside the `with` block.
+
+    Args:
+        model: the model the site was taken from.
+        site: a module's input or output, cut into the slices of units.
+        units: one unit for all batch rows, or an integer tensor `[B]` with one unit a row (-1: none).
+        replacement_W: values to put in instead of zero, for all channels of the site (mean ablation).
+    """
+
+    def ablated(z: Tensor) -> Tensor:
+        owner_W = site.owner_W.to(z.device)
+        filling = z.new_zeros(()) if replacement_W is None else replacement_W.to(z)
+        if not isinstance(units, Tensor):
+            return torch.where(owner_W == units, filling, z)
+        ablated_BW = owner_W == units.to(z.device)[:, None]
+        # Some layers (opt) flatten batch and positions before their MLP.
+        rows = z.unflatten(0, (len(units), -1)) if z.dim() == 2 else z
+        return torch.where(ablated_BW[:, None], filling, rows).view(z.shape)
+
+    module = model.get_submodule(site.path)
+    if site.is_output:
+        handle = module.register_forward_hook(lambda _module, _args, output: ablated(output))
+    else:
+        handle = module.register_forward_pre_hook(lambda _module, args: (ablated(args[0]), *args[1:]))
     try:
         yield
     finally:
@@ -140,41 +160,36 @@ def can_resume(model: nn.Module, layout: HeadLayout) -> bool:
 
 
 @torch.no_grad()
-def mean_head_outputs(
-    model: nn.Module, layout: HeadLayout, forwards: Callable[[], Iterator[Tensor]]
-) -> dict[int, Tensor]:
-    """Mean o_proj input of every head over all real tokens, `{layer: [H, K]}`, for mean ablation.
+def site_means(model: nn.Module, sites: Iterable[Site], forwards: Callable[[], Iterator[Tensor]]) -> dict[Site, Tensor]:
+    """Mean of every channel of some sites over all real tokens, `[W]` each, for mean ablation.
 
     Args:
         model: the model.
-        layout: its head layout.
+        sites: the sites.
         forwards: runs the calibration forwards one by one and yields, *after* each, the boolean mask `[B, S]` of
             its real (not padded) tokens.
     """
-    latest: dict[int, Tensor] = {}
-    total: dict[int, Tensor] = {}
+    latest: dict[Site, Tensor] = {}
+    total: dict[Site, Tensor] = {}
     n_tokens = 0
 
-    def record(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            latest[layer] = args[0].detach()
+    def record(site: Site) -> Any:
+        module = model.get_submodule(site.path)
+        if site.is_output:
+            return module.register_forward_hook(lambda _module, _args, output: keep(site, output))
+        return module.register_forward_pre_hook(lambda _module, args: keep(site, args[0]))
 
-        return hook
+    def keep(site: Site, z: Tensor) -> None:
+        latest[site] = z.detach()
 
-    handles = [
-        layout.output_projection(model, layer).register_forward_pre_hook(record(layer))
-        for layer in layout.layers_with_heads
-    ]
+    handles = [record(site) for site in sites]
     try:
         for mask_BS in forwards():
             n_tokens += int(mask_BS.sum())
-            for layer, z in latest.items():
-                tokens = z[mask_BS].double().sum(0)
-                total[layer] = total.get(layer, torch.zeros_like(tokens)) + tokens
+            for site, z in latest.items():
+                tokens = z.reshape(*mask_BS.shape, -1)[mask_BS].double().sum(0)
+                total[site] = total.get(site, torch.zeros_like(tokens)) + tokens
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        layer: (total[layer] / n_tokens).unflatten(0, (layout.n_heads(layer), layout.at(layer).o_dim)).float()
-        for layer in total
-    }
+    return {site: (total_W / n_tokens).float() for site, total_W in total.items()}

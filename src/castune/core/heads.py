@@ -1,4 +1,5 @@
-"""Where the attention heads of a model live. The only file that knows architectures.
+"""Where the attention heads of a model live. With its siblings, `key_values.py` and
+`mlps.py`, the only file that knows architectures.
 
 A query head h of layer l owns rows of the query projection (what is trained) and a contiguous slice of the
 *input* of the output projection (what is ablated): every supported family ends its attention with
@@ -12,8 +13,7 @@ Shape letters: B batch row, S sequence position, D model width, L layer, H query
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,6 +41,16 @@ class HeadId(NamedTuple):
 
     layer: int
     head: int
+
+    @property
+    def kind(self) -> str:
+        """What it is among the units of `core.units`."""
+        return "q_head"
+
+    @property
+    def number(self) -> int:
+        """Its number within the layer."""
+        return self.head
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,12 @@ class AttentionLayer:
     def output_columns(self, head: int) -> slice:
         """Columns of head `head` in the output projection's input dimension."""
         return slice(head * self.o_dim, (head + 1) * self.o_dim)
+
+    @property
+    def n_query_rows(self) -> int:
+        """Rows of the whole query projection; of a fused one keys and values included."""
+        n_heads = self.n_heads if self.layout == "separate" else self.n_heads + 2 * self.n_kv_groups
+        return n_heads * self.q_dim
 
     @property
     def query_path(self) -> str:
@@ -234,7 +250,7 @@ def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any)
     name, attention, query_name, output_name = found
     query, output = attention.get_submodule(query_name), attention.get_submodule(output_name)
     n_heads = _first_int(attention, config, "num_heads", "num_attention_heads", "n_head")
-    q_out, o_in = _features(query)[1], _features(output)[0]
+    q_out, o_in = features(query)[1], features(output)[0]
 
     def refuse(reason: str) -> UnsupportedArchitecture:
         return UnsupportedArchitecture(f"layer {index} ({layer_path}.{name}): {reason}; castune supports {SUPPORTED}")
@@ -286,7 +302,7 @@ def _first_int(module: nn.Module, config: Any, *names: str) -> int | None:
     return None
 
 
-def _features(projection: Any) -> tuple[int, int]:
+def features(projection: Any) -> tuple[int, int]:
     """(inputs, outputs) of a Linear, a quantised Linear or a Conv1D."""
     if hasattr(projection, "in_features"):
         return int(projection.in_features), int(projection.out_features)
@@ -297,7 +313,9 @@ def _features(projection: Any) -> tuple[int, int]:
     )
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+    """How a module was called."""
+
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -310,20 +328,17 @@ def _probe(model: nn.Module, layout: HeadLayout) -> bool:
     one head, so the cost is three attention calls a layer whatever the depth. Returns whether decoder layers return
     tuples.
     """
-    calls: dict[int, _Call] = {}
     outputs: list[Any] = []
     with evaluation_mode(model):
-        with _recorded_attention_calls(model, layout, calls):
-            ids = torch.arange(5, 13, device=next(model.parameters()).device)[None]
-            seen = layout.decoder_layers(model)[0].register_forward_hook(lambda _m, _a, output: outputs.append(output))
-            try:
-                model(input_ids=ids, use_cache=False)
-            finally:
-                seen.remove()
+        seen = layout.decoder_layers(model)[0].register_forward_hook(lambda _m, _a, output: outputs.append(output))
+        try:
+            calls = recorded_calls(model, [layout.at(layer).path for layer in layout.layers_with_heads])
+        finally:
+            seen.remove()
         global_norms = [
             layout.at(layer).path
             for layer in layout.layers_with_heads
-            if _probe_layer(model, layout.at(layer), calls[layer])
+            if _probe_layer(model, layout.at(layer), calls[layout.at(layer).path])
         ]
     if global_norms:
         warnings.warn(
@@ -334,26 +349,30 @@ def _probe(model: nn.Module, layout: HeadLayout) -> bool:
     return isinstance(outputs[0], tuple)
 
 
-@contextmanager
-def _recorded_attention_calls(model: nn.Module, layout: HeadLayout, calls: dict[int, _Call]) -> Iterator[None]:
-    def record(layer: int) -> Callable[..., None]:
+@torch.no_grad()
+def recorded_calls(model: nn.Module, paths: Sequence[str]) -> dict[str, Call]:
+    """How each of the modules at `paths` is called in a forward of eight tokens, to call it again alone."""
+    calls: dict[str, Call] = {}
+
+    def record(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[layer] = _Call(args, kwargs)
+            calls[path] = Call(args, kwargs)
 
         return hook
 
     handles = [
-        model.get_submodule(layout.at(layer).path).register_forward_pre_hook(record(layer), with_kwargs=True)
-        for layer in layout.layers_with_heads
+        model.get_submodule(path).register_forward_pre_hook(record(path), with_kwargs=True) for path in set(paths)
     ]
     try:
-        yield
+        ids = torch.arange(5, 13, device=next(model.parameters()).device)[None]
+        model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    return calls
 
 
-def _probe_layer(model: nn.Module, attention: AttentionLayer, call: _Call) -> bool:
+def _probe_layer(model: nn.Module, attention: AttentionLayer, call: Call) -> bool:
     """Probe the first two heads and the last; returns whether a query norm spans all heads of the layer."""
     module = model.get_submodule(attention.path)
     global_norm = _normalises_across_heads(module, attention)
@@ -392,7 +411,7 @@ def _normalises_across_heads(module: nn.Module, attention: AttentionLayer) -> bo
 
 
 def _output_projection_input(
-    module: nn.Module, attention: AttentionLayer, call: _Call, noisy_head: int | None
+    module: nn.Module, attention: AttentionLayer, call: Call, noisy_head: int | None
 ) -> Tensor:
     captured: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)

@@ -5,20 +5,20 @@ Shape letters: H head, N example, B batch row, T scored token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from castune.core.ablation import mean_head_outputs
+from castune.core.ablation import site_means
 from castune.core.batching import ExampleBatch, example_batches
-from castune.core.heads import HeadId, HeadLayout
 from castune.core.losses import RowBatch, batches_by_length, token_log_probs
+from castune.core.units import Site, Unit
 from castune.data.rows import Row
 from castune.diagnose.score import Floats
-from castune.diagnose.sweep import Ablator, RecordedBatch
+from castune.diagnose.sweep import Ablator, RecordedBatch, place_of
 
 Outcome = Callable[[int, Sequence[Floats]], float]
 """Number of an example and the log-probabilities of its rows' scored tokens -> its decision or margin."""
@@ -50,11 +50,11 @@ class ScoredMeasure:
         self._recorded = RecordedBatch(self.ablator, rows, self.batch_tokens)
         return self._outcomes(self._batch, self._recorded.baseline(token_log_probs))
 
-    def ablated(self, heads: Sequence[HeadId]) -> Floats:
+    def ablated(self, heads: Sequence[Unit]) -> Floats:
         """Outcomes without each head."""
         outcomes: list[Floats] = []
-        for layer, of_layer in groupby(heads, key=lambda head: head.layer):
-            values_HBT = self._recorded.ablated(layer, [head.head for head in of_layer], token_log_probs)
+        for (kind, layer), of_layer in groupby(heads, key=place_of):
+            values_HBT = self._recorded.ablated(layer, [head.number for head in of_layer], token_log_probs, kind)
             outcomes += [self._outcomes(self._batch, values_BT) for values_BT in values_HBT]
         self.batch_tokens = self._recorded.batch_tokens
         return np.array(outcomes)
@@ -67,9 +67,9 @@ class ScoredMeasure:
 
 
 def mean_replacements(
-    model: nn.Module, layout: HeadLayout, rows: Sequence[Row], *, batch_tokens: int
-) -> dict[int, Tensor]:
-    """Mean output of every head over the calibration tokens, for mean ablation."""
+    model: nn.Module, sites: Iterable[Site], rows: Sequence[Row], *, batch_tokens: int
+) -> dict[Site, Tensor]:
+    """Mean of what is ablated at every site over the calibration tokens, for mean ablation."""
 
     def forwards() -> Iterator[Tensor]:
         for indices in batches_by_length([len(row.ids) for row in rows], batch_tokens):
@@ -78,4 +78,4 @@ def mean_replacements(
                 model(input_ids=batch.ids_BS, logits_to_keep=1, use_cache=False)
             yield batch.real_BS
 
-    return mean_head_outputs(model, layout, forwards)
+    return site_means(model, sites, forwards)

@@ -22,6 +22,7 @@ from castune.core.generation import generate_replies
 from castune.core.losses import RowBatch, scored_logits, token_log_probs
 from castune.core.memory import Peak, peak_memory
 from castune.core.skeleton import at_depth
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.rows import Row
 from castune.diagnose.gradients import partial_gradients
@@ -156,8 +157,10 @@ def gradient_speed(ablator: Ablator, rows: Sequence[Row], batch_tokens: int) -> 
     device = next(ablator.model.parameters()).device
 
     def gradients() -> None:
-        layers = [layer for layer in ablator.layout.layers_with_heads if layer < _depth(ablator)]
-        partial_gradients(ablator.model, ablator.layout, layers, rows, n_chunks=1, batch_tokens=batch_tokens)
+        units = ablator.units or UnitLayout(ablator.layout)
+        parts = [part for one in units.units if one.layer < _depth(ablator) for part in units.parts(one)]
+        paths = list(dict.fromkeys(part.path for part in parts))
+        partial_gradients(ablator.model, paths, rows, n_chunks=1, batch_tokens=batch_tokens)
 
     def measured() -> tuple[float, int | None]:
         with peak_memory(device) as peak:

@@ -22,11 +22,11 @@ from transformers import Cache, DynamicCache
 from castune.core.batching import ExampleBatch, example_batches
 from castune.core.continuation import Context, KeysValues, cache_of, can_continue, context_of, read_keys_values
 from castune.core.generation import Reply, generate_replies
-from castune.core.heads import HeadId
 from castune.core.losses import RowBatch, scored_logits
+from castune.core.units import Unit
 from castune.data.rows import Row
 from castune.diagnose.score import Floats
-from castune.diagnose.sweep import Ablator, RecordedBatch
+from castune.diagnose.sweep import Ablator, RecordedBatch, place_of
 
 # A step of decoding reads all weights, however few rows it has. Keys and values take much less memory than what a
 # forward computes on the way, so more rows fit.
@@ -38,7 +38,7 @@ class _Diverged:
     """A reply that differs without a head: what is known of it."""
 
     pair: tuple[int, int]  # place in the result: head, example
-    head: HeadId
+    head: Unit
     example: int
     begun: tuple[int, ...]
     text: str
@@ -103,7 +103,7 @@ class RefusalMeasure:
             self._below += [(recorded, b) for b in range(len(row_b))]
         return self._verdicts[batch.examples]
 
-    def ablated(self, heads: Sequence[HeadId]) -> Floats:
+    def ablated(self, heads: Sequence[Unit]) -> Floats:
         """Verdicts on the replies without each head."""
         verdicts_HN = np.tile(self._verdicts[self._batch.examples], (len(heads), 1))
         self.n_decoded = 0
@@ -117,9 +117,9 @@ class RefusalMeasure:
                 waiting.clear()
 
         first = 0
-        for layer, found in groupby(heads, key=lambda head: head.layer):
-            of_layer = [head.head for head in found]
-            for pair_p, (top_PT, recorded) in self._recorded.ablated_parts(layer, of_layer, self._top_tokens):
+        for (kind, layer), found in groupby(heads, key=place_of):
+            of_layer = [head.number for head in found]
+            for pair_p, (top_PT, recorded) in self._recorded.ablated_parts(layer, of_layer, self._top_tokens, kind):
                 for p, (pair, top_T) in enumerate(zip(pair_p.tolist(), top_PT.tolist(), strict=True)):
                     h, row = divmod(pair, len(self._batch.rows))
                     found_here = (recorded, p), self._below[row]
@@ -134,7 +134,7 @@ class RefusalMeasure:
         return verdicts_HN
 
     def _diverged(
-        self, h: int, head: HeadId, row: int, top: Sequence[int], places: Sequence[tuple[KeysValues, int]]
+        self, h: int, head: Unit, row: int, top: Sequence[int], places: Sequence[tuple[KeysValues, int]]
     ) -> Iterator[_Diverged]:
         """The replies of a row that differ without a head, from the most likely token at its scored positions."""
         start = 0

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from castune.config import DiagnoseConfig
-from castune.core.heads import HeadId, HeadLayout
 from castune.core.journal import Journal
 from castune.core.progress import progress
+from castune.core.units import Unit, UnitLayout
 from castune.data.rows import Row
-from castune.diagnose.gradients import gram_matrices, partial_gradients
+from castune.diagnose.gradients import gradient_passes, gram_matrices, partial_gradients
 from castune.diagnose.score import Floats
 
 
@@ -30,18 +30,21 @@ class Gram:
 
 def measure_grams(
     model: Any,
-    layout: HeadLayout,
-    heads: Sequence[HeadId],
+    layout: UnitLayout,
+    units: Sequence[Unit],
     rows: Mapping[str, Sequence[Row]],
     config: DiagnoseConfig,
     journal: Journal,
 ) -> dict[str, Gram]:
     """The Gram matrices by utility objective; those that the journal lacks are measured and put into it.
 
+    Held at once are the partial gradients of the safety loss and of one utility set, for as many projections as fit
+    into `config.gradient_memory`; the others come in further passes over the examples.
+
     Args:
         model: the model, in evaluation mode.
-        layout: its head layout.
-        heads: heads whose layers are measured.
+        layout: where the units are.
+        units: the units that are measured.
         rows: one row an example, by objective: `safety`, whose gradients are measured once, and those of utility.
         config: settings, `batch_tokens` a number.
         journal: of the diagnosis.
@@ -50,16 +53,25 @@ def measure_grams(
     todo = [objective for objective in rows if objective != "safety" and objective not in grams]
     if not todo:
         return grams
-    layers = sorted({head.layer for head in heads})
     assert config.batch_tokens != "auto"
     options: dict[str, Any] = {"n_chunks": config.gradient_chunks, "batch_tokens": config.batch_tokens}
-    with progress("gradients", sum(len(rows[objective]) for objective in ("safety", *todo))) as advance:
-        safety = partial_gradients(model, layout, layers, rows["safety"], advance=advance, **options)
-        for objective in todo:
-            chunks = [*safety, *partial_gradients(model, layout, layers, rows[objective], advance=advance, **options)]
-            gram = grams[objective] = Gram(gram_matrices(layout, layers, chunks), len(safety))
-            del chunks  # as large as the model's query projections many times over, and the next domain's come
-            journal.append({"gram": gram.products_HCC.tolist(), "n_safety": gram.n_safety, "objective": objective})
+    limit = config.gradient_memory * 1e9
+    passes = gradient_passes(model, layout, units, n_chunks=2 * config.gradient_chunks, limit=limit)
+    found: dict[str, Floats] = {}
+    with progress("gradients", len(passes) * sum(len(rows[name]) for name in ("safety", *todo))) as advance:
+        for number, paths in enumerate(passes, start=1):
+            safety = partial_gradients(model, paths, rows["safety"], advance=advance, **options)
+            for objective in todo:
+                chunks = [*safety, *partial_gradients(model, paths, rows[objective], advance=advance, **options)]
+                products_HCC = gram_matrices(layout, units, chunks)
+                found[objective] = found[objective] + products_HCC if objective in found else products_HCC
+                del chunks  # as large as all these projections many times over, and the next domain's come
+                if number == len(passes):
+                    gram = grams[objective] = Gram(found[objective], len(safety))
+                    journal.append(
+                        {"gram": gram.products_HCC.tolist(), "n_safety": gram.n_safety, "objective": objective}
+                    )
+            del safety
     return grams
 
 

@@ -18,16 +18,17 @@ import numpy as np
 
 from castune.config import DiagnoseConfig
 from castune.core.batching import tuned_batch_tokens
-from castune.core.heads import HeadLayout
+from castune.core.heads import HeadId, HeadLayout
 from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
+from castune.core.units import Unit, UnitId, UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, require_replies
 from castune.diagnose.ablate import ScoredMeasure, mean_replacements
 from castune.diagnose.domains import Utility, utility_sets
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.score import Floats, decision_shift, margin_shift
-from castune.diagnose.sweep import Ablator
+from castune.diagnose.sweep import Ablator, place_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def ablate_groups(
     model: Any,
     tokenizer: Any,
     *,
-    groups: Sequence[Sequence[tuple[int, int]]],
+    groups: Sequence[Sequence[tuple[int, int] | Unit]],
     safety: Sequence[Example],
     utility: Utility,
     config: DiagnoseConfig | None = None,
@@ -57,7 +58,7 @@ def ablate_groups(
     Args:
         model: a transformers model for causal language modelling; it is left as it was.
         tokenizer: its tokenizer, with a chat template.
-        groups: (layer, head) of the heads of each group.
+        groups: the units of each group; plain (layer, head) pairs are query heads.
         safety: D_safe, harmful prompts with a safe reply each.
         utility: D_util, multiple-choice questions; or several such sets, by the names of their domains.
         config: settings of the diagnosis that the groups are compared with.
@@ -70,6 +71,8 @@ def ablate_groups(
     require_replies(safety, "safety", "prompt, target")
     sets = [one.examples for one in utility_sets(utility)]
     chat, layout = ChatFormat(tokenizer, max_length=config.max_length), HeadLayout.of(model)
+    found = [[one if isinstance(one, UnitId) else HeadId(*one) for one in group] for group in groups]
+    units = UnitLayout.of(model, layout, config.units, n_mlp_groups=config.mlp_groups, layers=config.layers)
     with evaluation_mode(model), progress("groups of heads", len(groups) + 1) as advance:
         if config.batch_tokens == "auto":
             config = config.model_copy(update={"batch_tokens": tuned_batch_tokens(model)})
@@ -77,8 +80,9 @@ def ablate_groups(
         filling = None
         if config.ablation == "mean":
             rows = [chat.loss_row(example) for example in chain(safety, *sets)]
-            filling = mean_replacements(model, layout, rows, batch_tokens=config.batch_tokens)
-        ablator = Ablator(model, layout, (), resumable=False, replacements=filling)
+            sites = dict.fromkeys(units.site(*place_of(one)) for group in found for one in group)
+            filling = mean_replacements(model, sites, rows, batch_tokens=config.batch_tokens)
+        ablator = Ablator(model, layout, (), resumable=False, replacements=filling, units=units)
         objectives = Objectives(ablator, tokenizer, chat, config)
         of_utility, replies = [objectives.utility_measure(examples) for examples in sets], objectives.replies(safety)
         of_margins = objectives.margin_measure(safety, replies) if config.measure == "margin" else None
@@ -93,7 +97,7 @@ def ablate_groups(
         baseline = measured()
         advance()
         ablated: list[list[Floats]] = []
-        for group in groups:
+        for group in found:
             with _without(ablator, group):
                 ablated.append(measured())
             advance()
@@ -114,8 +118,8 @@ def _outcomes(measure: ScoredMeasure, n_examples: int) -> Floats:
 
 
 @contextmanager
-def _without(ablator: Ablator, group: Sequence[tuple[int, int]]) -> Iterator[None]:
+def _without(ablator: Ablator, group: Sequence[Unit]) -> Iterator[None]:
     with ExitStack() as stack:
-        for layer, head in group:
-            stack.enter_context(ablator.without(layer, head))
+        for one in group:
+            stack.enter_context(ablator.without(one.layer, one.number, one.kind))
         yield

@@ -6,7 +6,7 @@ Shape letters: D utility domain, H head (all heads of the model in one axis), N 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ import pyarrow as pa
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import SCHEMA
 from castune.config import DiagnoseConfig
-from castune.core.heads import HeadId
 from castune.core.ranking import bucket_numbers, percentile_rank, tie_share
+from castune.core.units import Unit
 from castune.diagnose.domains import UtilitySet, utility_hash
 from castune.diagnose.grams import Gram
 from castune.diagnose.measurements import Domain, Measurements
@@ -39,12 +39,20 @@ from castune.errors import CastuneError
 class Results:
     """What a diagnosis measured, and on what; `grams`, `utility` and `data` by objective."""
 
-    heads: Sequence[HeadId]
+    heads: Sequence[Unit]
     sets: Sequence[UtilitySet]
     data: Mapping[str, dict[str, Any]]
     grams: Mapping[str, Gram]
     utility: Mapping[str, Measured]
     safety: Measured
+
+    def of_kind(self, kind: str) -> Results:
+        """What was measured on the units of a kind."""
+        numbers = [number for number, head in enumerate(self.heads) if head.kind == kind]
+        grams = {objective: Gram(gram.products_HCC[numbers], gram.n_safety) for objective, gram in self.grams.items()}
+        utility = {objective: measured.of(numbers) for objective, measured in self.utility.items()}
+        heads = [self.heads[number] for number in numbers]
+        return replace(self, heads=heads, grams=grams, utility=utility, safety=self.safety.of(numbers))
 
     def measurements(self, objectives: Sequence[str], config: DiagnoseConfig) -> Measurements:
         """Those of some domains, with the safety set they have in common."""
@@ -59,7 +67,34 @@ class Results:
 
 
 def conflict_map(results: Results, config: DiagnoseConfig, metadata: Mapping[str, Any]) -> ConflictMap:
-    """The map of the only domain, or the combined one of several with each domain's own in `domains`."""
+    """The map of the only domain, or the combined one of several with each domain's own in `domains`.
+
+    Every kind of unit has a map of its own, with ranks, buckets, ties and reliability among its units; here they are
+    put together.
+    """
+    kinds = list(dict.fromkeys(head.kind for head in results.heads))
+    maps = {kind: _map_of_kind(results.of_kind(kind), config, metadata) for kind in kinds}
+    return _together(maps) if len(maps) > 1 else maps.popitem()[1]
+
+
+def _together(maps: Mapping[str, ConflictMap]) -> ConflictMap:
+    """Maps of several kinds of unit as one; what is told of a whole map is told of each kind in `kinds`."""
+    first, *_ = maps.values()
+    domains = {name: _together({kind: cmap.domains[name] for kind, cmap in maps.items()}) for name in first.domains}
+    kinds = {
+        kind: {"n": len(cmap), **{key: cmap.metadata[key] for key in ("ties", "reliability")}}
+        for kind, cmap in maps.items()
+    }
+    warnings = [f"{kind}: {text}" for kind, found in kinds.items() for text in found["reliability"]["warnings"]]
+    about: dict[str, Any] = {"kinds": kinds, "reliability": {**first.metadata["reliability"], "warnings": warnings}}
+    if domains:
+        records = first.metadata["domains"]
+        about["domains"] = {name: {**records[name], "map_hash": domains[name].content_hash} for name in domains}
+    table = pa.concat_tables([cmap.table for cmap in maps.values()]).combine_chunks()
+    return ConflictMap(table, {**first.metadata, **about}, domains)
+
+
+def _map_of_kind(results: Results, config: DiagnoseConfig, metadata: Mapping[str, Any]) -> ConflictMap:
     maps = {one.name: _domain_map(results, one.objective, config, metadata) for one in results.sets}
     if len(maps) == 1:
         return maps.popitem()[1]
@@ -81,9 +116,9 @@ def _domain_map(results: Results, objective: str, config: DiagnoseConfig, metada
     conflict = conflict_from_gram(gram.products_HCC, gram.n_safety)
     sensitivity = functional_sensitivity(utility_shift, safety_shift, rank=config.sensitivity_rank)
     columns = {
-        "unit": ["q_head"] * len(results.heads),
+        "unit": [head.kind for head in results.heads],
         "layer": [head.layer for head in results.heads],
-        "head": [head.head for head in results.heads],
+        "head": [head.number for head in results.heads],
         "optimization_conflict": conflict,
         "optimization_conflict_se": conflict_standard_error([gram.products_HCC], gram.n_safety),
         "utility_shift": utility_shift,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,10 @@ class Measured:
 
     outcomes: Outcomes
     decisions_N: Floats
+
+    def of(self, heads: Sequence[int]) -> Measured:
+        """Outcomes without these heads only, by their numbers."""
+        return replace(self, outcomes=replace(self.outcomes, ablated_HN=self.outcomes.ablated_HN[list(heads)]))
 
 
 @dataclass(frozen=True)

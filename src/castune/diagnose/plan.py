@@ -10,6 +10,7 @@ Shape letters: L layer, H head.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -29,14 +30,16 @@ from castune.core.losses import batches_by_length
 from castune.core.memory import resident_memory
 from castune.core.ranking import equal_parts
 from castune.core.skeleton import random_slice, skeleton
+from castune.core.units import Unit, UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 from castune.diagnose.calibrate import GRADIENT_PASSES, Calibration, calibrate
 from castune.diagnose.decode import DECODED_TOKENS
 from castune.diagnose.domains import Utility, utility_sets
+from castune.diagnose.gradients import gradient_passes
 from castune.diagnose.objectives import Objectives
-from castune.diagnose.sweep import Ablator, part_size, units_of
+from castune.diagnose.sweep import Ablator, distinct, part_size, place_of, units_of
 from castune.errors import CastuneError
 
 # Of the replies that are still the whole model's, the share that changes at the next token once a head is gone. Of the
@@ -86,14 +89,14 @@ class Plan:
     Attributes:
         model_type: of the config.
         n_layers: decoder layers.
-        n_heads: query heads of all layers.
+        n_heads: query heads of all layers, or units of the kinds that are diagnosed.
         n_parameters: of the whole model.
         weight_bytes: of the whole model, in its dtype.
         dtype: of the weights.
         flops: of a forward of the whole model, by part.
         stages: `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`.
         peak_memory: by measure, bytes at the peak on the device of the model, weights included; empty: not measured.
-        gradient_sums: bytes of partial gradients, kept in the memory of the CPU.
+        gradient_sums: bytes of partial gradients at once, kept in the memory of the CPU.
         slice_layers: depth of the slice that stood for the model.
         resumable: whether layers below the ablated one are skipped.
     """
@@ -110,6 +113,8 @@ class Plan:
     gradient_sums: int
     slice_layers: int
     resumable: bool
+    what: str = "heads"
+    """What `n_heads` counts."""
 
     def parts(self, measure: str) -> dict[str, Stage]:
         """The stages of a diagnosis by `margin` or `decision`."""
@@ -165,34 +170,39 @@ def plan(
         raise CastuneError('batch_tokens is "auto"; a plan needs a number, for example 2048')
     model = skeleton(config, dtype)
     layout = HeadLayout.unproven(model)
+    units = UnitLayout.of(model, layout, settings.units, n_mlp_groups=settings.mlp_groups, prove=False)
+    chunks = 2 * settings.gradient_chunks
+    limit = settings.gradient_memory * 1e9
+    passes = gradient_passes(model, units, units.units, n_chunks=chunks, limit=limit)
     own_memory = resident_memory() or 0
-    ablator = slice_ablator(config, model, layout, dtype, device)
+    ablator = slice_ablator(config, model, layout, settings, dtype, device)
     work = _Work(
         config=settings,
         chat=ChatFormat(tokenizer, max_length=settings.max_length),
         safety=safety,
         utility=[one.examples for one in utility_sets(utility)],
-        layout=layout,
+        heads=distinct(units, units.units)[0],
+        n_gradient_passes=len(passes),
         flops=ForwardFlops.of(model, layout),
         ablator=ablator,
         decoded_share=decoded_share,
         continues=can_continue(ablator.model, ablator.layout),
     )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    n_query = sum(layout.query_projection(model, layer).weight.numel() for layer in layout.layers_with_heads)
     found = Plan(
         model_type=config.model_type,
         n_layers=layout.n_layers,
-        n_heads=len(layout.heads),
+        n_heads=len(units.units),
         n_parameters=n_parameters,
         weight_bytes=n_parameters * dtype.itemsize,
         dtype=str(dtype).removeprefix("torch."),
         flops=work.flops,
         stages=work.stages(),
         peak_memory={},
-        gradient_sums=2 * settings.gradient_chunks * n_query * 4,
+        gradient_sums=max(4 * chunks * sum(units.weight(model, path).numel() for path in one) for one in passes),
         slice_layers=work.ablator.layout.n_layers,
         resumable=work.ablator.resumable,
+        what="heads" if settings.units == ("q_heads",) else "units",
     )
     if accelerator is not None:
         return _on_accelerator(found, ACCELERATORS[accelerator])
@@ -207,7 +217,9 @@ class _Work:
     chat: ChatFormat
     safety: Sequence[Example]
     utility: Sequence[Sequence[Example]]
-    layout: HeadLayout
+    heads: Sequence[Unit]
+    """Those that are ablated."""
+    n_gradient_passes: int
     flops: ForwardFlops
     ablator: Ablator
     decoded_share: float | None
@@ -288,7 +300,7 @@ class _Work:
 
     def _gradients(self) -> Stage:
         found = Stage()
-        for chunk in self.loss_chunks:
+        for chunk in self.loss_chunks * self.n_gradient_passes:
             for indices in batches_by_length([len(row.ids) for row in chunk], self.batch_tokens):
                 rows = [chunk[i] for i in indices]
                 size = (len(rows), max(len(row.ids) for row in rows), sum(len(row.tokens) for row in rows))
@@ -303,9 +315,9 @@ class _Work:
         found = Stage()
         for batch in batches:
             found += self._repeated(batch, 1, 0)
-            for layer in self.layout.layers_with_heads:
+            for (_, layer), n_units in Counter(map(place_of, self.heads)).items():
                 first = layer if self.ablator.resumable else 0
-                found += self._repeated(batch, self.layout.n_heads(layer), first)
+                found += self._repeated(batch, n_units, first)
         return found
 
     def _decoded(self) -> Stage:
@@ -318,7 +330,7 @@ class _Work:
                 share = 1 - math.exp(-_CHANGED_A_TOKEN * sum(n_tokens) / len(n_tokens))
             # A reply changes at half of its length in the mean, and leaves its batch half a round too late.
             mean = min(max(n_tokens), round(sum(n_tokens) / len(n_tokens) / 2 + ROUND / 2))
-            for unit in units_of(self.layout.heads, [batch], self.batch_tokens * self._decoded_batches):
+            for unit in units_of(self.heads, [batch], self.batch_tokens * self._decoded_batches):
                 n_replies = round(share * len(batch.examples) * len(unit.heads))
                 stage = self._decoding(n_replies, max(n_tokens), mean, self.most_continued)
                 if self.continues:
@@ -349,14 +361,17 @@ class _Work:
         )
 
 
-def slice_ablator(config: Any, model: Any, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> Ablator:
+def slice_ablator(
+    config: Any, model: Any, layout: HeadLayout, settings: DiagnoseConfig, dtype: torch.dtype, device: torch.device
+) -> Ablator:
     """The slice that stands for the model: two layers beyond the first with heads, more where layers are small."""
     first = layout.layers_with_heads[0]
     weights = sum(parameter.numel() for parameter in layout.decoder_layers(model)[first].parameters())
     deeper = min(_MOST_SLICE_LAYERS, max(2, round(_SLICE_WEIGHTS / weights)))
     cut = random_slice(config, min(layout.n_layers, first + 1 + deeper), dtype=dtype, device=device)
     slice_layout = HeadLayout.of(cut)
-    return Ablator(cut, slice_layout, slice_layout.heads, can_resume(cut, slice_layout))
+    units = UnitLayout.of(cut, slice_layout, settings.units, n_mlp_groups=settings.mlp_groups)
+    return Ablator(cut, slice_layout, units.units, can_resume(cut, slice_layout), units=units)
 
 
 def _as_calibrated(found: Plan, work: _Work, own_memory: int) -> Plan:

@@ -25,6 +25,7 @@ from castune.core.modes import evaluation_mode
 from castune.core.provenance import model_record, provenance
 from castune.core.quantisation import is_quantised
 from castune.core.shards import Shard
+from castune.core.units import Unit, UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.rows import Row
@@ -34,7 +35,7 @@ from castune.diagnose.grams import journaled_grams, measure_grams
 from castune.diagnose.maps import Results, conflict_map
 from castune.diagnose.objectives import Measured, Objectives
 from castune.diagnose.stored import save_gradients
-from castune.diagnose.sweep import Ablator, Outcomes
+from castune.diagnose.sweep import Ablator, Outcomes, distinct, place_of
 from castune.errors import CastuneError, DataError, MapUnfinished
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,9 @@ def diagnose(
             "can be trained on the quantised one (castune tune --quantization nf4)"
         )
     layout = HeadLayout.of(model)
-    heads = _heads(layout, config.layers)
+    layers = _layers(layout, config)
+    units = UnitLayout.of(model, layout, config.units, n_mlp_groups=config.mlp_groups, layers=layers)
+    heads = [one for one in units.units if layers is None or one.layer in layers]
     share = Shard.of(shard)
     if share.count > 1 and out is None:
         raise CastuneError("processes share their work through the run directory: give `out`")
@@ -112,9 +115,10 @@ def diagnose(
     with evaluation_mode(model):
         config = _with_batch_tokens(model, config, journal, share)
         # The first share's work, which costs no more than a few heads.
-        grams = measure_grams(model, layout, heads, rows, config, journal) if share.is_first else {}
+        grams = measure_grams(model, units, heads, rows, config, journal) if share.is_first else {}
         return_freed_memory()
-        ablator = _ablator(model, layout, heads, list(chain(*rows.values())), config)
+        swept, twins = distinct(units, heads)
+        ablator = _ablator(model, units, swept, list(chain(*rows.values())), config)
         objectives = Objectives(ablator, tokenizer, chat, config)
         of_utility = {one.objective: objectives.utility(one, journal, share) for one in sets}
         return_freed_memory()
@@ -135,6 +139,8 @@ def diagnose(
         "seconds": round(time.perf_counter() - started, 2),
         "provenance": record,
     }
+    complete = {objective: measured.of(twins) for objective, measured in complete.items()}
+    of_safety = of_safety.of(twins)
     results = Results(heads=heads, grams=grams, utility=complete, safety=of_safety, sets=sets, data=data)
     cmap = conflict_map(results, config, metadata)
     for warning in cmap.metadata["reliability"]["warnings"]:
@@ -142,7 +148,8 @@ def diagnose(
     share.wait()  # all ranks have read the journal before it is removed
     if out is not None and share.writes:
         _save_outcomes(Path(out), heads, examples, {**complete, "safety": of_safety})
-        save_gradients(Path(out), heads, grams)
+        if cmap.kinds == ["q_head"]:
+            save_gradients(Path(out), query_heads(layout, config), grams)
         cmap.save(out)
         journal.remove()
     share.wait()
@@ -152,14 +159,24 @@ def diagnose(
 def measure_gradients(
     model: Any, tokenizer: Any, *, safety: Sequence[Example], utility: Utility, config: DiagnoseConfig, out: Path
 ) -> None:
-    """Write `gradients.parquet` alone, for a map that was made before it was kept; the arguments are `diagnose`'s."""
+    """Write `gradients.parquet` alone, for a map of query heads that was made before it was kept.
+
+    The arguments are those of `diagnose`.
+    """
     chat = ChatFormat(tokenizer, max_length=config.max_length)
     examples = {"safety": safety, **{one.objective: one.examples for one in _checked(safety, utility, config)}}
     rows = {name: [chat.loss_row(example) for example in found] for name, found in examples.items()}
     layout = HeadLayout.of(model)
-    heads = _heads(layout, config.layers)
+    heads = query_heads(layout, config)
     with evaluation_mode(model):
-        save_gradients(out, heads, measure_grams(model, layout, heads, rows, config, Journal.of(None, None)))
+        grams = measure_grams(model, UnitLayout(layout), heads, rows, config, Journal.of(None, None))
+        save_gradients(out, heads, grams)
+
+
+def query_heads(layout: HeadLayout, config: DiagnoseConfig) -> list[HeadId]:
+    """The query heads of the layers that are diagnosed."""
+    layers = _layers(layout, config)
+    return [head for head in layout.heads if layers is None or head.layer in layers]
 
 
 def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig) -> list[UtilitySet]:
@@ -179,13 +196,17 @@ def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig
     return sets
 
 
-def _heads(layout: HeadLayout, layers: Sequence[int] | None) -> list[HeadId]:
+def _layers(layout: HeadLayout, config: DiagnoseConfig) -> Sequence[int] | None:
+    """The layers that are diagnosed, None for all; refuses those that have no units."""
+    layers = config.layers
     if layers is None:
-        return list(layout.heads)
-    unknown = [layer for layer in layers if layer >= layout.n_layers or not layout.n_heads(layer)]
+        return None
+    of_mlps = {"mlp_blocks", "mlp_groups"} & set(config.units)
+    unknown = [layer for layer in layers if layer >= layout.n_layers or not (of_mlps or layout.n_heads(layer))]
     if unknown or not layers:
-        raise CastuneError(f"layers {list(layers)}: accepted are layers with heads, of 0 to {layout.n_layers - 1}")
-    return [head for head in layout.heads if head.layer in layers]
+        what = "layers" if of_mlps else "layers with heads"
+        raise CastuneError(f"layers {list(layers)}: accepted are {what}, of 0 to {layout.n_layers - 1}")
+    return layers
 
 
 def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, share: Shard) -> DiagnoseConfig:
@@ -204,13 +225,14 @@ def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, sha
 
 
 def _ablator(
-    model: Any, layout: HeadLayout, heads: Sequence[HeadId], rows: Sequence[Row], config: DiagnoseConfig
+    model: Any, units: UnitLayout, heads: Sequence[Unit], rows: Sequence[Row], config: DiagnoseConfig
 ) -> Ablator:
     filling = None
     assert config.batch_tokens != "auto"
     if config.ablation == "mean":
-        filling = mean_replacements(model, layout, rows, batch_tokens=config.batch_tokens)
-    return Ablator(model, layout, heads, can_resume(model, layout), filling)
+        sites = dict.fromkeys(units.site(*place_of(one)) for one in heads)
+        filling = mean_replacements(model, sites, rows, batch_tokens=config.batch_tokens)
+    return Ablator(model, units.heads, heads, can_resume(model, units.heads), filling, units)
 
 
 def _reply_counts(outcomes: Outcomes, config: DiagnoseConfig) -> dict[str, int] | None:
@@ -230,18 +252,23 @@ def _data_record(source: str | None, examples: Sequence[Example], rows: Sequence
 
 
 def _save_outcomes(
-    out: Path, heads: Sequence[HeadId], examples: Mapping[str, Sequence[Example]], measured: Mapping[str, Measured]
+    out: Path, heads: Sequence[Unit], examples: Mapping[str, Sequence[Example]], measured: Mapping[str, Measured]
 ) -> None:
     """`ablation.parquet`: head x example outcomes by objective, null where unscored."""
     tables = []
     for objective, outcomes in ((name, one.outcomes) for name, one in measured.items()):
         n_heads, n_examples = outcomes.ablated_HN.shape
+        # Of query heads alone the table is as it was before there were other units.
+        kinds = (
+            {} if all(h.kind == "q_head" for h in heads) else {"unit": np.repeat([h.kind for h in heads], n_examples)}
+        )
         tables.append(
             pa.table(
                 {
                     "objective": [objective] * (n_heads * n_examples),
+                    **kinds,
                     "layer": pa.array(np.repeat([h.layer for h in heads], n_examples), pa.int32()),
-                    "head": pa.array(np.repeat([h.head for h in heads], n_examples), pa.int32()),
+                    "head": pa.array(np.repeat([h.number for h in heads], n_examples), pa.int32()),
                     "example": [example.id for example in examples[objective]] * n_heads,
                     "baseline": pa.array(np.tile(outcomes.baseline_N, n_heads), from_pandas=True),
                     "ablated": pa.array(outcomes.ablated_HN.ravel(), from_pandas=True),

@@ -1,8 +1,8 @@
 """The sweep over all heads: which work there is, which of it is done, and who does the rest.
 
-A unit of work is a layer with all its heads on one batch of examples, or several layers where a measure wants more rows
-together than one has. What is measured there is a `Measure`'s affair: log-probabilities (`ablate.py`) or replies
-(`decode.py`).
+A piece of work is a layer with all its heads (or units of another kind) on one batch of examples, or several layers
+where a measure wants more rows together than one has. What is measured there is a `Measure`'s affair:
+log-probabilities (`ablate.py`) or replies (`decode.py`).
 
 Shape letters: H head, N example.
 """
@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castune.core.ablation import ablate, record_residuals, resume_from
+from castune.core.ablation import ablate_at, record_residuals, resume_from
 from castune.core.batching import ExampleBatch
 from castune.core.flops import ForwardFlops
-from castune.core.heads import HeadId, HeadLayout
+from castune.core.heads import HeadLayout
 from castune.core.journal import Journal, Record, nullable
 from castune.core.losses import RowBatch
 from castune.core.memory import return_freed_memory
 from castune.core.progress import progress
 from castune.core.shards import Shard
+from castune.core.units import Site, Unit, UnitLayout
 from castune.diagnose.score import Floats
 from castune.errors import CastuneError
 
@@ -51,31 +52,57 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Ablator:
-    """A model with the heads to ablate and what to put in their place."""
+    """A model with the heads, or units of other kinds, to ablate and what to put in their place."""
 
     model: Any
     layout: HeadLayout
-    heads: Sequence[HeadId]
+    heads: Sequence[Unit]
     resumable: bool
-    replacements: dict[int, Tensor] | None = None  # layer -> [H, K]; None: zero
+    replacements: dict[Site, Tensor] | None = None  # [W] each; None: zero
+    units: UnitLayout | None = None
+    """Where the units are; of query heads alone `layout` tells."""
 
-    def without(self, layer: int, heads: int | Tensor) -> AbstractContextManager[None]:
-        """The model without a head of `layer`, or without `heads[b]` in batch row b, inside a `with` block."""
-        filling = None if self.replacements is None else self.replacements[layer]
-        return ablate(self.model, self.layout, layer, heads, filling)
+    def without(self, layer: int, heads: int | Tensor, kind: str = "q_head") -> AbstractContextManager[None]:
+        """The model without a unit of `layer`, or without `heads[b]` in batch row b, inside a `with` block."""
+        site = (self.units or UnitLayout(self.layout)).site(kind, layer)
+        return ablate_at(self.model, site, heads, None if self.replacements is None else self.replacements[site])
 
     @contextmanager
-    def without_each(self, heads: Sequence[HeadId]) -> Iterator[None]:
-        """The model without `heads[b]` in batch row b, of whatever layers they are."""
+    def without_each(self, heads: Sequence[Unit]) -> Iterator[None]:
+        """The model without `heads[b]` in batch row b, of whatever layers and kinds they are."""
         with ExitStack() as stack:
-            for layer in sorted({head.layer for head in heads}):
-                of_row = torch.tensor([head.head if head.layer == layer else -1 for head in heads])
-                stack.enter_context(self.without(layer, of_row))
+            for kind, layer in sorted({place_of(head) for head in heads}):
+                of_row = torch.tensor([head.number if place_of(head) == (kind, layer) else -1 for head in heads])
+                stack.enter_context(self.without(layer, of_row, kind))
             yield
 
     def first_layer(self, layer: int) -> int:
         """The decoder layer at which a forward with a head of `layer` ablated begins."""
         return layer if self.resumable else 0
+
+
+def place_of(head: Unit) -> tuple[str, int]:
+    """Kind and layer of a unit: those of one place are ablated together."""
+    return head.kind, head.layer
+
+
+def distinct(units: UnitLayout, heads: Sequence[Unit]) -> tuple[list[Unit], list[int]]:
+    """The units that are ablated, and for each of all units which of them is ablated in its place.
+
+    Without a head's columns of the output projection the model is the same as without the head, and without the only
+    group of neurons the same as without the MLP: it is measured once.
+    """
+    first: dict[tuple[str, bool, int, int], int] = {}
+    swept: list[Unit] = []
+    twins = []
+    for one in heads:
+        site = units.site(*place_of(one))
+        place = (site.path, site.is_output, *site.spans[one.number])
+        if place not in first:
+            first[place] = len(swept)
+            swept.append(one)
+        twins.append(first[place])
+    return swept, twins
 
 
 class Measure(Protocol):
@@ -99,30 +126,30 @@ class Measure(Protocol):
     def baseline(self, batch: ExampleBatch) -> Floats:
         """Outcomes `[N]` of the whole model on a batch; keeps what `ablated` resumes from."""
 
-    def ablated(self, heads: Sequence[HeadId]) -> Floats:
+    def ablated(self, heads: Sequence[Unit]) -> Floats:
         """Outcomes `[H, N]` of the batch of the last `baseline`, without each of `heads`, which lie layer by layer."""
 
 
 @dataclass(frozen=True)
-class Unit:
+class Work:
     """All heads of some layers on one batch of examples; `heads` are their numbers."""
 
     batch: int
     heads: tuple[int, ...]
 
 
-def units_of(heads: Sequence[HeadId], batches: Sequence[ExampleBatch], unit_tokens: int) -> list[Unit]:
-    """The units of a sweep, batch by batch: layers one after the other, together until a unit has `unit_tokens`."""
-    units: list[Unit] = []
+def units_of(heads: Sequence[Unit], batches: Sequence[ExampleBatch], unit_tokens: int) -> list[Work]:
+    """The work of a sweep, batch by batch: layers one after the other, together until a piece has `unit_tokens`."""
+    units: list[Work] = []
     for number, batch in enumerate(batches):
         together: list[int] = []
-        for _, of_layer in groupby(range(len(heads)), key=lambda n: heads[n].layer):
+        for _, of_layer in groupby(range(len(heads)), key=lambda n: place_of(heads[n])):
             together += of_layer
             if len(together) * batch.n_tokens >= unit_tokens:
-                units.append(Unit(number, tuple(together)))
+                units.append(Work(number, tuple(together)))
                 together = []
         if together:
-            units.append(Unit(number, tuple(together)))
+            units.append(Work(number, tuple(together)))
     return units
 
 
@@ -151,7 +178,7 @@ def sweep(
     units = units_of(ablator.heads, measure.batches, measure.unit_tokens)
     flops = ForwardFlops.of(ablator.model, ablator.layout)
 
-    def cost(unit: Unit) -> float:
+    def cost(unit: Work) -> float:
         batch, layers = measure.batches[unit.batch], [ablator.heads[number].layer for number in unit.heads]
         return sum(batch.flops(flops, first_layer=ablator.first_layer(layer)) for layer in layers)
 
@@ -183,14 +210,14 @@ class _Known:
     """Outcomes so far. Row 0 is the whole model, row 1 + i the i-th head."""
 
     name: str
-    heads: Sequence[HeadId]
+    heads: Sequence[Unit]
     n_examples: int
 
     def __post_init__(self) -> None:
         shape = (1 + len(self.heads), self.n_examples)
         self.values, self.is_known = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
         self.n_decoded: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        self.row_of = {(head.layer, head.head): 1 + i for i, head in enumerate(self.heads)}
+        self.row_of = {tuple(head): 1 + i for i, head in enumerate(self.heads)}
 
     def has(self, numbers: Sequence[int], examples: Sequence[int]) -> bool:
         rows = [0, *(1 + number for number in numbers)]
@@ -226,7 +253,7 @@ class _Known:
         return Outcomes(self.values[0], self.values[1:], sum(self.n_decoded.values()))
 
     def _fill(self, record: Record) -> None:
-        heads, examples = [(layer, head) for layer, head in record["heads"]], record["examples"]
+        heads, examples = [tuple(head) for head in record["heads"]], record["examples"]
         values_HN = np.array(record["values"], dtype=float)
         rows = [self.row_of[head] for head in heads] or [0]
         self.n_decoded[tuple(rows), tuple(examples)] = record["decoded"]
@@ -257,9 +284,9 @@ class RecordedBatch:
         """`read` of every row for the whole model, `[B, ...]`; records the residuals."""
         return torch.cat([values.cpu() for _, values in self.baseline_parts(read)])
 
-    def ablated(self, layer: int, heads: Sequence[int], read: Read[Tensor]) -> Tensor:
+    def ablated(self, layer: int, heads: Sequence[int], read: Read[Tensor], kind: str = "q_head") -> Tensor:
         """`read` of every row without each of `heads`, `[H, B, ...]`. Needs `baseline` first where resumable."""
-        values = torch.cat([values.cpu() for _, values in self.ablated_parts(layer, heads, read)])
+        values = torch.cat([values.cpu() for _, values in self.ablated_parts(layer, heads, read, kind)])
         return values.unflatten(0, (len(heads), len(self.rows.ids_BS)))
 
     def baseline_parts(self, read: Read[T]) -> Iterator[tuple[Tensor, T]]:
@@ -278,7 +305,9 @@ class RecordedBatch:
         layers = parts[0].keys()
         self._residuals = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
 
-    def ablated_parts(self, layer: int, heads: Sequence[int], read: Read[T]) -> Iterator[tuple[Tensor, T]]:
+    def ablated_parts(
+        self, layer: int, heads: Sequence[int], read: Read[T], kind: str = "q_head"
+    ) -> Iterator[tuple[Tensor, T]]:
         """The same forward by forward: numbers of pairs of head and row, rows innermost, and what was read."""
         n_rows = len(self.rows.ids_BS)
         device = self.rows.ids_BS.device
@@ -293,7 +322,7 @@ class RecordedBatch:
                 residual_BSD = self._residuals[layer]
                 residual_PSD = residual_BSD[row_P[pair_p].to(residual_BSD.device)]
                 start = resume_from(self.ablator.model, self.ablator.layout, layer, residual_PSD)
-            with start, self.ablator.without(layer, head_P[pair_p]):
+            with start, self.ablator.without(layer, head_P[pair_p], kind):
                 return read(self.ablator.model, rows)
 
         yield from self._in_parts(torch.arange(len(head_P)), forward)

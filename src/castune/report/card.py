@@ -28,6 +28,13 @@ class Merging:
     dtype: str
     identical_tensors: int
     identical_rows: int
+    identical_columns: int = 0
+
+    @property
+    def identical(self) -> str:
+        """The rows and columns, in words."""
+        text = f"{self.identical_rows:,} unselected rows"
+        return f"{text} and {self.identical_columns:,} columns" if self.identical_columns else text
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,17 @@ def model_card(facts: CardFacts) -> str:
     """README.md of an exported directory."""
     name = str(facts.model["name"])
     kind = "merged model" if facts.merging else "LoRA adapter"
-    layers = len({layer for layer, _ in facts.certificate.selection})
-    heads = f"{len(facts.certificate.selection):,}"
+    layers = len(facts.certificate.layers)
+    heads = f"{facts.certificate.n_units:,}"
     heads += f" of {facts.n_total:,}" if facts.n_total else ""
+    owned = f"the query rows of {heads} attention heads"
+    if facts.certificate.units:
+        owned = f"the rows and columns of {heads} units (query heads or other parts of a layer)"
     how = "cut down from existing adapters" if facts.masked else "trained"
     parts = [
         _front_matter(facts),
         f"# {_text(name)}, head-sparse {kind}",
-        f"A {kind} of {_text(name)} in which only the query rows of {heads} attention heads, in {layers} layers, "
+        f"A {kind} of {_text(name)} in which only {owned}, in {layers} layers, "
         f"differ from the base model. They were chosen and {how} with castune ({_PAPER}).",
         _section("Heads", _heads(facts)),
         _section("Conflict map", _diagnosis(facts.cmap)),
@@ -115,6 +125,10 @@ def _heads(facts: CardFacts) -> str:
     for layer, head in facts.certificate.selection:
         by_layer.setdefault(layer, []).append(head)
     chosen = [(f"layer {layer}", "heads " + ", ".join(map(str, heads))) for layer, heads in by_layer.items()]
+    others: dict[tuple[str, int], list[int]] = {}
+    for kind, layer, number in facts.certificate.units:
+        others.setdefault((kind, layer), []).append(number)
+    chosen += [(f"layer {layer}", f"{kind}s " + ", ".join(map(str, found))) for (kind, layer), found in others.items()]
     listed = _pairs(chosen, ("Layer", "Heads (counted from 0)"))
     return f"{_pairs(rows)}\n\n<details><summary>The chosen heads</summary>\n\n{listed}\n\n</details>"
 
@@ -207,18 +221,29 @@ def _evaluation(facts: CardFacts) -> str:
 
 def _certificate(facts: CardFacts) -> str:
     proof = facts.certificate
+    what, whose = ("rows and columns", "units") if proof.units else ("query rows", "heads")
+    columns: list[tuple[str, Any]] = []
+    if proof.selected_columns:
+        columns = [
+            ("Selected columns that changed", f"{proof.changed_columns:,} of {proof.selected_columns:,}"),
+            ("Other columns of the adapted projections, all identical", proof.checked_columns),
+        ]
     rows: list[tuple[str, Any]] = [
         ("Adapter", proof.adapter_hash),
-        ("Selected query rows that changed", f"{proof.changed_rows:,} of {proof.selected_rows:,}"),
+        (
+            f"Selected {'' if proof.units else 'query '}rows that changed",
+            f"{proof.changed_rows:,} of {proof.selected_rows:,}",
+        ),
         ("Other rows of the adapted projections, all identical", proof.checked_rows),
+        *columns,
         ("Largest change of a weight", proof.largest_change),
     ]
-    text = "The adapter, merged, was compared with the base model bit by bit: nothing but query rows of the chosen "
-    text += f"heads differs.\n\n{_pairs(rows)}"
+    text = "The adapter, merged, was compared with the base model bit by bit: nothing but "
+    text += f"{what} of the chosen {whose} differs.\n\n{_pairs(rows)}"
     if facts.merging is not None:
         text += (
             f"\n\nThis merged model ({facts.merging.dtype}) was read back after writing: "
-            f"{facts.merging.identical_tensors:,} other tensors and {facts.merging.identical_rows:,} unselected rows "
+            f"{facts.merging.identical_tensors:,} other tensors and {facts.merging.identical} "
             "of the adapted projections are bit-identical to the base model, the sign of zero included."
         )
     return text

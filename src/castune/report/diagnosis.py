@@ -27,6 +27,10 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         ("Heads tied with another in safety shift", _share(ties.get("safety_shift"))),
         ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
         *_reliability(cmap.metadata.get("reliability", {})),
+        *(
+            (f"Reliability of C over {kind}s alone", _number(found["reliability"]["reliability"]))
+            for kind, found in cmap.metadata.get("kinds", {}).items()
+        ),
         ("Time", duration(cmap.metadata.get("seconds"))),
     ]
     zones = (
@@ -43,7 +47,7 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
             "apart on a head, times how much more utility than safety hangs on it. The highest scores make "
             "the risky zone.",
         ),
-        explorer(cmap, selections),
+        *_explorers(cmap, selections),
         tag("h3", "How it was measured"),
         tag(
             "div",
@@ -59,6 +63,13 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         zones,
         _selection_table(selections),
     )
+
+
+def _explorers(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> list[Markup]:
+    """The map to explore; of several kinds of unit each by itself, for their scores do not compare."""
+    if len(cmap.kinds) == 1:
+        return [explorer(cmap, selections)]
+    return [tag("div", tag("h3", f"{kind}s"), explorer(cmap.only(kind), selections)) for kind in cmap.kinds]
 
 
 _COMBINED = {
@@ -136,7 +147,8 @@ def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
         if selection.bucket is not None:
             zone += f" {selection.bucket} of {selection.buckets}"
         seed = "–" if selection.seed is None else str(selection.seed)
-        share = f"{len(selection.heads):,} of {selection.n_total:,}"
+        share = f"{len(selection.all_units):,} of {selection.n_total:,}"
+        share += f" ({selection.counted})" if selection.units else ""
         score = "–" if zone in ("random", "all") else selection.score
         rows.append([arm, zone, score, share, f"{len(selection.layers):,}", seed])
     head = ["Arm", "Zone", "Sorted by", "Heads", "Layers", "Seed"]

@@ -112,7 +112,7 @@ def _choice(label: str, part: str, shown: list[str], values: list[str] | None = 
 
 
 def _data(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> dict[str, Any]:
-    rows = {pair: i for i, pair in enumerate(cmap.heads)}
+    rows = {unit: i for i, unit in enumerate(cmap.units)}
     layers, heads = zip(*cmap.heads, strict=True)
     return {
         "layers": layers,
@@ -122,7 +122,7 @@ def _data(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> dict[st
             for column, label in SCORES.items()
         ],
         "arms": [
-            {"name": arm, "rows": [rows[pair] for pair in selection.heads if pair in rows]}
+            {"name": arm, "rows": [rows[unit] for unit in selection.all_units if unit in rows]}
             for arm, selection in selections.items()
         ],
         "maps": [_map(one, cmap) for one in (cmap, *cmap.domains.values())],

@@ -44,26 +44,28 @@ def charts(
 
 
 def score_distribution(cmap: ConflictMap) -> Any:
-    """How many heads have which conflict score, by bucket."""
+    """How many heads have which conflict score, by bucket; of several kinds of unit, a histogram each."""
     scores, buckets = cmap.column("conflict_score").tolist(), cmap.table["bucket"].to_pylist()
+    several = len(cmap.kinds) > 1
     records = [
-        {"conflict_score": score, "bucket": bucket}
-        for score, bucket in zip(scores, buckets, strict=True)
+        {"conflict_score": score, "bucket": bucket, **({"unit": f"{unit}s"} if several else {})}
+        for score, bucket, (unit, _, _) in zip(scores, buckets, cmap.units, strict=True)
         if math.isfinite(score)
     ]
     domain = sorted({record["bucket"] for record in records})
     bars = alt.X("conflict_score:Q", bin=alt.Bin(maxbins=40), title=SCORES["conflict_score"])
-    return (
+    chart = (
         alt.Chart(alt.InlineData(values=records))
         .mark_bar(aria=False, binSpacing=1)
         .encode(
             x=bars.axis(grid=False),
-            y=alt.Y("count():Q", title="Heads", axis=alt.Axis(tickMinStep=1, tickCount=5)),
+            y=alt.Y("count():Q", title="Units" if several else "Heads", axis=alt.Axis(tickMinStep=1, tickCount=5)),
             color=alt.Color("bucket:O", title="Bucket").scale(domain=domain, range=bucket_colours(len(domain))),
             tooltip=[alt.Tooltip("bucket:O", title="Bucket"), alt.Tooltip("count():Q", title="Heads")],
         )
         .properties(width=360, height=150, description="Histogram of the conflict score by bucket.")
     )
+    return chart.encode(row=alt.Row("unit:N", title=None, sort=cmap.kinds)) if several else chart
 
 
 def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -> Any:

@@ -29,7 +29,8 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
     """Layer x head heatmap (Figure 7 of the paper) with a switch between the scores of `SCORES`, and between domains.
 
     Layer 0 is at the top and blue is low, red high, as in the paper's maps. Layers may have different numbers
-    of heads: a head that does not exist is left empty. Where a head has no value its cell is empty too.
+    of heads: a head that does not exist is left empty. Where a head has no value its cell is empty too. Of a map with
+    several kinds of unit one is shown at a time, by a switch: scores are made of ranks within a kind.
     """
     grid = _Grid.of(cmap, width=360, height=540, largest=(36, 18), smallest=(9, 7))
     records = _records(cmap, selections)
@@ -63,6 +64,10 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
         )
         .add_params(score)
     )
+    if len(cmap.kinds) > 1:
+        kinds = alt.binding_select(options=cmap.kinds, labels=[f"{kind}s" for kind in cmap.kinds], name="Units ")
+        unit = alt.param(name="shown_unit", value=cmap.kinds[0], bind=kinds)
+        chart = chart.transform_filter("datum.unit === shown_unit").add_params(unit)
     if cmap.domains:
         # Null stands for the combined map. Colours are those of the shown map's own range.
         choice = alt.binding_select(
@@ -84,13 +89,16 @@ def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Any:
     grid = _Grid.of(cmap, width=230, height=360, largest=(24, 13), smallest=(4, 4))
     colours = arm_colours(list(selections))
     grids = []
-    for arm, selection in selections.items():
+    for arm, kind in ((arm, kind) for arm in selections for kind in cmap.kinds):
+        selection = selections[arm]
         chosen = f"indexof(datum.arms, {json.dumps(arm)}) >= 0"
-        title = f"{arm}: {len(selection.heads):,} of {selection.n_total:,} heads"
+        n = sum(found == kind for found, _, _ in selection.all_units)
+        title, cells = f"{arm}: {n:,} of {selection.n_total:,} heads", grid.cells()
+        if len(cmap.kinds) > 1:
+            title = f"{arm}: {n:,} of {len(cmap.rows_of(kind)):,} {kind}s"
+            cells = cells.transform_filter(f"datum.unit === {json.dumps(kind)}")
         grids.append(
-            grid.cells()
-            .properties(title=title)
-            .encode(
+            cells.properties(title=title).encode(
                 color=alt.condition(chosen, alt.value(colours[arm]), alt.value(NEUTRAL)),
                 opacity=alt.condition(chosen, alt.value(1), alt.value(0.14)),
                 tooltip=[
@@ -101,8 +109,8 @@ def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Any:
                 ],
             )
         )
-    names = ("layer", "head", "conflict_score", "arms", "zones")
-    records = [{name: record[name] for name in names} for record in _records(cmap, selections)]
+    names = ("unit", "layer", "head", "conflict_score", "arms", "zones")
+    records = [{name: record[name] for name in names if name in record} for record in _records(cmap, selections)]
     return alt.concat(*grids, data=alt.InlineData(values=records), columns=3, spacing=36).properties(
         description="Grids of layers and heads; coloured cells are the heads that an arm trains."
     )
@@ -114,6 +122,7 @@ class _Grid:
 
     layers: list[int]
     heads: list[int]
+    title: str
     cell_width: int
     cell_height: int
 
@@ -131,6 +140,7 @@ class _Grid:
         return cls(
             layers,
             heads,
+            "Head" if cmap.kinds == ["q_head"] else "Unit",
             max(smallest[0], min(largest[0], width // len(heads))),
             max(smallest[1], min(largest[1], height // len(layers))),
         )
@@ -144,7 +154,7 @@ class _Grid:
             alt.Chart()
             .mark_rect(aria=False)
             .encode(
-                x=alt.X("head:O", title="Head", **_bands(self.heads, self.cell_width, _ACROSS)),
+                x=alt.X("head:O", title=self.title, **_bands(self.heads, self.cell_width, _ACROSS)),
                 y=alt.Y("layer:O", title="Layer", **_bands(self.layers, self.cell_height, _DOWN)),
             )
             .properties(width=self.cell_width * len(self.heads), height=self.height)
@@ -164,20 +174,21 @@ def _bands(indices: list[int], cell: int, apart: int) -> dict[str, Any]:
 
 
 def _records(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> list[dict[str, Any]]:
-    owners: dict[tuple[int, int], list[str]] = {}
+    owners: dict[tuple[str, int, int], list[str]] = {}
     for arm, selection in selections.items():
-        for pair in selection.heads:
-            owners.setdefault(pair, []).append(arm)
+        for one in selection.all_units:
+            owners.setdefault(one, []).append(arm)
     columns = {
         name: [value if math.isfinite(value) else None for value in cmap.column(name).tolist()]
         for name in [*SCORES, *(f"{name}_se" for name in _MEASURED)]
     }
     buckets = cmap.table["bucket"].to_pylist()
     records = []
-    for i, (layer, head) in enumerate(cmap.heads):
-        arms = owners.get((layer, head), [])
+    several = len(cmap.kinds) > 1
+    for i, (kind, layer, head) in enumerate(cmap.units):
+        arms = owners.get((kind, layer, head), [])
         values = {name: column[i] for name, column in columns.items()}
-        place = {"layer": layer, "head": head, "bucket": buckets[i]}
+        place = {**({"unit": kind} if several else {}), "layer": layer, "head": head, "bucket": buckets[i]}
         records.append({**place, **values, "arms": arms, "zones": ", ".join(arms) or "no arm"})
     return records
 

@@ -71,7 +71,9 @@ def opening(
 ) -> Markup:
     """Title, what this is about, and what the numbers say."""
     model = cmap.metadata.get("model", {})
-    size = f"{known(model.get('parameters'))} parameters, {len(cmap):,} query heads"
+    kinds = {kind: len(cmap.rows_of(kind)) for kind in cmap.kinds}
+    units = ", ".join(f"{n:,} {'query heads' if kind == 'q_head' else f'{kind}s'}" for kind, n in kinds.items())
+    size = f"{known(model.get('parameters'))} parameters, {units}"
     said = verdict(evaluations, differences, cost_ratios)
     changes = [tag("li", tag("strong", arm), " – ", change) for arm, change in said.changes.items()]
     return tag(

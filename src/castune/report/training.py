@@ -33,9 +33,10 @@ def training(
         return section("Training", "training", tag("p", "Nothing has been trained in this run."))
     made: dict[str, TuneResult | MaskedAdapter] = {**tunings, **masked}
     proofs = [_proof(arm, result) for arm, result in made.items()]
+    only_heads = not any(result.certificate.units for result in made.values())
     certificate = (
-        "Every adapter was merged and compared with the base model bit by bit: nothing but query rows of the "
-        "selected heads differs."
+        "Every adapter was merged and compared with the base model bit by bit: nothing but "
+        f"{'query rows of the selected heads' if only_heads else 'rows and columns of the selected units'} differs."
     )
     return section(
         "Training",
@@ -57,6 +58,8 @@ def _budgets(tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSel
     for arm, result in tunings.items():
         keys = ("heads", "query_rows", "a_matrices", "trainable_parameters", "effective_parameters")
         heads, *rest = (known(result.budget.get(key)) for key in keys)
+        if result.certificate.units:
+            heads = f"{heads} and {len(result.certificate.units):,} other units"
         layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
         examples = known(result.data.get("n")) + (f" ({result.data['cut']:,} cut)" if result.data.get("cut") else "")
         work = [examples, known(result.steps), known(result.tokens), duration(result.seconds)]
@@ -137,9 +140,12 @@ def _proof(arm: str, result: TuneResult | MaskedAdapter) -> list[object]:
     proof = result.certificate
     return [
         arm,
-        f"{proof.checked_rows:,}, all identical",
+        f"{proof.checked_rows:,}"
+        + (f" and {proof.checked_columns:,} columns" if proof.selected_columns else "")
+        + ", all identical",
         f"{proof.checked_tensors:,}, all identical",
-        f"{proof.changed_rows:,} of {proof.selected_rows:,}",
+        f"{proof.changed_rows:,} of {proof.selected_rows:,}"
+        + (f"; {proof.changed_columns:,} of {proof.selected_columns:,} columns" if proof.selected_columns else ""),
         number(proof.largest_change),
         tag("code", proof.adapter_hash) if proof.adapter_hash else NOT_RECORDED,
     ]

@@ -24,6 +24,10 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
     if max_loss is not None and not 0 <= max_loss <= 100:
         raise CastuneError(f"--max-loss {max_loss:g}: accepted are points of accuracy, at least 0 and at most 100")
     cmap = folder.load_map()
+    if len(cmap.kinds) > 1:
+        raise CastuneError(
+            f"{folder.path}: scores of {', '.join(cmap.kinds)} do not add up; accepted are maps of one kind"
+        )
     curve = map_curve(cmap)
     n = curve.n_heads
     rows = []
@@ -43,8 +47,8 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
 
 def _anchor(folder: RunDirectory, cmap: ConflictMap, curve: CostCurve, name: str) -> Anchor:
     arm = folder.arm(name)
-    heads = folder.load_selection(arm, cmap).heads
-    safest = {cmap.heads[row] for row in curve.order_H[: len(heads)]}
+    heads = folder.load_selection(arm, cmap).all_units
+    safest = {cmap.units[row] for row in curve.order_H[: len(heads)]}
     if set(heads) != safest:
         raise CastuneError(f"--anchor {name}: accepted are arms of the safest heads: all, safe, safe-50, ...")
     found = folder.load_evaluations()

@@ -15,7 +15,7 @@ import torch
 
 from castune import pipeline
 from castune.arms import ArmName
-from castune.config import Recipe
+from castune.config import DiagnoseConfig, Recipe
 from castune.core.accelerators import ACCELERATORS, Accelerator
 from castune.core.batching import ExampleBatch
 from castune.core.heads import HeadLayout
@@ -110,7 +110,7 @@ class Here(Clock):
     ) -> None:
         self.shape, self.chat, self.batch_tokens = shape, chat, batch_tokens
         model = skeleton(config, dtype)
-        self.ablator = slice_ablator(config, model, HeadLayout.unproven(model), dtype, device)
+        self.ablator = slice_ablator(config, model, HeadLayout.unproven(model), DiagnoseConfig(), dtype, device)
 
     def training(self, work: Training, rows: Sequence[Row]) -> float:
         """Seconds of forwards and backwards, as of the diagnosis' gradients of those rows."""

@@ -125,7 +125,8 @@ def findings(results: Results, study: StudyConfig) -> Findings:
         depths=tuple(_depth_controls(results)),
         nulls=tuple(_nulls(results, study)),
         agreements=tuple(_agreements(results)),
-        budget=None if cmap is None else _budget(cmap, results),
+        # Scores are made of ranks within a kind of unit and do not add up over several.
+        budget=_budget(cmap, results) if cmap is not None and len(cmap.kinds) == 1 else None,
     )
 
 
@@ -212,9 +213,9 @@ def _depth_controls(results: Results) -> list[DepthControl]:
     usual = results.of(REFERENCE)
     if not usual:
         return []
-    n_heads = len(usual[0].selection.heads)
+    n_heads = len(usual[0].selection.all_units)
     # Buckets differ by a head where the number of heads is no multiple.
-    arms = [t for t in _plain(results) if abs(len(t.selection.heads) - n_heads) <= 1]
+    arms = [t for t in _plain(results) if abs(len(t.selection.all_units) - n_heads) <= 1]
     found = []
     for score in SCORE_COLUMNS:
         for cost in ("ucr", "utility_lost"):
@@ -250,7 +251,7 @@ def _agreements(results: Results) -> list[MapAgreement]:
     pairs += [
         ("C (main)", f"C ({name})", cmap.column("conflict_score"))
         for name, cmap in results.maps.items()
-        if name != "main" and cmap.heads == main.heads
+        if name != "main" and cmap.units == main.units
     ]
     return [
         MapAgreement(one, other, map_agreement(score.tolist(), column.tolist(), layers=layers))
@@ -260,17 +261,17 @@ def _agreements(results: Results) -> list[MapAgreement]:
 
 def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
     score_H = cmap.column("conflict_score").tolist()
-    row_of = {head: row for row, head in enumerate(cmap.heads)}
+    row_of = {unit: row for row, unit in enumerate(cmap.units)}
     names = list(dict.fromkeys(trial.arm for trial in _plain(results)))
     predicted, lost, heads = [], [], []
     for name in names:
         trials = results.of(name)
-        shares = [predicted_cost(score_H, [row_of[head] for head in trial.selection.heads]) for trial in trials]
+        shares = [predicted_cost(score_H, [row_of[unit] for unit in trial.selection.all_units]) for trial in trials]
         losses = [cost_of(trial, results.base, "utility_lost")[0] for trial in trials]
         known = [loss for loss in losses if loss is not None]
         predicted.append(sum(shares) / len(shares))
         lost.append(sum(known) / len(known) if len(known) == len(losses) else None)
-        heads.append(len(trials[0].selection.heads))
+        heads.append(len(trials[0].selection.all_units))
     return BudgetCheck(
         curve=map_curve(cmap),
         arms=tuple(names),

@@ -244,6 +244,8 @@ class Graph:
 
     def _heads(self, name: ArmName) -> Any:
         """What tells two selections apart, before the map is there: a range of the sorted heads where it is one."""
+        if len(self.recipe.diagnose.units) > 1:
+            return self._full_name(name)  # a range of each kind
         score, n = name.score or self.recipe.select.score, self.n_heads
         if name.bucket is not None and name.buckets is not None:
             if name.buckets > n:

@@ -213,10 +213,10 @@ def _maps(graph: Graph, results: Results, found: Findings) -> Markup:
         selections = {}
         if first is not None and name == "main":
             selections = _selections(RunDirectory(first.folder), graph.recipe.study.arms, first.same_as, cmap)
-        parts += [
-            tag("h3", f"Map {name}: {known(cmap.metadata['settings'].get('measure'))}"),
-            explorer(cmap, selections),
-        ]
+        for kind in cmap.kinds:
+            of_kind = "" if len(cmap.kinds) == 1 else f", {kind}s"
+            title = f"Map {name}: {known(cmap.metadata['settings'].get('measure'))}{of_kind}"
+            parts += [tag("h3", title), explorer(cmap.only(kind), selections)]
     rows = [
         [a.one, a.other, _number(a.found.spearman), _span(a.found.interval), f"{a.found.n:,}"] for a in found.agreements
     ]

@@ -19,6 +19,7 @@ from castune.core.heads import HeadLayout
 from castune.core.loading import load_config, torch_dtype_of
 from castune.core.shards import Shard
 from castune.core.skeleton import skeleton
+from castune.core.units import UnitLayout
 from castune.data.example import content_hash, require_replies
 from castune.diagnose.domains import utility_hash, utility_sets
 from castune.errors import ArtifactError, CastuneError
@@ -52,9 +53,12 @@ def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
     if recipe.select.compare:
         logger.warning("select.compare has no effect on a study: study.arms says what is compared")
     config, _ = load_config(recipe.model, revision=recipe.revision)
-    layout = HeadLayout.unproven(skeleton(config, torch_dtype_of(recipe.dtype, recipe.device)))
-    layers = recipe.diagnose.layers
-    n_heads = sum(layers is None or head.layer in layers for head in layout.heads)
+    model = skeleton(config, torch_dtype_of(recipe.dtype, recipe.device))
+    wanted, layers = recipe.diagnose, recipe.diagnose.layers
+    units = UnitLayout.of(
+        model, HeadLayout.unproven(model), wanted.units, n_mlp_groups=wanted.mlp_groups, layers=layers, prove=False
+    ).units
+    n_heads = sum(layers is None or unit.layer in layers for unit in units)
     hashes = _checked_data(recipe) if data else {}
     graph = Graph(recipe, n_heads, hashes, shards)
     for run in graph.runs:

@@ -161,8 +161,8 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
             seed=run.seed,
             is_draw=run.is_draw,
             selection=selection,
-            scores=mean_scores(cmap, selection.heads),
-            depth=float(np.mean([layer for layer, _ in selection.heads])),
+            scores=mean_scores(cmap, selection.all_units),
+            depth=float(np.mean([layer for _, layer, _ in selection.all_units])),
             measured=Measured.of(result),
             cost_ratio=cost_ratios(pair).get(name),
             mmlu_cost_ratio=cost_ratios(pair, MMLU).get(name),
@@ -170,10 +170,10 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
     return trials
 
 
-def mean_scores(cmap: ConflictMap, heads: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Mean C, O and S over heads of a map: what a bucket's cost is predicted by (Section 5.3)."""
-    row_of = {head: row for row, head in enumerate(cmap.heads)}
-    rows = [row_of[head] for head in heads]
+def mean_scores(cmap: ConflictMap, units: Sequence[tuple[str, int, int]]) -> dict[str, float]:
+    """Mean C, O and S over heads, or other units, of a map: what a bucket's cost is predicted by (Section 5.3)."""
+    row_of = {unit: row for row, unit in enumerate(cmap.units)}
+    rows = [row_of[unit] for unit in units]
     return {score: float(cmap.column(column)[rows].mean()) for score, column in SCORE_COLUMNS.items()}
 
 

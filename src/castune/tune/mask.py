@@ -30,7 +30,8 @@ from castune.core.heads import HeadLayout
 from castune.core.loading import display_name
 from castune.core.provenance import fingerprint, model_record, provenance
 from castune.errors import CastuneError, CertificateError
-from castune.tune.row_lora import check_selection, lora_layers, projection_mask, query_lora_config
+from castune.tune.row_lora import lora_layers, projection_mask, query_lora_config
+from castune.tune.targets import check_selection
 from castune.tune.verify import certify, lora_pairs, plain_lora_config
 
 COMBINATIONS = ("linear", "ties")
@@ -84,6 +85,11 @@ def mask_adapter(
         check_vacant(out)
     layout = HeadLayout.of(base)
     check_selection(base, layout, selection)
+    if selection.units:
+        raise CastuneError(
+            f"the selection has units of kinds {', '.join(selection.kinds)}; castune mask cuts adapters down to "
+            "query heads alone: select from a map of query heads"
+        )
     sources = [_read(path, base, layout, selection) for path in paths]
     ranks = {str(source.path): source.rank for source in sources}
     if len(set(ranks.values())) > 1:

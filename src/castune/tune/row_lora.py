@@ -1,14 +1,18 @@
-"""Head-sparse LoRA: a plain PEFT adapter whose B matrix acts on chosen query rows only.
+"""Head-sparse LoRA: a plain PEFT adapter that acts on chosen rows and columns only.
 
-`lora_B` multiplies its weight by a row mask in forward. Rows outside the selection start at zero, get zero gradients
-and stay exactly zero under every optimiser and weight decay, also under FSDP2, where gradient hooks are lost
-silently. The saved adapter is an ordinary LoRA adapter.
+Units that own rows of a projection (query heads, KV groups, neurons of gate and up) are held apart by LoRA's B: it
+multiplies its weight by a row mask in forward. Rows outside the selection start at zero, get zero gradients and stay
+exactly zero under every optimiser and weight decay, also under FSDP2, where gradient hooks are lost silently. Units
+that own columns (heads of the output projection, neurons of down) are held apart by A in the same way, column by
+column. The saved adapter is an ordinary LoRA adapter.
 
 Shape letters: R LoRA rank, D model width.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +21,88 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from castune.artifacts import HeadSelection
-from castune.artifacts.fingerprints import same_model
 from castune.core.heads import HeadLayout
-from castune.core.provenance import fingerprint
+from castune.core.units import UnitLayout
 from castune.errors import CastuneError
+from castune.tune.targets import Target, targets, units_for
 
 ADAPTER_NAME = "default"
 
 
-class HeadMaskedLinear(nn.Linear):
-    """A LoRA B matrix, `[rows, R]`, whose rows outside the chosen heads are zero in forward and gradient."""
+class MaskedLinear(nn.Linear):
+    """A LoRA B, `[rows, R]`, or A, `[R, columns]`, that is zero outside the chosen units in forward and gradient."""
 
-    head_mask: Tensor
+    unit_mask: Tensor
+    """`[rows, 1]` or `[1, columns]`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the masked weight."""
-        mask = self.head_mask.to(self.weight.dtype)[:, None]
-        return functional.linear(input, self.weight * mask, self.bias)
+        return functional.linear(input, self.weight * self.unit_mask.to(self.weight.dtype), self.bias)
 
 
 def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: float = 32, freeze_a: bool = False) -> Any:
-    """Put LoRA on the query rows of the selected heads: a plain `PeftModel`, for any training loop.
+    """Put LoRA on what the selected heads and other units own: a plain `PeftModel`, for any training loop.
 
     Set the seed before calling: A is initialised at random here.
 
     Args:
         model: the base model the selection was made for, or it quantised. PEFT wraps its layers in place.
-        selection: the heads to train.
+        selection: the heads, and units of other kinds, to train.
         r: LoRA rank.
         alpha: LoRA alpha; updates are scaled by alpha / r.
         freeze_a: train B alone. A (r x hidden) is shared by all heads of a layer, so only then do selections
-            with equal head counts have exactly equal budgets.
+            with equal head counts have exactly equal budgets. (Units that own columns share B instead.)
 
     Raises:
         CastuneError: the selection belongs to another model, or is empty; or the model wears an adapter already.
+        UnsupportedArchitecture: selected units of another kind than query heads could not be located.
     """
     from peft import get_peft_model
 
     _refuse_adapted(model)
     layout = HeadLayout.of(model)
-    check_selection(model, layout, selection)
-    peft_model = get_peft_model(model, query_lora_config(layout, selection, r=r, alpha=alpha))
+    wanted = targets(units_for(model, layout, selection), selection)
+    peft_model = get_peft_model(model, lora_config(layout, selection, wanted, r=r, alpha=alpha))
     wrapped = {name.removeprefix("base_model.model.") for name, _ in lora_layers(peft_model)}
-    wanted = {layout.at(layer).query_path for layer in selection.layers}
-    if wrapped != wanted:
+    if wrapped != wanted.keys():
         peft_model.unload()
-        raise CastuneError(f"PEFT wrapped {sorted(wrapped ^ wanted)} beside the selected layers of this model")
-    for layer in selection.layers:
-        module = peft_model.base_model.model.get_submodule(layout.at(layer).query_path)
-        _mask_rows(module.lora_B[ADAPTER_NAME], row_mask(layout, selection, layer))
+        raise CastuneError(f"PEFT wrapped {sorted(wrapped ^ wanted.keys())} beside the selected layers of this model")
+    for path, target in wanted.items():
+        module = peft_model.base_model.model.get_submodule(path)
+        _mask(module, target)
         if freeze_a:
             module.lora_A[ADAPTER_NAME].weight.requires_grad_(False)
     return peft_model
+
+
+def lora_config(
+    layout: HeadLayout, selection: HeadSelection, wanted: Mapping[str, Target], *, r: int, alpha: float
+) -> Any:
+    """The `LoraConfig` of plain LoRA on the projections that hold a part of a selected unit, and on no others."""
+    config = query_lora_config(layout, selection, r=r, alpha=alpha)
+    if selection.units:
+        # Names and layers could not tell apart projections that are chosen in different layers.
+        config.target_modules = set(wanted)
+        config.layers_to_transform = None
+        config.fan_in_fan_out = any(target.transposed for target in wanted.values())
+    return config
 
 
 def query_lora_config(layout: HeadLayout, selection: HeadSelection, *, r: int, alpha: float) -> Any:
     """The `LoraConfig` of plain LoRA on the query projections of the layers that hold a selected head."""
     from peft import LoraConfig
 
+    layers = sorted({layer for layer, _ in selection.heads})
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules=sorted({layout.at(layer).query_name for layer in selection.layers}),
-        layers_to_transform=list(selection.layers),
-        fan_in_fan_out=any(layout.at(layer).transposed for layer in selection.layers),
+        target_modules=sorted({layout.at(layer).query_name for layer in layers}),
+        layers_to_transform=layers,
+        fan_in_fan_out=any(layout.at(layer).transposed for layer in layers),
         task_type="CAUSAL_LM",
     )
-
-
-def check_selection(model: nn.Module, layout: HeadLayout, selection: HeadSelection) -> None:
-    """Refuse a selection that is empty, was made for another model, or names heads that do not exist."""
-    if not selection.heads:
-        raise CastuneError("the selection has no heads; nothing would be trained")
-    found = fingerprint(model)
-    if not same_model(selection.model_fingerprint, found):
-        raise CastuneError(
-            f"the selection was made for model {selection.model_fingerprint}, this model is {found}; "
-            "diagnose this model and select again"
-        )
-    unknown = sorted(set(selection.heads) - set(layout.heads))
-    if unknown:
-        raise CastuneError(f"the selection names heads this model does not have: {unknown[:5]}")
 
 
 def _refuse_adapted(model: nn.Module) -> None:
@@ -151,31 +154,42 @@ def adapter_weights(peft_model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def budget(peft_model: nn.Module, layout: HeadLayout, selection: HeadSelection) -> dict[str, int]:
+def budget(peft_model: nn.Module, layout: UnitLayout, selection: HeadSelection) -> dict[str, int]:
     """What is trained: heads, their query rows, A matrices, and parameters.
 
-    `trainable_parameters` is what the optimiser sees; `effective_parameters` leaves out the masked rows of B, whose
-    value is always zero.
+    `trainable_parameters` is what the optimiser sees; `effective_parameters` leaves out the masked rows of B and
+    columns of A, whose value is always zero. With units of other kinds also how many of each (`k_groups`, ...), and the
+    `rows` and `columns` of all of them.
     """
-    layers = [module for _, module in lora_layers(peft_model)]
-    a_weights = [module.lora_A[ADAPTER_NAME].weight for module in layers]
-    rows = sum(int(row_mask(layout, selection, layer).sum()) for layer in selection.layers)
-    rank = a_weights[0].shape[0]
-    trainable_a = [weight for weight in a_weights if weight.requires_grad]
-    return {
+    wanted = targets(layout, selection)
+    n_trained_a = n_effective = 0
+    for name, module in lora_layers(peft_model):
+        target = wanted[name.removeprefix("base_model.model.")]
+        a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+        rank, n_chosen = a.shape[0], int(target.mask.sum())
+        n_effective += rank * n_chosen if target.axis == 0 else b.numel()
+        if a.requires_grad:
+            n_trained_a += 1
+            n_effective += a.numel() if target.axis == 0 else rank * n_chosen
+    found = {
         "heads": len(selection.heads),
-        "query_rows": rows,
-        "a_matrices": len(trainable_a),
+        "query_rows": sum(at.stop - at.start for at in (layout.heads.query_rows(*head) for head in selection.heads)),
+        "a_matrices": n_trained_a,
         "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
-        "effective_parameters": sum(weight.numel() for weight in trainable_a) + rows * rank,
+        "effective_parameters": n_effective,
     }
+    if selection.units:
+        found |= {f"{kind}s": number for kind, number in Counter(kind for kind, _, _ in selection.units).items()}
+        for axis, name in enumerate(("rows", "columns")):
+            found[name] = sum(int(target.mask.sum()) for target in wanted.values() if target.axis == axis)
+    return found
 
 
-def _mask_rows(b: Any, mask: Tensor) -> None:
-    # A fused projection has more rows than its queries: keys and values are never trained.
-    full = torch.zeros(b.weight.shape[0], dtype=torch.bool)
-    full[: len(mask)] = mask
-    b.__class__ = HeadMaskedLinear
-    b.register_buffer("head_mask", full.to(b.weight.device), persistent=False)
+def _mask(module: Any, target: Target) -> None:
+    """Let B or A of an adapted projection act on the chosen rows or columns only."""
+    matrix = (module.lora_B if target.axis == 0 else module.lora_A)[ADAPTER_NAME]
+    mask = target.mask[:, None] if target.axis == 0 else target.mask[None]
+    matrix.__class__ = MaskedLinear
+    matrix.register_buffer("unit_mask", mask.to(matrix.weight.device), persistent=False)
     with torch.no_grad():
-        b.weight *= b.head_mask.to(b.weight.dtype)[:, None]
+        matrix.weight *= matrix.unit_mask.to(matrix.weight.dtype)

@@ -20,16 +20,17 @@ from torch import Tensor
 from castune.arms import SurgeryMethod
 from castune.artifacts import HeadSelection
 from castune.config import SurgeryGranularity, TuneConfig
-from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, reply_nll
+from castune.core.units import UnitLayout
 from castune.data.rows import Row
 from castune.errors import CastuneError, TrainingError
 from castune.tune.row_lora import ADAPTER_NAME
+from castune.tune.targets import selected_units, targets
 
 Weights = tuple[float, float]
 """What `g` and `u` are multiplied with."""
-Group = list[tuple[Any, slice]]
-"""Parameters, each with the rows of it that belong to the group."""
+Group = list[tuple[Any, Any]]
+"""Parameters, each with the index of what of it belongs to the group, a view."""
 
 TORCHJD = "torchjd==0.18.0"
 # Of each method in torchjd: its class and arguments, torchjd's extra, and the modules that the extra brings.
@@ -175,25 +176,46 @@ def _torchjd_weighting(method: str) -> Any:
 
 
 def parameter_groups(
-    peft_model: Any, layout: HeadLayout, selection: HeadSelection, granularity: SurgeryGranularity
+    peft_model: Any, layout: UnitLayout, selection: HeadSelection, granularity: SurgeryGranularity
 ) -> list[Group]:
     """The trained parameters in the groups that surgery works on.
 
     `global`: one group. `tensor`: every A and every B. `head`: the rows of B of one selected head, and A of a layer,
-    which its heads share. Rows of B that are masked have zero gradients and belong to no group of `head`.
+    which its heads share. Rows of B that are masked have zero gradients and belong to no group of `head`. Units of
+    other kinds have all their rows of B and columns of A in one group; B of a projection whose columns they own is
+    shared.
+
+    Raises:
+        CastuneError: `head`, with whole MLPs and groups of neurons of the same layer selected.
     """
     everything = slice(None)
-    groups: list[Group] = []
-    for layer in selection.layers:
-        module = peft_model.base_model.model.get_submodule(layout.at(layer).query_path)
-        a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
-        if a.requires_grad:
-            groups.append([(a, everything)])
-        if granularity == "head":
-            groups += [[(b, layout.query_rows(layer, head))] for head in selection.heads_of(layer)]
-        else:
-            groups.append([(b, everything)])
-    return [[member for group in groups for member in group]] if granularity == "global" else groups
+    matrices = {}
+    for path in targets(layout, selection):
+        module = peft_model.base_model.model.get_submodule(path)
+        matrices[path] = (module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight)
+    if granularity != "head":
+        groups: list[Group] = [[(m, everything)] for pair in matrices.values() for m in pair if m.requires_grad]
+        return [[member for group in groups for member in group]] if granularity == "global" else groups
+    if {"mlp_block", "mlp_group"} <= set(selection.kinds):
+        raise CastuneError(
+            'surgery_granularity = "head" needs units that share no neurons, and whole MLPs and groups of neurons are '
+            'selected: train one of them, or use "tensor" or "global"'
+        )
+    # The matrix that units share comes at its projection, a unit at the first of its projections.
+    at_path: dict[str, list[Group]] = {path: [] for path in matrices}
+    for one in selected_units(selection):
+        parts = layout.parts(one)
+        for part in parts:
+            shared = matrices[part.path][part.axis]
+            if shared.requires_grad and not at_path[part.path]:
+                at_path[part.path].append([(shared, everything)])
+        own: Group = []
+        for part in parts:
+            matrix = matrices[part.path][1 - part.axis]
+            if matrix.requires_grad:
+                own.append((matrix, part.at if part.axis == 0 else (everything, part.at)))
+        at_path[parts[0].path].append(own)
+    return [group for groups in at_path.values() for group in groups if group]
 
 
 def utility_batches(n: int, size: int, seed: int) -> Iterator[list[int]]:

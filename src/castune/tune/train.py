@@ -22,16 +22,18 @@ from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
-from castune.core.quantisation import require_bitsandbytes
+from castune.core.quantisation import dense_weight, require_bitsandbytes
 from castune.core.shards import Shard
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.rows import Row
 from castune.errors import CastuneError, DataError, TrainingError
 from castune.tune.preferences import Pair, preference_pairs, preference_trainer, require_trl
-from castune.tune.row_lora import adapter_weights, budget, check_selection, save_adapter, sparse_lora
+from castune.tune.row_lora import adapter_weights, budget, save_adapter, sparse_lora
 from castune.tune.snapshots import Snapshots, snapshot_steps
 from castune.tune.surgery import Operation, parameter_groups, require_method
+from castune.tune.targets import targets, units_for
 from castune.tune.trainer import ReplyTrainer, trainer_settings
 from castune.tune.verify import certificate_of
 from castune.tune.workspace import Workspace
@@ -93,6 +95,7 @@ def tune(
                 {
                     "model": identity["fingerprint"],
                     "heads": selection.heads,
+                    **({"units": selection.units, "mlp_groups": selection.mlp_groups} if selection.units else {}),
                     "settings": config.model_dump(mode="json"),
                     "data": data_record,
                     "utility": utility_record,
@@ -132,7 +135,7 @@ def tune(
         raise
     run.wait()
     result = TuneResult.load(out)
-    if not result.certificate.changed_rows and Shard.is_main_process():
+    if not (result.certificate.changed_rows or result.certificate.changed_columns) and Shard.is_main_process():
         logger.warning(
             "the training changed no weight of the base in its dtype, %s: its updates are below the rounding; train "
             "for more steps, or with a learning_rate above %g",
@@ -228,7 +231,7 @@ def _trained(
     """Train, and leave the adapter in the workspace and the model as it was."""
     # Before the adapter is built: the seed also decides the initial A.
     set_seed(config.seed)
-    layout = HeadLayout.of(model)
+    layout = units_for(model, HeadLayout.of(model), selection)
     base = _Base.of(model, layout, selection)
     with _left_as_it_was(model):
         peft_model = sparse_lora(model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a)
@@ -274,21 +277,24 @@ def _trained(
 class _Base:
     """What a certificate needs of the base model, taken before the training: FSDP shards it for good."""
 
-    layout: HeadLayout
-    projections: dict[int, Tensor]
+    layout: UnitLayout
+    projections: dict[str, Tensor]
     n_tensors: int
+    modules: list[str]
 
     @classmethod
-    def of(cls, model: Any, layout: HeadLayout, selection: HeadSelection) -> _Base:
-        check_selection(model, layout, selection)
-        projections = {layer: layout.query_weight(model, layer) for layer in selection.layers}
-        return cls(layout, projections, sum(1 for _ in model.named_parameters()))
+    def of(cls, model: Any, layout: UnitLayout, selection: HeadSelection) -> _Base:
+        projections = {path: dense_weight(model.get_submodule(path)) for path in targets(layout, selection)}
+        modules = [name for name, _ in model.named_modules()]
+        return cls(layout, projections, sum(1 for _ in model.named_parameters()), modules)
 
     def on_cpu(self) -> _Base:
-        return replace(self, projections={layer: weight.cpu() for layer, weight in self.projections.items()})
+        return replace(self, projections={path: weight.cpu() for path, weight in self.projections.items()})
 
     def certificate(self, adapter: Path, selection: HeadSelection) -> Certificate:
-        return certificate_of(self.projections, self.layout, adapter, selection, n_tensors=self.n_tensors)
+        return certificate_of(
+            self.projections, self.layout, adapter, selection, n_tensors=self.n_tensors, modules=self.modules
+        )
 
 
 @contextmanager

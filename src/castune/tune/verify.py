@@ -1,9 +1,10 @@
-"""The certificate: an adapter, merged, changes the query rows of the selected heads and nothing else."""
+"""The certificate: an adapter, merged, changes the rows and columns of the selected units and nothing else."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from castune.artifacts import Certificate, HeadSelection
 from castune.artifacts.tune_result import adapter_hash
 from castune.core.heads import HeadLayout
+from castune.core.quantisation import dense_weight
+from castune.core.units import UnitLayout
 from castune.errors import CertificateError
-from castune.tune.row_lora import check_selection, projection_mask
+from castune.tune.targets import targets, units_for
 
 _PREFIX = "base_model.model."
 
@@ -45,90 +48,101 @@ def certify(base: nn.Module, adapter: str | Path, selection: HeadSelection) -> C
     Args:
         base: the base model, without an adapter. Of a quantised one the dequantised weights are compared.
         adapter: directory of a PEFT LoRA adapter (`adapter_config.json`, `adapter_model.safetensors`).
-        selection: the heads that may have changed.
+        selection: the heads, and units of other kinds, that may have changed.
 
     Returns:
         The certificate.
 
     Raises:
         CertificateError: the adapter is no plain LoRA adapter, addresses another tensor, or changes an unselected
-            row; the message names it.
+            row or column; the message names it.
     """
-    layout = HeadLayout.of(base)
-    check_selection(base, layout, selection)
-    weights = {layer: layout.query_weight(base, layer) for layer in selection.layers}
+    layout = units_for(base, HeadLayout.of(base), selection)
     return certificate_of(
-        weights,
+        {path: dense_weight(base.get_submodule(path)) for path in targets(layout, selection)},
         layout,
         Path(adapter),
         selection,
         n_tensors=sum(1 for _ in base.named_parameters()),
+        modules=[name for name, _ in base.named_modules()],
     )
 
 
 def certificate_of(
-    projections: Mapping[int, Tensor],
-    layout: HeadLayout,
+    projections: Mapping[str, Tensor],
+    layout: UnitLayout,
     adapter: Path,
     selection: HeadSelection,
     *,
     n_tensors: int,
+    modules: Collection[str],
 ) -> Certificate:
     """The certificate of an adapter from the weights of the base it could change: see `certify`.
 
     Args:
-        projections: weights of the query projections of the selected layers.
-        layout: the base's head layout.
+        projections: weights of the projections that hold a part of a selected unit, by module path.
+        layout: where the selected units are.
         adapter: directory of a PEFT LoRA adapter.
         selection: the heads that may have changed, all of this base.
         n_tensors: number of the base's tensors.
+        modules: paths of all modules of the base.
     """
-    config = plain_lora_config(adapter)
-    names = {layout.at(layer).query_name for layer in selection.layers}
-    _check_scope(adapter, config, names, selection.layers)
+    config, wanted = plain_lora_config(adapter), targets(layout, selection)
+    if selection.units:
+        _check_paths(adapter, config, wanted.keys(), modules)
+    else:
+        names = {layout.heads.at(layer).query_name for layer in selection.layers}
+        _check_scope(adapter, config, names, selection.layers)
     rank, scaling = int(config["r"]), config["lora_alpha"] / config["r"]
     weights = adapter / "adapter_model.safetensors"
-    expected = {layout.at(layer).query_path: layer for layer in selection.layers}
-    checked_rows = changed_rows = selected_rows = 0
+    missing = dict(wanted)
+    counts = Counter[str]()
     largest = 0.0
     for path, a, b in lora_pairs(weights):
-        if path not in expected:
+        if path not in missing:
             raise CertificateError(f"{weights}: the adapter changes {path}, which holds no selected head")
-        layer = expected.pop(path)
-        weight = projections[layer].cpu()
-        rows = weight.t() if layout.at(layer).transposed else weight
+        target = missing.pop(path)
+        rows = target.rows_of(projections[path].cpu())
         if a.shape != (rank, rows.shape[1]) or b.shape != (rows.shape[0], rank):
             raise CertificateError(
                 f"{weights}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected "
                 f"{(rank, rows.shape[1])} and {(rows.shape[0], rank)} for r = {rank}"
             )
         merged = merged_rows(rows, a, b, scaling)
-        mask = projection_mask(layout, selection, layer, len(rows))
         # Adding the zero delta of an unselected row turns -0.0 into +0.0: the same number.
-        changed = ((merged != rows) & (bits(merged) != bits(rows.contiguous()))).any(1)
-        outside = (changed & ~mask).nonzero().flatten().tolist()
+        changed = ((merged != rows) & (bits(merged) != bits(rows.contiguous()))).any(1 - target.axis)
+        outside = (changed & ~target.mask).nonzero().flatten().tolist()
         if outside:
+            matrix = "B" if target.axis == 0 else "A"
             raise CertificateError(
-                f"{weights}: {path} changes {len(outside)} unselected rows, the first is {outside[0]}: its B did not "
-                "start at zero there, or was trained without the mask; castune mask keeps the selected rows alone"
+                f"{weights}: {path} changes {len(outside)} unselected {target.what}, the first is {outside[0]}: its "
+                f"{matrix} did not start at zero there, or was trained without the mask; castune mask keeps the "
+                "selected rows alone"
             )
         if not torch.isfinite(merged).all():
             raise CertificateError(f"{weights}: {path} has values that are not finite after merging")
-        checked_rows += int((~mask).sum())
-        selected_rows += int(mask.sum())
-        changed_rows += int((changed & mask).sum())
+        counts[f"checked_{target.what}"] += int((~target.mask).sum())
+        counts[f"selected_{target.what}"] += int(target.mask.sum())
+        counts[f"changed_{target.what}"] += int((changed & target.mask).sum())
         largest = max(largest, (merged.float() - rows.float()).abs().max().item())
-    if expected:
-        raise CertificateError(f"{weights}: the adapter lacks the selected layers {sorted(expected.values())}")
+    if missing:
+        raise CertificateError(
+            f"{weights}: the adapter lacks the selected layers {sorted({t.layer for t in missing.values()})}"
+        )
     return Certificate(
         model_fingerprint=selection.model_fingerprint,
         selection=selection.heads,
         adapter_hash=adapter_hash(adapter),
-        checked_rows=checked_rows,
+        checked_rows=counts["checked_rows"],
         checked_tensors=n_tensors,
-        changed_rows=changed_rows,
-        selected_rows=selected_rows,
+        changed_rows=counts["changed_rows"],
+        selected_rows=counts["selected_rows"],
         largest_change=largest,
+        units=selection.units,
+        mlp_groups=selection.mlp_groups,
+        checked_columns=counts["checked_columns"],
+        changed_columns=counts["changed_columns"],
+        selected_columns=counts["selected_columns"],
     )
 
 
@@ -176,6 +190,24 @@ def _check_scope(adapter: Path, config: dict[str, Any], names: set[str], layers:
     if not isinstance(adapted, list) or sorted(adapted) != list(layers):
         # Layers the file has no weights for would be initialised when it is loaded, B at random if so configured.
         raise CertificateError(f"{path}: layers_to_transform is {adapted!r}, accepted here: {list(layers)}")
+
+
+def _check_paths(adapter: Path, config: dict[str, Any], wanted: Collection[str], modules: Collection[str]) -> None:
+    """Refuse an adapter whose settings address other modules of the base than `wanted`, as PEFT would match them."""
+    path, names = adapter / "adapter_config.json", config["target_modules"]
+    for key in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        if config.get(key):
+            raise CertificateError(f"{path}: {key} is {config[key]!r}, accepted here: none, target_modules alone")
+    if not isinstance(names, list):
+        raise CertificateError(f"{path}: target_modules is {names!r}, accepted: a list of module paths")
+    addressed = {module for module in modules if any(module == n or module.endswith(f".{n}") for n in names)}
+    if addressed != set(wanted):
+        different = sorted(addressed ^ set(wanted))
+        raise CertificateError(
+            f"{path}: target_modules addresses {different[0]}, which holds no selected unit"
+            if different[0] in addressed
+            else f"{path}: target_modules does not address {different[0]}, which holds a selected unit"
+        )
 
 
 def merged_rows(rows: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

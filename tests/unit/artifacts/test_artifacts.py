@@ -38,10 +38,16 @@ SELECTION = HeadSelection(
     heads=((1, 2), (0, 1)), zone="safe", fraction=0.25, buckets=None, bucket=None, score="conflict", seed=None,
     n_total=6, model_fingerprint="0123456789abcdef", conflict_map_hash="fedcba9876543210",
 )  # fmt: skip
+MIXED = dataclasses.replace(
+    SELECTION, units=(("o_head", 1, 0), ("mlp_group", 0, 3), ("mlp_group", 0, 1)), mlp_groups=4
+)  # fmt: skip
 CERTIFICATE = Certificate(
     model_fingerprint="0123456789abcdef", selection=((0, 1), (1, 2)), adapter_hash="aa", checked_rows=16,
     checked_tensors=3, changed_rows=15, selected_rows=16, largest_change=0.125,
 )  # fmt: skip
+MIXED_CERTIFICATE = dataclasses.replace(
+    CERTIFICATE, units=MIXED.units, mlp_groups=4, checked_columns=5, changed_columns=2, selected_columns=3
+)
 TUNING = TuneResult(
     adapter="adapter", certificate=CERTIFICATE, budget={"heads": 2}, settings={"rank": 4, "max_steps": None},
     data={"source": "x", "n": 3, "hash": "h", "cut": 0}, losses=((1, 2.5), (2, 0.1 + 0.2)), steps=2, tokens=99,
@@ -63,7 +69,9 @@ EVALUATION = EvalResult(
 ARTIFACTS = {
     "map": (conflict_map(), "conflict_map.parquet"),
     "selection": (SELECTION, "selection.json"),
+    "mixed selection": (MIXED, "selection.json"),
     "certificate": (CERTIFICATE, "certificate.json"),
+    "mixed certificate": (MIXED_CERTIFICATE, "certificate.json"),
     "tuning": (TUNING, "tune.json"),
     "evaluation": (EVALUATION, "metrics.json"),
 }
@@ -124,9 +132,9 @@ def test_an_interrupt_between_the_maps_leaves_no_combined_one(tmp_path: Path, mo
 
 
 def test_equality_sees_every_field(tmp_path: Path) -> None:
-    for artifact in (SELECTION, CERTIFICATE, TUNING, EVALUATION, SUITE):
+    for artifact in (MIXED, CERTIFICATE, TUNING, EVALUATION, SUITE):
         for field in dataclasses.fields(artifact):
-            changed = {"heads": ((0, 0),)}.get(field.name, "changed")
+            changed = {"heads": ((0, 0),), "units": (("mlp_group", 0, 0),)}.get(field.name, "changed")
             assert dataclasses.replace(artifact, **{field.name: changed}) != artifact
     assert conflict_map() != conflict_map(conflict_score=np.zeros(6))
     other = ConflictMap(conflict_map().table, {**conflict_map().metadata, "seconds": 2.0})

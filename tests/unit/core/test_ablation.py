@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from castune.core.ablation import ablate, can_resume, mean_head_outputs, record_residuals, resume_from
+from castune.core.ablation import ablate, can_resume, record_residuals, resume_from, site_means
 from castune.core.heads import HeadLayout
+from castune.core.units import UnitLayout
 
 IDS = torch.arange(40, 100).reshape(3, 20)  # longer than the sliding windows of 16
 
@@ -136,7 +137,7 @@ def test_nothing_is_left_behind(any_tiny_model: Any, layout: HeadLayout, fails: 
         if fails:
             raise ZeroDivisionError
     with expecting_error() if fails else open_nothing():
-        mean_head_outputs(any_tiny_model, layout, forwards)
+        site_means(any_tiny_model, [UnitLayout(layout).site("q_head", 2)], forwards)
     assert hooks_left(any_tiny_model) == 0
     assert torch.equal(logits(any_tiny_model), expected)
 
@@ -194,7 +195,8 @@ def test_mean_outputs_equal_hand_computation(any_tiny_model: Any, layout: HeadLa
             logits(any_tiny_model, ids)
             yield torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
 
-    means = mean_head_outputs(any_tiny_model, layout, forwards)
+    sites = {layer: UnitLayout(layout).site("q_head", layer) for layer in seen}
+    means = site_means(any_tiny_model, sites.values(), forwards)
     handles = [
         layout.output_projection(any_tiny_model, i).register_forward_pre_hook(
             lambda _m, args, i=i: seen[i].append(args[0])
@@ -206,11 +208,11 @@ def test_mean_outputs_equal_hand_computation(any_tiny_model: Any, layout: HeadLa
             logits(any_tiny_model, row[None, :length])
     for handle in handles:
         handle.remove()
-    assert sorted(means) == sorted(seen)
-    for layer in seen:
-        expected = torch.cat([z[0] for z in seen[layer]]).double().mean(0).reshape(4, -1)
-        assert means[layer].shape == expected.shape
-        torch.testing.assert_close(means[layer].double(), expected, rtol=0, atol=1e-5)
+    assert means.keys() == set(sites.values())
+    for layer, site in sites.items():
+        expected = torch.cat([z[0] for z in seen[layer]]).double().mean(0)
+        assert means[site].shape == expected.shape
+        torch.testing.assert_close(means[site].double(), expected, rtol=0, atol=1e-5)
 
 
 def _sharing_model(model: Any, missing: Callable[[dict[str, Tensor]], Tensor]) -> Any:

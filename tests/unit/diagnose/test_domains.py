@@ -198,9 +198,9 @@ def test_safety_is_measured_once(
     measured: list[int] = []
     plain = grams.partial_gradients
 
-    def counted(model: Any, layout: Any, layers: Any, rows: Sequence[Any], **options: Any) -> Any:
+    def counted(model: Any, paths: Any, rows: Sequence[Any], **options: Any) -> Any:
         measured.append(len(rows))
-        return plain(model, layout, layers, rows, **options)
+        return plain(model, paths, rows, **options)
 
     monkeypatch.setattr(grams, "partial_gradients", counted)
     monkeypatch.setattr(Journal, "append", lambda _self, record: written.append(record))

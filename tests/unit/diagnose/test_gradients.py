@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from castune import CastuneError, HeadLayout
+from castune.core.units import UnitLayout
 from castune.data.rows import Row
 from castune.diagnose.gradients import gram_matrices, partial_gradients
 
@@ -19,6 +20,10 @@ CONVERSATIONS = [
     (list(range(40, 40 + n)), list(range(90, 90 + m))) for n, m in ((9, 3), (25, 1), (4, 6), (14, 2), (7, 7))
 ]
 ROWS = [Row.of_replies(prompt, [reply]) for prompt, reply in CONVERSATIONS]
+
+
+def query_paths(layout: HeadLayout, layers: Sequence[int] = (0, 1, 2)) -> list[str]:
+    return [layout.at(layer).query_path for layer in layers]
 
 
 def plain_gradients(model: Any, layout: HeadLayout) -> list[Tensor]:
@@ -34,11 +39,11 @@ def test_chunks_sum_to_the_whole_gradient(any_tiny_model: Any) -> None:
     layout = HeadLayout.of(any_tiny_model)
     expected = plain_gradients(any_tiny_model, layout)
     for n_chunks, batch_tokens in ((1, 10_000), (2, 40), (5, 1), (99, 30)):
-        layers = layout.layers_with_heads
-        chunks = partial_gradients(any_tiny_model, layout, layers, ROWS, n_chunks=n_chunks, batch_tokens=batch_tokens)
+        paths = query_paths(layout, layout.layers_with_heads)
+        chunks = partial_gradients(any_tiny_model, paths, ROWS, n_chunks=n_chunks, batch_tokens=batch_tokens)
         assert len(chunks) == min(n_chunks, len(ROWS))
-        for layer, gradient in zip(layers, expected, strict=True):
-            total = sum(chunk[layer] for chunk in chunks)
+        for path, gradient in zip(paths, expected, strict=True):
+            total = sum(chunk[path] for chunk in chunks)
             torch.testing.assert_close(total, gradient, rtol=1e-4, atol=1e-6)
             assert gradient.abs().max() > 1e-4
 
@@ -46,22 +51,23 @@ def test_chunks_sum_to_the_whole_gradient(any_tiny_model: Any) -> None:
 def test_gradients_of_some_layers_are_those_of_all(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     layout = HeadLayout.of(model)
-    (every,) = partial_gradients(model, layout, (0, 1, 2), ROWS, n_chunks=1, batch_tokens=100)
-    (some,) = partial_gradients(model, layout, (1,), ROWS, n_chunks=1, batch_tokens=100)
-    assert list(some) == [1]
-    assert torch.equal(some[1], every[1])
+    (every,) = partial_gradients(model, query_paths(layout), ROWS, n_chunks=1, batch_tokens=100)
+    (some,) = partial_gradients(model, query_paths(layout, (1,)), ROWS, n_chunks=1, batch_tokens=100)
+    (path,) = query_paths(layout, (1,))
+    assert list(some) == [path]
+    assert torch.equal(some[path], every[path])
 
 
 def test_gram_is_the_inner_products_of_head_blocks(any_tiny_model: Any) -> None:
     layout = HeadLayout.of(any_tiny_model)
-    chunks = partial_gradients(any_tiny_model, layout, (1, 2), ROWS, n_chunks=3, batch_tokens=100)
-    grams = gram_matrices(layout, (1, 2), chunks)
+    chunks = partial_gradients(any_tiny_model, query_paths(layout, (1, 2)), ROWS, n_chunks=3, batch_tokens=100)
+    grams = gram_matrices(UnitLayout(layout), [head for head in layout.heads if head.layer > 0], chunks)
     assert grams.shape == (8, 3, 3)
     assert grams.dtype == np.float64
     for number, (layer, head) in enumerate([(layer, head) for layer in (1, 2) for head in range(4)]):
-        rows = layout.query_rows(layer, head)
+        rows, path = layout.query_rows(layer, head), layout.at(layer).query_path
         parts = [
-            (chunk[layer].t() if layout.at(layer).transposed else chunk[layer])[rows].double().flatten()
+            (chunk[path].t() if layout.at(layer).transposed else chunk[path])[rows].double().flatten()
             for chunk in chunks
         ]
         expected = [[float(a @ b) for b in parts] for a in parts]
@@ -79,9 +85,9 @@ def test_requires_grad_is_restored(tiny_model: Callable[..., Any], fails: bool) 
         with torch.no_grad():
             model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
         with pytest.raises(CastuneError, match=r"loss .* is nan in torch.float32"):
-            partial_gradients(model, layout, (0, 1, 2), ROWS, n_chunks=2, batch_tokens=100)
+            partial_gradients(model, query_paths(layout), ROWS, n_chunks=2, batch_tokens=100)
     else:
-        partial_gradients(model, layout, (0, 1, 2), ROWS, n_chunks=2, batch_tokens=100)
+        partial_gradients(model, query_paths(layout), ROWS, n_chunks=2, batch_tokens=100)
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
 
@@ -90,12 +96,12 @@ def test_gradients_already_there_are_kept(tiny_model: Callable[..., Any]) -> Non
     model = tiny_model("llama")
     weight = model.model.layers[0].self_attn.q_proj.weight
     weight.grad = torch.ones_like(weight)
-    partial_gradients(model, HeadLayout.of(model), (0, 1, 2), ROWS, n_chunks=2, batch_tokens=100)
+    partial_gradients(model, query_paths(HeadLayout.of(model)), ROWS, n_chunks=2, batch_tokens=100)
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
 def test_progress_counts_every_row_once(tiny_model: Callable[..., Any]) -> None:
     model, done = tiny_model("llama"), []
     layout = HeadLayout.of(model)
-    partial_gradients(model, layout, (0,), ROWS, n_chunks=2, batch_tokens=30, advance=done.append)
+    partial_gradients(model, query_paths(layout, (0,)), ROWS, n_chunks=2, batch_tokens=30, advance=done.append)
     assert sum(done) == len(ROWS)

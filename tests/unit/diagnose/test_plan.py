@@ -14,6 +14,7 @@ from castune.config import DiagnoseConfig
 from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.shards import Shard
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnose import calibrate
@@ -84,6 +85,29 @@ def test_the_planned_work_is_what_a_diagnosis_does(
     expected = work_of(model, layout, objectives.utility_measure(questions))
     # Scored positions of a forward are padded to a multiple of 8.
     assert {name: getattr(stage, name) for name in expected} == expected
+
+
+def test_the_planned_work_of_other_units_is_what_a_diagnosis_does(
+    planned: Callable[..., Plan], tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example]
+) -> None:
+    """A head's columns of the output projection are ablated as the head is: nothing is run for them."""
+    model, kinds = tiny_model("llama"), ("q_heads", "o_heads", "mlp_groups")
+    layout = HeadLayout.of(model)
+    settings = SETTINGS.model_copy(update={"units": kinds, "mlp_groups": 5, "gradient_memory": 1e-3})
+    found = planned(model.config, settings=settings)
+    units = UnitLayout.of(model, layout, kinds, n_mlp_groups=5)
+    swept = [one for one in units.units if one.kind != "o_head"]
+    ablator = Ablator(model, layout, swept, found.resumable, units=units)
+    objectives = Objectives(ablator, tiny_tokenizer, ChatFormat(tiny_tokenizer), settings)
+    expected = work_of(model, layout, objectives.utility_measure(questions))
+    assert {name: getattr(found.stages["utility"], name) for name in expected} == expected
+    assert (found.n_heads, found.what) == (12 + 12 + 15, "units")
+    heads = planned(model.config)
+    assert (heads.n_heads, heads.what) == (12, "heads")
+    # What does not fit into the memory for gradients runs all examples again.
+    assert found.gradient_sums <= 1e6
+    assert found.stages["gradients"].forwards > 1
+    assert found.stages["gradients"].forwards % heads.stages["gradients"].forwards == 0
 
 
 def test_more_of_anything_costs_more(

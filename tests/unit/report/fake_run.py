@@ -142,6 +142,17 @@ def make_domains(heads_by_layer: Sequence[int], names: Sequence[str], combined: 
     return ConflictMap(plain.table, {**plain.metadata, "domains": records}, domains)
 
 
+def make_mixed_map() -> ConflictMap:
+    """Query heads and groups of neurons."""
+    heads, groups = make_map((9,) * 12, seed=1), make_map((4,) * 12, seed=2)
+    table = groups.table.set_column(0, "unit", pa.array(["mlp_group"] * len(groups)))
+    about = {key: heads.metadata[key] for key in ("ties", "reliability")}
+    kinds = {"q_head": {"n": len(heads), **about}, "mlp_group": {"n": len(groups), **about}}
+    settings = {**heads.metadata["settings"], "mlp_groups": 4}
+    metadata = {**heads.metadata, "kinds": kinds, "settings": settings}
+    return ConflictMap(pa.concat_tables([heads.table, table]).combine_chunks(), metadata)
+
+
 def make_selection(cmap: ConflictMap, zone: str) -> HeadSelection:
     count = len(cmap) // 4
     order = (-cmap.column("conflict_score")).argsort(kind="stable")

@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import vl_convert
-from fake_run import Run, make_domains, make_evaluation, make_map, make_run, make_selection, make_suite
+from fake_run import (
+    Run,
+    make_domains,
+    make_evaluation,
+    make_map,
+    make_mixed_map,
+    make_run,
+    make_selection,
+    make_suite,
+)
 
 from castune.artifacts import ConflictMap
 from castune.report import figures
 from castune.report.labels import place_labels
 from castune.report.page import write_figures
+from castune.select import select
 
 NAMES = {
     "conflict_map",
@@ -89,6 +99,35 @@ def test_without_domains_there_is_no_switch(run: Run) -> None:
     spec = figures.conflict_heatmap(run.cmap, run.selections).to_dict()
     assert {param["name"] for param in spec["params"]} == {"score", "arm"}
     assert "domain" not in rows(spec)[0]
+
+
+def test_one_kind_of_unit_is_shown_at_a_time() -> None:
+    cmap = make_mixed_map()
+    selections = {zone: select(cmap, zone=zone, fraction=0.25) for zone in ("safe", "risky")}
+    spec = figures.conflict_heatmap(cmap, selections).to_dict()
+    switch = next(param for param in spec["params"] if param["name"] == "shown_unit")
+    assert switch["bind"]["options"] == ["q_head", "mlp_group"]
+    found = rows(spec)
+    assert [(row["unit"], row["layer"], row["head"]) for row in found] == cmap.units
+    for arm, selection in selections.items():
+        chosen = {(row["unit"], row["layer"], row["head"]) for row in found if arm in row["arms"]}
+        assert chosen == set(selection.all_units)
+    drawn = {}
+    for kind in ("q_head", "mlp_group"):
+        switch["value"] = kind
+        drawn[kind] = vl_convert.vegalite_to_svg(spec)
+    cells = {kind: svg.count("<path") for kind, svg in drawn.items()}
+    assert cells["q_head"] - cells["mlp_group"] == 12 * (9 - 4)
+    grids = figures.zones(cmap, selections).to_dict()["concat"]
+    assert [grid["title"] for grid in grids] == [
+        f"{arm}: {n} of {4 * n} {kind}s" for arm in selections for kind, n in (("q_head", 27), ("mlp_group", 12))
+    ]
+    svg = vl_convert.vegalite_to_svg(figures.score_distribution(cmap).to_dict())
+    assert "mlp_groups" in svg
+    # A map of query heads alone has no switch, and its rows no kind.
+    alone = figures.conflict_heatmap(make_map((4,) * 3), {}).to_dict()
+    assert "shown_unit" not in str(alone)
+    assert "unit" not in rows(alone)[0]
 
 
 def test_high_scores_are_red_and_low_ones_blue() -> None:

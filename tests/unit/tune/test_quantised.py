@@ -105,6 +105,19 @@ def test_it_trains_like_its_dequantised_weights(
     assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 2)}
 
 
+def test_columns_train_on_a_quantised_base(
+    path: Path, selection_of: SelectionOf, aligned: list[Example], tmp_path: Path
+) -> None:
+    quantised, tokenizer = loaded(path, "nf4")
+    full, _ = loaded(path)
+    units = (("o_head", 0, 2), ("k_group", 1, 1), ("mlp_group", 2, 1))
+    selection = selection_of(full, SOME, units=units, mlp_groups=4)
+    result = tune(quantised, tokenizer, selection, data=aligned, out=tmp_path / "a", config=CONFIG)
+    for found in (result.certificate, certify(full, tmp_path / "a", selection)):
+        assert (found.changed_rows, found.selected_rows) == (24 + 8 + 24, 24 + 8 + 24)
+        assert (found.changed_columns, found.selected_columns) == (8 + 12, 8 + 12)
+
+
 def test_fingerprints_tell_a_quantised_model_by_what_it_keeps(path: Path, tiny_model: Callable[..., Any]) -> None:
     full, quantised, other = loaded(path)[0], loaded(path, "nf4")[0], tiny_model("llama", seed=1)
     assert same_model(fingerprint(full), fingerprint(quantised))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from loopback import needs_loopback
 from safetensors.torch import load_file
@@ -65,13 +66,23 @@ os._exit(0)
 
 
 @needs_loopback
+@pytest.mark.parametrize(
+    ("others", "changed"),
+    [({}, (24, 0)), ({"units": (("o_head", 0, 2), ("mlp_group", 2, 1)), "mlp_groups": 4}, (24 + 2 * 12, 8 + 12))],
+    ids=["query heads", "with columns"],
+)
 def test_two_shards_train_the_adapter_of_one_process(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, selection_of: Callable[..., HeadSelection], tmp_path: Path
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    selection_of: Callable[..., HeadSelection],
+    tmp_path: Path,
+    others: dict[str, Any],
+    changed: tuple[int, int],
 ) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    selection = selection_of(model, SOME)
+    selection = selection_of(model, SOME, **others)
     selection.save(tmp_path / "selection.json")
     (tmp_path / "job.py").write_text(JOB)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -80,9 +91,10 @@ def test_two_shards_train_the_adapter_of_one_process(
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr
-    # The certificate holds: every row of B outside the selection is exactly zero.
+    # The certificate holds: every row of B, and column of A, outside the selection is exactly zero.
     certificates = [certify(model, tmp_path / name, selection) for name in ("one", "two")]
-    assert certificates[1].changed_rows == certificates[1].selected_rows == 24
+    found = certificates[1]
+    assert (found.changed_rows, found.changed_columns) == (found.selected_rows, found.selected_columns) == changed
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from castune.artifacts import HeadSelection
 from castune.core.heads import HeadLayout
+from castune.core.units import UnitLayout
 from castune.errors import CastuneError
 from castune.tune.row_lora import budget, row_mask, sparse_lora
 
@@ -150,7 +151,7 @@ def test_budget_by_hand(tiny_model: Callable[..., Any], selection_of: SelectionO
     selection = selection_of(model, SOME)
     peft_model = sparse_lora(model, selection, r=4)
     # Two layers: A is 4 x 32 and B is 32 x 4 each; three heads of eight rows are effective.
-    assert budget(peft_model, HeadLayout.of(model), selection) == {
+    assert budget(peft_model, UnitLayout(HeadLayout.of(model)), selection) == {
         "heads": 3, "query_rows": 24, "a_matrices": 2, "trainable_parameters": 2 * (128 + 128),
         "effective_parameters": 2 * 128 + 24 * 4,
     }  # fmt: skip
@@ -168,7 +169,7 @@ def test_frozen_a_trains_b_alone_and_makes_budgets_equal(
         assert all(p.requires_grad for p in lora_parameters(peft_model, "B").values())
         fill_b(peft_model)
         assert all("lora_B" in name for name in gradients(peft_model))
-        ledgers.append(budget(peft_model, HeadLayout.of(model), selection))
+        ledgers.append(budget(peft_model, UnitLayout(HeadLayout.of(model)), selection))
     assert [ledger["effective_parameters"] for ledger in ledgers] == [64, 64]
     assert [ledger["a_matrices"] for ledger in ledgers] == [0, 0]
 

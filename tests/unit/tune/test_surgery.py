@@ -28,6 +28,7 @@ from castune.artifacts import HeadSelection, TuneResult
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, reply_nll
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash
 from castune.errors import ArtifactError, CastuneError, DataError, TrainingError
@@ -456,7 +457,7 @@ def test_groups_hold_every_trained_row_once(
     selection, layout = selection_of(model, SOME), HeadLayout.of(model)
     peft_model = sparse_lora(model, selection, r=4)
     for granularity, n in (("global", 1), ("tensor", 4), ("head", 5)):
-        groups = parameter_groups(peft_model, layout, selection, granularity)  # type: ignore[arg-type]
+        groups = parameter_groups(peft_model, UnitLayout(layout), selection, granularity)  # type: ignore[arg-type]
         assert len(groups) == n
         for name, parameter in peft_model.named_parameters():
             if not parameter.requires_grad:
