@@ -295,7 +295,11 @@ def test_the_map_says_what_it_was_made_from(
         sources={"safety": "mine"},
     )  # fmt: skip
     assert castune.ConflictMap.load(tmp_path) == cmap
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ablation.parquet", "conflict_map.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ablation.parquet",
+        "conflict_map.parquet",
+        "gradients.parquet",
+    ]
     assert cmap.metadata["data"]["safety"]["source"] == "mine"
     assert cmap.metadata["data"]["utility"]["n"] == 6
     assert cmap.metadata["settings"]["measure"] == "margin"
