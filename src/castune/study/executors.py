@@ -27,6 +27,8 @@ from castune.study.graph import Unit
 
 logger = logging.getLogger(__name__)
 
+# What of this process's environment tasks of Ray get too. Ray stores and shows it: nothing secret.
+_PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 # Evaluations and verdicts are made by one process.
 _LAUNCHED = ("diagnose", "tune")
 
@@ -281,6 +283,7 @@ class RayExecutor(Executor):
         )
         threads = str(resources.threads)
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         self._ray.init(
             **started, log_to_driver=False, logging_level=logging.WARNING, runtime_env={"env_vars": environment}
         )
