@@ -247,8 +247,8 @@ def _replies(graph: Graph) -> list[object]:
     }
     if not evaluations:
         return []
-    note = tag("p", f"Of the arms with seed {run.seed}, trained as the recipe says.", class_="small")
-    return [losses(evaluations), note, samples(evaluations)]
+    note = tag("p", f"Replies are those of the arms with seed {run.seed}, trained as the recipe says.", class_="small")
+    return [losses(evaluations), samples(evaluations), note]
 
 
 def _provenance(graph: Graph, results: Results, states: Mapping[str, State]) -> Markup:

@@ -201,7 +201,8 @@ def _validity(results: Results, study: StudyConfig) -> list[Row]:
         for score in study.scores:
             of_bucket = [results.of(study.bucket(n, buckets, score)) for n in range(1, buckets + 1)]
             of_bucket = [trials for trials in of_bucket if trials]
-            for cost in ("ucr", "mmlu_cr"):
+            was_asked = any(trial.mmlu_cost_ratio is not None for trials in of_bucket for trial in trials)
+            for cost in ("ucr", *(["mmlu_cr"] if was_asked else [])):
                 points = [
                     (_mean(t.scores[score] for t in trials), summary_row(trials, results.base)[cost])
                     for trials in of_bucket
