@@ -331,6 +331,9 @@ class StudyConfig(_Config):
     """Further random selections, with seeds of their own: the null distribution a zone is compared with."""
     calibrations: dict[str, CalibrationConfig] = {}
     """Further maps by name."""
+    drift: tuple[str, ...] = ()
+    """Arms, by their names, whose conflict drift is measured: the map again at every adapter their training keeps
+    (`tune.snapshot_steps`), with the first seed."""
 
     @model_validator(mode="after")
     def _can_be_made(self) -> StudyConfig:
@@ -344,6 +347,8 @@ class StudyConfig(_Config):
             raise ValueError("study.calibrations: main is the name of the recipe's own map")
         check_domain_names(self.calibrations)
         _checked_arms(self.main_arms)
+        if unknown := set(self.drift) - set(self.main_arms):
+            raise ValueError(f"study.drift names arms that the study does not train: {', '.join(sorted(unknown))}")
         return self
 
     @property
@@ -409,6 +414,12 @@ class Recipe(_Config):
     @classmethod
     def _one_set_or_domains(cls, value: Any) -> DataConfig | dict[str, DataConfig]:
         return _data_or_domains(value)
+
+    @model_validator(mode="after")
+    def _keeps_what_drifts(self) -> Recipe:
+        if self.study.drift and self.tune.snapshot_steps is None:
+            raise ValueError("study.drift needs adapters kept on the way: set tune.snapshot_steps, for example 25")
+        return self
 
     @classmethod
     def of(cls, **values: Any) -> Recipe:

@@ -40,6 +40,7 @@ STUDY = {
     "scores": ["conflict"],
     "shares": [50],
     "calibrations": {"margins": {"measure": "margin"}, "few": {"arms": ["bucket-1-of-4"]}},
+    "drift": ["safe"],
 }
 FEW = {
     **STUDY,
@@ -58,7 +59,7 @@ def study_of(models: Models, recipe_of: RecipeOf, tmp_path: Path) -> Callable[..
     model = models()
 
     def write(name: str = "study", study: dict[str, Any] = STUDY, **changes: Any) -> Path:
-        recipe = recipe_of(model, out=name, select={"fraction": 0.25}, **changes)
+        recipe = recipe_of(model, out=name, select={"fraction": 0.25}, tune__snapshot_steps=1, **changes)
         # What a user has written, and no more.
         values = recipe.model_dump(mode="json", exclude_unset=True) | {"study": study}
         path = tmp_path / f"{name}.toml"
@@ -138,6 +139,8 @@ def test_a_study_and_what_its_tables_say(study_of: Callable[..., Path], tmp_path
         "safe-50",
     ]
     assert {row["calibration"] for row in rows(folder, "table_10_11_calibrations")} == {"few"}
+    assert "Conflict drift" in (folder / "report.html").read_text(encoding="utf-8")
+    assert (folder / "figures" / "drift_safe.svg").is_file()
     # An arm with the heads of another is trained once.
     assert graph.runs[0].same_as["bucket-1-of-4"] == "risky"
     assert not (graph.runs[0].folder / "arms" / "bucket-1-of-4").exists()

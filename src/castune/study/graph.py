@@ -2,6 +2,7 @@
 
     diagnose -> tune -> evaluate -> judge      a chain an arm, over the seeds
     diagnose -> base ----------------^         the base model, once
+                tune -> drift                  the map again, where it is asked for
 
 A study directory holds a run directory a map (`maps/NAME-KEY`) and a run directory a map and seed
 (`runs/NAME-SEED-KEY`), whose arms share the map. The key is a digest of everything the results depend on: another
@@ -27,7 +28,7 @@ MAIN = "main"
 # Seeds of the further random selections follow on these, far from those a user would choose.
 _FIRST_DRAW = 1_000
 
-Stage = Literal["diagnose", "base", "tune", "evaluate", "judge"]
+Stage = Literal["diagnose", "base", "tune", "evaluate", "judge", "drift"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Unit:
         needs: names of the units whose results it takes.
         map_folder: the run directory of the map.
         base_folder: the run directory with the evaluation of the base model.
-        arm: the arm, for `tune` and `evaluate`.
+        arm: the arm, for `tune`, `evaluate` and `drift`.
         shard: share of a diagnosis, `i/n`.
     """
 
@@ -183,7 +184,7 @@ class Graph:
             for unit in self.units
             if unit.shard == f"{index + 1}/{count}"
             or (unit.stage == "base" and index == 0)
-            or (unit.stage in ("tune", "evaluate") and (unit.folder, unit.arm) in mine)
+            or (unit.stage in ("tune", "evaluate", "drift") and (unit.folder, unit.arm) in mine)
         )
 
     def _calibrations(self) -> dict[str, CalibrationConfig]:
@@ -279,6 +280,14 @@ class Graph:
             yield Unit(evaluate, "evaluate", run.recipe, (tune, "evaluate base"), *places, arm=arm)
             evaluations.append(evaluate)
         yield Unit(f"judge {run.label}", "judge", run.recipe, tuple(evaluations), *places)
+        for arm in self.drifting(run):
+            yield Unit(f"drift {run.label}/{arm}", "drift", run.recipe, (f"tune {run.label}/{arm}",), *places, arm=arm)
+
+    def drifting(self, run: Run) -> tuple[str, ...]:
+        """Trained arms of a run whose drift is measured."""
+        if run is not self.runs[0]:
+            return ()
+        return tuple(dict.fromkeys(run.same_as[arm] for arm in self.recipe.study.drift))
 
 
 def _made_from(recipe: Recipe, keys: set[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from castune.diagnose.plan import Stage
 from castune.study import makespan
 from castune.study.cost import RecipeCost, recipe_cost
 from castune.study.graph import MAIN, Graph, Unit
+from castune.tune.snapshots import snapshot_steps
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class StudyCost:
                 "hours on one device": (stage.seconds or 0.0) / 3600,
             }
             for name, stage in self.work.items()
+            if name in counts
         ]
 
 
@@ -57,7 +59,7 @@ def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
     of_map = {name: _cost(graph, name, accelerator) for name in graph.maps}
     calibration_of = {recipe.out: name for name, recipe in graph.maps.items()}
     evaluation = of_map[MAIN].evaluation
-    units, work = [], dict.fromkeys(("diagnose", "tune", "evaluate"), Stage(seconds=0.0))
+    units, work = [], dict.fromkeys(("diagnose", "tune", "evaluate", "drift"), Stage(seconds=0.0))
     names = {unit.name for unit in graph.units if unit.stage != "judge"}
     for unit in graph.units:
         if unit.stage == "judge":
@@ -86,6 +88,11 @@ def _of_unit(unit: Unit, cost: RecipeCost, evaluation: Stage) -> Stage:
         assert unit.arm is not None
         arm = cost.arms.get(unit.arm, cost.arms["main"])
         return Stage(**{**vars(arm.training.stage), "seconds": arm.seconds})
+    if unit.stage == "drift":
+        assert unit.arm is not None
+        n_maps = len(snapshot_steps(unit.recipe.tune, cost.arms[unit.arm].training.steps)) + 1
+        one = _diagnosis(cost)
+        return Stage(**{name: value * n_maps for name, value in vars(one).items()})
     return evaluation
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection
+from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
 from castune.report.document import document, write_charts
+from castune.report.drift import drift_charts, drift_section
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.outcomes import losses
@@ -47,7 +49,8 @@ def write_study_report(
     states: Mapping[str, State],
 ) -> Path:
     """Write `report.html` and the figures of a study from what is there so far. Returns the page."""
-    drawn = charts(results, found, graph.recipe.study)
+    drifts = _drifts(graph, results)
+    drawn = {**charts(results, found, graph.recipe.study), **drift_charts(drifts)}
     write_charts(graph.folder / "figures", drawn, ("svg", "pdf", "png"))
     tables = {one.name: one for one in made}
     # On the page the explorer stands for the maps.
@@ -60,6 +63,7 @@ def write_study_report(
         _validity(tables, shown, found),
         _budget(tables, shown, found),
         _maps(graph, results, found),
+        drift_section(drifts, shown),
         *_replies(graph),
         _provenance(graph, results, states),
     )
@@ -224,6 +228,15 @@ def _maps(graph: Graph, results: Results, found: Findings) -> Markup:
         head = ["Score", "Other score", "Spearman ρ", "95 % over layers", "Heads"]
         parts += [tag("h3", "Do scores agree?"), table(head, rows, label="Agreement of maps", class_="numbers")]
     return section("Conflict maps", "maps", *parts) if parts else Markup("")
+
+
+def _drifts(graph: Graph, results: Results) -> dict[str, DriftResult]:
+    """What was measured of the arms that are asked for."""
+    run, cmap = next(iter(graph.runs), None), results.maps.get("main")
+    if run is None or cmap is None:
+        return {}
+    wanted = graph.drifting(run)
+    return {arm: found for arm, found in RunDirectory(run.folder).load_drifts(cmap).items() if arm in wanted}
 
 
 def _selections(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from castune import pipeline
 from castune.arms import ArmName
 from castune.artifacts import EvalResult, TuneResult
+from castune.artifacts.drift_result import DRIFT_FILE
 from castune.artifacts.files import locked, write_text
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import EvaluateConfig, Recipe, TuneConfig
@@ -184,6 +185,9 @@ def is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
         assert unit.arm is not None
         adapter = folder.side_arm(unit.arm).adapter
         return _is_evaluated(folder.evaluation(unit.arm), unit.recipe.evaluate, suites, adapter)
+    if unit.stage == "drift":
+        assert unit.arm is not None
+        return (folder.drift(folder.side_arm(unit.arm)) / DRIFT_FILE).is_file()
     return False
 
 

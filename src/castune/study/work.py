@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from castune import evaluations, pipeline
+from castune import drifts, evaluations, pipeline
 from castune.arms import ArmName
 from castune.artifacts.files import locked, replacing
 from castune.config import Recipe
@@ -19,6 +19,9 @@ from castune.errors import MapUnfinished
 from castune.evaluate.suites import Suite, load_suites
 from castune.run_directory import BASE, RunDirectory
 from castune.study.graph import Unit
+
+# What lies beside a map and is needed to tell its noise from drift.
+_OF_MAP = ("ablation.parquet", "gradients.parquet")
 
 
 def perform(unit: Unit) -> None:
@@ -33,6 +36,7 @@ def perform(unit: Unit) -> None:
         "tune": _tune,
         "evaluate": _evaluate,
         "judge": _judge,
+        "drift": _drift,
     }[unit.stage](unit)
 
 
@@ -82,6 +86,10 @@ def _judge(unit: Unit) -> None:
     evaluations.judge_step(_opened(unit), unit.recipe.evaluate.judge)
 
 
+def _drift(unit: Unit) -> None:
+    drifts.drift_step(_opened(unit), unit.arm)
+
+
 def _opened(unit: Unit) -> RunDirectory:
     """The unit's run directory, with the map and the evaluation of the base model that it shares with others."""
     folder = RunDirectory(unit.folder)
@@ -91,7 +99,9 @@ def _opened(unit: Unit) -> RunDirectory:
             folder.save_recipe(unit.recipe)
         base = RunDirectory(unit.base_folder).evaluation(BASE)
         # The map last of its files, metrics last of theirs: where these are, all are.
-        shared = [*sorted((unit.map_folder / "domains").glob("*.parquet")), unit.map_folder / "conflict_map.parquet"]
+        parts = [*sorted((unit.map_folder / "domains").glob("*.parquet"))]
+        parts += [path for name in _OF_MAP if (path := unit.map_folder / name).is_file()]
+        shared = [*parts, unit.map_folder / "conflict_map.parquet"]
         for file in shared:
             _share(file, folder.path / file.relative_to(unit.map_folder))
         if (base / "metrics.json").is_file():

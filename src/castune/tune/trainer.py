@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from castune.config import TuneConfig
 from castune.core.losses import RowBatch, reply_nll
-from castune.core.progress import Advance
+from castune.core.progress import Progress
 from castune.data.rows import Row
 from castune.errors import TrainingError
 from castune.tune.surgery import Operation
@@ -86,7 +86,7 @@ class SparseTraining(Trainer):
         """Wall time of the training, that before an interruption included."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def run(self, advance: Advance) -> None:
+    def run(self, advance: Progress) -> None:
         """Train, from the last whole checkpoint if there is one.
 
         Raises:
@@ -242,12 +242,16 @@ class _NoInputGradients(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    def __init__(self, advance: Advance) -> None:
+    def __init__(self, advance: Progress) -> None:
         self.advance = advance
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
         if state.global_step:
             self.advance(state.global_step / max(1, state.max_steps))
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.advance.note = f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.4g}"
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
         self.advance(1 / max(1, state.max_steps))

@@ -173,12 +173,29 @@ def test_a_unit_survives_json() -> None:
         ({"calibrations": {"a b": {}}}, "a b"),
         ({"calibrations": {"x": {"arms": ["nope"]}}}, "nope"),
         ({"colour": 1}, "colour"),
+        ({"drift": ["random-50"]}, "random-50"),
+        ({"drift": ["safe"]}, "snapshot_steps"),
     ],
     ids=str,
 )
 def test_studies_that_cannot_be(study: dict[str, Any], said: str) -> None:
     with pytest.raises(CastuneError, match=said):
         recipe_of(**study)
+
+
+def test_drift_is_measured_of_the_arms_that_are_asked_for_with_the_first_seed() -> None:
+    recipe = Recipe.of(out="x", tune={"snapshot_steps": 5}, study={"drift": ["safe", "bucket-4-of-4", "risky+pcgrad"]})
+    units = [unit for unit in Graph(recipe, 1024).units if unit.stage == "drift"]
+    # The safest of four buckets and the safe zone are one arm.
+    assert [(unit.name, unit.needs) for unit in units] == [
+        (f"drift main/21/{arm}", (f"tune main/21/{arm}",)) for arm in ("safe", "risky+pcgrad")
+    ]
+    shares = [Graph(recipe, 1024, shards=3).share(n, 3) for n in range(3)]
+    of_shares = [unit.name for share in shares for unit in share]
+    assert len(set(of_shares)) == len(of_shares)
+    everything = {unit.name for unit in Graph(recipe, 1024, shards=3).units if unit.stage != "judge"}
+    # The maps themselves are made by the last share of their diagnosis.
+    assert everything - set(of_shares) == {"diagnose main"}
 
 
 def test_more_buckets_than_heads() -> None:
