@@ -199,6 +199,21 @@ def test_the_report_of_a_study_in_a_browser(
     assert (folder / "report.html").stat().st_size < 5_000_000
 
 
+def test_a_study_of_other_units_beside_heads(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    units = {"max_new_tokens": 4, "gradient_chunks": 2, "units": ["q_heads", "mlp_groups"], "mlp_groups": 4}
+    path, folder = study_of(study=FEW, diagnose=units), tmp_path / "study"
+    done(path)
+    # Three layers of 4 heads and 4 groups of neurons; a quarter of each kind.
+    by_arm = {row["arm"]: row for row in rows(folder, "table_1_sft")}
+    assert (by_arm["all"]["heads"], by_arm["safe"]["heads"]) == ("24", "6")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "q_heads</h3>" in page
+    assert "mlp_groups</h3>" in page
+    # Scores of several kinds do not add up.
+    assert not (folder / "tables" / "budget.csv").exists()
+    assert_one_error(castune("budget", study_graph(Recipe.load(path)).runs[0].folder, cwd=tmp_path), "do not add up")
+
+
 def test_another_seed_adds_runs_and_leaves_the_others(study_of: Callable[..., Path], tmp_path: Path) -> None:
     path, folder = study_of(study=FEW), tmp_path / "study"
     done(path)
