@@ -11,11 +11,11 @@ from pathlib import Path
 BIN = Path(sys.executable).parent
 
 
-def castune(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def castune(*arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "castune")] if (BIN / "castune").exists() else [sys.executable, "-m", "castune.cli"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
 
 
