@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from castune import pipeline
+from castune.arms import ArmName
 from castune.config import SelectConfig
+from castune.data.stand_ins import DataOrStandIns
 from castune.diagnose.plan import Stage
 from castune.study import makespan
 from castune.study.cost import RecipeCost, recipe_cost
@@ -56,9 +59,10 @@ class StudyCost:
 
 def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
     """What a study costs, from configs alone; see `recipe_cost`. Judging is not counted."""
-    of_map = {name: _cost(graph, name, accelerator) for name in graph.maps}
+    main = _cost(graph, MAIN, accelerator)
+    of_map = {name: main if name == MAIN else _of_calibration(graph, name, main, accelerator) for name in graph.maps}
     calibration_of = {recipe.out: name for name, recipe in graph.maps.items()}
-    evaluation = of_map[MAIN].evaluation
+    evaluation = main.evaluation
     units, work = [], dict.fromkeys(("diagnose", "tune", "evaluate", "drift"), Stage(seconds=0.0))
     names = {unit.name for unit in graph.units if unit.stage != "judge"}
     for unit in graph.units:
@@ -71,7 +75,7 @@ def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
         needs = tuple(name for name in unit.needs if name in names)
         units.append(makespan.Unit(unit.name, done.seconds or 0.0, needs, is_divisible=unit.stage == "diagnose"))
     notes = list(dict.fromkeys(note for cost in of_map.values() for note in cost.notes))
-    return StudyCost(units, work, of_map[MAIN].diagnosis_seconds / 3600, notes)
+    return StudyCost(units, work, main.diagnosis_seconds / 3600, notes)
 
 
 def _cost(graph: Graph, calibration: str, accelerator: str | None) -> RecipeCost:
@@ -79,6 +83,16 @@ def _cost(graph: Graph, calibration: str, accelerator: str | None) -> RecipeCost
     arms = dict.fromkeys(arm for run in graph.runs if run.calibration == calibration for arm in run.trained)
     select = SelectConfig(zone="all", fraction=None, compare=tuple(arm for arm in arms if arm != "all"), seed=0)
     return recipe_cost(graph.maps[calibration].model_copy(update={"select": select}), accelerator=accelerator)
+
+
+def _of_calibration(graph: Graph, name: str, main: RecipeCost, accelerator: str | None) -> RecipeCost:
+    """The cost of another map: its trainings cost what the main map's do, where no utility data take part in them."""
+    arms = [ArmName.parse(arm) for run in graph.runs if run.calibration == name for arm in run.trained]
+    if any(arm.changes for arm in arms):
+        return _cost(graph, name, accelerator)
+    recipe, read = graph.maps[name], DataOrStandIns()
+    diagnosis, notes = pipeline.plan_diagnosis(recipe, accelerator=accelerator, read=read)
+    return replace(main, diagnosis=diagnosis, measure=recipe.diagnose.measure, notes=[*notes, *read.notes])
 
 
 def _of_unit(unit: Unit, cost: RecipeCost, evaluation: Stage) -> Stage:
