@@ -300,6 +300,26 @@ def test_the_rate_of_a_step_is_that_of_the_schedule(train: Trained, monkeypatch:
     assert used == pytest.approx([0.02 * (1 - number / N_STEPS) for number in range(N_STEPS)])
 
 
+@pytest.mark.parametrize("every", [2, 3])  # four steps an epoch
+def test_order_of_the_data_and_random_state_go_on(train: Trained, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    seen: list[tuple[bytes, bytes]] = []
+
+    def watched(model: Any, batch: Any, **arguments: Any) -> Any:
+        seen.append((batch.ids_BS.numpy().tobytes(), torch.get_rng_state().numpy().tobytes()))
+        return reply_nll(model, batch, **arguments)
+
+    monkeypatch.setattr(importlib.import_module("castune.tune.trainer"), "reply_nll", watched)
+    heads = dict.fromkeys(range(0, 12, every), HEADS[2]) | {0: HEADS[0]}
+    changes: dict[str, Any] = {"family": "gpt2", "accumulation": 1}  # gpt2's dropout draws numbers
+    train("plain", reselect_steps=None, **changes)
+    plain = list(seen)
+    seen.clear()
+    train("one", heads, reselect_steps=every, **changes)
+    assert len(plain) == 12
+    assert [batch for batch, _ in seen] == [batch for batch, _ in plain]
+    assert [state for _, state in seen] == [state for _, state in plain]
+
+
 def test_the_same_heads_again_and_again_train_on(train: Trained, tmp_path: Path) -> None:
     same = dict.fromkeys(range(0, 24, 4), HEADS[0])
     changes = {"reselect_steps": 4, "epochs": 12, "scheduler": "constant", "weight_decay": 0.0}
