@@ -22,6 +22,7 @@ from castune.console import (
     show_lm_eval,
     show_masked,
     show_plan,
+    show_selections,
     show_surgery,
 )
 from castune.errors import CastuneError, MapUnfinished
@@ -100,7 +101,9 @@ def run(
     for arm in folder.arms():
         # Selections made beside a run need not be trained.
         if arm.is_trained:
-            show_surgery(arm.name, folder.load_tuning(arm, folder.load_selection(arm, cmap)))
+            result = folder.load_tuning(arm, folder.load_selection(arm, cmap))
+            show_surgery(arm.name, result)
+            show_selections(arm.name, result)
     found = folder.load_evaluations()
     show_evaluations(found, evaluations.cost_ratios(found))
     say(f"report: {folder.report_file}")
@@ -434,6 +437,10 @@ def tune(
     snapshot_steps: Annotated[
         Optional[int], typer.Option(help="Keep the adapter every so many steps, for castune drift; never when absent.")
     ] = None,
+    reselect_steps: Annotated[
+        Optional[int],
+        typer.Option(help="Measure the map and choose heads again every so many steps; never when absent."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial values, data order and random selections.")] = 21,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
 ) -> None:
@@ -457,6 +464,7 @@ def tune(
         gradient_checkpointing=gradient_checkpointing,
         checkpoint_steps=checkpoint_steps,
         snapshot_steps=snapshot_steps,
+        reselect_steps=reselect_steps,
         learning_rate=learning_rate,
         epochs=epochs,
         max_steps=max_steps,
@@ -486,6 +494,7 @@ def tune(
         f"{result.steps} steps"
     )
     show_surgery(trained.name, result)
+    show_selections(trained.name, result)
     show_certificate(result.certificate)
     say(f"adapter: {trained.adapter}")
 

@@ -204,6 +204,9 @@ class TuneConfig(_Config):
     """Optimiser steps between checkpoints, from which the same command continues after an interruption."""
     snapshot_steps: Count | None = None
     """Keep the adapter as it is after every so many optimiser steps beside the finished one (`castune drift`)."""
+    reselect_steps: Count | None = None
+    """Measure the map again on the model as it is after every so many optimiser steps, choose heads again by the arm's
+    own rule, and train these from there on; what was learnt so far stays, frozen. Never when absent."""
     freeze_a: bool = False
     """Train B alone: budgets of equal head counts are then equal to the parameter."""
     seed: int = 21
@@ -220,6 +223,15 @@ class TuneConfig(_Config):
     def _goes_together(self) -> TuneConfig:
         if self.method == "dpo" and self.replay:
             raise ValueError("tune.replay mixes in replies to imitate, which DPO does not; use one of them")
+        not_with_reselection = {
+            'method = "dpo"': self.method == "dpo",
+            f'quantization = "{self.quantization}"': self.quantization != "none",
+            "freeze_a": self.freeze_a,
+            'surgery_granularity = "head"': self.surgery != "none" and self.surgery_granularity == "head",
+        }
+        for what, is_set in not_with_reselection.items():
+            if is_set and self.reselect_steps is not None:
+                raise ValueError(f"tune.reselect_steps does not go with {what} yet; use one of them")
         return self
 
     @property

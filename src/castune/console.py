@@ -71,6 +71,13 @@ def show_surgery(name: str, result: TuneResult) -> None:
     )
 
 
+def show_selections(name: str, result: TuneResult) -> None:
+    """How far the heads changed in a training that selected again; nothing without."""
+    for before, now in zip(result.selections, result.selections[1:], strict=False):
+        stayed = sum(one in before["units"] for one in now["units"])
+        say(f"{name}: selected again after step {now['step']}, {stayed} of {len(now['units'])} heads stayed")
+
+
 def show_drift(result: DriftResult) -> None:
     """How far the map of every step goes with that before training, beside measurement noise."""
     from castune.report.drift import drift_verdict

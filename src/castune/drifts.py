@@ -20,13 +20,13 @@ from castune.core.shards import Shard
 from castune.data.example import Example
 from castune.diagnose.domains import Utility
 from castune.diagnose.drift import N_RESAMPLES, N_SPLITS, drift, kept_heads, zone_changes
-from castune.diagnose.run import diagnose, measure_gradients
+from castune.diagnose.run import measure_gradients
 from castune.diagnose.stored import GRADIENTS_FILE, OUTCOMES_FILE, stored_measurements
-from castune.errors import ArtifactError, CastuneError, MapUnfinished
+from castune.errors import ArtifactError, MapUnfinished
 from castune.pipeline import diagnose_step, load_calibration
+from castune.remeasure import Remeasure, require_query_heads
 from castune.run_directory import Arm, RunDirectory
-from castune.select import select
-from castune.tune.merge import merged_into
+from castune.select import choose_again
 from castune.tune.verify import certify
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = None) -> DriftResult | None:
     """Measure the map at every adapter of an arm and write `drift/ARM/drift.json`; maps that are there stay.
-
-    An adapter is merged into the weights while it is diagnosed, so that O(h) is the gradient on W_q of the model as it
-    is then, and H(h) what this model loses without a head. Data and settings are those of the run's own map.
 
     Args:
         folder: the run.
@@ -52,23 +49,19 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
     """
     recipe, arm = folder.load_recipe(), folder.arm(name)
     cmap = folder.load_map()
-    if cmap.kinds != ["q_head"]:
-        raise CastuneError(
-            f"{folder.path}: drift is measured on maps of query heads; this one has {', '.join(cmap.kinds)}"
-        )
-    selection = folder.load_selection(arm, cmap)
-    adapters = _adapters(folder, arm, selection)
+    require_query_heads(cmap, f"{folder.path}: drift is measured")
+    first_selection = folder.load_selection(arm, cmap)
+    adapters, selection = _adapters(folder, arm, first_selection)
     safety, utility = load_calibration(recipe)
     model, tokenizer = load_model(recipe)
     # It is there: this compares model, data and settings with it.
     first = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
     certificates = {step: _certificate(model, adapter, selection) for step, adapter in adapters.items()}
-    config = recipe.diagnose.model_copy(update={"batch_tokens": first.metadata["batch_tokens"]})
+    remeasure = Remeasure(model, tokenizer, safety, utility, recipe, first, arm.name)
     maps, unfinished = {}, []
     for step, adapter in adapters.items():
-        about = {"arm": arm.name, "step": step, "hash": certificates[step].adapter_hash, "base": first.fingerprint}
         out = folder.drift(arm) / str(step)
-        found = _stored_map(out, first, about, config)
+        found = _stored_map(out, first, remeasure.about(adapter, step), remeasure.config)
         if found is not None:
             logger.info("map at step %d: already there", step)
             maps[step] = found
@@ -77,19 +70,7 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
         if not certificates[step].changed_rows:
             logger.warning("in %s the adapter of step %d changes no weight of the model", model.dtype, step)
         try:
-            with merged_into(model, adapter, selection):
-                maps[step] = diagnose(
-                    model,
-                    tokenizer,
-                    safety=safety,
-                    utility=utility,
-                    config=config,
-                    out=out,
-                    shard=shard,
-                    sources=_sources(first),
-                    seed=recipe.seed,
-                    adapter=about,
-                )
+            maps[step] = remeasure(adapter, selection, step, out, shard=shard)
         except MapUnfinished:
             unfinished.append(step)
     if unfinished:
@@ -99,15 +80,15 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
         )
     if not Shard.of(shard).writes:
         return None
-    _require_gradients(folder, first, model, tokenizer, safety, utility, config)
-    result = _result(folder, arm, selection, first, maps, certificates)
+    _require_gradients(folder, first, model, tokenizer, safety, utility, remeasure.config)
+    result = _result(folder, arm, first_selection, first, maps, certificates)
     result.save(folder.drift(arm))
     folder.record_step(f"drift {arm.name}", result.provenance)
     return result
 
 
-def _adapters(folder: RunDirectory, arm: Arm, selection: HeadSelection) -> dict[int, Path]:
-    """The adapters of an arm by optimiser step, the finished one last."""
+def _adapters(folder: RunDirectory, arm: Arm, selection: HeadSelection) -> tuple[dict[int, Path], HeadSelection]:
+    """The adapters of an arm by optimiser step, the finished one last, and the heads that they may change."""
     if arm.is_masked:
         raise ArtifactError(
             f"{arm.adapter} was made of other adapters by castune mask, without a training to drift along; "
@@ -122,7 +103,7 @@ def _adapters(folder: RunDirectory, arm: Arm, selection: HeadSelection) -> dict[
             f"{folder.path}{option} --overwrite --snapshot-steps N, with N below {result.steps}, and the other options "
             "as before"
         )
-    return {**found, result.steps: arm.adapter}
+    return {**found, result.steps: arm.adapter}, result.trained(selection)
 
 
 def _certificate(model: Any, adapter: Path, selection: HeadSelection) -> Certificate:
@@ -151,11 +132,6 @@ def _stored_map(out: Path, first: ConflictMap, adapter: dict[str, Any], config: 
         and made_from(found) == made_from(first)
     )
     return found if same else None
-
-
-def _sources(first: ConflictMap) -> dict[str, str]:
-    utility = {f"utility:{name}": one.metadata["data"]["utility"]["source"] for name, one in first.domains.items()}
-    return {name: record["source"] for name, record in first.metadata["data"].items()} | utility
 
 
 def _require_gradients(
@@ -223,12 +199,4 @@ def _reselected(selection: HeadSelection, cmap: ConflictMap) -> dict[str, float]
     """How many of the arm's heads its own rule would choose from a later map; None where no map decides on them."""
     if selection.zone not in ("safe", "risky", "bucket"):
         return None
-    again = select(
-        cmap,
-        zone="safe" if selection.zone == "bucket" else selection.zone,
-        fraction=1.0 if selection.fraction is None else selection.fraction,
-        buckets=selection.buckets,
-        bucket=selection.bucket,
-        score=selection.score,
-    )
-    return kept_heads(selection.heads, again.heads, len(cmap))
+    return kept_heads(selection.heads, choose_again(selection, cmap).heads, len(cmap))

@@ -107,6 +107,8 @@ def _run_facts(path: Path, name: str | None) -> tuple[Path, HeadSelection, CardF
         and result.model.get("adapter") == wanted[key]
         and result.model.get("fingerprint") == made.certificate.model_fingerprint
     }
+    if isinstance(made, TuneResult):
+        selection = made.trained(selection)
     facts = CardFacts(
         model=made.model,
         certificate=made.certificate,

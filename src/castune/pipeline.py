@@ -7,7 +7,8 @@ nothing is computed twice, and the same command continues an interrupted run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from castune.diagnose.run import diagnose
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.suites import load_suites
 from castune.evaluations import cost_ratios, differences, evaluate_step, require_evaluation
+from castune.remeasure import Remeasure, require_query_heads
 from castune.report.page import write_figures, write_report
 from castune.run_directory import Arm, RunDirectory, arm_name
-from castune.select import select
+from castune.select import require_rule, select
+from castune.tune.phases import Reselect
 from castune.tune.train import require_extras, require_utility, tune
 
 logger = logging.getLogger(__name__)
@@ -49,8 +52,8 @@ def run(recipe: Recipe) -> RunDirectory:
     align = load_data(recipe.align, recipe.seed)
     suites = load_suites(recipe.evaluate.suites, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
     require_replies(align, "align", "prompt, completion")
-    for name in (ArmName(), *map(ArmName.parse, recipe.select.compare)):
-        require_extras(recipe.tune.changed(**dict(name.changes)))
+    main = ArmName(None if recipe.select.buckets else recipe.select.zone)
+    require_trainable(recipe, [main, *map(ArmName.parse, recipe.select.compare)])
     require_evaluation(recipe.evaluate, suites)
     folder.check(recipe)
     model, tokenizer = load_model(recipe)
@@ -79,6 +82,23 @@ def run(recipe: Recipe) -> RunDirectory:
     evaluate_step(folder, recipe, suites, (model, tokenizer) if recipe.evaluate.backend == "hf" else None)
     report_step(folder)
     return folder
+
+
+def require_trainable(recipe: Recipe, names: Iterable[ArmName]) -> None:
+    """Refuse arms that need what is not there, or are to be selected again and cannot: before anything is loaded.
+
+    Raises:
+        CastuneError: the message says what to install or to leave out.
+    """
+    for name in names:
+        config = recipe.tune.changed(**dict(name.changes))
+        require_extras(config)
+        if config.reselect_steps is not None:
+            require_rule(name.zone or "bucket")
+    if recipe.tune.reselect_steps is not None and recipe.diagnose.units != ("q_heads",):
+        raise CastuneError(
+            f"tune.reselect_steps is for query heads; diagnose.units has {', '.join(recipe.diagnose.units)}"
+        )
 
 
 def load_data(config: DataConfig, seed: int, read: Callable[..., list[Example]] = examples) -> list[Example]:
@@ -319,6 +339,10 @@ def tune_step(
             _check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
         logger.info("tuning %s: already there", arm.name)
         return result
+    reselect = None
+    if config.reselect_steps is not None:
+        require_rule(selection.zone)
+        reselect = _reselection(folder, arm, selection, model, tokenizer)
     logger.info("tuning %s: %s, %d examples", arm.name, selection.counted, len(data))
     result = tune(
         model,
@@ -330,10 +354,22 @@ def tune_step(
         source=source,
         utility=utility,
         utility_source=utility_source,
+        reselect=reselect,
     )
     if Shard.is_main_process():
         folder.record_step(f"tune {arm.name}", result.provenance)
     return result
+
+
+def _reselection(folder: RunDirectory, arm: Arm, selection: HeadSelection, model: Any, tokenizer: Any) -> Reselect:
+    """How the heads of an arm are chosen again: from the run's map, measured again on the model as it is then."""
+    recipe = folder.load_recipe()
+    require_query_heads(folder.load_map(), f"{folder.path}: reselect_steps works")
+    safety, utility = load_calibration(recipe)
+    # It is there: this compares model, data and settings with it.
+    first = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
+    remeasure = Remeasure(model, tokenizer, safety, utility, recipe, first, arm.name)
+    return partial(remeasure.select, selection)
 
 
 def tune_arm(
@@ -369,6 +405,10 @@ def tune_arm(
         )
     require_utility(config, utility)
     require_extras(config)
+    if config.reselect_steps is not None:
+        chosen = None if name is not None and not is_there else HeadSelection.load(folder.arm(arm).folder)
+        require_rule(chosen.zone if chosen else (name and name.zone) or "bucket")
+        require_query_heads(folder.load_map(), f"{folder.path}: reselect_steps works")
     examples = load_data(align, recipe.seed)
     utility_examples = [example for one in utility for example in load_data(one, recipe.seed)]
     if name is None or is_there:

@@ -218,7 +218,11 @@ class RunDirectory:
     def load_tuning(self, arm: Arm, selection: HeadSelection) -> TuneResult:
         """An arm's tune result; refused when it was trained for other heads or another model."""
         result = TuneResult.load(arm.adapter)
-        self._check_adapter(arm, selection, result.certificate, f"castune tune {self.path} --overwrite")
+        again = f"castune tune {self.path} --overwrite"
+        if not result.began_with(selection):
+            raise _other_selection(arm, again)
+        # Where heads were selected again, the certificate is for all of them.
+        self._check_adapter(arm, result.trained(selection), result.certificate, again)
         return result
 
     def load_adapter(self, arm: Arm, selection: HeadSelection) -> TuneResult | MaskedAdapter | None:
@@ -245,7 +249,7 @@ class RunDirectory:
             )
         wanted = (selection.heads, selection.units, selection.mlp_groups, selection.model_fingerprint)
         if (certificate.selection, certificate.units, certificate.mlp_groups, certificate.model_fingerprint) != wanted:
-            raise ArtifactError(f"{arm.adapter} was made for another selection than {arm.selection_file}; run: {again}")
+            raise _other_selection(arm, again)
 
     def load_evaluations(self) -> dict[str, EvalResult]:
         """All evaluations, the base model first, then in the order of `arms`."""
@@ -282,6 +286,10 @@ class RunDirectory:
                     arm.name,
                 )
         return found
+
+
+def _other_selection(arm: Arm, again: str) -> ArtifactError:
+    return ArtifactError(f"{arm.adapter} was made for another selection than {arm.selection_file}; run: {again}")
 
 
 def arm_name(selection: HeadSelection) -> str:

@@ -20,6 +20,9 @@ SCORE_COLUMNS = {
     "sensitivity": "functional_sensitivity",
 }
 
+RULES = ("safe", "risky", "bucket", "layer-matched")
+"""Zones whose heads another map would change."""
+
 
 def select(
     cmap: ConflictMap,
@@ -90,6 +93,37 @@ def select(
         units=units,
         mlp_groups=cmap.mlp_groups,
     )
+
+
+def choose_again(selection: HeadSelection, cmap: ConflictMap) -> HeadSelection:
+    """The heads that the rule of an earlier selection takes from another map.
+
+    Raises:
+        CastuneError: no map decides on them.
+    """
+    require_rule(selection.zone)
+    return select(
+        cmap,
+        zone="safe" if selection.zone == "bucket" else selection.zone,
+        fraction=1.0 if selection.fraction is None else selection.fraction,
+        buckets=selection.buckets,
+        bucket=selection.bucket,
+        score=selection.score,
+        seed=selection.seed,
+    )
+
+
+def require_rule(zone: str) -> None:
+    """Refuse to select again what no map decides on.
+
+    Raises:
+        CastuneError: random, all or custom heads.
+    """
+    if zone not in RULES:
+        raise CastuneError(
+            f"heads of zone {zone} are not chosen from a map, so that reselect_steps has no effect on them; leave it "
+            f"out for this arm. Selected again can be: {', '.join(RULES)}"
+        )
 
 
 def _zone(ordered: list[Unit], zone: str, count: int, seed: int | None) -> list[Unit]:

@@ -25,12 +25,19 @@ def make_map(shift: float = 0.0, fingerprint: str = "aaaa") -> ConflictMap:
     return ConflictMap(pa.table(columns, schema=SCHEMA), {"model": {"name": "tiny", "fingerprint": fingerprint}})
 
 
-def save_tuning(selection: HeadSelection, adapter: Path) -> TuneResult:
+def save_tuning(selection: HeadSelection, adapter: Path, *later: tuple[int, int]) -> TuneResult:
+    """Of a training that began with a selection, and selected `later` heads afterwards."""
     adapter.mkdir(parents=True, exist_ok=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (adapter / name).write_text(name)
-    certificate = Certificate(selection.model_fingerprint, selection.heads, adapter_hash(adapter), 1, 1, 1, 1, 0.5)
-    result = TuneResult("adapter", certificate, {}, {}, {}, (), 1, 1, 1.0, {}, {})
+    heads = tuple(sorted({*selection.heads, *later}))
+    certificate = Certificate(selection.model_fingerprint, heads, adapter_hash(adapter), 1, 1, 1, 1, 0.5)
+    phases = [selection.heads, later] if later else []
+    selections = tuple(
+        {"step": step, "units": [["q_head", *head] for head in phase], "map_hash": "x"}
+        for step, phase in enumerate(phases)
+    )
+    result = TuneResult("adapter", certificate, {}, {}, {}, (), 1, 1, 1.0, {}, {}, selections=selections)
     result.save(adapter)
     return result
 
@@ -179,6 +186,24 @@ def test_a_selection_of_another_map_names_both(folder: RunDirectory) -> None:
     assert folder.load_selection(arm, one) == selection
     with pytest.raises(ArtifactError, match=f"{one.content_hash}.*{other.content_hash}"):
         folder.load_selection(arm, other)
+
+
+def test_an_adapter_of_several_selections_belongs_to_the_first(folder: RunDirectory) -> None:
+    cmap = make_map()
+    selection = select(cmap, zone="safe")
+    selection.save(folder.path)
+    arm = folder.arm(None)
+    saved = save_tuning(selection, arm.adapter, *select(cmap, zone="risky").heads)
+    assert len(saved.certificate.selection) == 2 * len(selection.heads)
+    assert folder.load_tuning(arm, selection) == folder.load_adapter(arm, selection) == saved
+    for other in (select(cmap, zone="risky"), saved.trained(selection)):
+        with pytest.raises(ArtifactError, match="another selection"):
+            folder.load_tuning(arm, other)
+    # A certificate for fewer heads, or for more, is that of another adapter.
+    for heads in (saved.certificate.selection[:-1], (*saved.certificate.selection, (1, 3), (0, 3))):
+        dataclasses.replace(saved.certificate, selection=heads).save(arm.adapter)
+        with pytest.raises(ArtifactError, match="another selection"):
+            folder.load_tuning(arm, selection)
 
 
 def test_an_adapter_of_another_selection_or_model_is_refused(folder: RunDirectory) -> None:

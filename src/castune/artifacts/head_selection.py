@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,15 @@ class HeadSelection:
     def heads_of(self, layer: int) -> tuple[int, ...]:
         """Selected heads of a layer, sorted."""
         return tuple(head for owner, head in self.heads if owner == layer)
+
+    def joined(self, others: Iterable[HeadSelection]) -> HeadSelection:
+        """With everything that others select too; how the first was chosen is kept, for the record."""
+        every = (self, *others)
+        return replace(
+            self,
+            heads=tuple(sorted({head for one in every for head in one.heads})),
+            units=tuple(sorted({one for selection in every for one in selection.units})),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON content; of a selection of query heads alone that of before there were other units."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from castune.artifacts.files import file_hash, parsed, read_json, write_json
+from castune.artifacts.head_selection import HeadSelection
 
 _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
 TUNE_FILE = "tune.json"
 SNAPSHOTS = "snapshots"
+RESELECTIONS = "reselections"
 # Fields that only certificates with units of other kinds than query heads have.
 _OF_UNITS = ("units", "mlp_groups", "checked_columns", "changed_columns", "selected_columns")
 
@@ -122,6 +124,9 @@ class TuneResult:
             gradient (None: undefined at every step). None without.
         utility: of a training with gradient surgery or data replay: source, n, hash, cut of the utility data, and how
             many of the training examples are `replayed` from it. None without.
+        selections: of a training that selected again: for every phase the `step` after which it began, the selected
+            `units` ([kind, layer, number]), and the `map_hash` of the map they were chosen from. `budget` is that
+            of the last phase, the certificate's selection that of all. Empty without.
     """
 
     adapter: str
@@ -137,12 +142,24 @@ class TuneResult:
     provenance: dict[str, Any]
     surgery: dict[str, Any] | None = None
     utility: dict[str, Any] | None = None
+    selections: tuple[dict[str, Any], ...] = ()
+
+    def trained(self, selection: HeadSelection) -> HeadSelection:
+        """Everything that was trained at any time, of the arm that began with `selection`."""
+        phases = [{(layer, i) for _, layer, i in record["units"]} for record in self.selections]
+        return selection.joined(replace(selection, heads=tuple(heads)) for heads in phases)
+
+    def began_with(self, selection: HeadSelection) -> bool:
+        """Whether the training began with these heads; True where it was not noted, and they never changed."""
+        return not self.selections or self.selections[0]["units"] == [list(one) for one in selection.all_units]
 
     def save(self, path: str | Path) -> Path:
         """Write `tune.json` into an adapter directory (or to the given file), atomically."""
         path = _named(path, TUNE_FILE)
         content = asdict(self)
         del content["certificate"]  # it has a file of its own
+        if not self.selections:
+            del content["selections"]
         self.certificate.save(path.parent)
         write_json(path, _TUNE_RESULT, content)
         return path
@@ -154,7 +171,7 @@ class TuneResult:
         record = read_json(path, _TUNE_RESULT, f"castune tune {path.parent.parent} --data DATA")
         certificate = Certificate.load(path.parent)
         losses = parsed(path, _TUNE_RESULT, lambda: tuple((int(step), float(loss)) for step, loss in record["losses"]))
-        apart = ("certificate", "losses", "surgery", "utility")
+        apart = ("certificate", "losses", "surgery", "utility", "selections")
         fields = [name for name in cls.__dataclass_fields__ if name not in apart]
         return parsed(
             path, _TUNE_RESULT, lambda: cls(certificate=certificate, losses=losses, **_fields(record, fields))
@@ -164,7 +181,14 @@ class TuneResult:
 def _fields(record: dict[str, Any], fields: list[str]) -> dict[str, Any]:
     # Records from before there was surgery know nothing of it, nor of utility data.
     optional = {name: _record_or_none(name, record.get(name)) for name in ("surgery", "utility")}
-    return {**{name: record[name] for name in fields}, **optional}
+    # Of a training that did not select again there are none.
+    selections = tuple(_phase(one) for one in record.get("selections", ()))
+    return {**{name: record[name] for name in fields}, **optional, "selections": selections}
+
+
+def _phase(record: dict[str, Any]) -> dict[str, Any]:
+    units = [[str(kind), int(layer), int(number)] for kind, layer, number in record["units"]]
+    return {"step": int(record["step"]), "units": units, "map_hash": record["map_hash"]}
 
 
 def _record_or_none(name: str, value: Any) -> dict[str, Any] | None:

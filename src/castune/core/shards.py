@@ -37,7 +37,7 @@ class Shard:
         Raises:
             CastuneError: `text` is no share, or is given inside a torchrun job.
         """
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        ranks = cls.n_processes()
         if text is not None:
             match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
             if match is None or not 1 <= int(match[1]) <= int(match[2]):
@@ -55,6 +55,11 @@ class Shard:
     def is_main_process() -> bool:
         """Whether this is the first process of a torchrun job, or the only one; joins no process group."""
         return os.environ.get("RANK", "0") == "0"
+
+    @staticmethod
+    def n_processes() -> int:
+        """Processes of this torchrun job; joins no process group."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
     def is_first(self) -> bool:

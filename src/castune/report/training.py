@@ -89,6 +89,8 @@ def _objective(result: TuneResult) -> str:
         parts.append(f"base in {settings['quantization']}")
     if settings.get("freeze_a"):
         parts.append("A frozen")
+    if len(result.selections) > 1:
+        parts.append(f"heads chosen {len(result.selections)} times (budget: of the last)")
     return ", ".join(parts)
 
 

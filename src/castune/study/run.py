@@ -34,7 +34,6 @@ from castune.study.page import write_study_report
 from castune.study.schedule import Schedule, State
 from castune.study.tables import Table, finding_tables, tables
 from castune.study.trials import Results, read_results
-from castune.tune.train import require_extras
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +62,7 @@ def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
     hashes = _checked_data(recipe) if data else {}
     graph = Graph(recipe, n_heads, hashes, shards)
     for run in graph.runs:
-        for arm in run.trained:
-            require_extras(recipe.tune.changed(**dict(ArmName.parse(arm).changes)))
+        pipeline.require_trainable(recipe, map(ArmName.parse, run.trained))
     return graph
 
 

@@ -99,7 +99,8 @@ def merged_into(base: nn.Module, adapter: Path, selection: HeadSelection) -> Ite
     try:
         for path, a, b in lora_pairs(adapter / "adapter_model.safetensors"):
             target = selected[path]
-            weight: Any = base.get_submodule(path).weight
+            # Detached: whoever diagnoses the merged model needs gradients, and writing into its weights must not.
+            weight: Tensor = base.get_submodule(path).weight.detach()  # type: ignore[operator]
             lines, mask = target.lines_of(weight), target.mask.to(weight.device)
             before.append((lines, mask, lines[mask].clone()))
             # The whole product, of which the selected rows are taken: a product of fewer rows may round differently.

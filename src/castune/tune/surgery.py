@@ -272,9 +272,16 @@ class Operation:
         memories = [surgery.memory for surgery in self._surgeries]
         return {"cosines": self.cosines, "conflicts": self.conflicts, "memories": memories}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue after the steps of an earlier training: with its record, and the batches that come then."""
+    def restore(self, state: dict[str, Any], *, memories: bool = True) -> None:
+        """Continue after the steps of an earlier training: with its record, and the batches that come then.
+
+        Args:
+            state: of the earlier one.
+            memories: what methods remember too; not where other parameters are trained now.
+        """
         self.cosines, self.conflicts = list(state["cosines"]), state["conflicts"]
+        if not memories:
+            return
         for surgery, memory in zip(self._surgeries, state["memories"], strict=True):
             surgery.remember(memory)
 

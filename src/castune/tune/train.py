@@ -17,7 +17,7 @@ from transformers import TrainingArguments, set_seed
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.files import new_directory
-from castune.artifacts.tune_result import SNAPSHOTS
+from castune.artifacts.tune_result import RESELECTIONS, SNAPSHOTS
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.progress import progress
@@ -29,9 +29,11 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.rows import Row
 from castune.errors import CastuneError, DataError, TrainingError
+from castune.tune.phases import Phases, Reselect, require_reselection
 from castune.tune.preferences import Pair, preference_pairs, preference_trainer, require_trl
 from castune.tune.row_lora import adapter_weights, budget, save_adapter, sparse_lora
 from castune.tune.snapshots import Snapshots, snapshot_steps
+from castune.tune.stacking import frozen_updates
 from castune.tune.surgery import Operation, parameter_groups, require_method
 from castune.tune.targets import targets, units_for
 from castune.tune.trainer import ReplyTrainer, trainer_settings
@@ -52,6 +54,7 @@ def tune(
     source: str | None = None,
     utility: Sequence[Example] | None = None,
     utility_source: str | None = None,
+    reselect: Reselect | None = None,
 ) -> TuneResult:
     """Train the selected heads and write adapter, certificate and record.
 
@@ -70,9 +73,11 @@ def tune(
         utility: D_util, the reference of gradient surgery and what data replay mixes in: questions, or prompts with
             replies. Not used without.
         utility_source: name of its source, for the record.
+        reselect: how heads are chosen again, with `config.reselect_steps`.
 
     Raises:
-        CastuneError: gradient surgery without utility data, or a method of it that is not installed.
+        CastuneError: gradient surgery without utility data, or a method of it that is not installed; or heads are to be
+            selected again where that is not possible.
         DataError: an example has no reply, or a reply that does not fit.
         TrainingError: a loss is not finite, or surgery cannot reach the gradients.
         CheckpointError: a checkpoint or the adapter cannot be written.
@@ -85,6 +90,7 @@ def tune(
     utility_record = None
     if utility and config.needs_utility:
         utility_record = {**_data_record(utility, work.utility_rows, utility_source), "replayed": len(work.replayed)}
+    require_reselection(config, selection, reselect)
     identity = model_record(model)
     workspace = Workspace.beside(out)
     settings = trainer_settings(config, workspace, next(model.parameters()).device)
@@ -96,6 +102,8 @@ def tune(
                     "model": identity["fingerprint"],
                     "heads": selection.heads,
                     **({"units": selection.units, "mlp_groups": selection.mlp_groups} if selection.units else {}),
+                    # Later selections depend on the settings and the data of the map.
+                    **({"map": selection.conflict_map_hash} if config.reselect_steps else {}),
                     "settings": config.model_dump(mode="json"),
                     "data": data_record,
                     "utility": utility_record,
@@ -103,17 +111,22 @@ def tune(
                 }
             )
     try:
-        run = _trained(model, tokenizer, selection, work, config, workspace, settings)
+        phases = Phases(workspace, config.reselect_steps, (selection,))
+        run = _trained(model, tokenizer, phases, work, config, settings, reselect)
         if Shard.is_main_process():
             with new_directory(out, replace=True) as folder:
                 shutil.copytree(workspace.adapter, folder, dirs_exist_ok=True)
                 for step in snapshot_steps(config, run.steps):
                     snapshot = folder / SNAPSHOTS / str(step)
-                    shutil.copytree(workspace.snapshot(step), snapshot)
-                    run.base.certificate(snapshot, selection).save(snapshot)
+                    snapshot.mkdir(parents=True)
+                    run.phases.write(workspace.snapshot(step), snapshot, step=step)
+                    run.base.certificate(snapshot, run.phases.union).save(snapshot)
+                for step, found in run.phases.maps().items():
+                    if found.is_dir():
+                        shutil.copytree(found, folder / RESELECTIONS / str(step))
                 TuneResult(
                     adapter=out.name,
-                    certificate=run.base.certificate(folder, selection),
+                    certificate=run.base.certificate(folder, run.phases.union),
                     budget=run.budget,
                     settings=config.model_dump(mode="json"),
                     data=data_record,
@@ -125,6 +138,7 @@ def tune(
                     provenance=provenance(config.seed),
                     surgery=run.surgery,
                     utility=utility_record,
+                    selections=run.phases.record(),
                 ).save(folder)
             workspace.remove()
     except TrainingError:
@@ -146,11 +160,16 @@ def tune(
 
 
 def require_extras(config: TuneConfig) -> None:
-    """Refuse a training that needs what is not installed: before a model is loaded, not hours later.
+    """Refuse a training that cannot run here: before a model is loaded, not hours later.
 
     Raises:
-        CastuneError: the message says what to install.
+        CastuneError: the message says what to install or to leave out.
     """
+    if config.reselect_steps is not None and Shard.n_processes() > 1:
+        raise CastuneError(
+            f"reselect_steps = {config.reselect_steps} works in one process, and there are {Shard.n_processes()}: "
+            "leave out torchrun, or reselect_steps"
+        )
     require_method(config.surgery)
     if config.method == "dpo":
         require_trl()
@@ -210,9 +229,11 @@ class _Run:
     """A training that came to its end; `wait` waits for the other processes of it."""
 
     base: _Base
+    phases: Phases
     budget: dict[str, int]
     losses: tuple[tuple[int, float], ...]
     steps: int
+    max_steps: int
     tokens: int
     seconds: float
     surgery: dict[str, Any] | None
@@ -222,15 +243,36 @@ class _Run:
 def _trained(
     model: Any,
     tokenizer: Any,
-    selection: HeadSelection,
+    phases: Phases,
     work: _Work,
     config: TuneConfig,
-    workspace: Workspace,
     settings: dict[str, Any],
+    reselect: Reselect | None,
 ) -> _Run:
-    """Train, and leave the adapter in the workspace and the model as it was."""
+    """Train phase after phase, and leave the adapter in the workspace and the model as it was."""
+    while True:
+        if not phases.are_over():
+            run = _phase(model, tokenizer, phases, work, config, settings)
+            if run.steps == run.max_steps:
+                break
+        assert reselect is not None
+        phases = phases.next(reselect)
+    if len(phases.selections) == 1:
+        return run
+    workspace = phases.workspace
+    with workspace.writing("the adapter"), new_directory(workspace.adapter, replace=True) as folder:
+        phases.write(workspace.last_phase, folder)
+    layout = units_for(model, HeadLayout.of(model), phases.union)
+    return replace(run, base=_Base.of(model, layout, phases.union))
+
+
+def _phase(
+    model: Any, tokenizer: Any, phases: Phases, work: _Work, config: TuneConfig, settings: dict[str, Any]
+) -> _Run:
+    """Train the current phase to its end, or from where it was stopped."""
+    selection, workspace = phases.selection, phases.workspace
     # Before the adapter is built: the seed also decides the initial A.
-    set_seed(config.seed)
+    set_seed(config.seed + len(phases.selections) - 1)
     layout = units_for(model, HeadLayout.of(model), selection)
     base = _Base.of(model, layout, selection)
     with _left_as_it_was(model):
@@ -247,27 +289,32 @@ def _trained(
             else:
                 rows = [*work.rows, *work.replayed]
                 trainer = ReplyTrainer(peft_model, settings, rows, config, workspace, operation)
+            if trainer.is_fsdp_enabled and config.reselect_steps is not None:
+                raise CastuneError("reselect_steps does not work with FSDP; leave out one of them")
             if trainer.is_fsdp_enabled:
                 base = base.on_cpu()  # nobody has the whole of the base soon
             if config.snapshot_steps is not None:
                 trainer.add_callback(Snapshots(peft_model, workspace, config))
-            with progress("training", 1.0) as advance:
+            trainer.within(phases.start, phases.end)
+            with frozen_updates(model, phases.frozen), progress("training", 1.0) as advance:
                 trainer.run(advance)
             weights = adapter_weights(peft_model)
             _check_finite(weights.values(), config)
             found = _Run(
                 base=base,
+                phases=phases,
                 budget=ledger,
                 losses=tuple((log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log),
                 steps=trainer.state.global_step,
+                max_steps=trainer.state.max_steps,
                 tokens=trainer.all_tokens(),
                 seconds=trainer.seconds,
                 surgery=None if operation is None else operation.record,
                 wait=trainer.accelerator.wait_for_everyone,
             )
-            if Shard.is_main_process():
+            if Shard.is_main_process() and found.steps == found.max_steps:
                 with workspace.writing("the adapter"):
-                    save_adapter(peft_model, weights, workspace.adapter)
+                    save_adapter(peft_model, weights, workspace.last_phase if phases.start else workspace.adapter)
             return found
         finally:
             peft_model.unload()

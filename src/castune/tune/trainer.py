@@ -77,6 +77,7 @@ class SparseTraining(Trainer):
         self.add_callback(_NoInputGradients())
         self.config, self.workspace, self.lengths, self.operation = config, workspace, list(lengths), operation
         self.tokens_seen, self._seconds_before = 0, 0.0
+        self._phase_start, self._begins_phase = 0, False
         self._started = time.perf_counter()
         if operation is not None:
             operation.check(self.accelerator)
@@ -85,6 +86,15 @@ class SparseTraining(Trainer):
     def seconds(self) -> float:
         """Wall time of the training, that before an interruption included."""
         return self._seconds_before + time.perf_counter() - self._started
+
+    def within(self, start: int, end: int | None) -> None:
+        """Train one phase only, from after step `start`, whose checkpoint is there, to step `end`; None: to the end.
+
+        A phase that begins takes nothing from its checkpoint that belongs to the adapter of the one before.
+        """
+        self._phase_start = start
+        if end is not None:
+            self.add_callback(_PhaseEnd(end))
 
     def run(self, advance: Progress) -> None:
         """Train, from the last whole checkpoint if there is one.
@@ -103,8 +113,9 @@ class SparseTraining(Trainer):
         logger.info("training goes on from %s", checkpoint.name)
         self._seconds_before = state["seconds"]
         self.tokens_seen = state["tokens"][self.args.process_index]
+        self._begins_phase = checkpoint.name == f"checkpoint-{self._phase_start}"
         if self.operation is not None:
-            self.operation.restore(state["surgery"])
+            self.operation.restore(state["surgery"], memories=not self._begins_phase)
         self.train(resume_from_checkpoint=str(checkpoint))
 
     def all_tokens(self) -> int:
@@ -140,6 +151,24 @@ class SparseTraining(Trainer):
         n = self.config.batch_size * self.config.accumulation * self.args.world_size
         return ByLength(n, self.lengths, self.config.seed)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._begins_phase:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._begins_phase:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # A new optimiser, in the place of the schedule where the old one was.
+        schedule: Any = self.lr_scheduler
+        step = self._phase_start
+        rates = [base * at(step) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict(
+            {**schedule.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        )
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
         tokens = self._tokens_by_process()
@@ -147,7 +176,10 @@ class SparseTraining(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 surgery = None if self.operation is None else self.operation.state()
-                self.workspace.mark(step, {"seconds": self.seconds, "tokens": tokens, "surgery": surgery})
+                max_steps = self.state.max_steps
+                self.workspace.mark(
+                    step, {"seconds": self.seconds, "tokens": tokens, "surgery": surgery, "max_steps": max_steps}
+                )
 
     def _tokens_by_process(self) -> list[int]:
         mine = torch.tensor([self.tokens_seen], device=self.accelerator.device)
@@ -239,6 +271,17 @@ class _NoInputGradients(TrainerCallback):
         base = model.get_base_model()
         base.disable_input_require_grads()
         vars(base).pop("_require_grads_hooks", None)
+
+
+class _PhaseEnd(TrainerCallback):
+    """Stops with a checkpoint after a step, unless the training ends there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        if state.global_step == self.step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
 
 class _Progress(TrainerCallback):

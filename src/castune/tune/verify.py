@@ -21,7 +21,7 @@ from castune.core.units import UnitLayout
 from castune.errors import CertificateError
 from castune.tune.targets import targets, units_for
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 # Settings of an adapter under which more than the selected rows would change, with what castune accepts.
 _REFUSED = {
@@ -241,7 +241,7 @@ def lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     if known != tensors.keys():
         raise CertificateError(f"{weights}: {sorted(known ^ tensors.keys())[0]}: unexpected or missing tensor")
     for path in paths:
-        yield path.removeprefix(_PREFIX), tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
+        yield path.removeprefix(PREFIX), tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -54,8 +54,16 @@ class Workspace:
         """Where the adapter is put together."""
         return self.folder / "adapter"
 
+    @property
+    def last_phase(self) -> Path:
+        """Where the adapter of the last phase is kept, of a training that selected again."""
+        return self.folder / "last"
+
     def snapshot(self, step: int) -> Path:
-        """Where the adapter of a step is kept. It is there before the checkpoint of that step is whole."""
+        """Where the adapter of a step is kept, of its phase alone.
+
+        It is there before the checkpoint of that step is whole.
+        """
         return self.folder / SNAPSHOTS / str(step)
 
     @contextmanager

@@ -54,6 +54,13 @@ TUNING = TuneResult(
     seconds=0.5, model=MODEL, provenance={"seed": 21},
     surgery={"steps": 2, "conflicting_steps": 1, "mean_cosine": None, "utility": {"source": None, "n": 3}},
 )  # fmt: skip
+RESELECTED = dataclasses.replace(
+    TUNING,
+    selections=(
+        {"step": 0, "units": [["q_head", 0, 1], ["q_head", 1, 2]], "map_hash": "fe"},
+        {"step": 1, "units": [["q_head", 1, 2]], "map_hash": "dc"},
+    ),
+)
 SUITE = SuiteResult(
     suite="own", purpose="safety", metric="refusal_rate", value=2 / 3, standard_error=1 / 3, n=3, unscored=1,
     judge="prefix", max_new_tokens=32, extra={"answer_margin": None}, data_hash="h", seconds=0.1,
@@ -73,6 +80,7 @@ ARTIFACTS = {
     "certificate": (CERTIFICATE, "certificate.json"),
     "mixed certificate": (MIXED_CERTIFICATE, "certificate.json"),
     "tuning": (TUNING, "tune.json"),
+    "reselected tuning": (RESELECTED, "tune.json"),
     "evaluation": (EVALUATION, "metrics.json"),
 }
 JSON_ARTIFACTS = [name for name, (_, file) in ARTIFACTS.items() if file.endswith(".json")]
@@ -145,6 +153,18 @@ def test_samples_with_line_separators_inside_are_one_line_each(tmp_path: Path) -
     EVALUATION.save(tmp_path)
     assert EvalResult.load(tmp_path).samples == SAMPLES
     assert (tmp_path / "samples.jsonl").read_bytes().count(b"\n") == len(SAMPLES)
+
+
+def test_what_was_trained_is_the_union_of_all_selections() -> None:
+    first = dataclasses.replace(SELECTION, heads=((0, 1), (1, 2)))
+    tuning = dataclasses.replace(
+        RESELECTED, selections=(*RESELECTED.selections, {"step": 2, "units": [["q_head", 1, 0]], "map_hash": "ba"})
+    )
+    assert tuning.trained(first) == dataclasses.replace(first, heads=((0, 1), (1, 0), (1, 2)))
+    assert tuning.began_with(first)
+    assert not tuning.began_with(dataclasses.replace(first, heads=((0, 1),)))
+    assert TUNING.trained(first) == first
+    assert MIXED.joined([SELECTION]) == MIXED
 
 
 def test_selection_sorts_its_heads_and_refuses_doubles() -> None:
@@ -314,6 +334,9 @@ def test_map_with_other_columns_names_both_sides() -> None:
         ("certificate", "selection", None),
         ("tuning", "losses", [[1]]),
         ("tuning", "losses", [[1, "x"]]),
+        ("tuning", "selections", [{"step": 0, "units": [["q_head", 0]], "map_hash": "fe"}]),
+        ("tuning", "selections", [{"step": 0, "units": []}]),
+        ("tuning", "selections", None),
         ("evaluation", "suites", [{"suite": "only a name"}]),
         ("evaluation", "suites", None),
     ],
@@ -332,8 +355,9 @@ def test_every_missing_field_is_a_damaged_artifact(tmp_path: Path, name: str) ->
     artifact, file = ARTIFACTS[name]
     artifact.save(tmp_path)
     record = json.loads((tmp_path / file).read_text())
-    # Tune results from before there was gradient surgery have no `surgery` and no `utility`.
-    for key in record.keys() - {"kind", "schema_version", "surgery", "utility"}:
+    # Tune results from before there was gradient surgery have no `surgery` and no `utility`, those of trainings that
+    # did not select again no `selections`.
+    for key in record.keys() - {"kind", "schema_version", "surgery", "utility", "selections"}:
         write_text(tmp_path / file, json.dumps({k: v for k, v in record.items() if k != key}))
         with pytest.raises(ArtifactError, match=f"{file}.*{key}"):
             type(artifact).load(tmp_path)

@@ -131,7 +131,11 @@ def test_a_mapping_of_one_is_a_sequence(
     assert named.table.equals(plain.table)
     assert {**named.metadata, "seconds": 0, "provenance": 0} == {**plain.metadata, "seconds": 0, "provenance": 0}
     assert "domains" not in named.metadata
-    assert sorted(path.name for path in (tmp_path / "named").iterdir()) == ["ablation.parquet", "conflict_map.parquet"]
+    assert sorted(path.name for path in (tmp_path / "named").iterdir()) == [
+        "ablation.parquet",
+        "conflict_map.parquet",
+        "gradients.parquet",
+    ]
     assert "has no effect" not in caplog.text
     diagnosed({"words": questions}, MARGIN.model_copy(update=WORST))
     assert "diagnose.domains = 'worst' has no effect" in caplog.text
@@ -274,7 +278,7 @@ def test_what_is_saved_is_what_is_loaded(
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.parquet"))
     assert files == [
         "ablation.parquet", "conflict_map.parquet", "domains/Words-2.parquet", "domains/animals.parquet",
-        "domains/words.parquet",
+        "domains/words.parquet", "gradients.parquet",
     ]  # fmt: skip
     alone = ConflictMap.load(tmp_path / "domains" / "words.parquet")
     assert alone == cmap.domains["words"]

@@ -78,7 +78,7 @@ def test_an_interrupted_diagnosis_continues_to_the_same_map(
 ) -> None:
     with forwards(model, nothing) as every:
         whole = diagnosis(tmp_path / "whole")
-    assert files(tmp_path / "whole") == ["ablation.parquet", "conflict_map.parquet"]
+    assert files(tmp_path / "whole") == ["ablation.parquet", "conflict_map.parquet", "gradients.parquet"]
 
     def interrupt(number: int, _rows: int) -> None:
         if number == stop:
@@ -143,7 +143,7 @@ def test_shares_make_the_map_of_one_process(
             diagnosis(tmp_path, shard=f"{index}/3")
         assert not (tmp_path / "conflict_map.parquet").exists()
     assert diagnosis(tmp_path, shard=f"{order[-1]}/3").table.equals(whole.table)
-    assert files(tmp_path) == ["ablation.parquet", "conflict_map.parquet"]
+    assert files(tmp_path) == ["ablation.parquet", "conflict_map.parquet", "gradients.parquet"]
 
 
 def test_a_missing_share_is_done_by_a_process_without_one(

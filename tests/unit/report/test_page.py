@@ -178,11 +178,13 @@ def test_how_an_arm_was_trained_is_told(tmp_path: Path, run: Run) -> None:
         settings={**risky.settings, "method": "dpo", "quantization": "nf4", "replay": 0.1},
         utility={"source": "starter-utility", "n": 96, "hash": "0a", "cut": 0, "replayed": 178},
     )
+    selections = ({"step": 0, "units": [], "map_hash": "a"}, {"step": 100, "units": [], "map_hash": "b"})
+    run.tunings["random"] = dataclasses.replace(run.tunings["random"], selections=selections)
     run.masked = {"ties": make_masked(run.selections["safe"], "mine-")}
     text = Page(run.write(tmp_path / "report.html")).text
     assert "safe SFT, pcgrad, A frozen" in text
     assert "risky DPO, 10 % replayed (178 examples), base in nf4" in text
-    assert "random SFT " in text
+    assert "random SFT, heads chosen 2 times (budget: of the last) " in text
     assert "safe pcgrad, head starter-utility, n = 96 57 of 200 −0.032" in text
     assert "ties mine-1 × 1, mine-2 × 0.5 ties, density 0.4" in text
     assert "30 v_proj" in text
