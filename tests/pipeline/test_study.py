@@ -50,6 +50,7 @@ FEW = {
     "scores": ["conflict"],
     "shares": [],
     "calibrations": {},
+    "drift": [],
 }
 
 

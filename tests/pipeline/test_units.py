@@ -47,7 +47,7 @@ def test_the_whole_recipe_with_two_kinds_of_unit(models: Models, recipe_of: Reci
         assert certificate.changed_columns == certificate.selected_columns == 3 * 12
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert "12 query heads, 12 mlp_groups" in report
-    assert "shown_unit" in report
+    assert "mlp_groups</h3>" in report
     run(recipe)  # everything is there already
 
     model, tokenizer = load_model(recipe)

