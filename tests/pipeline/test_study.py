@@ -337,7 +337,8 @@ def ray_tasks(pid: int) -> list[int]:
             command = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ")
         except FileNotFoundError:
             continue
-        if command.startswith(b"ray::") and b"IDLE" not in command:
+        # Ray's own agents are called ray:: too; a node dies with them.
+        if command.startswith((b"ray::tune", b"ray::evaluate")):
             found.append(child)
     return found
 
