@@ -15,8 +15,8 @@ from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resour
 from castune.study.graph import Graph
 from castune.study.graph_cost import study_cost
 from castune.study.run import load_study_suites, run_share, run_study, study_graph
+from castune.study.tables import method_table
 
-_ARM_TABLES = ("table_1_", "table_2_")
 _SHOWN = ("arm", "heads", "seeds", "general_average", "safety_average", "over_refusal_average", "ucr")
 
 
@@ -95,8 +95,8 @@ def run(recipe: Recipe, options: Options) -> bool:
             say(f"{waiting} units wait for other shares: run this share again when these have ended")
         return all(state.state == "done" for state in schedule.states.values())
     done = run_study(graph, options.made(graph), suites)
-    for name, table in done.tables.items():
-        if name.startswith(_ARM_TABLES):
+    for table in (done.tables.get(method_table(method)) for method in recipe.study.methods):
+        if table is not None:
             show_rows(table.title, [{key: row.get(key) for key in _SHOWN} for row in table.rows])
     for sentence in done.findings.verdict:
         say(f"- {sentence}")

@@ -27,6 +27,8 @@ from castune.study.graph import Unit
 
 logger = logging.getLogger(__name__)
 
+# Units that a cluster is given at once.
+_QUEUED = 10_000
 # What of this process's environment tasks of Ray get too. Ray stores and shows it: nothing secret.
 _PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 # Evaluations and verdicts are made by one process.
@@ -265,12 +267,11 @@ class RayExecutor(Executor):
         workers: how many units run at once on the embedded cluster.
     """
 
-    # Ray queues what does not fit yet, which is what makes a cluster grow.
-    slots = 1_000_000
-
     def __init__(self, folder: Path, resources: Resources, *, address: str | None = None, workers: int = 1) -> None:
         self._ray = require_ray()
         self.folder, self.resources = folder.absolute(), resources
+        # A cluster queues what does not fit yet, which is what makes it grow. Here units that wait would die with Ray.
+        self.slots = workers if address is None else _QUEUED
         self._names: dict[Any, str] = {}
         started: dict[str, Any] = (
             {"address": address}

@@ -35,11 +35,10 @@ def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, A
     made: dict[str, Any] = {}
     for method in study.methods:
         arms = {arm: results.of(f"{arm}{method_suffix(method)}") for arm in study.arms}
-        name = _METHOD_FIGURES.get(method, f"figure_{method}")
-        for cost, ending in (("utility", ""), ("over-refusal", "_over_refusal")):
+        for name, cost in zip(method_figures(method), ("utility", "over-refusal"), strict=True):
             chart = trade_off(arms, results.base, cost)
             if chart is not None:
-                made[name + ending] = chart
+                made[name] = chart
     for cost, name in _COST_FIGURES.items():
         chosen = [v for v in found.validities if v.cost == cost and v.score == "conflict"]
         if any(point.cost is not None for validity in chosen for point in validity.points):
@@ -50,6 +49,12 @@ def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, A
     if found.budget is not None:
         made["figure_budget"] = budget(found.budget)
     return made
+
+
+def method_figures(method: str) -> tuple[str, str]:
+    """Names of the figures of a method: safety against utility, and against over-refusal."""
+    name = _METHOD_FIGURES.get(method, f"figure_{method}")
+    return name, f"{name}_over_refusal"
 
 
 def trade_off(arms: Mapping[str, Sequence[Trial]], base: Measured | None, cost: str) -> Any | None:

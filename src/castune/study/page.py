@@ -9,6 +9,7 @@ from typing import Any
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
+from castune.config import StudyConfig
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_charts, drift_section
 from castune.report.explorer import explorer
@@ -18,11 +19,11 @@ from castune.report.samples import samples
 from castune.report.sections import duration, figure, known, section
 from castune.report.summary import NOT_MEASURED
 from castune.run_directory import BASE, RunDirectory
-from castune.study.figures import charts
+from castune.study.figures import charts, method_figures
 from castune.study.findings import COSTS, SYMBOLS, Findings
 from castune.study.graph import Graph
 from castune.study.schedule import State
-from castune.study.tables import Row, Table
+from castune.study.tables import Row, Table, method_table
 from castune.study.trials import Results
 
 # Numbers of a table's row that belong to another one, and how it is shown with them.
@@ -59,7 +60,7 @@ def write_study_report(
         "main",
         _opening(graph, results, found),
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
-        _arms(tables, shown, found),
+        _arms(graph.recipe.study, tables, shown, found),
         _validity(tables, shown, found),
         _budget(tables, shown, found),
         _maps(graph, results, found),
@@ -98,16 +99,18 @@ def _opening(graph: Graph, results: Results, found: Findings) -> Markup:
     )
 
 
-def _arms(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
+def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
     parts: list[object] = []
-    for name in [name for name in tables if name.startswith(("table_1", "table_2")) or name.count("_") == 1]:
-        if name.startswith("table_") and not name.startswith(("table_7", "table_8", "table_9", "table_10")):
-            parts += [tag("h3", tables[name].title), _table(tables[name])]
-    figures = [
-        figure(name, "Large: means over seeds, ± one standard error. Small: the seeds, one by one.")
-        for name in drawn
-        if name.startswith(("figure_3", "figure_4")) or name.split("_")[1] not in ("5", "6", "7", "budget", "utility")
-    ]
+    figures = []
+    for method in study.methods:
+        if method_table(method) in tables:
+            shown = tables[method_table(method)]
+            parts += [tag("h3", shown.title), _table(shown)]
+        figures += [
+            figure(name, f"Trained by {method}. Large: means over seeds, ± one standard error. Small: the seeds.")
+            for name in method_figures(method)
+            if name in drawn
+        ]
     comparisons = [
         [c.method, c.arm, c.purpose, _signed(c.found.value, 100), _span(c.found.interval, 100),
          _span(c.found.over_seeds, 100),

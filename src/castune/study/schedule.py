@@ -85,14 +85,13 @@ class Schedule:
             if state.state != "waiting":
                 continue
             needed = [self.states[other].state for other in unit.needs]
+            if any(other in ("waiting", "running") for other in needed):
+                continue
             # Replies are judged where there are some, whatever became of the other arms.
             is_enough = any if unit.stage == "judge" else all
-            if all(other in ("done", "failed", "blocked") for other in needed):
-                if needed and not is_enough(other == "done" for other in needed):
-                    state.state = "blocked"
-                    self._save()
-                    continue
-            else:
+            if needed and not is_enough(other == "done" for other in needed):
+                state.state = "blocked"
+                self._save()
                 continue
             if sum(one.state == "running" for one in self.states.values()) >= executor.slots:
                 return

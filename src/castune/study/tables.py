@@ -20,6 +20,8 @@ from castune.study.trials import MMLU, PURPOSES, Measured, Results, Trial
 
 Row = dict[str, Any]
 
+# The paper's table of the arms that are trained so.
+_PAPER_TABLES = {"sft": 1, "pcgrad": 2}
 _PURPOSE_NAMES = {"utility": "general_average", "safety": "safety_average", "over-refusal": "over_refusal_average"}
 
 
@@ -49,11 +51,10 @@ def tables(results: Results, study: StudyConfig) -> list[Table]:
     """All tables that these results allow: 1 and 2, 7 to 11 of the paper, every trial, and how the maps agree."""
     found = [Table("trials", "Every arm with every seed", tuple(map(_trial_row, results.trials)))]
     for method in study.methods:
-        number = {"sft": "1", "pcgrad": "2"}.get(method)
+        number = _PAPER_TABLES.get(method)
         title = f"Arms trained by {method}" + (f" (Table {number} of the paper)" if number else "")
-        name = f"table_{number}_{method}" if number else f"table_{method}"
         arms = [f"{arm}{method_suffix(method)}" for arm in study.arms]
-        found.append(Table(name, title, tuple(_arm_rows(results, arms))))
+        found.append(Table(method_table(method), title, tuple(_arm_rows(results, arms))))
     found.append(Table("table_7_buckets", "Buckets (Table 7)", tuple(_bucket_rows(results, study))))
     found.append(Table("table_8_validity", "Scores against realised costs (Table 8)", tuple(_validity(results, study))))
     shares = ["all", *(_share(zone, share) for zone in ("risky", "safe") for share in (25.0, *study.shares))]
@@ -66,6 +67,12 @@ def tables(results: Results, study: StudyConfig) -> list[Table]:
     ]
     found.append(Table("table_10_11_calibrations", "Other calibration data (Tables 10 and 11)", tuple(others)))
     return [table for table in found if table.rows]
+
+
+def method_table(method: str) -> str:
+    """Name of the table of all arms that are trained by a method."""
+    number = _PAPER_TABLES.get(method)
+    return f"table_{number}_{method}" if number else f"table_{method}"
 
 
 def finding_tables(found: Findings) -> list[Table]:

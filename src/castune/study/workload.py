@@ -131,7 +131,7 @@ def _key_numbers(model: Any, layout: HeadLayout) -> float:
         with torch.no_grad():
             # Kernels of experts know no other dtype without data.
             layers = model.to(torch.bfloat16)(input_ids=ids, use_cache=True).past_key_values.layers
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # NotImplementedError is one
         widths = (a.n_heads * (a.q_dim + a.o_dim) for a in layout.attention if a is not None)
         return float(sum(widths))
     held = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
