@@ -8,6 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from castune.cli import app
+from castune.errors import CastuneError
+
 BIN = Path(sys.executable).parent
 
 
@@ -30,3 +36,19 @@ def assert_one_error(done: subprocess.CompletedProcess[str], *said: str) -> str:
     for pattern in said:
         assert re.search(pattern, errors[0]), (pattern, errors[0])
     return errors[0]
+
+
+def command(*arguments: object) -> str:
+    """A command in this process, which is faster; an error of the user's is raised."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+def refused(*arguments: object) -> str:
+    """The error, one line, that a command in this process ends with."""
+    with pytest.raises(CastuneError) as error:
+        command(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -15,20 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import assert_one_error, castune
+from command_line import assert_one_error, castune, command, refused
 from loopback import needs_loopback
 from peft import PeftModel
-from typer.testing import CliRunner
 
 from castune.artifacts import Certificate, ConflictMap
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.tune_result import snapshots_of
-from castune.cli import app
 from castune.config import Recipe
 from castune.core.loading import load, load_model
 from castune.diagnose.run import diagnose
 from castune.drifts import drift_step
-from castune.errors import CastuneError
 from castune.pipeline import diagnose_step, load_calibration, load_data, run, select_step, tune_step
 from castune.run_directory import RunDirectory
 
@@ -55,22 +52,6 @@ def trained(recipe: Recipe) -> Path:
     align = load_data(recipe.align, recipe.seed)
     tune_step(folder, arm, model, tokenizer, align, recipe.tune, recipe.align.source)
     return folder.path
-
-
-def command(*arguments: object) -> str:
-    """A command in this process, which is faster; an error of the user's is raised."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if done.exception is not None:
-        raise done.exception
-    return done.output
-
-
-def refused(*arguments: object) -> str:
-    """The error that a command ends with."""
-    with pytest.raises(CastuneError) as error:
-        command(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def drifted(finished: Path, name: str | None = None) -> DriftResult:

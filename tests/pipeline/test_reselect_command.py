@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import assert_one_error, castune
+from command_line import assert_one_error, castune, command, refused
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from castune.artifacts import ConflictMap, HeadSelection, TuneResult
 from castune.artifacts.drift_result import DriftResult
-from castune.cli import app
 from castune.config import Recipe
 from castune.core.loading import load, load_model
 from castune.diagnose.run import diagnose
@@ -61,21 +59,6 @@ def diagnosed(recipe: Recipe) -> Path:
     folder.save_recipe(recipe)
     select_step(folder, recipe.select.model_copy(update={"compare": ()}), cmap)
     return folder.path
-
-
-def command(*arguments: object) -> str:
-    """A command in this process, which is faster; an error of the user's is raised."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if done.exception is not None:
-        raise done.exception
-    return done.output
-
-
-def refused(*arguments: object) -> str:
-    with pytest.raises(CastuneError) as error:
-        command(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def heads_of(record: dict[str, Any]) -> list[tuple[int, int]]:

@@ -21,7 +21,10 @@ from loopback import needs_loopback
 
 from castune.artifacts import ConflictMap, EvalResult, TuneResult
 from castune.config import Recipe
+from castune.core.loading import load_config
+from castune.data.chat import ChatFormat
 from castune.evaluate.stats import utility_cost_ratio
+from castune.pipeline import load_data
 from castune.run_directory import RunDirectory
 from castune.select import select
 from castune.study.graph import Graph
@@ -365,10 +368,13 @@ def test_diagnoses_and_trainings_by_two_processes_each(study_of: Callable[..., P
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
     done(path, "--launch", launch, "--workers", "1")
     assert [row["arm"] for row in rows(folder, "table_1_sft")] == ["base", "all", "safe"]
-    # Two processes take two micro-batches of 2 a step: the whole data of 8 examples in 2 steps.
+    # Two processes take two micro-batches of 2 a step: all 8 examples in 2 steps, of which one process sees 4.
     (run,) = study_graph(Recipe.load(path)).runs
     tuned = TuneResult.load(run.folder / "arms" / "safe" / "adapter")
-    assert tuned.steps == 2
+    chat = ChatFormat(load_config(run.recipe.model)[1])
+    align = load_data(run.recipe.align, run.recipe.seed)
+    assert (len(align), tuned.steps) == (8, 2)
+    assert tuned.tokens == sum(len(chat.loss_row(example).ids) for example in align)
     # A launcher that dies is tried again, and then given up; what does not need it is done.
     other = study_of("other", FEW)
     found = castune("study", other, "--threads", "1", "--launch", "false", cwd=tmp_path, timeout=900)
@@ -437,6 +443,11 @@ def test_bad_studies_are_refused_before_anything_is_written(study_of: Callable[.
         (["--executor", "slurm"], "local and ray"),
         (["--workers", "0"], "1 or more"),
         (["--address", "auto"], "--executor ray"),
+        (["--memory", "-4", "--executor", "ray"], "gigabytes above 0"),
+        (["--gpus", "-1"], "0 or more"),
+        (["--gpus", "999"], r"this machine has \d+ accelerators"),
+        (["--launch", "no-such-launcher --option"], "no program 'no-such-launcher' here"),
+        (["--launch", "torchrun 'open"], "No closing quotation"),
         (["--set", "safety=nowhere.jsonl"], "nowhere"),
         (["--set", "evaluate.judge=oracle"], "oracle"),
         (["--set", "study.buckets=[99]"], "99 buckets of 12 heads"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
+import shutil
 from typing import NamedTuple
 
 from castune.config import Recipe
@@ -47,13 +49,40 @@ class Options(NamedTuple):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CastuneError(f"--{name} {value}: accepted is 1 or more")
+        if self.memory is not None and not 0 < self.memory < math.inf:
+            raise CastuneError(f"--memory {self.memory:g}: accepted are gigabytes above 0")
+        self._check_gpus()
+        launcher = self.launcher()
+        if launcher and shutil.which(launcher[0]) is None:
+            raise CastuneError(f"--launch {self.launch}: there is no program {launcher[0]!r} here")
+
+    def _check_gpus(self) -> None:
+        if self.gpus is None:
+            return
+        if self.gpus < 0:
+            raise CastuneError(f"--gpus {self.gpus}: accepted is 0 or more")
+        if self.address is not None:
+            return  # a cluster's own affair
+        import torch
+
+        n_here, n_wanted = torch.cuda.device_count(), self.gpus * (self.workers or 1)
+        if n_wanted > n_here:
+            each = f" for each of {self.workers} workers" if (self.workers or 1) > 1 else ""
+            raise CastuneError(f"--gpus {self.gpus}{each}: this machine has {n_here} accelerators")
+
+    def launcher(self) -> tuple[str, ...]:
+        """The words of `launch`."""
+        try:
+            return tuple(shlex.split(self.launch or ""))
+        except ValueError as error:
+            raise CastuneError(f"--launch {self.launch}: {error}") from None
 
     def resources(self, workers: int) -> Resources:
         """What every unit has to itself."""
         cores = os.cpu_count() or 1
         threads = self.threads or max(1, cores // workers)
         memory = None if self.memory is None else int(self.memory * 1e9)
-        return Resources(threads, self.gpus_a_unit(), memory, tuple(shlex.split(self.launch or "")))
+        return Resources(threads, self.gpus_a_unit(), memory, self.launcher())
 
     def gpus_a_unit(self) -> int:
         """Accelerators a unit: one where this machine has some."""

@@ -79,7 +79,8 @@ def _opening(graph: Graph, results: Results, found: Findings) -> Markup:
     cmap = results.maps.get("main")
     model = {} if cmap is None else cmap.metadata.get("model", {})
     study = graph.recipe.study
-    size = f"{known(model.get('parameters'))} parameters, {graph.n_heads:,} units"
+    kind = "query heads" if graph.recipe.diagnose.units == ("q_heads",) else "units"
+    size = f"{known(model.get('parameters'))} parameters, {graph.n_heads:,} {kind}"
     what = f"{len(results.trials)} trainings evaluated, seeds {', '.join(map(str, study.seeds))}"
     judge = f"judge {results.settings.get('judge')}, {results.settings.get('max_new_tokens')} new tokens"
     words = found.verdict or ["Nothing can be compared yet."]
