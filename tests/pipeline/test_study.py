@@ -285,7 +285,7 @@ def test_killed_three_times_the_study_ends_with_the_same_tables(
 def kill_during(stage: str, path: Path, folder: Path) -> None:
     process = start(path, "--workers", "2")
     wait_for(lambda: running(folder, stage) or process.poll() is not None)
-    assert process.poll() is None, "there was nothing left to kill"
+    assert process.poll() is None, f"nothing was left to kill: {process.communicate()[1]}"
     workers = list(children(process.pid))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()

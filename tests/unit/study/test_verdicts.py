@@ -12,13 +12,13 @@ import pytest
 from castune.study.comparisons import Comparison, compare
 from castune.study.distributions import Interval
 from castune.study.nulls import null_position
-from castune.study.validity import Trial, Validity, predictive_validity
+from castune.study.validity import Point, Validity, predictive_validity
 from castune.study.verdicts import comparison_verdict, null_verdict, verdict
 
 
 def study(cost_AT: Any) -> Validity:
     trials = [
-        Trial(arm=str(a), seed=t, score=float(a), depth=0, cost=None if math.isnan(cost) else float(cost))
+        Point(arm=str(a), seed=t, score=float(a), depth=0, cost=None if math.isnan(cost) else float(cost))
         for a, row in enumerate(cost_AT)
         for t, cost in enumerate(row)
     ]
