@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -16,16 +18,19 @@ from castune.console import (
     say,
     selected_in,
     show_certificate,
+    show_conditions,
     show_diagnosis,
     show_drift,
     show_evaluations,
     show_lm_eval,
     show_masked,
     show_plan,
+    show_reproduction,
     show_selections,
     show_surgery,
 )
-from castune.errors import CastuneError, MapUnfinished
+from castune.errors import CastuneError, MapUnfinished, of_the_machine
+from castune.secrets import redacted
 
 app = typer.Typer(
     name="castune",
@@ -67,16 +72,30 @@ DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 
+_INTERRUPTED = 130
+_stopped_by: int = signal.SIGINT
+
+
 def main() -> None:
     """Entry point: user errors are one line and exit code 2; an interrupt leaves finished stages in place."""
     _quiet_libraries()
+    # Schedulers of clusters ask so before they kill: what was begun is tidied up, as at Ctrl-C.
+    with suppress(ValueError):  # not in the main thread of a program that calls this
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except CastuneError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished stages are kept, the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except Exception as error:
+        if not (message := of_the_machine(error)):
+            raise
+        _fail(message)
+    except SystemExit as end:
+        if end.code != _INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise
+        word = "interrupted" if _stopped_by == signal.SIGINT else "terminated"
+        print(f"\n{word}; finished stages are kept, the same command continues", file=sys.stderr)
+        sys.exit(128 + _stopped_by)
 
 
 @app.command()
@@ -267,6 +286,9 @@ def diagnose(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Measure every head: the conflict map, before any training."""
     from castune import pipeline
@@ -289,6 +311,7 @@ def diagnose(
     recipe = Recipe.of(
         model=model,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         dtype=dtype,
         device=device,
         out=out,
@@ -570,6 +593,9 @@ def mask(
     folder = None if run is None else RunDirectory(run)
     target = None if folder is None or beside is None else folder.new_arm(beside)
     place = target.adapter if target is not None else Path(str(out))
+    # An adapter whose arm has no selection yet was written by a command that was killed just then.
+    unfinished = target is not None and not target.selection_file.is_file()
+    overwrite = overwrite or unfinished
     if not (overwrite and (place / MASK_FILE).is_file()):
         check_vacant(place)
     selection = None
@@ -647,9 +673,12 @@ def evaluate(
     ] = "argmax",
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 4096,
     seed: Annotated[int, typer.Option(help="Seed of the subsets.")] = 0,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Measure suites that hold prompts of the training data too.")
+    ] = False,
 ) -> None:
     """Measure the base model and every tuned arm on the same examples."""
-    from castune import evaluations
+    from castune import evaluations, pipeline
     from castune.config import EvaluateConfig, Recipe
     from castune.evaluate.suites import load_suites
     from castune.run_directory import RunDirectory
@@ -666,12 +695,14 @@ def evaluate(
         "letters": letters,
         "batch_tokens": batch_tokens,
         "seed": seed,
+        "overlap": "allow" if allow_overlap else "refuse",
     }
     if suites is not None:
         options["suites"] = tuple(name.strip() for name in suites.split(",") if name.strip())
     config = EvaluateConfig(**options)
     recipe = Recipe(**{**dict(recipe), "evaluate": config})
     loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
+    pipeline.check_held_out(recipe, loaded)
     found = evaluations.evaluate_step(folder, recipe, loaded)
     folder.save_recipe(recipe)
     show_evaluations(found, evaluations.cost_ratios(found))
@@ -732,6 +763,31 @@ def report(run_directory: RunArgument) -> None:
     from castune.run_directory import RunDirectory
 
     say(f"report: {pipeline.report_step(RunDirectory(run_directory))}")
+
+
+@app.command()
+def reproduce(
+    run_directory: RunArgument,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Directory of what is made again; RUN-reproduced beside it when absent.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only tell which conditions are not what they were; compute nothing.")
+    ] = False,
+) -> None:
+    """Make a run again from its records, and compare every result. Exit code 1 where one decides otherwise."""
+    from castune import reproduce as again
+    from castune.run_directory import RunDirectory
+
+    if check:
+        show_conditions(again.conditions(RunDirectory(run_directory)))
+        return
+    target = out or run_directory.with_name(f"{run_directory.resolve().name}-reproduced")
+    found = again.reproduce(run_directory, target)
+    show_reproduction(found)
+    say(f"details: {target / again.REPRODUCTION_FILE}")
+    if not found.is_reproduced:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -836,8 +892,15 @@ def _utility(sources: list[str] | None, limit: int | None) -> dict[str, Any]:
     return domains
 
 
+def _terminated(number: int, frame: object) -> None:
+    global _stopped_by
+    _stopped_by = number
+    raise KeyboardInterrupt
+
+
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    # One line, whatever a library put into it; and what went wrong may have had a key in it.
+    print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from castune.arms import SEEDED_ZONES, ArmName, Score, SurgeryMethod, TuneMethod, Zone
 from castune.errors import CastuneError
 from castune.judge_name import JudgeName
+from castune.secrets import has_secret
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -270,6 +271,8 @@ class EvaluateConfig(_Config):
     """Limit of a prompt in tokens; longer ones are cut on the left."""
     seed: int = 0
     """Seed of the subsets: the same everywhere."""
+    overlap: Literal["refuse", "allow"] = "refuse"
+    """What to do about prompts of a suite that the training data hold too: such a suite measures memory."""
 
     @model_validator(mode="after")
     def _name_at_the_server(self) -> EvaluateConfig:
@@ -397,6 +400,9 @@ class Recipe(_Config):
 
     model: str = "default"
     revision: str | None = None
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model: for a repository and revision that you have read. Noted in the
+    record of the model in every artifact."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     out: str
@@ -433,6 +439,17 @@ class Recipe(_Config):
             raise ValueError("study.drift needs adapters kept on the way: set tune.snapshot_steps, for example 25")
         return self
 
+    @model_validator(mode="after")
+    def _tells_no_secret(self) -> Recipe:
+        # A recipe is written into every run directory, which others are sent.
+        for key, text in _strings(self.model_dump(mode="json")):
+            if has_secret(text):
+                raise ValueError(
+                    f"{key} holds what looks like a key or a password, and recipes are copied into run directories; "
+                    "put it into the environment (HF_TOKEN, OPENAI_API_KEY)"
+                )
+        return self
+
     @classmethod
     def of(cls, **values: Any) -> Recipe:
         """A recipe from plain values, checked like those of a file."""
@@ -450,8 +467,12 @@ class Recipe(_Config):
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CastuneError(f"{path}: no such recipe") from None
+        except OSError as error:
+            raise CastuneError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise CastuneError(f"{path}: malformed TOML: {error}") from None
+        except RecursionError:
+            raise CastuneError(f"{path}: malformed TOML: nested too deeply") from None
         for override in overrides:
             _apply(values, override)
         try:
@@ -474,13 +495,27 @@ def to_toml(values: Mapping[str, Any], path: str = "") -> str:
 
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-    # JSON's strings, numbers, booleans and arrays are TOML's too.
-    text = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in plain.items())
+    # JSON's strings, numbers, booleans and arrays are TOML's too, but for one control character.
+    text = "".join(
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f") for key, value in plain.items()
+    )
     for name, table in tables.items():
         content = to_toml(table, f"{path}{name}.")
         # A table that holds nothing but tables is named by theirs.
         text += content if content.startswith("\n[") else f"\n[{path}{name}]\n{content}"
     return text
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in plain values, with the key it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _strings(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, key)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -489,7 +524,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise CastuneError(f"--set {override}: expected key=value, for example tune.learning_rate=2e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()
     *path, last = key.strip().split(".")
     table = values

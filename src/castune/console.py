@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
     from castune.diagnose.plan import Plan
     from castune.evaluate.stats import CostRatio
+    from castune.reproduce import Difference, Reproduction
 
 
 def say(text: str) -> None:
@@ -91,6 +92,23 @@ def show_drift(result: DriftResult) -> None:
             "chance)"
         )
         say(f"    {drift_verdict(step, result.n)}")
+
+
+def show_conditions(differences: Sequence[Difference]) -> None:
+    """Conditions of a run that are not what they were, the gravest first."""
+    if not differences:
+        say("conditions: as they were when the run was made")
+        return
+    rows = [{"not as it was": one.what, "then": one.then, "now": one.now, "means": one.severity} for one in differences]
+    show_rows("Conditions", rows)
+
+
+def show_reproduction(found: Reproduction) -> None:
+    """Conditions that differ, and every result beside itself made again."""
+    show_conditions(found.differences)
+    rows = [{"result": one.what, "outcome": one.outcome, "detail": one.detail} for one in found.comparisons]
+    show_rows(f"{found.run}, made again", rows)
+    say("reproduced" if found.is_reproduced else "not reproduced: see the results that are different")
 
 
 def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
@@ -222,12 +240,14 @@ def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table of plain values, numbers to two places; what is missing is a dash."""
     if not rows:
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
         cells = [f"{value:.2f}" if isinstance(value, float) else value for value in row.values()]
-        table.add_row(*("–" if cell is None else str(cell) for cell in cells))
+        # Names of suites and words of errors are no markup.
+        table.add_row(*("–" if cell is None else escape(str(cell)) for cell in cells))
     _show(table)
 
 

@@ -1,8 +1,13 @@
 """Errors that the user can mend: one line that says what, where, what is accepted and what to do.
 
 The command line prints them without a traceback and exits with code 2. Every other exception is a bug in
-castune (or below it) and keeps its traceback.
+castune (or below it) and keeps its traceback, but for what memory and disks do (`of_the_machine`).
 """
+
+import errno
+import re
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CastuneError(ValueError):
@@ -33,5 +38,40 @@ class CertificateError(CastuneError):
     """An adapter changes, or could change, something outside the selected heads."""
 
 
+class WeightsChanged(CastuneError):
+    """The weights of a model are not what they were when a stage that only reads them began."""
+
+
+class AdapterNotApplied(CastuneError):
+    """A model does not compute with the adapter it was to be evaluated with."""
+
+
 class MapUnfinished(CastuneError):
     """This process has done its share of a diagnosis; other shares are still missing."""
+
+
+def of_the_machine(error: Exception) -> str | None:
+    """What to tell the user of an error that memory or a disk made; None of any other, which is a bug."""
+    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+        if error.errno not in _DISK:
+            return None
+        return (
+            f"{error.filename or 'a file'} could not be written: {error.strerror}. What is finished is kept, the same "
+            "command continues once there is room and permission"
+        )
+    # Writers below Python have errors of their own.
+    if re.search("No space left on device|File too large|Read-only file system|Disk quota exceeded", str(error)):
+        return (
+            f"a file could not be written: {' '.join(str(error).split())[:200]}. What is finished is kept, the same "
+            "command continues once there is room"
+        )
+    if isinstance(error, MemoryError) or re.search(
+        "out of memory|can(?:'t|not) allocate memory|not enough memory", str(error), re.IGNORECASE
+    ):
+        return (
+            "out of memory. What is finished is kept, the same command continues; smaller batches need less: "
+            "diagnose.batch_tokens, evaluate.batch_tokens, tune.batch_size with more tune.accumulation, "
+            "tune.gradient_checkpointing = true (options --batch-tokens, --batch-size, --accumulation, "
+            "--gradient-checkpointing)"
+        )
+    return None

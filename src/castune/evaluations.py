@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.config import EvaluateConfig, Recipe
 from castune.core.loading import load_config, load_model, model_source
 from castune.core.provenance import model_record
-from castune.data.example import content_hash
-from castune.errors import ArtifactError
+from castune.data.example import Example, content_hash
+from castune.data.overlap import shared_examples
+from castune.errors import ArtifactError, DataError
 from castune.evaluate.backend import Host, TransformersHost
 from castune.evaluate.endpoint import Endpoint, require_openai, server_address
 from castune.evaluate.judges import NotJudged, judge
@@ -46,6 +47,47 @@ def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
     if config.backend == "openai":
         require_openai()
         require_replies_only(suites, config)
+
+
+def require_held_out(
+    config: EvaluateConfig,
+    suites: Sequence[Suite],
+    *,
+    align: Sequence[Example],
+    calibration: Mapping[str, Sequence[Example]],
+) -> None:
+    """Refuse suites that hold prompts of the training data; tell of those that hold prompts of the calibration data.
+
+    Calibration decides which heads are trained and fits no weight, so what it shares with a suite is told, not refused.
+
+    Args:
+        config: settings of the evaluation.
+        suites: what is measured.
+        align: D_align.
+        calibration: D_safe, and D_util by its domains; by what they are called.
+
+    Raises:
+        DataError: a suite holds training prompts, and `config.overlap` does not allow it.
+    """
+    for suite in suites:
+        shared = shared_examples(align, suite.examples)
+        if shared:
+            words = (
+                f"{suite.name}: {len(shared)} of {len(suite.examples)} prompts are in the training data too, the first "
+                f"is {shared[0]!r}: what is measured there is memory"
+            )
+            if config.overlap == "refuse":
+                raise DataError(f'{words}. Take them out of one of the two, or set evaluate.overlap = "allow"')
+            logger.warning("%s", words)
+        for name, examples in calibration.items():
+            if shared := shared_examples(examples, suite.examples):
+                logger.warning(
+                    "%s: %d of %d prompts are in the %s data too, by which heads are chosen",
+                    suite.name,
+                    len(shared),
+                    len(suite.examples),
+                    name,
+                )
 
 
 def evaluate_step(
@@ -118,7 +160,7 @@ def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Pat
     if recipe.evaluate.backend == "hf":
         assert loaded is not None
         return TransformersHost(*loaded)
-    _, tokenizer = load_config(recipe.model, revision=recipe.revision)
+    _, tokenizer = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     return VllmEngine(
         model_source(recipe.model), tokenizer, revision=recipe.revision, dtype=recipe.dtype, adapters=adapters
     )

@@ -28,8 +28,8 @@ from castune.diagnose.groups import ablate_groups
 from castune.diagnose.plan import Plan, plan
 from castune.diagnose.run import diagnose
 from castune.errors import ArtifactError, CastuneError, DataError
-from castune.evaluate.suites import load_suites
-from castune.evaluations import cost_ratios, differences, evaluate_step, require_evaluation
+from castune.evaluate.suites import Suite, load_suites
+from castune.evaluations import cost_ratios, differences, evaluate_step, require_evaluation, require_held_out
 from castune.remeasure import Remeasure, require_query_heads
 from castune.report.page import write_figures, write_report
 from castune.run_directory import Arm, RunDirectory, arm_name
@@ -55,6 +55,7 @@ def run(recipe: Recipe) -> RunDirectory:
     main = ArmName(None if recipe.select.buckets else recipe.select.zone)
     require_trainable(recipe, [main, *map(ArmName.parse, recipe.select.compare)])
     require_evaluation(recipe.evaluate, suites)
+    require_held_out(recipe.evaluate, suites, align=align, calibration=named_calibration(safety, utility))
     folder.check(recipe)
     model, tokenizer = load_model(recipe)
 
@@ -126,6 +127,21 @@ def load_calibration(recipe: Recipe, read: Callable[..., list[Example]] = exampl
     return safety, utility
 
 
+def named_calibration(safety: Sequence[Example], utility: Utility) -> dict[str, Sequence[Example]]:
+    """D_safe, and D_util by its domains, by what messages call them."""
+    return {"safety": safety, **{one.objective: one.examples for one in utility_sets(utility)}}
+
+
+def check_held_out(recipe: Recipe, suites: Sequence[Suite]) -> None:
+    """`require_held_out` with the recipe's data as they are now; a warning where they cannot be read any more."""
+    try:
+        align, calibration = load_data(recipe.align, recipe.seed), load_calibration(recipe)
+    except DataError as error:
+        logger.warning("suites are not compared with the training data, which are not there: %s", error)
+        return
+    require_held_out(recipe.evaluate, suites, align=align, calibration=named_calibration(*calibration))
+
+
 def plan_diagnosis(
     recipe: Recipe,
     *,
@@ -160,7 +176,7 @@ def config_and_tokenizer(recipe: Recipe) -> tuple[Any, Any, list[str]]:
     Raises:
         CastuneError: no config, or no tokenizer at all.
     """
-    config, tokenizer = load_config(recipe.model, revision=recipe.revision)
+    config, tokenizer = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     if tokenizer is not None:
         return config, tokenizer, []
     if find_default_gguf() is None:

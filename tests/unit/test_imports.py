@@ -16,16 +16,17 @@ import castune
 
 SRC = Path(castune.__file__).parent
 STAGES = {"diagnose", "select", "tune", "evaluate", "report"}
-SHARED = {"core", "artifacts", "data", "config", "arms", "judge_name", "errors"}
+SHARED = {"core", "artifacts", "data", "config", "arms", "judge_name", "errors", "secrets"}
 # What each part may import of castune, itself aside. The rest (pipeline, cli, run_directory, study) sees everything.
 ALLOWED = {
     "errors": set(),
+    "secrets": set(),
     "arms": {"errors"},
     "judge_name": {"errors"},
-    "config": {"errors", "arms", "judge_name"},
+    "config": {"errors", "arms", "judge_name", "secrets"},
     "artifacts": {"errors"},
     "data": {"errors", "artifacts"},
-    "core": {"errors", "config", "data", "artifacts"},
+    "core": {"errors", "config", "data", "artifacts", "secrets"},
     **dict.fromkeys(STAGES, SHARED),
 }
 FILES = sorted(path for path in SRC.rglob("*.py"))

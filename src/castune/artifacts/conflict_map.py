@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from castune.artifacts.files import SCHEMA_VERSION, check_schema, replacing
+from castune.artifacts.files import (
+    DIGEST,
+    SCHEMA_VERSION,
+    check_digest,
+    check_schema,
+    json_digest,
+    parsed,
+    read_parquet,
+    write_parquet,
+)
 from castune.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -160,10 +169,10 @@ class ConflictMap:
         path = _file(path)
         for name, cmap in self.domains.items():
             cmap.save(_domain_file(path, name))
-        header = {"kind": _KIND, "schema_version": SCHEMA_VERSION, **self.metadata}
+        header = {"kind": _KIND, "schema_version": SCHEMA_VERSION, **self.metadata, "table": self.content_hash}
+        header[DIGEST] = json_digest(header)
         table = self.table.replace_schema_metadata({_METADATA_KEY: json.dumps(header, allow_nan=False).encode()})
-        with replacing(path) as temporary:
-            pq.write_table(table, temporary)
+        write_parquet(path, table)
         return path
 
     @classmethod
@@ -178,19 +187,39 @@ class ConflictMap:
             raise ArtifactError(
                 f"{path}: no such conflict map; make it with: castune diagnose MODEL --out {path.parent}"
             )
+        again = f"castune diagnose MODEL --out {path.parent}"
         try:
-            table = pq.read_table(path)
+            table = read_parquet(path)
             header = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-        except (pa.ArrowException, KeyError, json.JSONDecodeError, OSError) as error:
-            raise ArtifactError(f"{path}: not a conflict map written by castune ({error!r})") from None
+        except (pa.ArrowException, KeyError, ValueError, RecursionError, OSError) as error:
+            raise ArtifactError(
+                f"{path}: damaged, or not a conflict map written by castune ({type(error).__name__}: "
+                f"{str(error).strip()[:200]}); remove it and run: {again}"
+            ) from None
         check_schema(header, path, _KIND)
-        metadata = {key: value for key, value in header.items() if key not in ("kind", "schema_version")}
-        files = {name: _domain_file(path, name) for name in metadata.get("domains", {})}
+        check_digest(header, path, _KIND, again)
+        metadata = {key: value for key, value in header.items() if key not in ("kind", "schema_version", "table")}
+        # Names become files: a map that came from elsewhere must not lead to others.
+        names = parsed(path, _KIND, lambda: _checked_domains(metadata.get("domains", {})))
+        files = {name: _domain_file(path, name) for name in names}
         domains = {name: cls.load(file) for name, file in files.items() if file.is_file()}
         try:
-            return cls(table.replace_schema_metadata(None), metadata, domains)
+            cmap = cls(table.replace_schema_metadata(None), metadata, domains)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from None
+        found = parsed(path, _KIND, lambda: cmap.content_hash)
+        if found != header.get("table", found):
+            raise ArtifactError(
+                f"{path}: damaged: its table has digest {found}, noted is {header['table']}; remove it and run: {again}"
+            )
+        return cmap
+
+
+def _checked_domains(domains: Any) -> list[str]:
+    for name in domains:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+            raise ValueError(f"{name!r} is no name of a utility domain")
+    return list(domains)
 
 
 def _domain_file(path: Path, name: str) -> Path:

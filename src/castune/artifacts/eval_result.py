@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import parsed, read_json, write_json, write_text
+from castune.artifacts.files import parsed, read_json, text_hash, write_json, write_text
 from castune.errors import ArtifactError
 
 _KIND = "evaluation"
+# Metrics of samples that are about to be written.
+_NEXT = ".metrics.json.next"
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,14 @@ class EvalResult:
         return sum(value for value in values if value is not None) / len(values)
 
     def save(self, directory: str | Path) -> Path:
-        """Write `samples.jsonl` and `metrics.json` into a directory, atomically; metrics last."""
-        directory = Path(directory)
-        write_text(directory / "samples.jsonl", _json_lines(self.samples))
+        """Write `samples.jsonl`, which only its owner may read, and `metrics.json`: both, whenever this is killed."""
+        directory, lines = Path(directory), _json_lines(self.samples)
         content = asdict(self)
         del content["samples"]
-        write_json(directory / "metrics.json", _KIND, content)
+        # Samples may take the place of others. Which metrics are theirs is told by their digest.
+        write_json(directory / _NEXT, _KIND, {**content, "samples_hash": text_hash(lines)})
+        write_text(directory / "samples.jsonl", lines, private=True)
+        (directory / _NEXT).replace(directory / "metrics.json")
         return directory
 
     @classmethod
@@ -109,18 +113,32 @@ class EvalResult:
         directory = Path(directory)
         path = directory / "metrics.json"
         record = read_json(path, _KIND, f"castune evaluate {directory.parent.parent}")
+        again = f"remove {directory} and run: castune evaluate {directory.parent.parent}"
         try:
-            with (directory / "samples.jsonl").open(encoding="utf-8") as lines:
-                samples = tuple(json.loads(line) for line in lines if line.strip())
+            text = (directory / "samples.jsonl").read_bytes().decode()
+            samples = tuple(json.loads(line) for line in text.split("\n") if line.strip())
         except FileNotFoundError:
-            raise ArtifactError(f"{directory / 'samples.jsonl'}: missing beside metrics.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{directory / 'samples.jsonl'}: damaged: {error}") from None
+            raise ArtifactError(f"{directory / 'samples.jsonl'}: missing beside metrics.json; {again}") from None
+        except OSError as error:
+            raise ArtifactError(f"{directory / 'samples.jsonl'}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{directory / 'samples.jsonl'}: damaged: {error}; {again}") from None
+        text_digest = text_hash(text)
+        if text_digest != record.get("samples_hash", text_digest) and (directory / _NEXT).is_file():
+            # It was killed between the two.
+            record = read_json(directory / _NEXT, _KIND, again)
         suites = parsed(path, _KIND, lambda: tuple(SuiteResult(**suite) for suite in record["suites"]))
         n_samples = sum(suite.n + suite.unscored for suite in suites)
         if len(samples) != n_samples:
             raise ArtifactError(
-                f"{directory / 'samples.jsonl'}: {len(samples)} samples, metrics.json was computed from {n_samples}"
+                f"{directory / 'samples.jsonl'}: {len(samples)} samples, metrics.json was computed from {n_samples}; "
+                f"{again}"
+            )
+        # Evaluations from before it was noted have none.
+        if text_digest != record.get("samples_hash", text_digest):
+            raise ArtifactError(
+                f"{directory / 'samples.jsonl'}: damaged, or changed after metrics.json was computed from it "
+                f"(digest {text_digest}, noted is {record['samples_hash']}); {again}"
             )
         fields = [name for name in cls.__dataclass_fields__ if name not in ("suites", "samples")]
         return parsed(

@@ -13,13 +13,21 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from castune.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+# Key of a JSON artifact's digest of everything else in it.
+DIGEST = "digest"
+
+# Mode of files with replies to harmful prompts: readable and writable by their owner alone.
+PRIVATE = 0o600
 
 T = TypeVar("T")
 
@@ -29,15 +37,23 @@ _UMASK = threading.Lock()
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it into place when the block ends without an error."""
+def replacing(path: str | Path, *, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move it into place when the block ends without an error.
+
+    Args:
+        path: the file to make or replace.
+        private: only its owner may read it: it may hold harmful replies.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     try:
         yield Path(temporary)
-        _as_readable_as_any(Path(temporary))
+        if private:
+            Path(temporary).chmod(PRIVATE)
+        else:
+            _as_readable_as_any(Path(temporary))
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -130,16 +146,27 @@ def check_vacant(path: Path) -> None:
         )
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
-    with replacing(path) as temporary:
+def write_text(path: str | Path, text: str, *, private: bool = False) -> None:
+    """Write a text file atomically; see `replacing`."""
+    with replacing(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, kind: str, content: dict[str, Any]) -> None:
-    """Write a JSON artifact atomically. NaN and infinity are refused: they are no JSON and no result."""
+    """Write a JSON artifact and the digest of its content, atomically.
+
+    NaN and infinity are refused: they are no JSON and no result.
+    """
     record = {"kind": kind, "schema_version": SCHEMA_VERSION, **content}
+    record[DIGEST] = json_digest(record)
     write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_digest(record: Any) -> str:
+    """Digest of plain JSON, however it is laid out (first 16 hex digits of SHA-256)."""
+    # As it is when it has been read again: keys are text, tuples are lists.
+    plain = json.loads(json.dumps(record, allow_nan=False))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_json(path: str | Path, kind: str, made_by: str) -> dict[str, Any]:
@@ -151,17 +178,33 @@ def read_json(path: str | Path, kind: str, made_by: str) -> dict[str, Any]:
         made_by: the command that makes it, for the message when it is missing.
 
     Raises:
-        ArtifactError: missing, damaged, of another kind or schema version.
+        ArtifactError: missing, damaged (also by a single changed digit), of another kind or schema version.
     """
     path = Path(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such {kind}; make it with: {made_by}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read as a {kind}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ArtifactError(f"{path}: damaged {kind}: {error}; remove it and run: {made_by}") from None
     check_schema(record, path, kind)
+    check_digest(record, path, kind, made_by)
     return record
+
+
+def check_digest(record: dict[str, Any], path: Path, kind: str, made_by: str) -> None:
+    """Take the digest out of a record, and refuse one whose content is not what was written.
+
+    Records from before there were digests, and those made by hand, have none.
+    """
+    noted = record.pop(DIGEST, None)
+    if noted is not None and noted != (found := json_digest(record)):
+        raise ArtifactError(
+            f"{path}: damaged {kind}: its content has digest {found}, noted is {noted}; remove it and run: {made_by}. "
+            f"Where it was edited on purpose, take the key {DIGEST!r} out"
+        )
 
 
 def check_schema(record: Any, path: Path, kind: str) -> None:
@@ -174,6 +217,31 @@ def check_schema(record: Any, path: Path, kind: str) -> None:
             f"{path}: schema version {record.get('schema_version')}, this castune reads {SCHEMA_VERSION}; "
             "make it again with this version"
         )
+
+
+def write_parquet(path: str | Path, table: pa.Table) -> None:
+    """Write a Parquet file atomically, with a checksum of every page."""
+    import pyarrow.parquet as pq
+
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True)
+
+
+def read_parquet(path: str | Path) -> pa.Table:
+    """Read a Parquet file of castune's and compare the checksums of its pages.
+
+    Raises:
+        OSError, pyarrow.ArrowException: it is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    # One thread: which error is told must not depend on which came first.
+    return pq.read_table(path, page_checksum_verification=True, use_threads=False)
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of a text in UTF-8 (first 16 hex digits)."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_hash(path: str | Path) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from castune.artifacts.files import PRIVATE
+
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
@@ -50,7 +52,8 @@ class Journal:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{self.writer}.jsonl").open("a", encoding="utf-8") as file:
+        # Of an evaluation they are replies.
+        with open(self.folder / f"{self.writer}.jsonl", "a", encoding="utf-8", opener=_private) as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self) -> Iterator[Record]:
@@ -79,6 +82,10 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
             if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
                 self.folder.parent.rmdir()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, PRIVATE)
 
 
 def nullable(values: Sequence[float]) -> list[float | None]:

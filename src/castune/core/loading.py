@@ -54,17 +54,20 @@ def load(
     device: str | torch.device = "auto",
     revision: str | None = None,
     quantization: str = "none",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model for causal language modelling and its tokenizer, in evaluation mode.
 
     Args:
-        name: `"default"`, a hub id, a local directory, or a .gguf file. Remote code is never run.
+        name: `"default"`, a hub id, a local directory, or a .gguf file. Weights are read from safetensors (or GGUF)
+            alone: pickled ones are refused.
         dtype: `"auto"` is bfloat16 where the device computes in it natively, else float32; or a torch dtype or its
             name.
         device: `"auto"` takes the accelerators there are (spread over several when needed), else the CPU.
         revision: branch, tag or commit of a hub id.
         quantization: how linear layers are stored: `none`, or `nf4` (4 bits by bitsandbytes, as in QLoRA). They are
             computed in `dtype`.
+        trust_remote_code: run the Python code that comes with the model.
 
     Raises:
         CastuneError: nothing loadable at that name; the message says what to do.
@@ -75,7 +78,7 @@ def load(
     if quantization != "none" and gguf_file is not None:
         raise CastuneError(f"{name}: a .gguf file cannot be quantised again; give a model directory or a hub id")
     place, torch_dtype = placement(device), torch_dtype_of(dtype, device)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         if gguf_file is not None:
             from transformers import GgufConfig
@@ -91,7 +94,9 @@ def load(
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             if quantization != "none":
                 options["quantization_config"] = bitsandbytes_config(quantization, torch_dtype)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, device_map=place, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch_dtype, device_map=place, use_safetensors=True, **options
+            )
     except _NOT_LOADABLE as error:
         raise CastuneError(f"could not load {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
     return model.eval(), _with_template(tokenizer, name)
@@ -105,15 +110,19 @@ def load_model(recipe: Recipe, quantization: str = "none") -> tuple[Any, Any]:
         device=recipe.device,
         revision=recipe.revision,
         quantization=quantization,
+        trust_remote_code=recipe.trust_remote_code,
     )
 
 
-def load_config(name: str | Path = "default", *, revision: str | None = None) -> tuple[Any, Any]:
+def load_config(
+    name: str | Path = "default", *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """The config of a model and its tokenizer, without weights; None for a tokenizer that is not there.
 
     Args:
         name: as for `load`; a directory may hold a config.json alone, and the file itself may be named.
         revision: branch, tag or commit of a hub id.
+        trust_remote_code: run the Python code that comes with the model.
 
     Raises:
         CastuneError: no config at that name.
@@ -124,7 +133,7 @@ def load_config(name: str | Path = "default", *, revision: str | None = None) ->
     source, gguf_file = _resolve(str(path.parent if path.name == "config.json" and path.is_file() else name))
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     if gguf_file is None:
-        options = {"revision": revision, "trust_remote_code": False}
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except _NOT_LOADABLE as error:
@@ -179,6 +188,17 @@ def _with_template(tokenizer: Any, name: str | Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own, which castune runs only where it is told to: read that code, pin its "
+            "revision, and set trust_remote_code = true in the recipe (castune diagnose: --trust-remote-code)."
+        )
+    if "safetensors" in str(error) and not isinstance(error, SafetensorError):
+        return f"{_first_line(error)} Pickled weights can run code and are not read: convert them to safetensors."
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 

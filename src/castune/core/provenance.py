@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from castune.artifacts.fingerprints import QUANTISED
 from castune.core.loading import display_name
 from castune.core.quantisation import is_quantised
+from castune.secrets import redacted
 
 # Elements sampled from every tensor for the fingerprint.
 _SAMPLES = 4096
@@ -65,6 +66,8 @@ def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(next(model.parameters()).device),
         "commit": getattr(config, "_commit_hash", None),
+        # Where transformers puts the modules that came with a model.
+        **({"remote_code": True} if type(model).__module__.startswith("transformers_modules") else {}),
     }
 
 
@@ -74,7 +77,7 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
     optional = ("torchjd", "trl", "bitsandbytes", "math-verify", "vllm", "openai", "lm_eval", "ray")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in (*packages, *optional)}},
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",

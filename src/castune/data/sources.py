@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from castune.data.example import LETTERS, PROBLEM_SCORINGS, QUESTION_SCORINGS, Example, Message
 from castune.errors import DataError
@@ -311,6 +311,7 @@ def _convert_all(
         if example is None:
             continue
         _check(example, where)
+        _check_text(example, where)
         identifier = example.id or f"{name}-{index:05d}"
         if identifier in seen:
             raise DataError(f"{where}: id {identifier!r} stands there twice; ids must be unique")
@@ -342,6 +343,17 @@ def _check(example: Example, where: str) -> None:
             raise DataError(f"{where}: scoring is {example.scoring!r}, accepted: {', '.join(PROBLEM_SCORINGS)}")
         if example.scoring == "number" and not re.search(r"\d", example.target):
             raise DataError(f"{where}: answer is {example.target!r}, and scoring by number needs a number")
+
+
+def _check_text(example: Example, where: str) -> None:
+    """JSON can hold halves of surrogate pairs, which no tokenizer takes and no file can hold."""
+    turns = [text for turn in example.history for text in (turn.role, turn.content)]
+    texts = [example.id, example.prompt, example.reply, example.rejected, example.target, example.group]
+    for text in (*texts, *example.choices, *turns):
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}: expected text, found {type(text).__name__}")
+        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"{where}: half of a surrogate pair in {text[:40]!a}; the text was cut inside a character")
 
 
 def _example_of(row: Row) -> Example:
@@ -434,7 +446,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     # Iterating over the file splits at newlines only; str.splitlines would also split inside strings at U+2028.
-    with path.open(encoding="utf-8") as lines:
+    # Editors of some systems begin a file with a byte order mark.
+    with _opened(path) as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
@@ -444,11 +457,20 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list in lists
+                    raise DataError(f"{where}: malformed JSON: {_one_line(error)}") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
                 yield where, row
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _read_hub(name: str, source: NamedSource | None, revision: str) -> Iterator[tuple[str, Row]]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from castune.artifacts import ConflictMap
-from castune.artifacts.files import replacing
+from castune.artifacts.files import write_parquet
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
 from castune.core.batching import tuned_batch_tokens
+from castune.core.checksum import unchanged
 from castune.core.heads import HeadId, HeadLayout
 from castune.core.journal import Journal
 from castune.core.memory import return_freed_memory
@@ -81,6 +81,7 @@ def diagnose(
         UnsupportedArchitecture: the heads of this model could not be located.
         CastuneError: data without replies or answers, layers that do not exist, a loss that is not finite, a quantised
             model.
+        WeightsChanged: weights of the model are not what they were when the diagnosis began.
         MapUnfinished: this share is done, others are missing.
     """
     config = config or DiagnoseConfig()
@@ -112,7 +113,7 @@ def diagnose(
     # A fingerprint samples weights: it need not see a small update.
     made_by += [] if adapter is None else [adapter]
     journal = Journal.of(None if out is None else Path(out), [*made_by, measured_by, data])
-    with evaluation_mode(model):
+    with unchanged(model, "diagnosing"), evaluation_mode(model):
         config = _with_batch_tokens(model, config, journal, share)
         # The first share's work, which costs no more than a few heads.
         grams = measure_grams(model, units, heads, rows, config, journal) if share.is_first else {}
@@ -168,7 +169,7 @@ def measure_gradients(
     rows = {name: [chat.loss_row(example) for example in found] for name, found in examples.items()}
     layout = HeadLayout.of(model)
     heads = query_heads(layout, config)
-    with evaluation_mode(model):
+    with unchanged(model, "measuring gradients"), evaluation_mode(model):
         grams = measure_grams(model, UnitLayout(layout), heads, rows, config, Journal.of(None, None))
         save_gradients(out, heads, grams)
 
@@ -275,5 +276,4 @@ def _save_outcomes(
                 }
             )
         )
-    with replacing(out / "ablation.parquet") as temporary:
-        pq.write_table(pa.concat_tables(tables), temporary)
+    write_parquet(out / "ablation.parquet", pa.concat_tables(tables))

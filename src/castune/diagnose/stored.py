@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from castune.artifacts import ConflictMap
-from castune.artifacts.files import replacing
+from castune.artifacts.files import read_parquet, write_parquet
 from castune.config import DiagnoseConfig
 from castune.core.heads import HeadId
 from castune.diagnose.grams import Gram
@@ -53,8 +52,7 @@ def save_gradients(out: Path, heads: Sequence[HeadId], grams: Mapping[str, Gram]
         )
         for objective, gram in sorted(grams.items())
     ]
-    with replacing(out / GRADIENTS_FILE) as temporary:
-        pq.write_table(pa.concat_tables(tables), temporary)
+    write_parquet(out / GRADIENTS_FILE, pa.concat_tables(tables))
 
 
 def stored_measurements(folder: Path, cmap: ConflictMap, made_by: str) -> Measurements:
@@ -136,7 +134,7 @@ def _outcomes(path: Path, cmap: ConflictMap, objectives: Sequence[str]) -> dict[
 
 
 def _parts(path: Path, objectives: Sequence[str]) -> dict[str, Any]:
-    table = pq.read_table(path)
+    table = read_parquet(path)
     found = set(table["objective"].unique().to_pylist())
     if found != set(objectives):
         raise ValueError(f"objectives {sorted(found)}, expected {sorted(objectives)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 from castune.config import EvaluateConfig
+from castune.core.checksum import unchanged
 from castune.core.generation import Reply, generate_replies
 from castune.core.journal import nullable
 from castune.core.losses import batches_by_length
@@ -22,6 +23,7 @@ from castune.core.scoring import choice_scores, question_rows, score_rows, share
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
+from castune.evaluate.applied import require_applied
 from castune.evaluate.suites import Suite
 
 # A decoding step computes one token a row and reads all weights, so rows x length may be far larger than in a forward
@@ -93,17 +95,19 @@ class TransformersHost(Host):
     def backend(self, name: str, adapter: Path | None) -> Iterator[TransformersBackend]:
         """The adapter is read back from disk, as any user of it would."""
         if adapter is None:
-            with evaluation_mode(self.model):
+            with unchanged(self.model, "evaluating"), evaluation_mode(self.model):
                 yield TransformersBackend(self.model, self.tokenizer)
             return
         from peft import PeftModel
 
-        peft_model = PeftModel.from_pretrained(self.model, adapter)
-        try:
-            with evaluation_mode(peft_model):
-                yield TransformersBackend(peft_model, self.tokenizer)
-        finally:
-            peft_model.unload()
+        with unchanged(self.model, "evaluating"):
+            peft_model = PeftModel.from_pretrained(self.model, adapter)
+            try:
+                require_applied(peft_model, adapter)
+                with evaluation_mode(peft_model):
+                    yield TransformersBackend(peft_model, self.tokenizer)
+            finally:
+                peft_model.unload()
 
 
 @final

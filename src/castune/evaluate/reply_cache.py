@@ -42,7 +42,7 @@ class ReplyCache:
         """Keep the reply to `key`; whoever writes last is kept."""
         if self.folder is not None:
             try:
-                write_text(self._path(key), json.dumps(asdict(completion)) + "\n")
+                write_text(self._path(key), json.dumps(asdict(completion)) + "\n", private=True)
             except OSError as error:
                 raise CastuneError(f"{self.folder}: cannot keep replies here: {error}") from None
 

@@ -71,7 +71,9 @@ def write_report(
         provenance(cmap, selections, tunings, masked or {}, evaluations, recipe_text),
     )
     path = Path(path)
-    write_text(path, document(f"castune: {known(cmap.metadata.get('model', {}).get('name'))}", body, drawn))
+    write_text(
+        path, document(f"castune: {known(cmap.metadata.get('model', {}).get('name'))}", body, drawn), private=True
+    )
     return path
 
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from castune.errors import CastuneError
+from castune.errors import CastuneError, of_the_machine
 from castune.study.graph import Unit
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,10 @@ def attempt(task: Mapping[str, Any]) -> dict[str, Any]:
         except CastuneError as known:
             error = str(known)
         except Exception as bug:
-            error = f"{type(bug).__name__}: {bug}"
-            logger.error("%s", traceback.format_exc())
+            error = of_the_machine(bug)
+            if error is None:
+                error = f"{type(bug).__name__}: {bug}"
+                logger.error("%s", traceback.format_exc())
     seconds = round(time.monotonic() - started, 2)
     return Outcome(name, "failed" if error is not None else "done", error, seconds)._asdict()
 

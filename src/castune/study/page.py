@@ -71,7 +71,7 @@ def write_study_report(
     cmap = results.maps.get("main")
     name = graph.recipe.model if cmap is None else known(cmap.metadata.get("model", {}).get("name"))
     path = graph.folder / "report.html"
-    write_text(path, document(f"castune study: {name}", body, shown))
+    write_text(path, document(f"castune study: {name}", body, shown), private=True)
     return path
 
 

@@ -52,7 +52,7 @@ def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
     """
     if recipe.select.compare:
         logger.warning("select.compare has no effect on a study: study.arms says what is compared")
-    config, _ = load_config(recipe.model, revision=recipe.revision)
+    config, _ = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     model = skeleton(config, torch_dtype_of(recipe.dtype, recipe.device))
     wanted, layers = recipe.diagnose, recipe.diagnose.layers
     units = UnitLayout.of(
@@ -152,10 +152,11 @@ def write_results(graph: Graph, states: Mapping[str, State]) -> Study:
 
 
 def load_study_suites(recipe: Recipe) -> list[Suite]:
-    """The suites of a study, checked with their judge and backend before hours are spent."""
+    """The suites of a study, checked with their judge, backend and the training data before hours are spent."""
     config = recipe.evaluate
     suites = load_suites(config.suites, limit=config.limit, seed=config.seed)
     require_evaluation(config, suites)
+    pipeline.check_held_out(recipe, suites)
     return suites
 
 

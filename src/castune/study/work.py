@@ -106,15 +106,15 @@ def _opened(unit: Unit) -> RunDirectory:
             _share(file, folder.path / file.relative_to(unit.map_folder))
         if (base / "metrics.json").is_file():
             for name in ("samples.jsonl", "metrics.json"):
-                _share(base / name, folder.evaluation(BASE) / name)
+                _share(base / name, folder.evaluation(BASE) / name, private=name == "samples.jsonl")
     return folder
 
 
-def _share(source: Path, target: Path) -> None:
+def _share(source: Path, target: Path, *, private: bool = False) -> None:
     """The same file at another place too; whoever writes there replaces it and leaves the source as it is."""
     if target.exists() and (target.samefile(source) or target.read_bytes() == source.read_bytes()):
         return
-    with replacing(target) as temporary:
+    with replacing(target, private=private) as temporary:
         temporary.unlink()
         try:
             os.link(source, temporary)
@@ -127,7 +127,7 @@ def _share(source: Path, target: Path) -> None:
 
 def _loads(recipe: Recipe) -> str:
     """What is loaded for a recipe, whatever its arms and settings, as a key."""
-    keys = {"model", "revision", "dtype", "device", "seed", "safety", "utility", "align"}
+    keys = {"model", "revision", "trust_remote_code", "dtype", "device", "seed", "safety", "utility", "align"}
     return recipe.model_copy(update={"out": ""}).model_dump_json(include=keys | {"out"})
 
 

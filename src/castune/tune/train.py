@@ -19,6 +19,7 @@ from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.files import new_directory
 from castune.artifacts.tune_result import RESELECTIONS, SNAPSHOTS
 from castune.config import TuneConfig
+from castune.core.checksum import unchanged
 from castune.core.heads import HeadLayout
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
@@ -82,6 +83,7 @@ def tune(
         TrainingError: a loss is not finite, or surgery cannot reach the gradients.
         CheckpointError: a checkpoint or the adapter cannot be written.
         CertificateError: the trained adapter touches anything outside the selection.
+        WeightsChanged: weights of the base model are not what they were when the training began.
     """
     config = config or TuneConfig()
     out = Path(out)
@@ -275,7 +277,7 @@ def _phase(
     set_seed(config.seed + len(phases.selections) - 1)
     layout = units_for(model, HeadLayout.of(model), selection)
     base = _Base.of(model, layout, selection)
-    with _left_as_it_was(model):
+    with unchanged(model, "training"), _left_as_it_was(model):
         peft_model = sparse_lora(model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a)
         try:
             ledger = budget(peft_model, layout, selection)
