@@ -90,12 +90,12 @@ def main() -> None:
         if not (message := of_the_machine(error)):
             raise
         _fail(message)
+    except KeyboardInterrupt:
+        _tell_stopped()
     except SystemExit as end:
         if end.code != _INTERRUPTED:  # what typer makes of a KeyboardInterrupt
             raise
-        word = "interrupted" if _stopped_by == signal.SIGINT else "terminated"
-        print(f"\n{word}; finished stages are kept, the same command continues", file=sys.stderr)
-        sys.exit(128 + _stopped_by)
+        _tell_stopped()
 
 
 @app.command()
@@ -896,6 +896,12 @@ def _terminated(number: int, frame: object) -> None:
     global _stopped_by
     _stopped_by = number
     raise KeyboardInterrupt
+
+
+def _tell_stopped() -> None:
+    word = "interrupted" if _stopped_by == signal.SIGINT else "terminated"
+    print(f"\n{word}; finished stages are kept, the same command continues", file=sys.stderr)
+    sys.exit(128 + _stopped_by)
 
 
 def _fail(message: str) -> None:
