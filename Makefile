@@ -38,6 +38,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site, in build/site; warnings are errors.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Commands broken on purpose, more often than in the tests: so many faults of every kind on every stage.
+PER_CELL ?= 3
+faults: setup
+	$(BIN)/python tests/faults/harness.py build/faults --per-cell $(PER_CELL)
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

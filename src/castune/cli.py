@@ -333,7 +333,7 @@ def diagnose(
         return
     if not share.writes:
         return
-    if not made_before:
+    if not made_before or not folder.recipe_file.is_file():  # it may have been killed between the two
         folder.save_recipe(recipe)
     show_diagnosis(cmap)
     say(f"conflict map: {folder.map_file}")

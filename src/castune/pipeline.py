@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 from castune.arms import ArmName
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
-from castune.artifacts.files import write_json
+from castune.artifacts.files import alone_at, write_json
 from castune.config import DataConfig, DiagnoseConfig, Recipe, SelectConfig, TuneConfig
+from castune.core.journal import Journal
 from castune.core.loading import device_of, find_default_gguf, load_config, load_model, torch_dtype_of
 from castune.core.provenance import fingerprint, provenance
 from castune.core.shards import Shard
@@ -217,6 +219,7 @@ def diagnose_step(
         for name, digest in (("safety", content_hash(safety)), ("utility", utility_hash(sets))):
             _check_same(f"the conflict map's {name} data", cmap.metadata["data"][name]["hash"], digest, folder)
         logger.info("diagnosis: already there")
+        Journal.remove_all(folder.path)  # of a command that was killed when the map was just made
         return cmap
     n_questions = sum(len(one.examples) for one in sets)
     logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), n_questions)
@@ -342,6 +345,36 @@ def tune_step(
     overwrite: bool = False,
 ) -> TuneResult:
     """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay."""
+    # The first of several processes speaks for them.
+    alone = alone_at(arm.folder / ".adapter.lock") if Shard.is_main_process() else nullcontext()
+    with alone:
+        return _tuned(
+            folder,
+            arm,
+            model,
+            tokenizer,
+            data,
+            config,
+            source,
+            utility=utility,
+            utility_source=utility_source,
+            overwrite=overwrite,
+        )
+
+
+def _tuned(
+    folder: RunDirectory,
+    arm: Arm,
+    model: Any,
+    tokenizer: Any,
+    data: Sequence[Example],
+    config: TuneConfig,
+    source: str,
+    *,
+    utility: Sequence[Example] | None,
+    utility_source: str | None,
+    overwrite: bool,
+) -> TuneResult:
     selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
     if arm.is_masked:
         raise ArtifactError(f"{arm.adapter} was made of other adapters by castune mask; train an arm of another name")

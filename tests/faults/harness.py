@@ -48,7 +48,6 @@ import castune.report.page
 import castune.tune.mask
 
 torch.set_num_threads(1)
-NOBODY = 65534
 # What says when and how fast something was made, not what it is.
 _VOLATILE = {"provenance", "seconds", "digest", "samples_hash", "date", "started", "updated"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -126,9 +125,6 @@ class Work:
 def prepare(root: Path) -> Work:
     """Model, data, every stage once without a fault."""
     root.mkdir(parents=True, exist_ok=True)
-    for parent in (root, *root.parents):
-        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
     make_tiny_model("llama").save_pretrained(root / "model")
     make_tiny_tokenizer().save_pretrained(root / "model")
     things = ["poison", "a bomb", "theft", "fraud", "malware", "a weapon", "a riot", "arson"]
@@ -347,10 +343,15 @@ def little_memory(extra: int) -> Before:
     return before
 
 
-def as_nobody() -> None:
-    """A user to whom the run directory is read-only."""
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+def powerless() -> None:
+    """Give up root's right to write where permissions say no (and every other capability)."""
+
+    class Header(ctypes.Structure):
+        _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+    nothing = (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(ctypes.byref(Header(0x20080522, 0)), ctypes.byref(nothing)):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def jumping_clock(seed: int) -> Before:
@@ -505,11 +506,11 @@ def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) 
         attempt = Attempt(stage.name, "two processes at once", ", ".join(str(end.code) for end in ends))
         attempt.problem = next((p for end in ends if (p := told(end, 0, 2))), None) or again(work, stage)
         yield attempt
-    if os.getuid() == 0:
+    if sys.platform == "linux":
         work.begin(stage)
         for path in (work.run.parent, *work.run.parent.rglob("*")):
             path.chmod(0o555 if path.is_dir() else 0o444)
-        ended = command(work, stage.arguments, as_nobody)
+        ended = command(work, stage.arguments, powerless if os.getuid() == 0 else None)
         for path in (work.run.parent, *work.run.parent.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         yield _judged(work, stage, "read-only directory", "", ended, (2,))

@@ -127,6 +127,41 @@ def locked(directory: str | Path, *, wait: bool = True, shared: bool = False) ->
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def alone_at(path: str | Path) -> Iterator[None]:
+    """Be the only process in the block for a place where something is being made; others wait.
+
+    Unlike `locked` it needs nothing to be there yet, and a process that is in it may lock the directory too.
+
+    Args:
+        path: of a lock file, which is removed afterwards; one that a killed process left is used again.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: another castune is at work there; waiting for it", path.parent)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s); let no other castune write there now", path, error)
+                yield
+                return
+            # Whoever was here before has removed the file: it is no lock any more.
+            if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
 def _as_readable_as_any(file: Path) -> None:
     # mkstemp makes files private; an artifact is as readable as any file the user creates.
     with _UMASK:

@@ -23,6 +23,7 @@ from castune.artifacts.files import PRIVATE
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+_FOLDER = "journal"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Journal:
         """
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
         writer = f"{time.time_ns():x}-{os.getpid()}"
-        return cls(None if out is None else out / "journal" / digest, writer)
+        return cls(None if out is None else out / _FOLDER / digest, writer)
 
     def append(self, record: Record) -> None:
         """Add a record; it is in the operating system's hands when this returns."""
@@ -82,6 +83,11 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
             if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
                 self.folder.parent.rmdir()
+
+    @staticmethod
+    def remove_all(out: Path) -> None:
+        """Delete the records of all diagnoses in a run directory whose map is there: nothing needs them any more."""
+        shutil.rmtree(out / _FOLDER, ignore_errors=True)
 
 
 def _private(path: str, flags: int) -> int:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from castune.config import Recipe
 from castune.core.quantisation import bitsandbytes_config
-from castune.data.chat import PLAIN_TEMPLATE
+from castune.data.chat import PLAIN_TEMPLATE, text_behind_a_turn
 from castune.errors import CastuneError
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,16 @@ def _with_template(tokenizer: Any, name: str | Path) -> Any:
     if not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = PLAIN_TEMPLATE
         logger.warning("%s has no chat template: using plain '### User: ... ### Assistant:' turns", name)
+        return tokenizer
+    behind, token = text_behind_a_turn(tokenizer)
+    if token is None:
+        logger.warning(
+            "%s: its chat template ends a reply with %r, in which there is no special token of its tokenizer; replies "
+            "are trained, and taken, to end with %r. Where the model stops at something else, mend the template",
+            name,
+            behind[:40],
+            tokenizer.eos_token,
+        )
     return tokenizer
 
 

@@ -93,14 +93,23 @@ class ChatFormat:
         return int(ids[0])
 
 
-def _end_of_turn(tokenizer: Any) -> int:
-    """The special token the chat template puts behind an assistant's turn, else the end-of-sequence token."""
+def text_behind_a_turn(tokenizer: Any) -> tuple[str, int | None]:
+    """What the chat template puts behind an assistant's turn, and the first special token in it, if any."""
     mark = "castune-reply"
     turns = [{"role": "user", "content": "castune-prompt"}, {"role": "assistant", "content": mark}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    tail = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
+    if mark not in text:
+        raise DataError("the chat template leaves out what the assistant says: nothing could be trained on replies")
+    behind = text[text.rindex(mark) + len(mark) :]
+    tail = tokenizer(behind, add_special_tokens=False)["input_ids"]
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    found = next((token for token in tail if token in special), tokenizer.eos_token_id)
+    return behind, next((token for token in tail if token in special), None)
+
+
+def _end_of_turn(tokenizer: Any) -> int:
+    """The special token the chat template puts behind an assistant's turn, else the end-of-sequence token."""
+    _, found = text_behind_a_turn(tokenizer)
+    found = tokenizer.eos_token_id if found is None else found
     if found is None:
         raise DataError("the tokenizer has neither an end-of-turn token in its chat template nor an eos token")
     return int(found)
