@@ -24,7 +24,7 @@ ALLOWED = {
     "arms": {"errors"},
     "judge_name": {"errors"},
     "config": {"errors", "arms", "judge_name", "secrets"},
-    "artifacts": {"errors"},
+    "artifacts": {"errors", "arms"},
     "data": {"errors", "artifacts"},
     "core": {"errors", "config", "data", "artifacts", "secrets"},
     **dict.fromkeys(STAGES, SHARED),

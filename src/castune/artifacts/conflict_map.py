@@ -194,7 +194,7 @@ class ConflictMap:
         except (pa.ArrowException, KeyError, ValueError, RecursionError, OSError) as error:
             raise ArtifactError(
                 f"{path}: damaged, or not a conflict map written by castune ({type(error).__name__}: "
-                f"{str(error).strip()[:200]}); remove it and run: {again}"
+                f"{' '.join(str(error).split())[:200]}); remove it and run: {again}"
             ) from None
         check_schema(header, path, _KIND)
         check_digest(header, path, _KIND, again)

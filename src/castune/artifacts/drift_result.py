@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import parsed, read_json, write_json
+from castune.artifacts.files import read_json, typed, write_json
 
 _KIND = "conflict drift"
 DRIFT_FILE = "drift.json"
@@ -129,6 +129,10 @@ class StepDrift:
     reselected: dict[str, float] | None
     baseline: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        if self.zones.keys() != {"safe", "risky"}:
+            raise ValueError(f"zones are {', '.join(self.zones)}, not safe and risky")
+
 
 @dataclass(frozen=True)
 class DriftResult:
@@ -164,6 +168,10 @@ class DriftResult:
     seconds: float
     provenance: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("no steps")
+
     def save(self, path: str | Path) -> Path:
         """Write `drift.json` into a directory (or to the given file), atomically. Returns the file."""
         path = _file(path)
@@ -179,33 +187,7 @@ class DriftResult:
         """
         path = _file(path)
         record = read_json(path, _KIND, "castune drift RUN")
-        return parsed(path, _KIND, lambda: _from_record(record))
-
-
-def _from_record(record: dict[str, Any]) -> DriftResult:
-    fields: dict[str, Any] = {name: record[name] for name in DriftResult.__dataclass_fields__}
-    for name in ("n", "settings", "baseline", "model", "provenance"):
-        if not isinstance(fields[name], dict):
-            raise TypeError(f"{name} is {fields[name]!r}, not a record")
-    fields["steps"] = tuple(_step(step) for step in record["steps"])
-    if not fields["steps"]:
-        raise ValueError("no steps")
-    return DriftResult(**fields)
-
-
-def _step(record: dict[str, Any]) -> StepDrift:
-    try:
-        return StepDrift(
-            **{
-                **record,
-                "step": int(record["step"]),
-                "columns": {name: ColumnDrift(**column) for name, column in record["columns"].items()},
-                "zones": {name: ZoneOverlap(**record["zones"][name]) for name in ("safe", "risky")},
-                "changes": tuple(HeadChange(**change) for change in record["changes"]),
-            }
-        )
-    except AttributeError as error:
-        raise TypeError(str(error)) from None
+        return typed(path, _KIND, cls, record)
 
 
 def _file(path: str | Path) -> Path:

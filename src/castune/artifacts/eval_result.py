@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import parsed, read_json, text_hash, write_json, write_text
+from castune.artifacts.files import read_json, text_hash, typed, write_json, write_text
 from castune.errors import ArtifactError
 
 _KIND = "evaluation"
@@ -127,8 +127,8 @@ class EvalResult:
         if text_digest != record.get("samples_hash", text_digest) and (directory / _NEXT).is_file():
             # It was killed between the two.
             record = read_json(directory / _NEXT, _KIND, again)
-        suites = parsed(path, _KIND, lambda: tuple(SuiteResult(**suite) for suite in record["suites"]))
-        n_samples = sum(suite.n + suite.unscored for suite in suites)
+        result = typed(path, _KIND, cls, {**record, "samples": []})
+        n_samples = sum(suite.n + suite.unscored for suite in result.suites)
         if len(samples) != n_samples:
             raise ArtifactError(
                 f"{directory / 'samples.jsonl'}: {len(samples)} samples, metrics.json was computed from {n_samples}; "
@@ -140,12 +140,11 @@ class EvalResult:
                 f"{directory / 'samples.jsonl'}: damaged, or changed after metrics.json was computed from it "
                 f"(digest {text_digest}, noted is {record['samples_hash']}); {again}"
             )
-        fields = [name for name in cls.__dataclass_fields__ if name not in ("suites", "samples")]
-        return parsed(
-            path,
-            _KIND,
-            lambda: cls(suites=suites, samples=samples, **{name: record[name] for name in fields}),
-        )
+        known = {suite.suite for suite in result.suites}
+        for sample in samples:
+            if not isinstance(sample, dict) or sample.get("suite") not in known or "id" not in sample:
+                raise ArtifactError(f"{directory / 'samples.jsonl'}: damaged: a line is no sample of a suite; {again}")
+        return replace(result, samples=samples)
 
 
 def _json_lines(rows: Sequence[dict[str, Any]]) -> str:

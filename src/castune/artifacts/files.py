@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from castune.errors import ArtifactError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pydantic import TypeAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +284,31 @@ def text_hash(text: str) -> str:
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file (first 16 hex digits)."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def typed(path: Path, kind: str, cls: type[T], record: Mapping[str, Any]) -> T:
+    """An artifact's dataclass from plain JSON: every field there, and of its type; others are left out.
+
+    Raises:
+        ArtifactError: the message names the field.
+    """
+    from pydantic import ValidationError
+
+    fields = {name: record[name] for name in cls.__dataclass_fields__ if name in record}  # type: ignore[attr-defined]
+    try:
+        # Strict as JSON is: a list may be a tuple, a text is no number.
+        return _adapter(cls).validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "as a whole"
+        raise ArtifactError(f"{path}: damaged {kind}: {where}: {first['msg']}") from None
+
+
+@lru_cache
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def parsed(path: Path, kind: str, build: Callable[[], T]) -> T:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import parsed, read_json, write_json
+from castune.arms import SCORES, ZONES
+from castune.artifacts.files import read_json, typed, write_json
+from castune.errors import ArtifactError
 
 _KIND = "head selection"
 # Fields that only selections with units of other kinds than query heads have.
@@ -145,10 +147,14 @@ class HeadSelection:
         """Read a selection from its file or its directory."""
         path = _file(path)
         record = read_json(path, _KIND, f"castune select {path.parent}")
-        fields = [name for name in cls.__dataclass_fields__ if name not in _OF_UNITS]
-        if any(name in record for name in _OF_UNITS):
-            fields += _OF_UNITS
-        return parsed(path, _KIND, lambda: cls(**{name: record[name] for name in fields}))
+        selection = typed(path, _KIND, cls, record)
+        # They become names of directories: a file that came from elsewhere must not lead to others.
+        if selection.zone not in (*ZONES, "bucket", "custom") or selection.score not in SCORES:
+            raise ArtifactError(
+                f"{path}: damaged {_KIND}: zone {selection.zone!r} by score {selection.score!r}; zones are "
+                f"{', '.join(ZONES)}, bucket, custom, scores {', '.join(SCORES)}"
+            )
+        return selection
 
 
 def _file(path: str | Path) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import parsed, read_json, write_json
+from castune.artifacts.files import read_json, typed, write_json
 
 _KIND = "lm-eval result"
 LM_EVAL_FILE = "lm_eval.json"
@@ -121,17 +121,7 @@ class LmEvalResult:
         """
         path = _file(path)
         record = read_json(path, _KIND, "castune lm-eval RUN --tasks TASKS")
-        return parsed(path, _KIND, lambda: _from_record(record))
-
-
-def _from_record(record: dict[str, Any]) -> LmEvalResult:
-    fields: dict[str, Any] = {name: record[name] for name in LmEvalResult.__dataclass_fields__}
-    for name in ("members", "settings", "model", "provenance"):
-        if not isinstance(fields[name], dict):
-            raise TypeError(f"{name} is {fields[name]!r}, not a record")
-    for name in ("tasks", "groups"):
-        fields[name] = tuple(LmEvalScore(**score) for score in record[name])
-    return LmEvalResult(**fields)
+        return typed(path, _KIND, cls, record)
 
 
 def _file(path: str | Path) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import parsed, read_json, write_json
+from castune.artifacts.files import read_json, typed, write_json
 from castune.artifacts.tune_result import Certificate
 
 _KIND = "masked adapter"
@@ -57,15 +57,4 @@ class MaskedAdapter:
         """Read the record, and the certificate beside it, of an adapter directory."""
         path = Path(directory) / MASK_FILE
         record = read_json(path, _KIND, f"castune mask ADAPTER --out {directory}")
-        certificate = Certificate.load(directory)
-
-        def build() -> MaskedAdapter:
-            values = {name: record[name] for name in cls.__dataclass_fields__ if name != "certificate"}
-            lists = {
-                name: tuple(values[name])
-                for name in ("sources", "weights", "unadapted_layers")
-                if values[name] is not None
-            }
-            return cls(certificate=certificate, **{**values, **lists})
-
-        return parsed(path, _KIND, build)
+        return typed(path, _KIND, cls, {**record, "certificate": asdict(Certificate.load(directory))})

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import file_hash, parsed, read_json, write_json
+from castune.artifacts.files import file_hash, parsed, read_json, typed, write_json
 from castune.artifacts.head_selection import HeadSelection
 
 _CERTIFICATE = "certificate"
@@ -96,12 +96,7 @@ class Certificate:
         """Read a certificate from its file or its adapter directory."""
         path = _named(path, "certificate.json")
         record = read_json(path, _CERTIFICATE, f"castune tune {path.parent.parent} --data DATA")
-        selection = parsed(path, _CERTIFICATE, lambda: tuple((layer, head) for layer, head in record["selection"]))
-        fields = [name for name in cls.__dataclass_fields__ if name not in ("selection", *_OF_UNITS)]
-        if any(name in record for name in _OF_UNITS):
-            units = parsed(path, _CERTIFICATE, lambda: tuple((kind, layer, i) for kind, layer, i in record["units"]))
-            record, fields = {**record, "units": units}, [*fields, *_OF_UNITS]
-        return parsed(path, _CERTIFICATE, lambda: cls(selection=selection, **{name: record[name] for name in fields}))
+        return typed(path, _CERTIFICATE, cls, record)
 
 
 @dataclass(frozen=True)
@@ -169,32 +164,15 @@ class TuneResult:
         """Read a tune result, and the certificate beside it, from its file or its adapter directory."""
         path = _named(path, TUNE_FILE)
         record = read_json(path, _TUNE_RESULT, f"castune tune {path.parent.parent} --data DATA")
-        certificate = Certificate.load(path.parent)
-        losses = parsed(path, _TUNE_RESULT, lambda: tuple((int(step), float(loss)) for step, loss in record["losses"]))
-        apart = ("certificate", "losses", "surgery", "utility", "selections")
-        fields = [name for name in cls.__dataclass_fields__ if name not in apart]
-        return parsed(
-            path, _TUNE_RESULT, lambda: cls(certificate=certificate, losses=losses, **_fields(record, fields))
-        )
-
-
-def _fields(record: dict[str, Any], fields: list[str]) -> dict[str, Any]:
-    # Records from before there was surgery know nothing of it, nor of utility data.
-    optional = {name: _record_or_none(name, record.get(name)) for name in ("surgery", "utility")}
-    # Of a training that did not select again there are none.
-    selections = tuple(_phase(one) for one in record.get("selections", ()))
-    return {**{name: record[name] for name in fields}, **optional, "selections": selections}
+        # Of a training that did not select again there are none.
+        selections = parsed(path, _TUNE_RESULT, lambda: [_phase(one) for one in record.get("selections", ())])
+        certificate = asdict(Certificate.load(path.parent))
+        return typed(path, _TUNE_RESULT, cls, {**record, "certificate": certificate, "selections": selections})
 
 
 def _phase(record: dict[str, Any]) -> dict[str, Any]:
     units = [[str(kind), int(layer), int(number)] for kind, layer, number in record["units"]]
     return {"step": int(record["step"]), "units": units, "map_hash": record["map_hash"]}
-
-
-def _record_or_none(name: str, value: Any) -> dict[str, Any] | None:
-    if value is None or isinstance(value, dict):
-        return value
-    raise TypeError(f"{name} is {value!r}, not a record")
 
 
 def _named(path: str | Path, name: str) -> Path:

@@ -34,6 +34,11 @@ def conflict_map(**columns: Any) -> ConflictMap:
     )
 
 
+def without_digest(path: Path) -> dict[str, Any]:
+    """A JSON artifact as one who edits it on purpose leaves it."""
+    return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "digest"}
+
+
 SELECTION = HeadSelection(
     heads=((1, 2), (0, 1)), zone="safe", fraction=0.25, buckets=None, bucket=None, score="conflict", seed=None,
     n_total=6, model_fingerprint="0123456789abcdef", conflict_map_hash="fedcba9876543210",
@@ -127,11 +132,11 @@ def test_an_interrupt_between_the_maps_leaves_no_combined_one(tmp_path: Path, mo
     """Where the combined map is, those of its domains are."""
     plain, written = pq.write_table, []
 
-    def write(table: pa.Table, path: Path) -> None:
+    def write(table: pa.Table, path: Path, **options: Any) -> None:
         written.append(path)
         if len(written) == 3:
             raise KeyboardInterrupt
-        plain(table, path)
+        plain(table, path, **options)
 
     monkeypatch.setattr(pq, "write_table", write)
     with pytest.raises(KeyboardInterrupt):
@@ -344,7 +349,7 @@ def test_map_with_other_columns_names_both_sides() -> None:
 def test_ill_formed_fields_are_a_damaged_artifact(tmp_path: Path, name: str, key: str, value: Any) -> None:
     artifact, file = ARTIFACTS[name]
     artifact.save(tmp_path)
-    record = json.loads((tmp_path / file).read_text())
+    record = without_digest(tmp_path / file)
     write_text(tmp_path / file, json.dumps({**record, key: value}))
     with pytest.raises(ArtifactError, match=f"{file}.*damaged"):
         type(artifact).load(tmp_path)
@@ -354,10 +359,13 @@ def test_ill_formed_fields_are_a_damaged_artifact(tmp_path: Path, name: str, key
 def test_every_missing_field_is_a_damaged_artifact(tmp_path: Path, name: str) -> None:
     artifact, file = ARTIFACTS[name]
     artifact.save(tmp_path)
-    record = json.loads((tmp_path / file).read_text())
-    # Tune results from before there was gradient surgery have no `surgery` and no `utility`, those of trainings that
-    # did not select again no `selections`.
-    for key in record.keys() - {"kind", "schema_version", "surgery", "utility", "selections"}:
+    record = without_digest(tmp_path / file)
+    # Records from before there was something (gradient surgery, other units, intervals) do not have it.
+    optional = {field.name for field in dataclasses.fields(artifact) if field.default is not dataclasses.MISSING}
+    assert optional < {"surgery", "utility", "selections", "units", "mlp_groups", "samples_hash"} | {
+        f"{what}_columns" for what in ("checked", "changed", "selected")
+    }
+    for key in record.keys() - optional - {"kind", "schema_version", "samples_hash"}:
         write_text(tmp_path / file, json.dumps({k: v for k, v in record.items() if k != key}))
         with pytest.raises(ArtifactError, match=f"{file}.*{key}"):
             type(artifact).load(tmp_path)
@@ -428,3 +436,99 @@ def test_means_average_the_suites_of_a_purpose_and_never_invent_one() -> None:
     assert result(("safety", 0.0)).mean("safety") == 0.0
     assert result(("safety", 0.2), ("safety", None)).mean("safety") is None
     assert result(("utility", 0.2)).mean("safety") is None
+
+
+# -- digests
+
+
+@pytest.mark.parametrize("name", JSON_ARTIFACTS)
+def test_any_changed_character_of_a_value_is_noticed(tmp_path: Path, name: str) -> None:
+    artifact, file = ARTIFACTS[name]
+    artifact.save(tmp_path)
+    text = (tmp_path / file).read_text(encoding="utf-8")
+    # Without the key of that name there is nothing to compare with: it was edited on purpose.
+    key = text.index('"digest"')
+    places = [i for i, character in enumerate(text) if character.isalnum() and not key <= i < key + 8]
+    assert len(places) > 100
+    for place in places[:: max(1, len(places) // 150)]:
+        other = "8" if text[place] != "8" else "9"
+        (tmp_path / file).write_text(text[:place] + other + text[place + 1 :], encoding="utf-8")
+        with pytest.raises(ArtifactError, match=file):
+            type(artifact).load(tmp_path)
+    # How it is laid out does not matter, and who edits it on purpose may.
+    (tmp_path / file).write_text(json.dumps(json.loads(text), indent=4), encoding="utf-8")
+    assert type(artifact).load(tmp_path) == artifact
+    (tmp_path / file).write_text(json.dumps(without_digest(tmp_path / file)), encoding="utf-8")
+    assert type(artifact).load(tmp_path) == artifact
+
+
+def test_any_changed_byte_of_a_map_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    cmap = conflict_map()
+    path = cmap.save(tmp_path)
+    whole = path.read_bytes()
+    noticed = 0
+    for place in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        try:
+            found = ConflictMap.load(path)
+        except ArtifactError:
+            noticed += 1
+        else:
+            # Statistics and names of writers in the footer are not part of the map.
+            assert found == cmap
+    assert noticed > len(whole) / 7 / 2
+
+
+def test_samples_are_those_of_their_metrics_whenever_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation in the place of another: at any moment what is loaded is one or the other, whole."""
+    other = dataclasses.replace(
+        EVALUATION, samples=tuple({**sample, "note": "judged again"} for sample in EVALUATION.samples), name="again"
+    )
+    for moment in range(1, 8):
+        EVALUATION.save(tmp_path)
+        seen = 0
+        plain = Path.replace
+
+        def replace(self: Path, target: Path, at: int = moment, plain: Any = plain) -> Path:
+            nonlocal seen
+            seen += 1
+            if seen == at:
+                raise KeyboardInterrupt
+            return plain(self, target)  # type: ignore[no-any-return]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            try:
+                other.save(tmp_path)
+                ended = True
+            except KeyboardInterrupt:
+                ended = False
+        found = EvalResult.load(tmp_path)
+        assert found == (other if ended else found)
+        assert found in (EVALUATION, other)
+    assert ended
+
+
+def test_replies_are_for_their_owner_alone(tmp_path: Path) -> None:
+    os.umask(0o022)
+    EVALUATION.save(tmp_path)
+    EVALUATION.save(tmp_path)  # also where they take the place of others
+    assert (tmp_path / "samples.jsonl").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "metrics.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_map_does_not_lead_to_files_elsewhere(tmp_path: Path) -> None:
+    conflict_map().save(tmp_path / "secret.parquet")
+    cmap = with_domains()
+    path = cmap.save(tmp_path / "run" / "conflict_map.parquet")
+    table = pq.read_table(path)
+    header = json.loads(table.schema.metadata[b"castune"])
+    header["domains"] = {"../../secret": {"map_hash": conflict_map().content_hash}}
+    header.pop("digest")
+    pq.write_table(table.replace_schema_metadata({b"castune": json.dumps(header).encode()}), path)
+    with pytest.raises(ArtifactError, match="no name of a utility domain"):
+        ConflictMap.load(path)
