@@ -52,6 +52,8 @@ class MapUnfinished(CastuneError):
 
 def of_the_machine(error: Exception) -> str | None:
     """What to tell the user of an error that memory or a disk made; None of any other, which is a bug."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}...: this name is longer than a file system takes"
     if isinstance(error, OSError) and error.errno != errno.ENOMEM:
         if error.errno not in _DISK:
             return None

@@ -205,7 +205,7 @@ class ConflictMap:
         domains = {name: cls.load(file) for name, file in files.items() if file.is_file()}
         try:
             cmap = cls(table.replace_schema_metadata(None), metadata, domains)
-        except ArtifactError as error:
+        except ValueError as error:  # also names of columns that are no text
             raise ArtifactError(f"{path}: {error}") from None
         found = parsed(path, _KIND, lambda: cmap.content_hash)
         if found != header.get("table", found):

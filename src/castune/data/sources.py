@@ -260,7 +260,7 @@ def source_name(source: str) -> str:
 def _converted(source: str) -> Iterator[Example]:
     name, equals, path = source.partition("=")
     on_hub, _, revision = source.partition("@")
-    if Path(source).is_file():
+    if _is_file(Path(source)):
         yield from _own_columns(Path(source))
     elif source in _STARTER_SOURCES:
         for file in _STARTER_SOURCES[source].files:
@@ -280,7 +280,7 @@ def _converted(source: str) -> Iterator[Example]:
                 named.size,
             )
         yield from found
-    elif Path(source).suffix in _FILE_FORMATS or Path(source).exists():
+    elif Path(source).suffix in _FILE_FORMATS or _exists(Path(source)):
         yield from _own_columns(Path(source))
     elif on_hub.count("/") == 1:
         yield from _convert_all(_example_of, _read_hub(on_hub, None, revision), on_hub)
@@ -289,6 +289,20 @@ def _converted(source: str) -> Iterator[Example]:
             f"{source}: no such file and no named source; named sources: {', '.join(SOURCE_NAMES)}; "
             "a hub id has the form owner/name"
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no name a file system takes
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _own_columns(path: Path) -> Iterator[Example]:
@@ -424,7 +438,7 @@ def _conversation(turns: list[Row], completion: list[Row] | None, identifier: st
 
 def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a file with where each stands, for error messages."""
-    if not path.is_file():
+    if not _is_file(path):
         raise DataError(f"{path}: no such file")
     file_format = _FILE_FORMATS.get(path.suffix)
     if file_format is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -158,11 +159,19 @@ def plain_lora_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
-        peft_type, _ = config["peft_type"], config["target_modules"]
+        peft_type = config["peft_type"]
         rank, alpha = int(config.get("r", 0)), float(config.get("lora_alpha", 0))
+        layers = config.get("layers_to_transform")
+        if isinstance(layers, list) and not all(type(layer) is int for layer in layers):
+            raise ValueError(f"layers_to_transform is {layers!r}")
+        targets = config["target_modules"]
+        if isinstance(targets, list) and not all(isinstance(name, str) for name in targets):
+            raise ValueError(f"target_modules is {targets!r}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha is {alpha}")
     except (FileNotFoundError, NotADirectoryError):
         raise CertificateError(f"{path}: no such file; give the directory of a PEFT adapter") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CertificateError(f"{path}: damaged: {error!r}") from None
     if peft_type != "LORA":
         raise CertificateError(f"{path}: peft_type is {peft_type}, accepted: LORA")
