@@ -112,7 +112,8 @@ def flipped(name: str) -> Callable[[Path], object]:
 
     def change(run: Path) -> None:
         text = (run / name).read_text(encoding="utf-8")
-        place = max(found.start() for found in re.finditer(r"\d", text[: len(text) // 2]))
+        # The first digit of a number: the last of seventeen may change nothing.
+        place = max(found.start() for found in re.finditer(r"(?<=[ \[])[1-8]", text[: len(text) // 2]))
         _write(run / name, text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
 
     return change
