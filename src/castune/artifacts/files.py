@@ -237,7 +237,13 @@ def check_digest(record: dict[str, Any], path: Path, kind: str, made_by: str) ->
     Records from before there were digests, and those made by hand, have none.
     """
     noted = record.pop(DIGEST, None)
-    if noted is not None and noted != (found := json_digest(record)):
+    if noted is None:
+        return
+    try:
+        found = json_digest(record)
+    except ValueError as error:  # NaN, which Python's reader takes
+        raise ArtifactError(f"{path}: damaged {kind}: {error}; remove it and run: {made_by}") from None
+    if noted != found:
         raise ArtifactError(
             f"{path}: damaged {kind}: its content has digest {found}, noted is {noted}; remove it and run: {made_by}. "
             f"Where it was edited on purpose, take the key {DIGEST!r} out"

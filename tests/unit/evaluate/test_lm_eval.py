@@ -641,6 +641,8 @@ def test_scores_are_found_by_name(result: LmEvalResult) -> None:
 def test_damaged_records_are_refused(result: LmEvalResult, tmp_path: Path, change: dict[str, Any]) -> None:
     path = result.save(tmp_path / "damaged.json")
     record = json.loads(path.read_text())
+    # Damage that came with a new digest: every field is looked at.
+    del record["digest"]
     [(key, value)] = change.items()
     if value is ...:
         del record[key]
