@@ -112,9 +112,9 @@ def assert_pcgrad(g: np.ndarray, u: np.ndarray) -> None:
     if g_64 @ u_64 >= 0:
         assert all(one is two for one, two in zip(after, before, strict=True)), "left as it is, bit for bit"
     else:
-        # No component against u is left, up to that rounding.
-        assert whole(after) @ u_64 >= -1e-6 * np.linalg.norm(g_64) * np.linalg.norm(u_64)
-        assert np.linalg.norm(whole(after)) <= np.linalg.norm(g_64) * (1 + 1e-6)
+        # No component against u is left, up to that rounding, and that of numbers too small to have all their digits.
+        assert whole(after) @ u_64 >= -(1e-6 * np.linalg.norm(g_64) + 1e-38) * np.linalg.norm(u_64)
+        assert np.linalg.norm(whole(after)) <= np.linalg.norm(g_64) * (1 + 1e-6) + 1e-38
 
 
 @settings(deadline=None)
