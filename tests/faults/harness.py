@@ -50,6 +50,7 @@ import castune.tune.mask
 torch.set_num_threads(1)
 # What says when and how fast something was made, not what it is.
 _VOLATILE = {"provenance", "seconds", "digest", "samples_hash", "date", "started", "updated"}
+_MADE_ANEW = (".html", ".svg", ".pdf", ".png", ".md")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = (
     "os.rename",
@@ -396,7 +397,7 @@ def leftovers(run: Path) -> list[str]:
 
 
 def _digest(path: Path) -> str:
-    if path.suffix in (".html", ".svg", ".pdf", ".png", ".md"):
+    if path.suffix in _MADE_ANEW:
         return "there"
     content: Any = path.read_bytes()
     if path.suffix == ".parquet":
@@ -531,7 +532,7 @@ def _judged(
     return attempt
 
 
-def damages(work: Work, generator: random.Random) -> Iterator[Attempt]:
+def damages(work: Work, generator: random.Random, every: int = 1) -> Iterator[Attempt]:
     """Every artifact of a finished run truncated, emptied, overwritten, with one byte changed: the same command says so.
 
     It either names the file and stops, and comes to the same results once that is removed, or it does not need it.
@@ -540,24 +541,24 @@ def damages(work: Work, generator: random.Random) -> Iterator[Attempt]:
     files = sorted(
         p.relative_to(work.root / "states" / "run") for p in (work.root / "states" / "run").rglob("*") if p.is_file()
     )
-    for name in files:
-        if name.suffix in (".html", ".svg", ".pdf", ".png", ".md"):
-            continue  # made anew each time
-        for damage in ("truncated", "emptied", "overwritten", "one byte changed"):
-            shutil.rmtree(work.run.parent, ignore_errors=True)
-            work.run.parent.mkdir()
-            shutil.copytree(work.root / "states" / "run", work.run)
-            content = bytearray((work.run / name).read_bytes())
-            if damage == "one byte changed":
-                content[generator.randrange(len(content))] ^= 1 << generator.randrange(7)
-            elif damage == "overwritten":
-                content = bytearray(generator.randbytes(len(content)))
-            else:
-                content = content[: generator.randrange(1, len(content)) if damage == "truncated" else 0]
-            (work.run / name).write_bytes(content)
-            attempt = Attempt("run", f"artifact {damage}", str(name))
-            attempt.problem = _noticed(work, stage, attempt)
-            yield attempt
+    kinds = ("truncated", "emptied", "overwritten", "one byte changed")
+    # Drawings and pages are made anew each time.
+    wanted = [(name, kind) for name in files if name.suffix not in _MADE_ANEW for kind in kinds]
+    for name, damage in wanted[::every]:
+        shutil.rmtree(work.run.parent, ignore_errors=True)
+        work.run.parent.mkdir()
+        shutil.copytree(work.root / "states" / "run", work.run)
+        content = bytearray((work.run / name).read_bytes())
+        if damage == "one byte changed":
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(7)
+        elif damage == "overwritten":
+            content = bytearray(generator.randbytes(len(content)))
+        else:
+            content = content[: generator.randrange(1, len(content)) if damage == "truncated" else 0]
+        (work.run / name).write_bytes(content)
+        attempt = Attempt("run", f"artifact {damage}", str(name))
+        attempt.problem = _noticed(work, stage, attempt)
+        yield attempt
 
 
 def _noticed(work: Work, stage: Stage, attempt: Attempt) -> str | None:
@@ -603,6 +604,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="")
     parser.add_argument("--damages", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--every", type=int, default=1, help="of the damages, every so manieth")
     parser.add_argument("--record", type=Path, help="a JSON line an attempt")
     options = parser.parse_args()
     generator = random.Random(options.seed)
@@ -618,11 +620,11 @@ def main() -> None:
                 file.write(json.dumps(vars(attempt)) + "\n")
 
     wanted = [name.strip() for name in options.stages.split(",") if name.strip()] or list(work.stages)
-    for name in wanted:
+    for name in (name for name in wanted if name != "none"):
         for attempt in attempts(work, work.stages[name], options.per_cell, generator):
             note(attempt)
     if options.damages:
-        for attempt in damages(work, generator):
+        for attempt in damages(work, generator, options.every):
             note(attempt)
     print(matrix(found))
     sys.exit(any(attempt.problem is not None for attempt in found))
