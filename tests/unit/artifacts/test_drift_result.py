@@ -69,7 +69,6 @@ def damage(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         damage("steps", value=[[]]),
         damage("steps", 0, "step", value=...),
         damage("steps", 0, "step", value="soon"),
-        damage("steps", 0, "surplus", value=1),
         damage("steps", 0, "columns", value=[]),
         damage("steps", 0, "columns", "conflict_score", value=3),
         damage("steps", 0, "columns", "conflict_score", "corrected", value="high"),
