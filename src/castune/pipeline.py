@@ -346,68 +346,42 @@ def tune_step(
 ) -> TuneResult:
     """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay."""
     # The first of several processes speaks for them.
-    alone = alone_at(arm.folder / ".adapter.lock") if Shard.is_main_process() else nullcontext()
-    with alone:
-        return _tuned(
-            folder,
-            arm,
+    with alone_at(arm.folder / ".adapter.lock") if Shard.is_main_process() else nullcontext():
+        selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
+        if arm.is_masked:
+            raise ArtifactError(
+                f"{arm.adapter} was made of other adapters by castune mask; train an arm of another name"
+            )
+        if arm.is_trained and not overwrite:
+            result = folder.load_tuning(arm, selection)
+            # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
+            found = TuneConfig(**result.settings).model_dump(mode="json")
+            _check_same(f"{arm.adapter}", found, config.model_dump(mode="json"), folder)
+            _check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data), folder)
+            if result.utility is not None and utility is not None:
+                _check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
+            logger.info("tuning %s: already there", arm.name)
+            return result
+        reselect = None
+        if config.reselect_steps is not None:
+            require_rule(selection.zone)
+            reselect = _reselection(folder, arm, selection, model, tokenizer)
+        logger.info("tuning %s: %s, %d examples", arm.name, selection.counted, len(data))
+        result = tune(
             model,
             tokenizer,
-            data,
-            config,
-            source,
+            selection,
+            data=data,
+            out=arm.adapter,
+            config=config,
+            source=source,
             utility=utility,
             utility_source=utility_source,
-            overwrite=overwrite,
+            reselect=reselect,
         )
-
-
-def _tuned(
-    folder: RunDirectory,
-    arm: Arm,
-    model: Any,
-    tokenizer: Any,
-    data: Sequence[Example],
-    config: TuneConfig,
-    source: str,
-    *,
-    utility: Sequence[Example] | None,
-    utility_source: str | None,
-    overwrite: bool,
-) -> TuneResult:
-    selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
-    if arm.is_masked:
-        raise ArtifactError(f"{arm.adapter} was made of other adapters by castune mask; train an arm of another name")
-    if arm.is_trained and not overwrite:
-        result = folder.load_tuning(arm, selection)
-        # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
-        found = TuneConfig(**result.settings).model_dump(mode="json")
-        _check_same(f"{arm.adapter}", found, config.model_dump(mode="json"), folder)
-        _check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data), folder)
-        if result.utility is not None and utility is not None:
-            _check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
-        logger.info("tuning %s: already there", arm.name)
+        if Shard.is_main_process():
+            folder.record_step(f"tune {arm.name}", result.provenance)
         return result
-    reselect = None
-    if config.reselect_steps is not None:
-        require_rule(selection.zone)
-        reselect = _reselection(folder, arm, selection, model, tokenizer)
-    logger.info("tuning %s: %s, %d examples", arm.name, selection.counted, len(data))
-    result = tune(
-        model,
-        tokenizer,
-        selection,
-        data=data,
-        out=arm.adapter,
-        config=config,
-        source=source,
-        utility=utility,
-        utility_source=utility_source,
-        reselect=reselect,
-    )
-    if Shard.is_main_process():
-        folder.record_step(f"tune {arm.name}", result.provenance)
-    return result
 
 
 def _reselection(folder: RunDirectory, arm: Arm, selection: HeadSelection, model: Any, tokenizer: Any) -> Reselect:

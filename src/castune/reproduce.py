@@ -22,7 +22,7 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import write_json
 from castune.artifacts.fingerprints import same_model
 from castune.artifacts.tune_result import adapter_hash
-from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, TuneConfig
+from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import load_config, load_model
 from castune.core.provenance import provenance
 from castune.data.example import Example, content_hash
@@ -32,7 +32,6 @@ from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.suites import load_suites
 from castune.evaluations import evaluate_step
 from castune.run_directory import BASE, Arm, RunDirectory
-from castune.select import select
 
 logger = logging.getLogger(__name__)
 
@@ -279,15 +278,12 @@ def _arm_again(
 def _selected_again(selection: HeadSelection, cmap: ConflictMap) -> HeadSelection:
     if selection.zone == "custom":
         return selection
-    return select(
-        cmap,
-        zone="safe" if selection.zone == "bucket" else selection.zone,
-        fraction=1.0 if selection.fraction is None else selection.fraction,
-        buckets=selection.buckets,
-        bucket=selection.bucket,
-        score=selection.score,
-        seed=selection.seed,
-    )
+    settings: dict[str, Any] = {
+        name: getattr(selection, name) for name in ("zone", "fraction", "buckets", "bucket", "score", "seed")
+    }
+    if selection.zone == "bucket":
+        settings["zone"] = "safe"
+    return pipeline.choose(cmap, SelectConfig(**settings))
 
 
 def compare_adapters(what: str, one: tuple[Path, TuneResult], other: tuple[Path, TuneResult]) -> Comparison:

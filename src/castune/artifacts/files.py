@@ -303,15 +303,16 @@ def typed(path: Path, kind: str, cls: type[T], record: Mapping[str, Any]) -> T:
     fields = {name: record[name] for name in cls.__dataclass_fields__ if name in record}  # type: ignore[attr-defined]
     try:
         # Strict as JSON is: a list may be a tuple, a text is no number.
-        return _adapter(cls).validate_json(json.dumps(fields), strict=True)
+        found: T = _adapter(cls).validate_json(json.dumps(fields), strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "as a whole"
         raise ArtifactError(f"{path}: damaged {kind}: {where}: {first['msg']}") from None
+    return found
 
 
 @lru_cache
-def _adapter(cls: type[T]) -> TypeAdapter[T]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls)
