@@ -72,7 +72,7 @@ def load(
     Raises:
         CastuneError: nothing loadable at that name; the message says what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source, gguf_file = _resolve(str(name))
     if quantization != "none" and gguf_file is not None:
@@ -91,6 +91,8 @@ def load(
                 quantization_config=GgufConfig(dequantize=True),
             ).to(device_of(device))
         else:
+            # Its errors are of more help than a tokenizer's where the family is unknown.
+            AutoConfig.from_pretrained(source, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             if quantization != "none":
                 options["quantization_config"] = bitsandbytes_config(quantization, torch_dtype)
@@ -282,6 +284,10 @@ def _convert(gguf: Path, target: Path) -> None:
 def placement(device: str | torch.device) -> Any:
     """Where a model goes: a device, or `auto` to spread it over all accelerators (accelerate's `device_map`)."""
     if str(device) != "auto":
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise CastuneError(f"device {str(device)!r}: accepted are auto, cpu, cuda, cuda:1, mps, ...") from None
         return str(device)
     if not torch.cuda.is_available():
         return "cpu"

@@ -26,6 +26,8 @@ Row = dict[str, Any]
 _STARTER = Path(__file__).parent / "starter"
 _FILE_FORMATS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
+# Columns that hold a text or a list of turns.
+_TURNS = ("prompt", "completion", "chosen", "rejected")
 COLUMNS = (
     "multiple choice: prompt, choices, answer; problems: prompt, answer (text); harmful prompts: prompt, target; "
     "alignment data: prompt, completion, or messages, or instruction, output; preferences: prompt, chosen, rejected; "
@@ -376,6 +378,9 @@ def _example_of(row: Row) -> Example:
     row = {key: value for key, value in row.items() if value is not None}
     identifier = str(row.get("id", ""))
     group = next((str(row[key]) for key in ("subject", "category", "kind") if row.get(key)), None)
+    for column, value in row.items():
+        if column == "messages" or (isinstance(value, list) and column in _TURNS):
+            _check_turns(column, value)
     if "messages" in row:
         return _conversation(row["messages"], None, identifier, group)
     if "instruction" in row:
@@ -407,6 +412,14 @@ def _example_of(row: Row) -> Example:
         )
     reply = row.get("completion", row.get("target"))
     return Example(id=identifier, prompt=row["prompt"], reply=reply, group=group)
+
+
+def _check_turns(column: str, turns: Any) -> None:
+    is_so = isinstance(turns, list) and all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
+    )
+    if not is_so:
+        raise DataError(f"{column} is {str(turns)[:60]!r}, accepted: a list of turns, each with 'role' and 'content'")
 
 
 def _preference(row: Row, identifier: str, group: str | None) -> Example:
