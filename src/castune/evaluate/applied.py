@@ -23,7 +23,8 @@ def require_applied(peft_model: Any, adapter: Path) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from safetensors import safe_open
 
-    held = get_peft_model_state_dict(peft_model)
+    # castune adapts no embeddings; asked whether to look for them, PEFT asks the hub.
+    held = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         names = set(file.keys())
         homeless = sorted(names - held.keys())
