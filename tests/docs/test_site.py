@@ -58,7 +58,7 @@ def test_the_reference_knows_every_public_name_command_and_setting(site: Path) -
 
 def test_pages_are_read_in_a_browser(site: Path, browser: Browser) -> None:
     for page, heading in (("index.html", "castune"), ("method.html", "Method"), ("reference/python.html", "Python")):
-        browser.open(site / page, "document.querySelector('h1')")
+        browser.open(site / page, "!!document.querySelector('h1')")
         assert heading in browser.run("document.querySelector('h1').textContent")
         # The table of contents, and a menu of the other pages.
         assert browser.run("document.querySelectorAll('nav a').length") > 20
