@@ -54,14 +54,12 @@ def of_the_machine(error: Exception) -> str | None:
     """What to tell the user of an error that memory or a disk made; None of any other, which is a bug."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:60]}...: this name is longer than a file system takes"
-    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-        if error.errno not in _DISK:
-            return None
+    if isinstance(error, OSError) and error.errno in _DISK:
         return (
             f"{error.filename or 'a file'} could not be written: {error.strerror}. What is finished is kept, the same "
             "command continues once there is room and permission"
         )
-    # Writers below Python have errors of their own.
+    # Writers below Python, and copies of whole directories, have errors of their own.
     if re.search("No space left on device|File too large|Read-only file system|Disk quota exceeded", str(error)):
         return (
             f"a file could not be written: {' '.join(str(error).split())[:200]}. What is finished is kept, the same "
