@@ -581,6 +581,8 @@ def _noticed(work: Work, stage: Stage, attempt: Attempt) -> str | None:
         line = next(line for line in ended.said.splitlines() if line.startswith("error: "))
         attempt.error = attempt.error or line
         named = [Path(word.rstrip(":,;.")) for word in re.findall(r"/\S+", line)]
+        # Of a file that is gone, what it belongs to: an adapter without its certificate is made again as a whole.
+        named = [path if path.exists() else path.parent for path in named]
         inside = [p for p in named if p.is_relative_to(work.run) and p != work.run and p.exists()]
         if not inside:
             return f"no file is named: {line}"
