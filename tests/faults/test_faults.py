@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_command
 
 HARNESS = Path(__file__).with_name("harness.py")
 
@@ -15,11 +15,8 @@ HARNESS = Path(__file__).with_name("harness.py")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and capabilities of Linux")
 def test_faults_of_every_kind_are_survived(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
-    done = subprocess.run(
-        [sys.executable, str(HARNESS), str(tmp_path / "work"), "--per-cell", "1", "--stages", "diagnose,tune,evaluate",
-         "--no-damages", "--record", str(record)],
-        text=True, capture_output=True, timeout=1200, check=False,
-    )  # fmt: skip
+    options = ["--per-cell", "1", "--stages", "diagnose,tune,evaluate", "--no-damages", "--record", record]
+    done = run_command([sys.executable, HARNESS, tmp_path / "work", *options], timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     attempts = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
     assert len(attempts) == 3 * 10
@@ -29,11 +26,8 @@ def test_faults_of_every_kind_are_survived(tmp_path: Path) -> None:
 
 def test_damaged_artifacts_are_named_or_not_needed(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
-    done = subprocess.run(
-        [sys.executable, str(HARNESS), str(tmp_path / "work"), "--stages", "none", "--damages", "--every", "7",
-         "--record", str(record)],
-        text=True, capture_output=True, timeout=1200, check=False,
-    )  # fmt: skip
+    options = ["--stages", "none", "--damages", "--every", "7", "--record", record]
+    done = run_command([sys.executable, HARNESS, tmp_path / "work", *options], timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     attempts = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
     assert len(attempts) >= 8

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import run_command
 from typer.testing import CliRunner
 
 from castune.cli import app
@@ -17,12 +18,10 @@ from castune.errors import CastuneError
 BIN = Path(sys.executable).parent
 
 
-def castune(*arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def castune(*arguments: object, cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "castune")] if (BIN / "castune").exists() else [sys.executable, "-m", "castune.cli"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    return run_command([*command, *arguments], cwd=cwd, env=environment, timeout=timeout)
 
 
 def assert_one_error(done: subprocess.CompletedProcess[str], *said: str) -> str:

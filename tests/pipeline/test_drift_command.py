@@ -18,6 +18,7 @@ import torch
 from command_line import assert_one_error, castune, command, refused
 from loopback import needs_loopback
 from peft import PeftModel
+from processes import run_command
 
 from castune.artifacts import Certificate, ConflictMap
 from castune.artifacts.drift_result import DriftResult
@@ -222,7 +223,7 @@ def test_two_ranks_make_what_one_process_makes(finished: Path, tmp_path: Path) -
     shutil.copytree(finished, tmp_path / "shared")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     arguments = [*torchrun, CASTUNE, "drift", str(tmp_path / "shared")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment())
+    done = run_command(arguments, env=environment())
     assert done.returncode == 0, done.stderr
     assert DriftResult.load(tmp_path / "shared" / "drift" / "safe").steps == drifted(finished).steps
 
@@ -245,7 +246,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_snapshots(
         ]  # fmt: skip
 
     # The same heads by two names.
-    subprocess.run(arguments("risky-50"), check=True, capture_output=True, timeout=300, env=environment())
+    run_command(arguments("risky-50"), env=environment()).check_returncode()
     adapter = finished / "arms" / "bucket-1-of-2" / "adapter"
     unfinished = adapter.parent / ".adapter.unfinished"
     # A snapshot without a checkpoint after it; one with; a checkpoint just written.
@@ -259,7 +260,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_snapshots(
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not adapter.exists()
-    subprocess.run(arguments("bucket-1-of-2"), check=True, capture_output=True, timeout=300, env=environment())
+    run_command(arguments("bucket-1-of-2"), env=environment()).check_returncode()
     whole = snapshot_bytes(finished / "arms" / "risky-50" / "adapter")
     assert len(whole) == 3 * (9 + 1)
     assert snapshot_bytes(adapter) == whole

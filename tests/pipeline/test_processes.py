@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from loopback import needs_loopback
+from processes import run_command
 
 from castune.artifacts import ConflictMap
 from castune.artifacts.tune_result import TuneResult
@@ -33,7 +34,7 @@ def command(model: Path, data: dict[str, Path], out: Path, *more: str) -> list[s
 
 def finish(arguments: list[str]) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment)
+    done = run_command(arguments, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

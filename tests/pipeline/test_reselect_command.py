@@ -18,6 +18,7 @@ import pytest
 import torch
 from command_line import assert_one_error, castune, command, refused
 from peft import PeftModel
+from processes import run_command
 from transformers import AutoModelForCausalLM
 
 from castune.artifacts import ConflictMap, HeadSelection, TuneResult
@@ -201,7 +202,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_adapter(
             "--reselect-steps", "2", "--snapshot-steps", "3",
         ]  # fmt: skip
 
-    subprocess.run(arguments(selected), check=True, capture_output=True, timeout=300, env=environment())
+    run_command(arguments(selected), env=environment()).check_returncode()
     adapter, unfinished = killed / "adapter", killed / ".adapter.unfinished"
     # Before the first phase ends, while a map is measured, between selection and training, in a phase, at its end.
     for wanted in (
@@ -218,7 +219,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_adapter(
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not adapter.exists()
-    subprocess.run(arguments(killed), check=True, capture_output=True, timeout=300, env=environment())
+    run_command(arguments(killed), env=environment()).check_returncode()
     assert whole(adapter) == whole(selected / "adapter")
     assert len(whole(adapter)) == 2 * 3
     results = TuneResult.load(adapter), TuneResult.load(selected / "adapter")

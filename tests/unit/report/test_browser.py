@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 import zlib
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
 from fake_run import Run, make_run
+from processes import run_command
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 OPTIONS = [
@@ -37,7 +37,8 @@ def browse(page: Path) -> tuple[str, list[str]]:
         f"--user-data-dir={page.parent / 'profile'}",
         page.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = run_command(command)
+    done.check_returncode()
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     # The browser's own pages (new tab, toolbar) speak too, of slow networks for example.
     return done.stdout, [line for line in said if not re.search(r"source: chrome(-untrusted)?://", line)]

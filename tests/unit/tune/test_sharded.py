@@ -6,7 +6,6 @@ accelerate shards on accelerators only, so the shards are made by torch itself, 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from loopback import needs_loopback
+from processes import run_command
 from safetensors.torch import load_file
 
 from castune.artifacts import HeadSelection
@@ -89,7 +89,7 @@ def test_two_shards_train_the_adapter_of_one_process(
     for name, launch in (("one", []), ("two", torchrun)):
         command = [sys.executable, *launch, str(tmp_path / "job.py"), str(tmp_path), name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        done = run_command(command, env=environment)
         assert done.returncode == 0, done.stderr
     # The certificate holds: every row of B, and column of A, outside the selection is exactly zero.
     certificates = [certify(model, tmp_path / name, selection) for name in ("one", "two")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from loopback import needs_loopback
+from processes import run_command
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -533,10 +533,7 @@ def test_two_processes_train_like_one(
         }  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps(job))
         arguments = [tmp_path / "job.py", tmp_path / "model", tmp_path / f"{name}.json", tmp_path / "selection.json"]
-        done = subprocess.run(
-            [sys.executable, *launch, *map(str, arguments)],
-            capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        done = run_command([sys.executable, *launch, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1"))
     assert first["world"] == 2

@@ -1,0 +1,34 @@
+"""Commands in processes of their own that cannot outlive a test, whatever they started themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+
+def run_command(
+    command: Sequence[object], *, timeout: float = 600, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and return what it said.
+
+    Its standard streams belong to its children too, ranks of torchrun for example: of a command that takes too long all
+    processes are killed, or nobody would ever see the end of its output.
+    """
+    arguments = [str(word) for word in command]
+    process = subprocess.Popen(
+        arguments, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    with process:
+        try:
+            said, errors = process.communicate(timeout=timeout)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            said, errors = process.communicate()
+            print(" ".join(arguments), said, errors, sep="\n")
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, said, errors)
