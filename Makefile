@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-fast lint docs faults release format bench bench-peers bench-training clean
+.PHONY: setup demo test test-fast test-lowest coverage mutants lint docs faults release format bench bench-peers bench-training clean
 
 setup: $(STAMP)
 
@@ -25,13 +25,40 @@ demo: setup
 	$(BIN)/castune run
 
 # Each worker holds the default model; files stay together because they share what they measured.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Files begin in the order of their folders: those that take minutes (docs, faults, pipeline, real) before the many small ones.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)
 
 test-fast: setup
 	$(PYTEST) -m 'not real'
+
+# The fast tests with the lowest versions that pyproject.toml accepts, in an environment of their own.
+LOWEST := build/lowest
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-timeout pytest-instafail hypothesis scipy
+	$(LOWEST)/bin/python -m pip check
+	$(LOWEST)/bin/python -m pytest -q -m 'not real' tests/unit/core tests/unit/artifacts tests/unit/data tests/unit/diagnose/test_diagnose_run.py tests/unit/tune/test_tune.py tests/pipeline/test_run.py
+
+# Lines and branches of castune that the tests reach, those of its own processes too; a page in build/coverage.
+COVERAGE := $(CURDIR)/build/coverage
+coverage: export COVERAGE_FILE = $(COVERAGE)/data
+coverage: setup
+	mkdir -p $(COVERAGE)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet --directory $(COVERAGE)/page
+	$(BIN)/coverage report
+
+# Changes made on purpose to the modules that only compute: which of them no test notices. Goes on where it was stopped.
+mutants: setup
+	$(BIN)/python -m pip install -qq --disable-pip-version-check mutmut==3.8.1
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 lint: setup
 	$(BIN)/ruff check .
