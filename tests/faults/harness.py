@@ -1,77 +1,47 @@
 """Commands broken on purpose: in forked processes, on a tiny model, and compared with commands that were not broken.
 
-    python tests/faults/harness.py WORK --per-cell 5 --seed 0 --table matrix.md
+    python tests/faults/harness.py WORK --per-cell 5 --seed 0
 
-One process imports everything and forks for every attempt, so an attempt costs what its work costs. A fault strikes
-either at a file operation below the work directory, counted by Python's audit events, or at a random moment. After each
-the same command is run unbroken, and everything it leaves is compared with a clean run.
+A fault strikes either at a file operation below the work directory or at a random moment (`strikes`). After each the
+same command is run unbroken, and everything it leaves (`outcome`) is compared with a clean run.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import errno
-import hashlib
 import json
 import os
 import random
 import re
-import resource
-import select
 import shutil
 import signal
 import sys
-import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # Before torch is imported. Forked processes must not share a pool of threads, and none may reach a hub.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pyarrow.parquet as pq
 import torch
+from forked import Before, Ended, command, finish, start, told
+from outcome import MADE_ANEW, leftovers, results
+from strikes import (
+    Counting,
+    at_operation,
+    full,
+    jumping_clock,
+    little_memory,
+    powerless,
+    send,
+    small_files,
+)
 from tiny_models import make_tiny_model, make_tiny_tokenizer
 
-import castune.cli
-import castune.drifts
-import castune.evaluations
-import castune.export
-import castune.pipeline
-import castune.report.page
-import castune.tune.mask
-
 torch.set_num_threads(1)
-# What says when and how fast something was made, not what it is.
-_VOLATILE = {"provenance", "seconds", "digest", "samples_hash", "date", "started", "updated"}
-_MADE_ANEW = (".html", ".svg", ".pdf", ".png", ".md")
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = (
-    "os.rename",
-    "os.remove",
-    "os.mkdir",
-    "os.rmdir",
-    "os.link",
-    "os.symlink",
-    "shutil.rmtree",
-    "shutil.copyfile",
-)
-
-Before = Callable[[], None]
-
-
-class Ended(NamedTuple):
-    """How a command ended: its exit code, negative for a signal, and what it said."""
-
-    code: int
-    said: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -173,272 +143,22 @@ def prepare(root: Path) -> Work:
         work.stages[stage.name] = stage
         work.begin(stage)
         # Once for what is made only once (bytecode, caches), once to be timed and counted.
-        first = command(work, stage.arguments)
+        first = command(work.root, stage.arguments)
         assert first.code == 0, (stage.name, first.said)
         work.keep(stage.name)
         work.clean[stage.name] = results(work.run)
         work.begin(stage)
         counted = Counting(work.root)
-        ended = command(work, stage.arguments, counted.before)
+        ended = command(work.root, stage.arguments, counted.before)
         assert ended.code == 0, (stage.name, ended.said)
         assert results(work.run) == work.clean[stage.name], f"{stage.name} comes out otherwise each time"
         work.seconds[stage.name], work.operations[stage.name] = ended.seconds, counted.read()
     return work
 
 
-def command(
-    work: Work, arguments: list[str], before: Before | None = None, kill: tuple[float, int] | None = None
-) -> Ended:
-    """Run a command in a forked process; `before` is called in it first, `kill` is a moment and a signal."""
-    return finish(start(work, arguments, before), kill)
-
-
-class Started(NamedTuple):
-    """A process that runs a command, and where what it says comes out."""
-
-    pid: int
-    output: int
-    began: float
-
-
-def start(work: Work, arguments: list[str], before: Before | None = None) -> Started:
-    """Fork a process that runs a command."""
-    reading, writing = os.pipe()
-    began = time.monotonic()
-    pid = os.fork()
-    if pid:
-        os.close(writing)
-        return Started(pid, reading, began)
-    code = 70
-    try:
-        os.setsid()
-        os.close(reading)
-        for descriptor in (1, 2):
-            os.dup2(writing, descriptor)
-        os.close(writing)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
-        os.chdir(work.root)
-        sys.argv = ["castune", *arguments]
-        if before is not None:
-            before()
-        castune.cli.main()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
-                stream.flush()
-        os._exit(code)
-
-
-def finish(started: Started, kill: tuple[float, int] | None = None) -> Ended:
-    """Wait for a command, two minutes at most; stop it at a moment."""
-    said = bytearray()
-    end = started.began + 120
-    while True:
-        now = time.monotonic()
-        if kill is not None and now >= started.began + kill[0]:
-            with suppress(ProcessLookupError):
-                os.kill(started.pid, kill[1])
-            kill = None
-        if now > end:
-            # With its children, which hold the pipe open.
-            with suppress(ProcessLookupError):
-                os.killpg(started.pid, signal.SIGKILL)
-        until = end if kill is None else started.began + kill[0]
-        readable, _, _ = select.select([started.output], [], [], max(0.001, min(until - now, 0.5)))
-        if readable:
-            part = os.read(started.output, 65536)
-            if not part:
-                break
-            said += part
-    os.close(started.output)
-    _, status = os.waitpid(started.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return Ended(
-        -99 if time.monotonic() > end else code, said.decode(errors="replace"), time.monotonic() - started.began
-    )
-
-
-# -- what strikes
-
-
-def _touched(event: str, arguments: tuple[Any, ...], root: str) -> bool:
-    """Whether an audit event is a change of a file below a directory."""
-    if event == "open":
-        path, mode, flags = arguments
-        if not (isinstance(mode, str) and set(mode) & set("wax+")) and not (isinstance(flags, int) and flags & _WRITES):
-            return False
-    elif event in _CHANGES:
-        path = arguments[0]
-    else:
-        return False
-    return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(root)
-
-
-class Counting:
-    """Counts the file operations of a forked process in memory that it shares with this one."""
-
-    def __init__(self, root: Path) -> None:
-        import mmap
-
-        self._memory, self._root = mmap.mmap(-1, 8), str(root / "place")
-        self._count = ctypes.c_int64.from_buffer(self._memory)
-
-    def before(self) -> None:
-        """Count from now on."""
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if _touched(event, arguments, self._root):
-                self._count.value += 1
-
-        sys.addaudithook(hook)
-
-    def read(self) -> int:
-        """How many there were."""
-        return int(self._count.value)
-
-
-def at_operation(number: int, root: Path, strike: Callable[[str], None], *, from_then_on: bool = False) -> Before:
-    """Strike at the file operation of that number."""
-    place, seen = str(root / "place"), [0]
-
-    def before() -> None:
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if not _touched(event, arguments, place):
-                return
-            seen[0] += 1
-            if seen[0] == number or (from_then_on and seen[0] > number):
-                strike(event)
-
-        sys.addaudithook(hook)
-
-    return before
-
-
-def send(number: int) -> Callable[[str], None]:
-    """A signal to this process."""
-    return lambda event: os.kill(os.getpid(), number)
-
-
-def full(event: str) -> None:
-    """The disk is full: nothing can be made, things can be removed."""
-    if event in ("open", "os.mkdir", "os.link", "shutil.copyfile"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
-
-
-def small_files(limit: int) -> Before:
-    """No file can grow beyond so many bytes."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-
-def little_memory(extra: int) -> Before:
-    """So many bytes of address space more than are in use."""
-
-    def before() -> None:
-        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + extra, in_use + extra))
-
-    return before
-
-
-def powerless() -> None:
-    """Give up root's right to write where permissions say no (and every other capability)."""
-
-    class Header(ctypes.Structure):
-        _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-    nothing = (ctypes.c_uint32 * 6)()
-    if ctypes.CDLL(None, use_errno=True).capset(ctypes.byref(Header(0x20080522, 0)), ctypes.byref(nothing)):
-        raise OSError(ctypes.get_errno(), "capset")
-
-
-def jumping_clock(seed: int) -> Before:
-    """The wall clock jumps to and fro by up to a day at every tenth look."""
-
-    def before() -> None:
-        generator, offset, looks = random.Random(seed), [0.0], [0]
-        now, now_ns = time.time, time.time_ns
-
-        def jumped() -> float:
-            looks[0] += 1
-            if looks[0] % 10 == 0:
-                offset[0] = generator.uniform(-86400, 86400)
-            return offset[0]
-
-        time.time = lambda: now() + jumped()
-        time.time_ns = lambda: now_ns() + int(jumped() * 1e9)
-
-    return before
-
-
-# -- what came out
-
-
-def results(run: Path) -> dict[str, str]:
-    """A digest of everything a run directory holds, but for when and how fast it was made."""
-    return {
-        str(path.relative_to(run)): _digest(path)
-        for path in sorted(run.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(run).parts)
-        # A log of steps: a step that was begun twice stands there twice.
-        and path.name != "provenance.json"
-    }
-
-
-def leftovers(run: Path) -> list[str]:
-    """What was put aside to be moved into place, and is still there."""
-    return [
-        str(p.relative_to(run.parent)) for p in run.parent.rglob("*") if p.name.startswith(".") and p.suffix != ".next"
-    ]
-
-
-def _digest(path: Path) -> str:
-    if path.suffix in _MADE_ANEW:
-        return "there"
-    content: Any = path.read_bytes()
-    with suppress(ValueError, OSError):  # damaged on purpose: its bytes are what it is
-        content = _content(path, content)
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _content(path: Path, content: Any) -> Any:
-    if path.suffix == ".parquet":
-        table = pq.read_table(path)
-        header = json.loads((table.schema.metadata or {}).get(b"castune", b"{}"))
-        content = json.dumps(
-            [table.replace_schema_metadata(None).to_pydict(), _stable(header)], sort_keys=True
-        ).encode()
-    elif path.suffix == ".json":
-        content = json.dumps(_stable(json.loads(content)), sort_keys=True).encode()
-    return content
-
-
-def _stable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _stable(inner) for key, inner in value.items() if key not in _VOLATILE}
-    return [_stable(inner) for inner in value] if isinstance(value, list) else value
-
-
-def told(ended: Ended, *codes: int) -> str | None:
-    """What is wrong with how a command ended; None where it is one of these codes, and said without a traceback."""
-    if "Traceback" in ended.said:
-        return f"traceback: {ended.said[-400:]}"
-    if ended.code not in codes:
-        return f"exit code {ended.code}, accepted: {codes}: {ended.said[-300:]}"
-    if ended.code == 2 and not re.search(r"^error: ", ended.said, re.MULTILINE):
-        return f"no error is told: {ended.said[-300:]}"
-    return None
-
-
 def again(work: Work, stage: Stage, *, tidy: bool = False) -> str | None:
     """Run the command unbroken; what is wrong with what it leaves, or None."""
-    ended = command(work, stage.arguments)
+    ended = command(work.root, stage.arguments)
     # A finished directory is not written twice.
     if not (ended.code == 2 and "exists already" in ended.said) and (problem := told(ended, 0)):
         return f"again: {problem}"
@@ -449,9 +169,6 @@ def again(work: Work, stage: Stage, *, tidy: bool = False) -> str | None:
     if tidy and (left := leftovers(work.run)):
         return f"left behind: {', '.join(left[:5])}"
     return None
-
-
-# -- attempts
 
 
 def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) -> Iterator[Attempt]:
@@ -478,7 +195,7 @@ def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) 
         moment = generator.uniform(0.05, 0.95) * seconds
         number, code = generator.choice([(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
         work.begin(stage)
-        ended = command(work, stage.arguments, kill=(moment, number))
+        ended = command(work.root, stage.arguments, kill=(moment, number))
         yield _judged(
             work,
             stage,
@@ -510,7 +227,7 @@ def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) 
         ended = _broken(work, stage, jumping_clock(seed))
         yield _judged(work, stage, "clock jumps", f"seed {seed}", ended, (0,))
         work.begin(stage)
-        both = [start(work, stage.arguments) for _ in range(2)]
+        both = [start(work.root, stage.arguments) for _ in range(2)]
         ends = [finish(one) for one in both]
         attempt = Attempt(stage.name, "two processes at once", ", ".join(str(end.code) for end in ends))
         attempt.problem = next((p for end in ends if (p := told(end, 0, 2))), None) or again(work, stage)
@@ -519,7 +236,7 @@ def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) 
         work.begin(stage)
         for path in (work.run.parent, *work.run.parent.rglob("*")):
             path.chmod(0o555 if path.is_dir() else 0o444)
-        ended = command(work, stage.arguments, powerless if os.getuid() == 0 else None)
+        ended = command(work.root, stage.arguments, powerless if os.getuid() == 0 else None)
         for path in (work.run.parent, *work.run.parent.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         yield _judged(work, stage, "read-only directory", "", ended, (2,))
@@ -527,7 +244,7 @@ def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) 
 
 def _broken(work: Work, stage: Stage, before: Before) -> Ended:
     work.begin(stage)
-    return command(work, stage.arguments, before)
+    return command(work.root, stage.arguments, before)
 
 
 def _judged(
@@ -550,8 +267,7 @@ def damages(work: Work, generator: random.Random, every: int = 1) -> Iterator[At
         p.relative_to(work.root / "states" / "run") for p in (work.root / "states" / "run").rglob("*") if p.is_file()
     )
     kinds = ("truncated", "emptied", "overwritten", "one byte changed")
-    # Drawings and pages are made anew each time.
-    wanted = [(name, kind) for name in files if name.suffix not in _MADE_ANEW for kind in kinds]
+    wanted = [(name, kind) for name in files if name.suffix not in MADE_ANEW for kind in kinds]
     for name, damage in wanted[::every]:
         shutil.rmtree(work.run.parent, ignore_errors=True)
         work.run.parent.mkdir()
@@ -571,7 +287,7 @@ def damages(work: Work, generator: random.Random, every: int = 1) -> Iterator[At
 
 def _noticed(work: Work, stage: Stage, attempt: Attempt) -> str | None:
     for _ in range(4):
-        ended = command(work, stage.arguments)
+        ended = command(work.root, stage.arguments)
         if problem := told(ended, 0, 2):
             return problem
         if ended.code == 0:
