@@ -127,7 +127,8 @@ def reproduce(run: str | Path, out: str | Path) -> Reproduction:
     cmap = folder.load_map()
     recipe = recorded_recipe(folder, cmap, out=str(again.path))
     again.check(recipe)
-    torch.set_num_threads(_threads(cmap.metadata["provenance"]) or torch.get_num_threads())
+    if not cmap.metadata["provenance"]["accelerators"]:
+        torch.set_num_threads(cmap.metadata["provenance"]["threads"])
     safety, utility = pipeline.load_calibration(recipe, _reader(cmap))
     model, tokenizer = load_model(recipe)
     fresh = pipeline.diagnose_step(again, recipe, model, tokenizer, safety, utility)
@@ -160,14 +161,13 @@ def conditions(folder: RunDirectory) -> list[Difference]:
         if then is not None and then != now:
             severity: Severity = "other arithmetic" if package in _ARITHMETIC else "other program"
             found.append(Difference(f"version of {package}", then, now or "not installed", severity))
-    machine = _machine(record), _machine(here)
-    if machine[0] != machine[1]:
-        found.append(Difference("machine", *machine, "other arithmetic"))
+    if record["machine"] != here["machine"]:
+        found.append(Difference("machine", record["machine"], here["machine"], "other arithmetic"))
     if record["accelerators"] != here["accelerators"]:
         names = [", ".join(one["accelerators"]) or "none" for one in (record, here)]
         found.append(Difference("accelerators", names[0], names[1], "other arithmetic"))
-    threads, possible = _threads(record), torch.get_num_threads()
-    if threads is not None and threads > possible and not record["accelerators"]:
+    threads, possible = record["threads"], torch.get_num_threads()
+    if threads > possible and not record["accelerators"]:
         found.append(Difference("threads", str(threads), f"{possible} by default; {threads} are used", "other program"))
     code = [_code(one["code"]) for one in (record, here)]
     if code[0] != code[1]:
@@ -402,16 +402,6 @@ def _recorded_data(record: Mapping[str, Any], seed: int) -> list[Example]:
     if len(every) <= record["n"]:
         return every
     return pipeline.load_data(DataConfig(source=record["source"], limit=record["n"]), seed)
-
-
-def _machine(record: Mapping[str, Any]) -> str:
-    # The number of threads stands behind it, and is set.
-    return str(record["machine"]).partition(",")[0]
-
-
-def _threads(record: Mapping[str, Any]) -> int | None:
-    words = str(record["machine"]).rpartition(", ")[2].split()
-    return int(words[0]) if len(words) == 2 and words[0].isdecimal() and not record["accelerators"] else None
 
 
 def _code(state: Mapping[str, Any] | None) -> str:

@@ -111,7 +111,8 @@ def test_conditions_are_ordered_by_what_they_mean(finished: Path, own_data: dict
     cmap = ConflictMap.load(finished)
     record = cmap.metadata["provenance"]
     record["versions"] |= {"torch": "1.0", "datasets": "0.1", "vllm": None}
-    record["machine"] = "Plan9 vax, 1 threads"
+    record["machine"] = "Plan9 vax"
+    record["threads"] = 4096
     record["accelerators"] = []
     record["code"] = {"commit": "0" * 40, "dirty": True}
     cmap.save(finished)
@@ -125,6 +126,7 @@ def test_conditions_are_ordered_by_what_they_mean(finished: Path, own_data: dict
         "version of torch": "other arithmetic",
         "machine": "other arithmetic",
         "version of datasets": "other program",
+        "threads": "other program",
         "castune's own code": "other program",
     }
 

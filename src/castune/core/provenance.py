@@ -80,7 +80,8 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
         "command": redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in (*packages, *optional)}},
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "code": _code_state(),
     }
