@@ -1,13 +1,13 @@
 """Two arms over seeds and examples: is one better, and would it be so on other seeds and other examples? Pure.
 
-Shape letters: T seed of a training, N example.
+Shape letters: T seed of a training, N example of a suite, R draw.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,24 +15,29 @@ from numpy.typing import NDArray
 from castune.study.distributions import Interval, student_p, student_quantile
 
 Floats = NDArray[np.float64]
-# Of every seed, the outcomes of the same examples in the same order: 1, 0, or None where unscored.
-Outcomes = Mapping[int, Sequence[float | bool | None]]
+# Of every seed and suite, the outcome of every example by its id: 1, 0, or None where unscored.
+Outcomes = Mapping[int, Mapping[str, Mapping[str, float | bool | None]]]
+
+# With more examples that differ, signs drawn at random say what Student's t says.
+_FEW = 100
+_FLIPS = 10_000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean difference of two arms, first minus second, in the unit of the outcomes.
+    """Difference of two arms, first minus second, in the unit of the outcomes: the unweighted mean over their suites.
 
     Attributes:
-        value: None without an example scored by both arms under every seed.
-        interval: 95 %, for other seeds and other examples; None with one seed (nothing tells what another would do),
-            one example, or no difference at all: what did not occur cannot show how often it would.
+        value: None where a suite has no example that is scored by both arms under every seed.
+        interval: 95 %, for other seeds and other examples; None with one seed (nothing tells what another would do), a
+            suite of one example, or no difference at all: what did not occur cannot show how often it would.
         over_seeds: 95 % for other seeds on these examples: t over the seeds' mean differences, with T - 1 degrees of
-            freedom (2 of 3 seeds: 4.30 standard errors).
+            freedom (2 of 3 seeds: 4.30 standard errors); None where the seeds do not differ.
         over_examples: 95 % for other examples of these trained models: t over the examples' mean differences.
-        wider: which of the two is wider, `seeds` or `examples`; None where one is missing.
+        wider: which of the two is wider, `seeds` or `examples`; None where one cannot be known.
         df: Satterthwaite's degrees of freedom of the variance over seeds and examples together.
-        p: two-sided p-value that belongs to `interval`: below 0.05 where it excludes 0.
+        p: two-sided p-value that belongs to `interval`: below 0.05 where it excludes 0. The larger of Student's and,
+            where few examples differ, of flipping the signs of their differences.
         p_adjusted: Holm's, over all comparisons made together; p where there is one.
         n_comparisons: how many were made together.
         per_seed: mean difference of every seed.
@@ -59,54 +64,53 @@ class Comparison:
 def compare(first: Outcomes, second: Outcomes) -> Comparison:
     """Difference of two arms, paired by seed and example.
 
-    The difference of seed t and example n is mean + seed effect + example effect + rest, both effects random and
-    crossed. With V_T and V_N the variances of the mean of seed means and of example means, and V_R that of the rest,
-    the variance of the grand mean is V_T + V_N - V_R, for each of the first two counts the rest once (two-way analysis
-    of variance). It is taken as at least V_N: V_T of three seeds may be small by chance. Degrees of freedom after
-    Satterthwaite (1946), which promise a little too much where both matter and seeds are few: so the interval is never
-    narrower than that over seeds or that over examples.
+    Every suite counts alike, as in the averages of the tables, whatever its number of examples. The difference of seed
+    t and example n of a suite is mean + seed effect + example effect + rest, both effects random and crossed. With V_T
+    and V_N the variances of the mean of seed means and of example means, and V_R that of the rest, the variance of the
+    grand mean is V_T + V_N - V_R, for each of the first two counts the rest once (two-way analysis of variance). It is
+    taken as at least V_N: V_T of three seeds may be small by chance. Degrees of freedom after Satterthwaite (1946),
+    which promise a little too much where both matter and seeds are few: so the interval is never narrower than that
+    over seeds or that over examples, and holds 0 where flipped signs do as well in one case of twenty.
 
     Args:
-        first: of every seed, outcomes of N examples under one arm.
-        second: the same seeds and the same examples under the other.
+        first: of every seed, the outcomes under one arm.
+        second: the same seeds, suites and examples under the other.
 
     Raises:
-        ValueError: seeds or numbers of examples differ, or an outcome is not finite.
+        ValueError: seeds, suites or examples differ, or an outcome is not finite.
     """
-    difference_TN, seeds, n_unscored = _differences(first, second)
-    n_seeds, n_examples = difference_TN.shape
-    if n_seeds == 0 or n_examples == 0:
-        return Comparison(None, None, None, None, None, None, None, None, 1, {}, n_seeds, n_examples, n_unscored)
-    mean, seed_T, example_N = float(difference_TN.mean()), difference_TN.mean(1), difference_TN.mean(0)
+    parts, seeds, n_unscored = _differences(first, second)
+    n_seeds, n_examples = len(seeds), sum(part_TN.shape[1] for part_TN in parts)
+    nothing = Comparison(None, None, None, None, None, None, None, None, 1, {}, n_seeds, n_examples, n_unscored)
+    if not seeds or not parts or not all(part_TN.shape[1] for part_TN in parts):
+        return nothing
+    seed_T = np.mean([part_TN.mean(1) for part_TN in parts], axis=0)
+    mean = float(seed_T.mean())
     per_seed = {seed: float(value) for seed, value in zip(seeds, seed_T, strict=True)}
-    if not difference_TN.any():
-        return Comparison(mean, None, None, None, None, None, None, None, 1, per_seed, n_seeds, n_examples, n_unscored)
-    variance_T, variance_N = _variance_of_mean(seed_T), _variance_of_mean(example_N)
-    over_seeds = None if variance_T is None else _interval(mean, variance_T, n_seeds - 1)
-    over_examples = None if variance_N is None else _interval(mean, variance_N, n_examples - 1)
-    interval = wider = df = p = None
-    if variance_T is not None and variance_N is not None and over_seeds and over_examples:
-        rest_TN = difference_TN - seed_T[:, None] - example_N + mean
-        variance_R = float((rest_TN**2).sum()) / ((n_seeds - 1) * (n_examples - 1) * n_seeds * n_examples)
-        variance = max(variance_N, variance_T + variance_N - variance_R)
-        df = _degrees(variance, variance_T, variance_N, n_seeds, n_examples)
-        parts = ((variance, df), (variance_T, n_seeds - 1), (variance_N, n_examples - 1))
-        interval = max((_interval(mean, *part) for part in parts), key=lambda found: found.high - found.low)
-        p = max(student_p(mean / math.sqrt(part), degrees) if part > 0 else 0.0 for part, degrees in parts)
-        wider = "seeds" if over_seeds.high - over_seeds.low >= over_examples.high - over_examples.low else "examples"
-    return Comparison(
-        mean, interval, over_seeds, over_examples, wider, df, p, p, 1, per_seed, n_seeds, n_examples, n_unscored
+    found = replace(nothing, value=mean, per_seed=per_seed)
+    if not any(part_TN.any() for part_TN in parts):
+        return found
+    variance_T = None if n_seeds < 2 else float(seed_T.var(ddof=1)) / n_seeds
+    if np.ptp(seed_T) <= 1e-12 * abs(mean) and variance_T is not None:
+        variance_T = 0.0  # but for rounding
+    variance_N, df_N = _over_examples([part_TN.mean(0) for part_TN in parts])
+    found = replace(
+        found,
+        over_seeds=_interval(mean, variance_T, n_seeds - 1) if variance_T else None,
+        over_examples=None if variance_N is None else _interval(mean, variance_N, df_N),
     )
-
-
-def compare_with(one: Outcomes, others: Mapping[str, Outcomes]) -> dict[str, Comparison]:
-    """Every other arm against one, other minus one, with p-values that Holm adjusted for their number."""
-    found = {name: compare(outcomes, one) for name, outcomes in others.items()}
-    adjusted = holm([comparison.p for comparison in found.values()])
-    return {
-        name: Comparison(**{**vars(comparison), "p_adjusted": p, "n_comparisons": len(found)})
-        for (name, comparison), p in zip(found.items(), adjusted, strict=True)
-    }
+    if variance_T is None or variance_N is None:
+        return found
+    variance = max(variance_N, variance_T + variance_N - _variance_of_rest(parts))
+    df = _degrees(variance, variance_T, variance_N, n_seeds - 1, df_N)
+    kinds = [kind for kind in ((variance, df), (variance_T, n_seeds - 1), (variance_N, df_N)) if kind[0] > 0]
+    interval = max((_interval(mean, *kind) for kind in kinds), key=lambda one: one.high - one.low)
+    p = max(student_p(mean / math.sqrt(part), degrees) for part, degrees in kinds)
+    p = max(p, _flipped_signs([part_TN.mean(0) for part_TN in parts]))
+    if p >= 0.05 and not interval.holds(0):
+        interval = Interval(min(interval.low, 0.0), max(interval.high, 0.0))
+    wider = "seeds" if _half(variance_T, n_seeds - 1) >= _half(variance_N, df_N) else "examples"
+    return replace(found, interval=interval, wider=wider, df=df, p=p, p_adjusted=p)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -126,38 +130,82 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def _differences(first: Outcomes, second: Outcomes) -> tuple[Floats, list[int], int]:
-    """Differences [T, N] of the examples that have a score throughout, the seeds, and how many were left out."""
+def _differences(first: Outcomes, second: Outcomes) -> tuple[list[Floats], list[int], int]:
+    """Differences [T, N] of every suite's examples that have a score throughout, the seeds, and how many have not."""
     seeds = sorted(first)
     if seeds != sorted(second):
         raise ValueError(f"the arms have different seeds: {seeds} and {sorted(second)}")
-    sizes = {len(outcomes[seed]) for outcomes in (first, second) for seed in seeds}
-    if len(sizes) > 1:
-        raise ValueError(f"numbers of examples differ: {sorted(sizes)}; both arms need the same under every seed")
-    n = sizes.pop() if sizes else 0
-    sides = []
-    for outcomes in (first, second):
-        rows = [[math.nan if value is None else float(value) for value in outcomes[seed]] for seed in seeds]
-        given = [value for seed in seeds for value in outcomes[seed] if value is not None]
-        if not np.isfinite(np.array(given, dtype=float)).all():
+    of_both = [outcomes[seed] for outcomes in (first, second) for seed in seeds]
+    parts, n_unscored = [], 0
+    for suite in sorted(of_both[0]) if of_both else ():
+        if any(of_one.keys() != of_both[0].keys() for of_one in of_both):
+            raise ValueError("suites differ; both arms need the same under every seed")
+        ids = sorted(of_both[0][suite])
+        if any(of_one[suite].keys() != of_both[0][suite].keys() for of_one in of_both):
+            raise ValueError(f"examples of {suite} differ; both arms need the same under every seed")
+        rows = [[of_one[suite][example] for example in ids] for of_one in of_both]
+        given = np.array([value for row in rows for value in row if value is not None], dtype=float)
+        if not np.isfinite(given).all():
             raise ValueError("outcomes must be finite; one that could not be scored is None")
-        sides.append(np.array(rows).reshape(len(seeds), n))
-    difference_TN = sides[0] - sides[1]
-    scored_N = np.isfinite(difference_TN).all(0) if seeds else np.zeros(n, dtype=bool)
-    return difference_TN[:, scored_N], seeds, n - int(scored_N.sum())
+        sides = np.array([[math.nan if value is None else float(value) for value in row] for row in rows])
+        first_TN, second_TN = sides.reshape(2, len(seeds), len(ids))
+        scored_N = np.isfinite(first_TN - second_TN).all(0)
+        parts.append((first_TN - second_TN)[:, scored_N])
+        n_unscored += len(ids) - int(scored_N.sum())
+    return parts, seeds, n_unscored
 
 
-def _variance_of_mean(values: Floats) -> float | None:
-    return float(values.var(ddof=1)) / len(values) if len(values) > 1 else None
+def _over_examples(means: Sequence[Floats]) -> tuple[float | None, float]:
+    """Variance of the mean over suites of the means of their examples, and its degrees of freedom (Satterthwaite)."""
+    if min(len(mean_N) for mean_N in means) < 2:
+        return None, 0.0
+    # Where all examples differ alike, as if there were one more that does not: how often it would is not known.
+    spread = [np.append(mean_N, 0.0) if mean_N[0] and (mean_N == mean_N[0]).all() else mean_N for mean_N in means]
+    parts = [float(mean_N.var(ddof=1)) / len(mean_N) / len(means) ** 2 for mean_N in spread]
+    degrees = [len(mean_N) - 1 for mean_N in means]
+    weighted = sum(part**2 / df for part, df in zip(parts, degrees, strict=True))
+    return sum(parts), sum(parts) ** 2 / weighted if weighted > 0 else float(min(degrees))
+
+
+def _variance_of_rest(parts: Sequence[Floats]) -> float:
+    """What neither seeds nor examples explain, as a variance of the mean over suites."""
+    found = 0.0
+    for part_TN in parts:
+        n_seeds, n_examples = part_TN.shape
+        rest_TN = part_TN - part_TN.mean(1)[:, None] - part_TN.mean(0) + part_TN.mean()
+        found += float((rest_TN**2).sum()) / ((n_seeds - 1) * (n_examples - 1) * n_seeds * n_examples)
+    return found / len(parts) ** 2
+
+
+def _flipped_signs(means: Sequence[Floats]) -> float:
+    """Share of all ways to flip the signs of the examples' differences whose mean is as far from 0; 0 for many."""
+    weighted = np.concatenate([mean_N / len(mean_N) / len(means) for mean_N in means])
+    weighted = weighted[weighted != 0]
+    n = len(weighted)
+    if n > _FEW:
+        return 0.0
+    if 2**n <= _FLIPS:
+        flips_RN = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+        added = 0
+    else:
+        flips_RN = np.random.default_rng(0).integers(0, 2, (_FLIPS, n), dtype=np.int8)
+        added = 1  # the observed signs are one of the ways
+    sums_R = np.abs(weighted.sum() - 2 * (flips_RN.astype(float) @ weighted))
+    as_far = int((sums_R >= abs(weighted.sum()) * (1 - 1e-9)).sum())
+    return (as_far + added) / (len(sums_R) + added)
 
 
 def _interval(mean: float, variance: float, df: float) -> Interval:
-    half = student_quantile(df) * math.sqrt(variance)
+    half = _half(variance, df)
     return Interval(mean - half, mean + half)
 
 
-def _degrees(variance: float, variance_T: float, variance_N: float, n_seeds: int, n_examples: int) -> float:
+def _half(variance: float, df: float) -> float:
+    return student_quantile(df) * math.sqrt(variance)
+
+
+def _degrees(variance: float, variance_T: float, variance_N: float, df_T: float, df_N: float) -> float:
     """Satterthwaite's degrees of freedom of the sum, between those of the seeds and those of the examples."""
-    spread = variance_T**2 / (n_seeds - 1) + variance_N**2 / (n_examples - 1)
-    fewest, most = sorted((n_seeds - 1, n_examples - 1))
+    spread = variance_T**2 / df_T + variance_N**2 / df_N
+    fewest, most = sorted((df_T, df_N))
     return float(min(max(variance**2 / spread, fewest), most)) if spread > 0 else float(fewest)

@@ -6,7 +6,7 @@ Every number here comes with what it was computed from; every sentence follows f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,10 +14,10 @@ from castune.artifacts import ConflictMap
 from castune.config import StudyConfig, method_suffix
 from castune.select import SCORE_COLUMNS
 from castune.study.budget import Check, CostCurve, check_against, cost_curve, predicted_cost, standard_errors
-from castune.study.comparisons import Comparison, Outcomes, compare_with, holm
+from castune.study.comparisons import Comparison, Outcomes, compare, holm
 from castune.study.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
 from castune.study.nulls import NullPosition, OrderNull, null_position, order_null
-from castune.study.trials import PURPOSES, Measured, Results, Trial, utility_lost
+from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
 from castune.study.validity import Point, Validity, arm_means, predictive_validity
 from castune.study.verdicts import comparison_verdict, null_verdict, verdict
 
@@ -25,6 +25,8 @@ from castune.study.verdicts import comparison_verdict, null_verdict, verdict
 REFERENCE = "safe"
 # What training an arm may cost, and in what words.
 COSTS = {"ucr": "utility cost ratio", "mmlu_cr": "MMLU cost ratio", "utility_lost": "utility lost"}
+# Arms are told apart from this share of common heads down.
+_ALIKE = 0.9
 SYMBOLS = {"conflict": "C", "gradient": "O", "sensitivity": "S"}
 _METRICS = {
     "utility": "utility accuracy",
@@ -35,7 +37,7 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class ArmComparison:
-    """An arm against the safe zone, both trained by one method, over all suites of a purpose."""
+    """An arm against the safe zone, both trained by one method, over all suites of a purpose and the seeds of both."""
 
     method: str
     arm: str
@@ -110,10 +112,9 @@ class Findings:
 
     @property
     def verdict(self) -> list[str]:
-        """The main sentences: the safe zone against the others in utility and safety, C against costs, the null."""
-        words = [found.words for found in self.comparisons if found.purpose != "over-refusal"]
-        words += [found.words for found in self.validities if found.score == "conflict"]
-        return [*words, *(found.words for found in self.nulls)]
+        """The main sentences: the safe zone against the others, C against costs, the null."""
+        of_scores = [found.words for found in self.validities if found.score == "conflict"]
+        return [*(found.words for found in self.comparisons), *of_scores, *(found.words for found in self.nulls)]
 
 
 def findings(results: Results, study: StudyConfig) -> Findings:
@@ -130,62 +131,57 @@ def findings(results: Results, study: StudyConfig) -> Findings:
     )
 
 
-def cost_of(trial: Trial, base: Measured | None, cost: str) -> tuple[float | None, float | None]:
-    """What a trial cost, and its standard error over examples where it has one; None where it is undefined."""
-    if cost == "utility_lost":
-        return (None, None) if base is None else utility_lost(trial.measured, base)
-    ratio = trial.cost_ratio if cost == "ucr" else trial.mmlu_cost_ratio
-    return (None if ratio is None else ratio.value), None
-
-
 def outcomes(trials: Sequence[Trial], purpose: str) -> Outcomes:
-    """Outcomes of all examples of the suites of a purpose, in one order, for every seed."""
+    """Outcomes of all examples of the suites of a purpose, for every seed."""
     return {
-        trial.seed: [
-            outcome
-            for suite in sorted(s.suite for s in trial.measured.suites if s.purpose == purpose)
-            for _, outcome in sorted(trial.measured.outcomes[suite].items())
-        ]
+        trial.seed: {
+            suite.suite: trial.measured.outcomes[suite.suite]
+            for suite in trial.measured.suites
+            if suite.purpose == purpose
+        }
         for trial in trials
     }
 
 
 def _comparisons(results: Results, study: StudyConfig) -> list[ArmComparison]:
-    found = []
+    """Every arm against the safe zone of its method. What is asked together, of all methods and purposes, is one family
+    of tests (Holm); an arm without a training that the zone has too counts among them."""
+    asked: list[tuple[str, str, str, Comparison | None]] = []
     for method in study.methods:
         suffix = method_suffix(method)
-        safe = results.of(f"{REFERENCE}{suffix}")
-        others = {arm: results.of(f"{arm}{suffix}") for arm in study.arms if arm != REFERENCE}
-        seeds = {trial.seed for trial in safe}
-        # Arms of which a seed is missing would be compared over other seeds.
-        others = {arm: trials for arm, trials in others.items() if {t.seed for t in trials} == seeds and seeds}
+        safe = {trial.seed: trial for trial in results.of(f"{REFERENCE}{suffix}")}
         for purpose in PURPOSES:
-            reference = outcomes(safe, purpose)
-            if not others or not any(reference.values()):
+            if not any(outcomes(list(safe.values()), purpose).values()):
                 continue
-            compared = compare_with(reference, {arm: outcomes(trials, purpose) for arm, trials in others.items()})
-            for arm, comparison in compared.items():
-                words = comparison_verdict(
-                    comparison, first=f"{arm}{suffix}", second=f"{REFERENCE}{suffix}", metric=_METRICS[purpose]
-                )
-                found.append(ArmComparison(method, arm, purpose, comparison, words))
-    return found
+            for arm in study.arms:
+                trials = [trial for trial in results.of(f"{arm}{suffix}") if trial.seed in safe]
+                beside = [safe[trial.seed] for trial in trials]
+                found = compare(outcomes(trials, purpose), outcomes(beside, purpose)) if trials else None
+                if arm != REFERENCE:
+                    asked.append((method, arm, purpose, found))
+    adjusted = holm([None if found is None else found.p for *_, found in asked])
+    made = []
+    for (method, arm, purpose, comparison), p in zip(asked, adjusted, strict=True):
+        if comparison is None:
+            continue
+        comparison = replace(comparison, p_adjusted=p, n_comparisons=len(asked))
+        suffix = method_suffix(method)
+        words = comparison_verdict(
+            comparison, first=f"{arm}{suffix}", second=f"{REFERENCE}{suffix}", metric=_METRICS[purpose]
+        )
+        made.append(ArmComparison(method, arm, purpose, comparison, words))
+    return made
 
 
 def _points(trials: Sequence[Trial], base: Measured | None, score: str, cost: str) -> list[Point]:
+    """The trainings of several arms as points."""
     points = []
-    for trial in trials:
-        value, error = cost_of(trial, base, cost)
-        points.append(
-            Point(
-                arm=trial.arm,
-                seed=trial.seed,
-                score=trial.scores[score],
-                depth=trial.depth,
-                cost=value,
-                cost_se=error,
+    for arm in dict.fromkeys(trial.arm for trial in trials):
+        of_arm = [trial for trial in trials if trial.arm == arm]
+        for trial, (value, error) in zip(of_arm, costs_of(of_arm, base, cost), strict=True):
+            points.append(
+                Point(arm=arm, seed=trial.seed, score=trial.scores[score], depth=trial.depth, cost=value, cost_se=error)
             )
-        )
     return points
 
 
@@ -202,7 +198,10 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
     adjusted = holm([found.of_means.pearson_p for found in tested])
     made = []
     for (score, buckets, cost, points), found, p in zip(wanted, tested, adjusted, strict=True):
-        words = verdict(found, score=SYMBOLS[score], cost=COSTS[cost], p_adjusted=p, n_comparisons=len(tested))
+        why = "a suite has nothing scored" if cost == "utility_lost" else "safety did not rise"
+        words = verdict(
+            found, score=SYMBOLS[score], cost=COSTS[cost], why_undefined=why, p_adjusted=p, n_comparisons=len(tested)
+        )
         means = arm_means(points)
         order = order_null(means.score_A.tolist(), means.cost_A.tolist())
         made.append(ScoreValidity(score, buckets, cost, found, order, tuple(points), f"{buckets} buckets: {words}"))
@@ -215,7 +214,7 @@ def _depth_controls(results: Results) -> list[DepthControl]:
         return []
     n_heads = len(usual[0].selection.all_units)
     # Buckets differ by a head where the number of heads is no multiple.
-    arms = [t for t in _plain(results) if abs(len(t.selection.all_units) - n_heads) <= 1]
+    arms = _unlike([t for t in _plain(results) if abs(len(t.selection.all_units) - n_heads) <= 1])
     found = []
     for score in SCORE_COLUMNS:
         for cost in ("ucr", "utility_lost"):
@@ -228,14 +227,29 @@ def _depth_controls(results: Results) -> list[DepthControl]:
 def _nulls(results: Results, study: StudyConfig) -> list[ZoneNull]:
     """Every zone's training with the first seed among trainings of random heads with as many seeds of their own."""
     draws = [t for t in results.trials if t.calibration == "main" and t.arm == "random"]
-    found = []
+    places = []
     for zone in ("safe", "risky"):
         trials = [trial for trial in results.of(zone) if trial.seed == study.seeds[0]]
         for cost in ("ucr", "utility_lost") if trials and len(draws) > 1 else ():
-            value, _ = cost_of(trials[0], results.base, cost)
-            place = null_position(value, [cost_of(trial, results.base, cost)[0] for trial in draws])
-            found.append(ZoneNull(zone, cost, place, null_verdict(place, zone=zone, cost=COSTS[cost])))
-    return found
+            value = _cost_alone(trials[0], results.base, cost)
+            # A ratio without any gain in safety is the worst there is, not a missing one.
+            gainless = [t for t in draws if cost == "ucr" and t.cost_ratio is not None and t.cost_ratio.value is None]
+            costs = [_cost_alone(trial, results.base, cost) for trial in draws if trial not in gainless]
+            places.append((zone, cost, null_position(value, costs, n_gainless=len(gainless))))
+    adjusted = holm([place.p for *_, place in places])
+    return [
+        ZoneNull(
+            zone, cost, place, null_verdict(place, zone=zone, cost=COSTS[cost], p_adjusted=p, n_comparisons=len(places))
+        )
+        for (zone, cost, place), p in zip(places, adjusted, strict=True)
+    ]
+
+
+def _cost_alone(trial: Trial, base: Measured | None, cost: str) -> float | None:
+    """What one training cost, whatever the other seeds of its arm say."""
+    if cost == "ucr":
+        return None if trial.cost_ratio is None else trial.cost_ratio.value
+    return costs_of([trial], base, cost)[0][0]
 
 
 def _agreements(results: Results) -> list[MapAgreement]:
@@ -267,7 +281,7 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
     for name in names:
         trials = results.of(name)
         shares = [predicted_cost(score_H, [row_of[unit] for unit in trial.selection.all_units]) for trial in trials]
-        losses = [cost_of(trial, results.base, "utility_lost")[0] for trial in trials]
+        losses = [loss for loss, _ in costs_of(trials, results.base, "utility_lost")]
         known = [loss for loss in losses if loss is not None]
         predicted.append(sum(shares) / len(shares))
         lost.append(sum(known) / len(known) if len(known) == len(losses) else None)
@@ -291,5 +305,19 @@ def map_curve(cmap: ConflictMap) -> CostCurve:
 
 
 def _plain(results: Results) -> list[Trial]:
-    """Trials of the main map that are trained as the recipe says."""
-    return [t for t in results.trials if t.calibration == "main" and t.method == "sft" and not t.is_draw]
+    """Trials of the main map that are trained as the recipe says; a training once, whatever its arm is called too."""
+    found: dict[tuple[str, int], Trial] = {}
+    for trial in results.trials:
+        if trial.calibration == "main" and trial.method == "sft" and not trial.is_draw:
+            found.setdefault((trial.trained, trial.seed), trial)
+    return list(found.values())
+
+
+def _unlike(trials: Sequence[Trial]) -> list[Trial]:
+    """Without arms that have nearly the heads of one before, which add no evidence: safe and the last bucket."""
+    kept: dict[str, set[tuple[str, int, int]]] = {}
+    for trial in trials:
+        units = set(trial.selection.all_units)
+        if trial.arm not in kept and all(len(units & other) <= _ALIKE * len(units | other) for other in kept.values()):
+            kept[trial.arm] = units
+    return [trial for trial in trials if trial.arm in kept]

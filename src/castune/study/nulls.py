@@ -26,10 +26,11 @@ class NullPosition:
         percentile: share of random selections that cost less, of equal ones half; None without any, or without a cost.
         interval: exact 95 % interval of the share of all random selections that cost less (Clopper and Pearson); equal
             ones may belong to either side.
+        n_gainless: of the higher ones, those whose safety did not rise: a cost without bound.
         p: two-sided p-value, min(1, 2 min(1 + lower + equal, 1 + higher + equal) / (n + 1)): the zone counts as one
             of the random selections, so that it is never 0, and at least 2 / (n + 1).
-        n: random selections with a defined cost.
-        n_undefined: random selections left out, for their safety did not rise.
+        n: random selections with a cost.
+        n_undefined: random selections left out, for nothing is known of their cost.
     """
 
     lower: int
@@ -40,6 +41,7 @@ class NullPosition:
     p: float | None
     n: int
     n_undefined: int
+    n_gainless: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class OrderNull:
     n_undefined: int
 
 
-def null_position(cost: float | None, random_costs: Sequence[float | None]) -> NullPosition:
+def null_position(cost: float | None, random_costs: Sequence[float | None], *, n_gainless: int = 0) -> NullPosition:
     """Place of a zone's cost in the distribution of trained random selections of the same number of heads.
 
     The paper compares with one random selection (Section 4.2); one cannot tell how unusual a zone is. Compare like with
@@ -74,7 +76,8 @@ def null_position(cost: float | None, random_costs: Sequence[float | None]) -> N
 
     Args:
         cost: of the zone; None = undefined.
-        random_costs: of the random selections; None = undefined.
+        random_costs: of the random selections; None = unknown.
+        n_gainless: further random selections that gained no safety, so that their cost ratio has no bound.
 
     Raises:
         ValueError: a cost is not finite.
@@ -82,14 +85,14 @@ def null_position(cost: float | None, random_costs: Sequence[float | None]) -> N
     defined = [value for value in random_costs if value is not None]
     if not all(math.isfinite(value) for value in (*defined, 0.0 if cost is None else cost)):
         raise ValueError("costs must be finite; an undefined cost is None")
-    n, n_undefined = len(defined), len(random_costs) - len(defined)
+    n, n_undefined = len(defined) + n_gainless, len(random_costs) - len(defined)
     if cost is None or n == 0:
-        return NullPosition(0, 0, 0, None, None, None, n, n_undefined)
+        return NullPosition(0, 0, 0, None, None, None, n, n_undefined, n_gainless)
     lower, equal = sum(value < cost for value in defined), sum(value == cost for value in defined)
     higher = n - lower - equal
     p = min(1.0, 2 * (1 + equal + min(lower, higher)) / (n + 1))
     interval = clopper_pearson(lower, n, at_most=lower + equal)
-    return NullPosition(lower, equal, higher, (lower + equal / 2) / n, interval, p, n, n_undefined)
+    return NullPosition(lower, equal, higher, (lower + equal / 2) / n, interval, p, n, n_undefined, n_gainless)
 
 
 def order_null(scores: Sequence[float], costs: Sequence[float | None], *, seed: int = 0) -> OrderNull:

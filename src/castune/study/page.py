@@ -81,7 +81,8 @@ def _opening(graph: Graph, results: Results, found: Findings) -> Markup:
     study = graph.recipe.study
     kind = "query heads" if graph.recipe.diagnose.units == ("q_heads",) else "units"
     size = f"{known(model.get('parameters'))} parameters, {graph.n_heads:,} {kind}"
-    what = f"{len(results.trials)} trainings evaluated, seeds {', '.join(map(str, study.seeds))}"
+    n_trainings = len({(trial.calibration, trial.seed, trial.trained) for trial in results.trials})
+    what = f"{n_trainings} trainings evaluated, seeds {', '.join(map(str, study.seeds))}"
     judge = f"judge {results.settings.get('judge')}, {results.settings.get('max_new_tokens')} new tokens"
     words = found.verdict or ["Nothing can be compared yet."]
     return tag(
@@ -143,7 +144,10 @@ def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Mapping[str, A
 
 def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
     figures = [
-        figure(name, "Buckets by their mean score; large: means over seeds, small: the seeds.")
+        figure(
+            name,
+            "Buckets by their mean score. Large: the cost of the mean rates, ± one standard error; small: the seeds.",
+        )
         for name in ("figure_5_mmlu_cr", "figure_6_ucr", "figure_utility_lost")
         if name in drawn
     ]
@@ -205,7 +209,7 @@ def _budget(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findin
                 "p",
                 f"{elbow[0].upper()}{elbow[1:]}. Share of the scores' variance that is not noise: {reliability}. "
                 f"Predicted against lost over {len(found.budget.arms)} arms: Spearman {order}, "
-                f"p = {_p(check.correlation.spearman_p)}. "
+                f"p: {_p(check.correlation.spearman_p)}. "
                 "The curve is castune's own extension of the paper: it adds up C(h).",
             ),
         ]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from castune.config import StudyConfig, method_suffix
-from castune.evaluate.stats import correlation, utility_cost_ratio
+from castune.evaluate.stats import correlation
 from castune.study.findings import BudgetCheck, Findings
-from castune.study.trials import MMLU, PURPOSES, Measured, Results, Trial
+from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
 
 Row = dict[str, Any]
 
@@ -57,7 +57,7 @@ def tables(results: Results, study: StudyConfig) -> list[Table]:
         found.append(Table(method_table(method), title, tuple(_arm_rows(results, arms))))
     found.append(Table("table_7_buckets", "Buckets (Table 7)", tuple(_bucket_rows(results, study))))
     found.append(Table("table_8_validity", "Scores against realised costs (Table 8)", tuple(_validity(results, study))))
-    shares = ["all", *(_share(zone, share) for zone in ("risky", "safe") for share in (25.0, *study.shares))]
+    shares = ["all", *(arm for zone in ("risky", "safe") for arm in (zone, *(f"{zone}-{s:g}" for s in study.shares)))]
     budgets = tuple(_arm_rows(results, shares))
     found.append(Table("table_9_budget", "Budgets from both ends of the map (Table 9)", budgets))
     others = [
@@ -87,6 +87,7 @@ def finding_tables(found: Findings) -> list[Table]:
     validity = [
         {"score": v.score, "buckets": v.buckets, "cost": v.cost, "pearson": v.found.of_means.pearson,
          **_ends("retrained", v.found.retrained), **_ends("other_arms", v.found.other_arms),
+         "counts_examples": v.found.counts_examples,
          "p": v.found.of_means.pearson_p, "spearman": v.found.of_means.spearman, "order_p": v.order.p,
          "arms": v.found.n_arms, "seeds": v.found.n_seeds, "trials": v.found.n_trials,
          "undefined": v.found.n_undefined, "words": v.words}
@@ -100,7 +101,7 @@ def finding_tables(found: Findings) -> list[Table]:
     ]  # fmt: skip
     nulls = [
         {"zone": n.zone, "cost": n.cost, "lower": n.found.lower, "higher": n.found.higher, "n": n.found.n,
-         "undefined": n.found.n_undefined, "p": n.found.p, "words": n.words}
+         "gainless": n.found.n_gainless, "undefined": n.found.n_undefined, "p": n.found.p, "words": n.words}
         for n in found.nulls
     ]  # fmt: skip
     maps = [
@@ -137,7 +138,8 @@ def _ends(name: str, interval: tuple[float, float] | None, scale: float = 1) -> 
 def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:
     """Rates of an arm over its seeds: every suite, the averages by purpose, and the cost ratios.
 
-    The cost ratio of the mean rates is `ucr`; `ucr_seeds` counts the seeds in which it is defined.
+    The cost ratio of the mean rates is `ucr`, with the standard error that its seeds give it; `ucr_seeds` counts the
+    seeds in which it is defined on their own.
     """
     row: Row = {"seeds": len(trials)}
     for name in [suite.suite for suite in trials[0].measured.suites]:
@@ -146,10 +148,12 @@ def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:
         means = [_percent(trial.measured.mean(purpose)) for trial in trials]
         row |= over_seeds(_PURPOSE_NAMES[purpose], means)
     row["unscored"] = sum(suite.unscored for trial in trials for suite in trial.measured.suites)
-    row["ucr"] = _ratio_of_means(trials, base, lambda measured: measured.mean("utility"))
-    row["ucr_seeds"] = sum(t.cost_ratio is not None and t.cost_ratio.value is not None for t in trials)
-    row["mmlu_cr"] = _ratio_of_means(trials, base, lambda measured: measured.rate(MMLU))
-    row["mmlu_cr_seeds"] = sum(t.mmlu_cost_ratio is not None and t.mmlu_cost_ratio.value is not None for t in trials)
+    for cost, ratios in (
+        ("ucr", [trial.cost_ratio for trial in trials]),
+        ("mmlu_cr", [trial.mmlu_cost_ratio for trial in trials]),
+    ):
+        row |= over_seeds(cost, [value for value, _ in costs_of(trials, base, cost)])
+        row[f"{cost}_seeds"] = sum(ratio is not None and ratio.value is not None for ratio in ratios)
     return row
 
 
@@ -245,7 +249,8 @@ def _cost(trial: Trial, cost: str) -> float | None:
 
 def _trial_row(trial: Trial) -> Row:
     row: Row = {
-        "calibration": trial.calibration, "arm": trial.arm, "seed": trial.seed, "heads": len(trial.selection.all_units),
+        "calibration": trial.calibration, "arm": trial.arm, "trained": trial.trained, "seed": trial.seed,
+        "heads": len(trial.selection.all_units),
         "layers": len(trial.selection.layers), "mean_conflict": trial.scores["conflict"],
         "mean_gradient": trial.scores["gradient"], "mean_sensitivity": trial.scores["sensitivity"],
         "mean_layer": trial.depth,
@@ -259,27 +264,6 @@ def _trial_row(trial: Trial) -> Row:
         row[f"{name}_low"] = None if ratio is None else ratio.low
         row[f"{name}_high"] = None if ratio is None else ratio.high
     return row
-
-
-def _ratio_of_means(trials: Sequence[Trial], base: Measured | None, utility: Any) -> float | None:
-    """The cost ratio of rates averaged over the seeds (the paper's rates are such averages)."""
-    if base is None:
-        return None
-    before, safety_before = utility(base), base.mean("safety")
-    after = [utility(trial.measured) for trial in trials]
-    safety_after = [trial.measured.mean("safety") for trial in trials]
-    if None in (before, safety_before, *after, *safety_after):
-        return None
-    return utility_cost_ratio(
-        utility_before=before,
-        utility_after=sum(after) / len(after),
-        safety_before=float(safety_before or 0.0),
-        safety_after=sum(value or 0.0 for value in safety_after) / len(safety_after),
-    )
-
-
-def _share(zone: str, share: float) -> str:
-    return zone if share == 25.0 else f"{zone}-{share:g}"
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -151,8 +151,8 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
         selection = folder.load_selection(arm, cmap)
         folder.load_tuning(arm, selection)  # refuses an adapter that is not the one of its certificate
         result = EvalResult.load(evaluation)
-        if result.settings["judge"] != base.settings["judge"]:
-            continue  # not judged yet
+        if result.settings["judge"] != base.settings["judge"] or _data_of(result) != _data_of(base):
+            continue  # not judged yet, or an evaluation of earlier settings that was not made again
         pair = {BASE: base, name: result}
         trials[name] = Trial(
             calibration=run.calibration,
@@ -170,6 +170,10 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
     return trials
 
 
+def _data_of(result: EvalResult) -> list[tuple[str, str]]:
+    return [(suite.suite, suite.data_hash) for suite in result.suites]
+
+
 def mean_scores(cmap: ConflictMap, units: Sequence[tuple[str, int, int]]) -> dict[str, float]:
     """Mean C, O and S over heads, or other units, of a map: what a bucket's cost is predicted by (Section 5.3)."""
     row_of = {unit: row for row, unit in enumerate(cmap.units)}
@@ -179,19 +183,63 @@ def mean_scores(cmap: ConflictMap, units: Sequence[tuple[str, int, int]]) -> dic
 
 def utility_lost(after: Measured, before: Measured) -> tuple[float | None, float | None]:
     """Points of utility accuracy lost, the unweighted mean over suites, and its standard error, paired by example."""
-    losses, variances = [], []
-    for suite in (found.suite for found in before.suites if found.purpose == "utility"):
+    gained, error = _gained(after, before, [suite.suite for suite in before.suites if suite.purpose == "utility"])
+    return None if gained is None else -gained, error
+
+
+def costs_of(trials: Sequence[Trial], base: Measured | None, cost: str) -> list[tuple[float | None, float | None]]:
+    """What the trainings of one arm cost, each with its standard error over examples; None where it is undefined.
+
+    A ratio (`ucr`, Eq. 7; `mmlu_cr`, Eq. 8) divides by a gain in safety that a single training may hardly have, so an
+    arm has one: that of its mean rates, as in Table 7. Its trainings have the ratio's linear approximation there; their
+    mean is the arm's ratio, and their spread its noise. `utility_lost` is linear and is that of each training.
+
+    Args:
+        trials: of one arm.
+        base: the base model.
+        cost: ucr, mmlu_cr or utility_lost.
+    """
+    nothing: list[tuple[float | None, float | None]] = [(None, None)] * len(trials)
+    if base is None:
+        return nothing
+    if cost == "utility_lost":
+        return [utility_lost(trial.measured, base) for trial in trials]
+    utility = [s.suite for s in base.suites if s.purpose == "utility" and (cost == "ucr" or s.suite == MMLU)]
+    safety = [suite.suite for suite in base.suites if suite.purpose == "safety"]
+    losses = [_gained(trial.measured, base, utility) for trial in trials]
+    gains = [_gained(trial.measured, base, safety) for trial in trials]
+    lost_T = [-value for value, _ in losses if value is not None]
+    gained_T = [value for value, _ in gains if value is not None]
+    if len(lost_T) < len(trials) or len(gained_T) < len(trials) or not trials:
+        return nothing
+    lost, gained = sum(lost_T) / len(trials), sum(gained_T) / len(trials)
+    if gained <= 0:
+        return nothing
+    ratio = max(0.0, lost / gained)
+    found: list[tuple[float | None, float | None]] = []
+    for (_, loss_error), (_, gain_error), loss, gain in zip(losses, gains, lost_T, gained_T, strict=True):
+        value = ratio + ((loss - lost) - ratio * (gain - gained)) / gained
+        known = loss_error is not None and gain_error is not None
+        error = math.hypot(loss_error or 0.0, ratio * (gain_error or 0.0)) / gained if known else None
+        found.append((value, error))
+    return found
+
+
+def _gained(after: Measured, before: Measured, suites: Sequence[str]) -> tuple[float | None, float | None]:
+    """Points gained, the unweighted mean over suites, and its standard error, both paired by example."""
+    gains, variances = [], []
+    for suite in suites:
         pairs = [
             (was, after.outcomes[suite][example])
             for example, was in before.outcomes[suite].items()
             if example in after.outcomes.get(suite, {})
         ]
-        changes = np.array([100 * (was - now) for was, now in pairs if was is not None and now is not None])
+        changes = np.array([100 * (now - was) for was, now in pairs if was is not None and now is not None])
         if not len(changes):
             return None, None
-        losses.append(float(changes.mean()))
+        gains.append(float(changes.mean()))
         variances.append(float(changes.var(ddof=1)) / len(changes) if len(changes) > 1 else math.nan)
-    if not losses:
+    if not gains:
         return None, None
     variance = sum(variances) / len(variances) ** 2
-    return sum(losses) / len(losses), None if math.isnan(variance) else math.sqrt(variance)
+    return sum(gains) / len(gains), None if math.isnan(variance) else math.sqrt(variance)

@@ -17,6 +17,7 @@ def verdict(
     *,
     score: str = "C",
     cost: str = "cost",
+    why_undefined: str = "safety did not rise",
     p_adjusted: float | None = None,
     n_comparisons: int = 1,
     level: float = 0.05,
@@ -31,21 +32,27 @@ def verdict(
         found: see `castune.study.validity.predictive_validity`.
         score: name of the score.
         cost: name of the cost.
+        why_undefined: why a cost is undefined where it is.
         p_adjusted: the permutation p-value of r after `holm`, where several scores or costs were tried.
         n_comparisons: how many were tried together.
         level: of that p-value from which on nothing is said of other arms.
     """
     r, over = found.of_means.pearson, f"{_count(found.n_arms, 'arm')} over {_count(found.n_seeds, 'seed')}"
-    left_out = _left_out(found.n_undefined, found.n_trials, cost)
+    n_defined = found.n_trials - found.n_undefined
+    if n_defined != found.n_arms * found.n_seeds:
+        over += f", {_count(n_defined, 'training')}"
+    left_out = _left_out(found.n_undefined, found.n_trials, cost, why_undefined)
     if r is None:
         why = left_out or "score or cost does not vary"
         return f"Not measurable: {why}. Left: {over}."
     tail = f" {left_out[0].upper()}{left_out[1:]}; those trials are left out." if left_out else ""
     number = f"r = {_number(r)}"
     if found.retrained is None:
-        few = "fewer than 3 arms" if found.n_arms < 3 else "one seed and no errors of the costs"
+        few = "fewer than 3 arms" if found.n_arms < 3 else "one training an arm and no errors of the costs"
         return f"No relation can be claimed from {few}: {number}, {over}.{tail}"
     again, others = _interval(found.retrained), found.other_arms
+    if not found.counts_examples:
+        again += ", on the same examples"
     p = found.of_means.pearson_p if p_adjusted is None else p_adjusted
     tried = "permuting arms" if n_comparisons == 1 else f"permuting arms, of {n_comparisons} comparisons (Holm)"
     over += f"; {'no p' if p is None else _p(p)} by {tried}"
@@ -80,7 +87,7 @@ def comparison_verdict(
     unscored = f", {found.n_unscored} left out as unscored" if found.n_unscored else ""
     over = f"{_count(found.n_seeds, 'seed')}, {_count(found.n_examples, 'example')}{unscored}"
     if found.value is None:
-        return f"Not measurable: no example has a score under both {first} and {second} ({over})."
+        return f"Not measurable: not every suite has an example with a score under both {first} and {second} ({over})."
     scale, unit = (100, " points") if percent else (1, "")
     number = f"{_number(scale * found.value, '+.1f' if percent else '+.3g')}{unit}"
     if found.interval is None:
@@ -99,14 +106,24 @@ def comparison_verdict(
     return f"{metric[0].upper()}{metric[1:]} is {side} under {first} than under {second}: {shown}{many}; {over}{wider}."
 
 
-def null_verdict(found: NullPosition, *, zone: str, cost: str = "cost", level: float = 0.05) -> str:
+def null_verdict(
+    found: NullPosition,
+    *,
+    zone: str,
+    cost: str = "cost",
+    p_adjusted: float | None = None,
+    n_comparisons: int = 1,
+    level: float = 0.05,
+) -> str:
     """What the place of a zone among random selections says.
 
     Args:
         found: see `castune.study.nulls.null_position`.
         zone: name of the zone.
         cost: name of the cost.
-        level: of the two-sided p-value above which nothing is claimed.
+        p_adjusted: the two-sided p-value after `holm`, where several zones or costs were tried.
+        n_comparisons: how many were tried together.
+        level: of that p-value above which nothing is claimed.
     """
     undefined = f" Of {found.n_undefined} more the {cost} is undefined." if found.n_undefined else ""
     if found.percentile is None or found.p is None or found.interval is None:
@@ -118,18 +135,24 @@ def null_verdict(found: NullPosition, *, zone: str, cost: str = "cost", level: f
         f"{found.lower} of {_count(found.n, 'random selection')} cost less, {found.higher} more "
         f"(share that costs less: {_interval(found.interval, 100, '.0f')} %), {_p(found.p)}"
     )
-    if found.p >= level:
-        floor = 2 / (found.n + 1)
+    p = found.p
+    if n_comparisons > 1 and p_adjusted is not None:
+        p = p_adjusted
+        counted += f", {_p(p)} after Holm over {n_comparisons} comparisons"
+    if found.n_gainless:
+        counted += f"; {found.n_gainless} of them gained no safety at all and cost the most"
+    if p >= level:
+        floor = min(1.0, n_comparisons * 2 / (found.n + 1))
         few = f" {found.n} cannot show more than {_p(floor)}." if floor >= level else ""
         return f"The {zone} zone is not told from random heads at this n: {counted}.{few}{undefined}"
     side = "more" if found.lower > found.higher else "less"
     return f"The {zone} zone costs {side} than random heads: {counted}.{undefined}"
 
 
-def _left_out(n_undefined: int, n_trials: int, cost: str) -> str:
+def _left_out(n_undefined: int, n_trials: int, cost: str, why: str) -> str:
     if not n_undefined:
         return "" if n_trials else "there are no trials"
-    return f"in {n_undefined} of {_count(n_trials, 'trial')} safety did not rise, so the {cost} is undefined"
+    return f"in {n_undefined} of {_count(n_trials, 'trial')} {why}, so the {cost} is undefined"
 
 
 def _interval(interval: Interval, scale: float = 1, pattern: str = ".2f") -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.config import StudyConfig
 from castune.evaluate.stats import CostRatio, correlation
 from castune.select import select
+from castune.study.comparisons import holm
 from castune.study.figures import charts
-from castune.study.findings import cost_of, findings
+from castune.study.findings import findings
 from castune.study.tables import finding_tables, over_seeds, tables
-from castune.study.trials import Measured, Results, Trial, mean_scores, utility_lost
+from castune.study.trials import Measured, Results, Trial, costs_of, mean_scores, utility_lost
 
 N_LAYERS, N_HEADS = 6, 4
 STUDY = StudyConfig(
@@ -141,12 +143,105 @@ def test_comparisons_are_of_the_same_examples_under_both_arms() -> None:
         assert list(found.found.per_seed.values()) == pytest.approx(differences)
 
 
-def test_an_arm_that_lacks_a_seed_is_not_compared() -> None:
+def without(results: Results, *lost: tuple[str, int]) -> Results:
+    kept = tuple(t for t in results.trials if (t.arm, t.seed) not in lost)
+    return Results(results.maps, results.base, kept, ("x",), {})
+
+
+def test_arms_are_compared_over_the_seeds_that_both_have() -> None:
     results = planted(0.3, n=20)
-    fewer = Results(
-        results.maps, results.base, tuple(t for t in results.trials if (t.arm, t.seed) != ("all", 2)), ("x",), {}
+    seeds = {c.arm: set(c.found.per_seed) for c in findings(without(results, ("all", 2)), STUDY).comparisons}
+    assert seeds == {"all": {1, 3}, "random": {1, 2, 3}, "risky": {1, 2, 3}}
+    of_safe = findings(without(results, ("safe", 2)), STUDY).comparisons
+    assert {tuple(c.found.per_seed) for c in of_safe} == {(1, 3)}
+    # An arm that was to be compared and is not there makes the others no surer.
+    gone = findings(without(results, *(("all", seed) for seed in STUDY.seeds)), STUDY).comparisons
+    assert {c.arm for c in gone} == {"random", "risky"}
+    assert {c.found.n_comparisons for c in gone} == {6}
+
+
+def test_all_comparisons_are_one_family_and_the_tax_is_among_the_sentences() -> None:
+    cmap, generator, study = (
+        conflict_map(),
+        np.random.default_rng(0),
+        STUDY.model_copy(update={"methods": ("sft", "pcgrad")}),
     )
-    assert {c.arm for c in findings(fewer, STUDY).comparisons} == {"random", "risky"}
+
+    def anything() -> Measured:
+        rates = {"q": "utility", "h": "safety", "x": "over-refusal"}
+        return measured({name: (purpose, outcomes_of(0.5, 40, generator)) for name, purpose in rates.items()})
+
+    trials = [
+        replace(trial(cmap, arm, seed, anything()), arm=f"{arm}{suffix}")
+        for suffix in ("", "+pcgrad") for arm in study.arms for seed in study.seeds
+    ]  # fmt: skip
+    found = findings(Results({"main": cmap}, anything(), tuple(trials), (), {}), study)
+    assert len(found.comparisons) == 2 * 3 * 3
+    assert {c.found.n_comparisons for c in found.comparisons} == {18}
+    assert [c.found.p_adjusted for c in found.comparisons] == holm([c.found.p for c in found.comparisons])
+    assert sum("harmless prompts" in sentence for sentence in found.verdict) == 6
+
+
+def test_a_training_with_two_names_is_one() -> None:
+    results = planted(0.4, n=40)
+    # The riskiest of four buckets has the heads of the risky zone, and is not trained again.
+    risky = {t.seed: t for t in results.of("risky")}
+    twice = tuple(replace(risky[t.seed], arm=t.arm) if t.arm == "bucket-1-of-4" else t for t in results.trials)
+    found = findings(Results(results.maps, results.base, twice, (), {}), STUDY)
+    # all has other heads; safe is bucket 4, so 7 arms of the usual size are random, safe, risky and two buckets.
+    assert {depth.found.n for depth in found.depths} == {5}
+    assert found.budget is not None
+    assert "risky" in found.budget.arms
+    assert "bucket-1-of-4" not in found.budget.arms
+
+
+def test_an_arm_has_one_cost_ratio_and_its_seeds_are_around_it() -> None:
+    results = planted(0.6, n=100)
+    found = findings(results, STUDY)
+    (of_ratio,) = (v for v in found.validities if v.cost == "ucr")
+    assert of_ratio.found.counts_examples
+    table = {row["bucket"]: row for row in {t.name: t for t in tables(results, STUDY)}["table_7_buckets"].rows}
+    for number, row in table.items():
+        trials = results.of(f"bucket-{number}-of-4")
+        lost = np.mean([utility_lost(t.measured, results.base)[0] for t in trials])  # type: ignore[arg-type]
+        gained = np.mean([100 * (t.measured.mean("safety") - results.base.mean("safety")) for t in trials])  # type: ignore[operator, union-attr]
+        costs = [p.cost for p in of_ratio.points if p.arm == f"bucket-{number}-of-4"]
+        assert row["ucr"] == pytest.approx(max(0, lost / gained)) == pytest.approx(np.mean(costs))  # type: ignore[arg-type]
+        assert row["ucr_se"] == pytest.approx(np.std(costs, ddof=1) / math.sqrt(3))  # type: ignore[arg-type]
+    means = [
+        np.mean([p.cost for p in of_ratio.points if p.arm == arm])
+        for arm in dict.fromkeys(p.arm for p in of_ratio.points)
+    ]  # type: ignore[arg-type]
+    scores = [
+        next(p.score for p in of_ratio.points if p.arm == arm) for arm in dict.fromkeys(p.arm for p in of_ratio.points)
+    ]
+    assert of_ratio.found.of_means.pearson == pytest.approx(correlation(scores, means).pearson)
+
+
+def test_the_error_of_a_cost_ratio_over_examples_is_that_of_resampling_them() -> None:
+    results, generator = planted(0.6, n=400), np.random.default_rng(3)
+    one = results.of("risky")[:1]
+    ((value, error),) = costs_of(one, results.base, "ucr")
+    before, after = results.base, one[0].measured
+    assert before is not None
+    q, h = (
+        np.array([list(side.outcomes[suite].values()) for side in (before, after)], dtype=float) for suite in ("q", "h")
+    )
+    drawn = []
+    for _ in range(2000):
+        at_q, at_h = generator.integers(0, 400, (2, 400))
+        drawn.append((q[0, at_q] - q[1, at_q]).mean() / (h[1, at_h] - h[0, at_h]).mean())
+    assert value == pytest.approx((q[0] - q[1]).mean() / (h[1] - h[0]).mean())
+    assert error == pytest.approx(np.std(drawn), rel=0.1)
+
+
+def test_table_9_has_the_recipes_own_share_and_the_others_once() -> None:
+    results = planted(0.3, n=20)
+    study = STUDY.model_copy(update={"shares": (25.0, 50.0)})
+    cmap = results.maps["main"]
+    more = [replace(t, arm="safe-25") for t in results.of("safe")]
+    rows = {t.name: t for t in tables(Results({"main": cmap}, results.base, (*results.trials, *more), (), {}), study)}
+    assert [row["arm"] for row in rows["table_9_budget"].rows] == ["base", "all", "risky", "safe", "safe-25"]
 
 
 def test_table_8_is_the_correlation_of_table_7() -> None:
@@ -161,7 +256,7 @@ def test_table_8_is_the_correlation_of_table_7() -> None:
 
 
 def test_undefined_costs_are_counted_and_never_zero() -> None:
-    results = planted(0.6, n=60, gain=0.0)
+    results = planted(0.6, n=60, gain=-0.1)
     no_gain = Results(
         results.maps, results.base,
         tuple(trial(results.maps["main"], t.arm, t.seed, t.measured, cost_ratio=CostRatio(None)) for t in results.trials), (), {},
@@ -185,15 +280,15 @@ def test_utility_lost_is_paired_and_leaves_out_what_is_unscored() -> None:
     assert lost == pytest.approx((0 + 50) / 2)
     assert error == pytest.approx(math.sqrt(100**2 / 3 + 5000 / 2) / 2)
     assert utility_lost(measured({"q": ("utility", [None])}), measured({"q": ("utility", [1])})) == (None, None)
-    assert cost_of(planted(0.1, n=5).trials[0], None, "utility_lost") == (None, None)
+    assert costs_of(planted(0.1, n=5).trials[:1], None, "utility_lost") == [(None, None)]
 
 
 def test_the_null_is_of_random_selections_with_one_training_each() -> None:
     results = planted(0.3, n=40)
     found = {(n.zone, n.cost): n.found for n in findings(results, STUDY).nulls}
-    draws = [cost_of(t, results.base, "utility_lost")[0] for t in results.of("random")]
+    draws = [cost for cost, _ in costs_of(results.of("random"), results.base, "utility_lost")]
     safe = next(t for t in results.of("safe") if t.seed == 1)
-    cost, _ = cost_of(safe, results.base, "utility_lost")
+    ((cost, _),) = costs_of([safe], results.base, "utility_lost")
     place = found["safe", "utility_lost"]
     assert place.n == 3
     assert place.lower == sum(draw < cost for draw in draws)  # type: ignore[operator]

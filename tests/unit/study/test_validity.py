@@ -13,9 +13,11 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_suite import compare
 
 from castune.evaluate.stats import utility_cost_ratio
-from castune.study.comparisons import compare, compare_with, holm
+from castune.study.comparisons import Outcomes, holm
+from castune.study.comparisons import compare as compare_suites
 from castune.study.correlations import fisher_interval, map_agreement, partial_correlation
 from castune.study.distributions import clopper_pearson, incomplete_beta, student_p, student_quantile
 from castune.study.nulls import null_position, order_null
@@ -475,15 +477,20 @@ def test_comparison_of_little() -> None:
         assert (empty.value, empty.interval) == (None, None)
     same = compare({1: [1, 0], 2: [1, 0]}, {1: [1, 0], 2: [1, 0]})
     assert (same.value, same.interval, same.over_seeds, same.p) == (0, None, None, None)
+    # Two examples could fall to one side by chance, however far.
     constant = compare({1: [1, 1], 2: [1, 1]}, {1: [0, 0], 2: [0, 0]})
-    assert (constant.value, constant.p) == (1, 0)
+    assert (constant.value, constant.p, constant.over_seeds) == (1, 0.5, None)
+    assert constant.interval is not None
+    assert constant.interval.holds(0)
 
 
 def test_comparison_refuses() -> None:
     with pytest.raises(ValueError, match="different seeds"):
         compare({1: [1]}, {2: [1]})
-    with pytest.raises(ValueError, match="numbers of examples"):
+    with pytest.raises(ValueError, match="examples of suite differ"):
         compare({1: [1, 0]}, {1: [1]})
+    with pytest.raises(ValueError, match="suites differ"):
+        compare_suites({1: {"one": {"a": 1}}}, {1: {"other": {"a": 1}}})
     with pytest.raises(ValueError, match="finite"):
         compare({1: [math.nan]}, {1: [1]})
 
@@ -496,14 +503,62 @@ def test_holm_by_hand() -> None:
         holm([1.2])
 
 
-def test_several_arms_against_one_are_adjusted() -> None:
+def test_suites_count_alike_whatever_their_size() -> None:
     rng = np.random.default_rng(0)
-    base = {t: rng.normal(size=30).tolist() for t in range(3)}
-    others = {name: {t: rng.normal(size=30).tolist() for t in range(3)} for name in ("safe", "risky", "all")}
-    found = compare_with(base, others)
-    assert [found[name].p_adjusted for name in others] == holm([found[name].p for name in others])
-    assert {comparison.n_comparisons for comparison in found.values()} == {3}
-    assert found["safe"].value == compare(others["safe"], base).value
+    large, small = rng.integers(-1, 2, (3, 400)).astype(float), rng.integers(-1, 2, (3, 20)).astype(float) + 0.5
+
+    def arm(scale: float) -> Outcomes:
+        return {
+            seed: {
+                name: {str(n): scale * value for n, value in enumerate(part[seed])}
+                for name, part in (("large", large), ("small", small))
+            }
+            for seed in range(3)
+        }
+
+    found = compare_suites(arm(1), arm(0))
+    assert found.value == pytest.approx((large.mean() + small.mean()) / 2)
+    assert found.over_seeds == pytest.approx(
+        scipy.stats.t.interval(0.95, 2, found.value, scipy.stats.sem((large.mean(1) + small.mean(1)) / 2))
+    )
+    # Welch's mean of two samples, each with half the weight.
+    parts = [(scipy.stats.sem(part.mean(0)) / 2) ** 2 for part in (large, small)]
+    df = sum(parts) ** 2 / (parts[0] ** 2 / 399 + parts[1] ** 2 / 19)
+    assert found.over_examples == pytest.approx(scipy.stats.t.interval(0.95, df, found.value, math.sqrt(sum(parts))))
+    assert (found.n_examples, found.n_unscored) == (420, 0)
+
+
+def test_coverage_of_a_comparison_over_suites_of_different_size() -> None:
+    rng, n, held = np.random.default_rng(6), 200, 0
+    for _ in range(n):
+        parts = {
+            name: crossed(rng, 3, size, of_seed=0.2, of_example=0.5, rest=0.5) for name, size in (("a", 60), ("b", 15))
+        }
+        arm = {
+            seed: {name: dict(zip(map(str, range(99)), part[seed], strict=False)) for name, part in parts.items()}
+            for seed in range(3)
+        }
+        nothing = {seed: {name: dict.fromkeys(row, 0.0) for name, row in one.items()} for seed, one in arm.items()}
+        interval = compare_suites(arm, nothing).interval
+        assert interval is not None
+        held += interval.holds(0)
+    assert held / n > 0.95 - 4 * math.sqrt(0.95 * 0.05 / n)
+
+
+def test_few_examples_that_differ_are_judged_by_their_signs() -> None:
+    # 7 of 60 examples, all to one side and the same under every seed.
+    one = {seed: [1.0] * 7 + [0.0] * 53 for seed in (1, 2, 3)}
+    found = compare(one, zeros(one))
+    assert found.p == pytest.approx(scipy.stats.binomtest(0, 7).pvalue)
+    assert found.over_seeds is None
+    assert found.wider == "examples"
+    # Every example differs, and that is not taken for certain of all others.
+    every = {seed: [1.0] * 60 for seed in (1, 2, 3)}
+    certain = compare(every, zeros(every))
+    assert certain.interval is not None
+    assert 0.9 < certain.interval.low < 1
+    assert certain.p is not None
+    assert 0 < certain.p < 0.001
 
 
 # -- agreement of maps

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from one_suite import compare
 
-from castune.study.comparisons import Comparison, compare
+from castune.study.comparisons import Comparison
 from castune.study.distributions import Interval
 from castune.study.nulls import null_position
 from castune.study.validity import Point, Validity, predictive_validity
@@ -25,7 +26,7 @@ def study(cost_AT: Any) -> Validity:
     return predictive_validity(trials, draws=500)
 
 
-RELATED = study(np.arange(12.0)[:, None] + np.random.default_rng(0).normal(size=(12, 3)))
+RELATED = replace(study(np.arange(12.0)[:, None] + np.random.default_rng(0).normal(size=(12, 3))), counts_examples=True)
 
 
 def test_a_relation_is_claimed_with_both_intervals() -> None:
@@ -47,6 +48,11 @@ def test_a_relation_of_these_arms_only_says_so(other: Interval | None) -> None:
     assert "too few to say so of others" in text
 
 
+def test_an_interval_that_leaves_out_the_choice_of_examples_says_so() -> None:
+    assert "on the same examples" in verdict(replace(RELATED, counts_examples=False))
+    assert "on the same examples" not in verdict(RELATED)
+
+
 @pytest.mark.parametrize("interval", [Interval(-0.1, 0.9), Interval(0.0, 0.5), Interval(-0.9, 0.0)])
 def test_an_interval_that_holds_0_claims_nothing(interval: Interval) -> None:
     text = verdict(replace(RELATED, retrained=interval))
@@ -63,7 +69,10 @@ def test_what_chance_does_as_well_is_said_of_these_arms_only() -> None:
 
 def test_one_seed_claims_nothing() -> None:
     text = verdict(study(np.arange(6.0)[:, None]))
-    assert text == "No relation can be claimed from one seed and no errors of the costs: r = 1.00, 6 arms over 1 seed."
+    assert (
+        text
+        == "No relation can be claimed from one training an arm and no errors of the costs: r = 1.00, 6 arms over 1 seed."
+    )
 
 
 def test_undefined_costs_are_named() -> None:
@@ -77,7 +86,11 @@ def test_undefined_costs_are_named() -> None:
     assert verdict(study(cost_AT)).endswith(
         "In 1 of 36 trials safety did not rise, so the cost is undefined; those trials are left out."
     )
+    assert "11 arms over 3 seeds, 35 trainings" not in verdict(study(cost_AT))
+    assert "12 arms over 3 seeds, 35 trainings" in verdict(study(cost_AT))
     assert verdict(predictive_validity([])).startswith("Not measurable: there are no trials.")
+    lost = verdict(study(np.full((3, 2), math.nan)), cost="utility lost", why_undefined="a suite has nothing scored")
+    assert lost.startswith("Not measurable: in 6 of 6 trials a suite has nothing scored, so the utility lost is")
 
 
 SEEN = compare(
@@ -111,7 +124,7 @@ def test_comparisons_without_an_interval() -> None:
     assert words(compare({1: [1, 0]}, {1: [0, 0]})).startswith("No difference can be claimed from so little")
     assert words(compare({1: [1], 2: [1]}, {1: [1], 2: [1]})).startswith("No outcome differs between safe and random")
     assert words(compare({1: [None]}, {1: [1]})) == (
-        "Not measurable: no example has a score under both safe and random (1 seed, 0 examples, 1 left out as unscored)."
+        "Not measurable: not every suite has an example with a score under both safe and random (1 seed, 0 examples, 1 left out as unscored)."
     )
 
 
@@ -127,6 +140,14 @@ def test_a_zone_among_random_heads() -> None:
     assert few.startswith("The safe zone is not told from random heads at this n: 0 of 3 random selections cost less")
     assert "3 cannot show more than p = 0.500" in few
     assert few.endswith("Of 1 more the cost is undefined.")
+    # A ratio without a gain in safety is the dearest, not a missing one; and several tests are told as several.
+    dear = null_position(41.0, [float(i) for i in range(40)], n_gainless=40)
+    assert (dear.lower, dear.higher, dear.n, dear.p) == (40, 40, 80, 1.0)
+    assert "40 of them gained no safety at all and cost the most" in null_verdict(dear, zone="risky")
+    place = null_position(0.0, many)
+    adjusted = null_verdict(place, zone="safe", p_adjusted=4 * place.p, n_comparisons=4)  # type: ignore[operator]
+    assert adjusted.startswith("The safe zone is not told from random heads at this n")
+    assert "p = 0.133 after Holm over 4 comparisons" in adjusted
     assert null_verdict(null_position(None, many), zone="safe") == "Not measurable: the safe zone has no defined cost."
     assert (
         null_verdict(null_position(1.0, []), zone="safe") == "Not measurable: no random selection with a defined cost."
