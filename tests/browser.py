@@ -10,9 +10,11 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,11 @@ class Browser:
         self._process = subprocess.Popen(
             [*command, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(read_orders, write_answers),
+            # Whoever waits for the end of this process's output must not wait for the browser.
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(read_orders)
         os.close(write_answers)
@@ -79,8 +85,13 @@ class Browser:
     def close(self) -> None:
         """End the browser."""
         self._session = ""
-        self.send("Browser.close")
-        self._process.wait(20)
+        try:
+            self.send("Browser.close")
+            self._process.wait(20)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(20)
         os.close(self._orders)
         os.close(self._answers)
 

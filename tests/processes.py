@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 
 def run_command(
@@ -26,9 +26,11 @@ def run_command(
         try:
             said, errors = process.communicate(timeout=timeout)
         except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            said, errors = process.communicate()
+            # Ranks of torchrun have sessions of their own.
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    one.kill()
+            said, errors = process.communicate(timeout=20)
             print(" ".join(arguments), said, errors, sep="\n")
             raise
     return subprocess.CompletedProcess(arguments, process.returncode, said, errors)

@@ -369,6 +369,11 @@ def select(
         seed=seed,
     )
     arm = folder.side_arm(arm_name(chosen)) if beside else folder.main_arm(chosen)
+    if not beside and folder.side_arm(arm.name).selection_file.is_file():
+        raise CastuneError(
+            f"{folder.path} has an arm {arm.name!r} beside the main one already; use --beside, or remove "
+            f"{folder.side_arm(arm.name).folder}"
+        )
     chosen.save(arm.folder)
     what = f"units ({chosen.counted})" if chosen.units else "heads"
     say(
@@ -782,7 +787,8 @@ def reproduce(
     if check:
         show_conditions(again.conditions(RunDirectory(run_directory)))
         return
-    target = out or run_directory.with_name(f"{run_directory.resolve().name}-reproduced")
+    here = run_directory.resolve()
+    target = out or here.with_name(f"{here.name}-reproduced")
     found = again.reproduce(run_directory, target)
     show_reproduction(found)
     say(f"details: {target / again.REPRODUCTION_FILE}")

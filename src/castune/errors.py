@@ -8,6 +8,8 @@ import errno
 import re
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# A file where a directory should be, or the other way round.
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 class CastuneError(ValueError):
@@ -58,6 +60,10 @@ def of_the_machine(error: Exception) -> str | None:
         return (
             f"{error.filename or 'a file'} could not be written: {error.strerror}. What is finished is kept, the same "
             "command continues once there is room and permission"
+        )
+    if isinstance(error, OSError) and error.errno in _IN_THE_WAY:
+        return (
+            f"{error.filename or 'a file'}: {error.strerror}; what is there is in the way: remove it, or give another"
         )
     # Writers below Python, and copies of whole directories, have errors of their own.
     if re.search("No space left on device|File too large|Read-only file system|Disk quota exceeded", str(error)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts import EvalResult
+from castune.artifacts.files import locked
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.config import EvaluateConfig, Recipe
 from castune.core.loading import load_config, load_model, model_source
@@ -143,9 +144,9 @@ def evaluate_step(
         # There need not be room for a judge's model beside it.
         del host, backend
     del loaded
+    if only is not None:  # others may be writing theirs
+        return {name: EvalResult.load(folder.evaluation(name)) for name in adapters if name in (BASE, only)}
     stored = folder.load_evaluations()
-    if only is not None:
-        return stored
     # Rules cost nothing, and those of another version may have said something else.
     is_rule = all(part.is_rule for part in JudgeName.parse(config.judge))
     if is_rule or any(result.settings["judge"] != config.judge for result in stored.values()):
@@ -222,8 +223,14 @@ def lm_eval_step(
             result = lm_eval_results(
                 backend.model, tokenizer, tasks=missing, name=name, model_info=records[name], **options
             )
-        result = result if known is None else known.joined(result)
-        result.save(folder.evaluation(name))
+        folder.evaluation(name).mkdir(parents=True, exist_ok=True)
+        with locked(folder.evaluation(name)):
+            # Another command may have measured other tasks meanwhile.
+            known = None if overwrite else folder.load_lm_eval().get(name)
+            alike = known is not None and all(known.settings.get(key) == value for key, value in options.items())
+            if known is not None and alike and _same_model(known.model, records[name]):
+                result = known.joined(result)
+            result.save(folder.evaluation(name))
         folder.record_step(f"lm-eval {name}", result.provenance)
     return {name: result for name, result in folder.load_lm_eval().items() if name in records}
 

@@ -38,6 +38,7 @@ from castune.run_directory import Arm, RunDirectory, arm_name
 from castune.select import require_rule, select
 from castune.tune.phases import Reselect
 from castune.tune.train import require_extras, require_utility, tune
+from castune.tune.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -361,6 +362,8 @@ def tune_step(
             if result.utility is not None and utility is not None:
                 _check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
             logger.info("tuning %s: already there", arm.name)
+            if Shard.is_main_process():  # it was killed when its adapter was in place
+                Workspace.beside(arm.adapter).remove_of(result.settings, result.data)
             return result
         reselect = None
         if config.reselect_steps is not None:

@@ -14,9 +14,10 @@ import json
 import logging
 import re
 import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from castune.arms import heads_name
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
@@ -32,6 +33,8 @@ from castune.errors import ArtifactError
 logger = logging.getLogger(__name__)
 
 BASE = "base"
+Measured = TypeVar("Measured", EvalResult, LmEvalResult)
+
 _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
@@ -213,6 +216,11 @@ class RunDirectory:
                 f"{arm.selection_file} was made from conflict map {selection.conflict_map_hash}, the map here is "
                 f"{cmap.content_hash}; run: castune select {self.path}"
             )
+        if not same_model(selection.model_fingerprint, cmap.fingerprint):
+            raise ArtifactError(
+                f"{arm.selection_file} is for model {selection.model_fingerprint}, the map here is of "
+                f"{cmap.fingerprint}; remove {arm.selection_file if arm.folder == self.path else arm.folder}"
+            )
         return selection
 
     def load_tuning(self, arm: Arm, selection: HeadSelection) -> TuneResult:
@@ -252,22 +260,36 @@ class RunDirectory:
             raise _other_selection(arm, again)
 
     def load_evaluations(self) -> dict[str, EvalResult]:
-        """All evaluations, the base model first, then in the order of `arms`."""
-        names = [BASE, *(arm.name for arm in self.arms())]
-        return {
-            name: EvalResult.load(self.evaluation(name))
-            for name in names
-            if (self.evaluation(name) / "metrics.json").is_file()
-        }
+        """All evaluations, the base model first, then in the order of `arms`; not those of adapters that are gone."""
+        found = self._measured("metrics.json", EvalResult.load)
+        return {name: result for name, result in found.items() if self._is_of_adapter(name, result.model, "evaluate")}
 
     def load_lm_eval(self) -> dict[str, LmEvalResult]:
-        """What lm-eval measured, in the order of `load_evaluations`."""
+        """What lm-eval measured, in the order of `load_evaluations`; not of adapters that are gone."""
+        found = self._measured(LM_EVAL_FILE, LmEvalResult.load)
+        return {name: result for name, result in found.items() if self._is_of_adapter(name, result.model, "lm-eval")}
+
+    def _measured(self, file: str, load: Callable[[Path], Measured]) -> dict[str, Measured]:
         names = [BASE, *(arm.name for arm in self.arms())]
-        return {
-            name: LmEvalResult.load(self.evaluation(name))
-            for name in names
-            if (self.evaluation(name) / LM_EVAL_FILE).is_file()
-        }
+        return {name: load(self.evaluation(name)) for name in names if (self.evaluation(name) / file).is_file()}
+
+    def _is_of_adapter(self, name: str, model: Mapping[str, Any], command: str) -> bool:
+        """Whether what was measured of an arm is of the adapter that is there; a warning where it is not."""
+        arm = None if name == BASE else self.arm(name)
+        has_adapter = arm is not None and (arm.is_trained or arm.is_masked)
+        try:
+            there = adapter_hash(arm.adapter) if arm is not None and has_adapter else None
+        except FileNotFoundError:
+            there = None
+        if name == BASE or (there is not None and model.get("adapter") == there):
+            return True
+        logger.warning(
+            "%s is of an adapter that is not there any more, and is left out; run: castune %s %s",
+            self.evaluation(name),
+            command,
+            self.path,
+        )
+        return False
 
     def load_drifts(self, cmap: ConflictMap) -> dict[str, DriftResult]:
         """The conflict drift of every arm where it was measured, against this map and for the adapter that is there."""

@@ -89,6 +89,7 @@ def finish(started: Started, kill: tuple[float, int] | None = None) -> Ended:
             # With its children, which hold the pipe open.
             with suppress(ProcessLookupError):
                 os.killpg(started.pid, signal.SIGKILL)
+            break
         until = end if kill is None else started.began + kill[0]
         readable, _, _ = select.select([started.output], [], [], max(0.001, min(until - now, 0.5)))
         if readable:

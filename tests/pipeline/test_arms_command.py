@@ -29,6 +29,12 @@ def finished(models: Models, recipe_of: RecipeOf) -> Path:
     return run(recipe_of(models(), select__compare=[])).path
 
 
+def test_a_name_belongs_to_one_arm(finished: Path, tmp_path: Path) -> None:
+    castune("select", finished, "--zone", "risky", "--beside", cwd=tmp_path).check_returncode()
+    refused = castune("select", finished, "--zone", "risky", cwd=tmp_path)
+    assert_one_error(refused, "has an arm 'risky' beside the main one already", "--beside, or remove")
+
+
 def test_a_recipe_trains_every_arm_it_names(models: Models, recipe_of: RecipeOf) -> None:
     folder = run(recipe_of(models(), select__seed=21, select__compare=[*ARMS], tune__freeze_a=True))
     assert {arm.name for arm in folder.arms()} == {"safe", *ARMS}

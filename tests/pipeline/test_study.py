@@ -6,11 +6,13 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +436,29 @@ def test_a_unit_that_fails_leaves_the_others(study_of: Callable[..., Path], tmp_
     broken.unlink()
     done(path)
     assert [row["arm"] for row in rows(folder, "table_1_sft")] == ["base", "all", "safe"]
+
+
+def test_a_base_that_was_not_judged_when_the_study_was_killed(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path, folder = study_of(study=FEW), tmp_path / "study"
+    done(path)
+    before = table_files(folder)
+    base = study_graph(Recipe.load(path)).base_folder / "evaluation" / "base"
+    result = EvalResult.load(base)
+    replace(result, settings={**result.settings, "judge": "not judged"}).save(base)
+    done(path)
+    assert table_files(folder) == before
+    assert EvalResult.load(base).settings["judge"] == result.settings["judge"]
+
+
+def test_an_adapter_that_was_lost_is_trained_again(study_of: Callable[..., Path], tmp_path: Path) -> None:
+    path, folder = study_of(study=FEW), tmp_path / "study"
+    done(path)
+    before = table_files(folder)
+    (run,) = study_graph(Recipe.load(path)).runs
+    # What a damaged adapter's message asks for.
+    shutil.rmtree(run.folder / "arms" / "safe" / "adapter")
+    done(path)
+    assert table_files(folder) == before
 
 
 def test_bad_studies_are_refused_before_anything_is_written(study_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import Recipe
 from castune.errors import ArtifactError
-from castune.run_directory import RunDirectory, arm_name
+from castune.run_directory import Arm, RunDirectory, arm_name
 from castune.select import select
 
 
@@ -42,8 +42,8 @@ def save_tuning(selection: HeadSelection, adapter: Path, *later: tuple[int, int]
     return result
 
 
-def make_evaluation(name: str) -> EvalResult:
-    return EvalResult(name, (), (), {}, {}, {})
+def make_evaluation(name: str, adapter: str | None = None) -> EvalResult:
+    return EvalResult(name, (), (), {}, {"adapter": adapter}, {})
 
 
 @pytest.fixture
@@ -234,12 +234,41 @@ def test_an_adapter_that_was_changed_after_its_certificate_is_refused(folder: Ru
 
 
 def test_evaluations_come_base_first(folder: RunDirectory) -> None:
-    cmap = make_map()
-    select(cmap, zone="safe").save(folder.path)
-    select(cmap, zone="risky").save(folder.side_arm("risky").folder)
-    for name in ("risky", "safe", "base"):
-        make_evaluation(name).save(folder.evaluation(name))
+    for arm in two_trained_arms(folder):
+        make_evaluation(arm.name, adapter_hash(arm.adapter)).save(folder.evaluation(arm.name))
+    make_evaluation("base").save(folder.evaluation("base"))
     assert list(folder.load_evaluations()) == ["base", "safe", "risky"]
+
+
+def two_trained_arms(folder: RunDirectory) -> list[Arm]:
+    cmap = make_map()
+    for zone, place in (("safe", folder.path), ("risky", folder.side_arm("risky").folder)):
+        selection = select(cmap, zone=zone)
+        selection.save(place)
+        save_tuning(selection, place / "adapter")
+    return folder.arms()
+
+
+def test_evaluations_of_an_adapter_that_is_gone_are_left_out(
+    folder: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    safe, risky = two_trained_arms(folder)
+    for arm in (safe, risky):
+        make_evaluation(arm.name, adapter_hash(arm.adapter)).save(folder.evaluation(arm.name))
+    # Trained again, and not yet evaluated again.
+    (safe.adapter / "adapter_model.safetensors").write_text("other weights")
+    assert list(folder.load_evaluations()) == ["risky"]
+    assert "evaluation/safe is of an adapter that is not there any more" in caplog.text
+    (risky.adapter / "adapter_model.safetensors").unlink()
+    assert folder.load_evaluations() == {}
+
+
+def test_a_selection_for_another_model_is_refused(folder: RunDirectory) -> None:
+    # One without a map of its own: it was chosen by hand, or came with an adapter.
+    HeadSelection.custom([(0, 1)], n_total=8, model_fingerprint="bbbb").save(folder.side_arm("kept").folder)
+    make_map().save(folder.path)
+    with pytest.raises(ArtifactError, match=r"bbbb, the map here is of aaaa; remove .*kept"):
+        folder.load_selection(folder.arm("kept"), folder.load_map())
 
 
 def test_steps_are_appended(folder: RunDirectory) -> None:

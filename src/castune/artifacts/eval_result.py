@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import read_json, text_hash, typed, write_json, write_text
+from castune.artifacts.files import locked, read_json, text_hash, typed, write_json, write_text
 from castune.errors import ArtifactError
 
 _KIND = "evaluation"
@@ -101,16 +102,36 @@ class EvalResult:
         directory, lines = Path(directory), _json_lines(self.samples)
         content = asdict(self)
         del content["samples"]
-        # Samples may take the place of others. Which metrics are theirs is told by their digest.
-        write_json(directory / _NEXT, _KIND, {**content, "samples_hash": text_hash(lines)})
-        write_text(directory / "samples.jsonl", lines, private=True)
-        (directory / _NEXT).replace(directory / "metrics.json")
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory):
+            # Samples may take the place of others. Which metrics are theirs is told by their digest.
+            write_json(directory / _NEXT, _KIND, {**content, "samples_hash": text_hash(lines)})
+            write_text(directory / "samples.jsonl", lines, private=True)
+            (directory / _NEXT).replace(directory / "metrics.json")
         return directory
+
+    @staticmethod
+    def settle(directory: str | Path) -> None:
+        """Finish what `save` had begun where it was killed, so that the two files belong together on their own."""
+        directory = Path(directory)
+        if not (directory / _NEXT).is_file():
+            return
+        with locked(directory), suppress(OSError, ValueError, KeyError):  # nothing that can be finished
+            noted = json.loads((directory / _NEXT).read_bytes())["samples_hash"]
+            if noted == text_hash((directory / "samples.jsonl").read_bytes().decode()):
+                (directory / _NEXT).replace(directory / "metrics.json")
 
     @classmethod
     def load(cls, directory: str | Path) -> EvalResult:
         """Read an evaluation directory."""
         directory = Path(directory)
+        if not directory.is_dir():
+            return cls._read(directory)
+        with locked(directory, shared=True):
+            return cls._read(directory)
+
+    @classmethod
+    def _read(cls, directory: Path) -> EvalResult:
         path = directory / "metrics.json"
         record = read_json(path, _KIND, f"castune evaluate {directory.parent.parent}")
         again = f"remove {directory} and run: castune evaluate {directory.parent.parent}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -88,9 +89,17 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         for file in inside.rglob("*"):
             if file.is_file():
                 _as_readable_as_any(file)  # safetensors makes private files too
+        before = aside / "before"
         if replace and path.exists():
-            shutil.rmtree(path)
-        inside.rename(path)
+            path.rename(before)
+        try:
+            inside.rename(path)
+        except OSError as error:
+            if before.exists():
+                before.rename(path)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise ArtifactError(f"{path}: another process has just made it") from None
+            raise
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in made:
@@ -153,7 +162,11 @@ def alone_at(path: str | Path) -> Iterator[None]:
                 yield
                 return
             # Whoever was here before has removed the file: it is no lock any more.
-            if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+            try:
+                is_lock = path.stat().st_ino == os.fstat(descriptor).st_ino
+            except FileNotFoundError:
+                is_lock = False
+            if not is_lock:
                 continue
             try:
                 yield

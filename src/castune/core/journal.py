@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 _FOLDER = "journal"
+# To write where another process removes the folder.
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,17 @@ class Journal:
         """Add a record; it is in the operating system's hands when this returns."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Of an evaluation they are replies.
-        with open(self.folder / f"{self.writer}.jsonl", "a", encoding="utf-8", opener=_private) as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        for attempt in range(_ATTEMPTS):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # Of an evaluation they are replies.
+                with open(self.folder / f"{self.writer}.jsonl", "a", encoding="utf-8", opener=_private) as file:
+                    file.write(line)
+                return
+            except FileNotFoundError:  # another process has just finished the same work, and removed the folder
+                if attempt == _ATTEMPTS - 1:
+                    raise
 
     def records(self) -> Iterator[Record]:
         """All records of all processes."""
@@ -81,7 +91,7 @@ class Journal:
         """Delete the records, once the artifacts made from them are saved."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-            if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+            with suppress(OSError):  # journals of other work are in it, or another process was faster
                 self.folder.parent.rmdir()
 
     @staticmethod

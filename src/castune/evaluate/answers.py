@@ -82,7 +82,11 @@ def is_equal(answer: str, target: str) -> bool | None:
     """
     require_math_verify()
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout as limited
 
+    if len(answer) > _LONGEST:
+        return None
     answer, target = _plain(answer), _plain(target)
     if not answer or len(answer) > _LONGEST:
         return None
@@ -96,7 +100,13 @@ def is_equal(answer: str, target: str) -> bool | None:
         return None if not parsed[1] else False
     # By default it rounds to 6 digits, where 0.142857 is 1/7.
     compared = {"float_rounding": 12, "allow_set_relation_comp": True, "timeout_seconds": limit}
-    return bool(verify(*parsed, **compared) or verify(*map(_complex, parsed), **compared))
+    if verify(*parsed, **compared):
+        return True
+    try:
+        complex_numbers = [limited(limit)(_complex)(one) for one in parsed]
+    except TimeoutException:
+        return False
+    return bool(verify(*complex_numbers, **compared))
 
 
 def _complex(parsed: list[Any]) -> list[Any]:
@@ -158,6 +168,8 @@ def _number(text: str) -> Fraction | None:
     if match is None:
         return None
     digits = re.sub(r"[\s,$\\]", "", match[0]).replace("−", "-").replace("–", "-")
+    if len(digits) > _LONGEST:
+        return None
     try:
         return Fraction(*map(Fraction, digits.split("/")))
     except (ValueError, ZeroDivisionError):

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import re
+import select
 import selectors
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,10 +25,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from castune.errors import CastuneError, of_the_machine
+from castune.secrets import redacted
 from castune.study.graph import Unit
 
 logger = logging.getLogger(__name__)
 
+# Before a process is started again where none could be.
+_SECONDS_TO_RECOVER = 5.0
 # Units that a cluster is given at once.
 _QUEUED = 10_000
 # What of this process's environment tasks of Ray get too. Ray stores and shows it: nothing secret.
@@ -114,22 +119,28 @@ def attempt(task: Mapping[str, Any]) -> dict[str, Any]:
         return _launched(task)
     started, name = time.monotonic(), task["unit"]["name"]
     error = None
-    with _logging_to(Path(task["log"])):
-        try:
+    try:
+        with _logging_to(Path(task["log"])):
             # Not at the top: the process that only waits for others loads no model library.
             import torch
 
             from castune.study.work import perform
 
             torch.set_num_threads(task["threads"])
-            perform(Unit.from_json(task["unit"]))
-        except CastuneError as known:
-            error = str(known)
-        except Exception as bug:
-            error = of_the_machine(bug)
-            if error is None:
-                error = f"{type(bug).__name__}: {bug}"
-                logger.error("%s", traceback.format_exc())
+            try:
+                perform(Unit.from_json(task["unit"]))
+            except CastuneError:
+                raise
+            except Exception as bug:
+                if of_the_machine(bug) is None:
+                    logger.error("%s", redacted(traceback.format_exc()))
+                raise
+    except CastuneError as known:
+        error = str(known)
+    except Exception as bug:
+        error = of_the_machine(bug) or f"{type(bug).__name__}: {bug}"
+    # It is shown and stored where everybody may read.
+    error = None if error is None else redacted(" ".join(error.split()))
     seconds = round(time.monotonic() - started, 2)
     return Outcome(name, "failed" if error is not None else "done", error, seconds)._asdict()
 
@@ -137,13 +148,16 @@ def attempt(task: Mapping[str, Any]) -> dict[str, Any]:
 def _launched(task: Mapping[str, Any]) -> dict[str, Any]:
     """Do a unit in several processes; each of them runs `castune.study.worker FILE`, and the first one answers."""
     started = time.monotonic()
+    Path(task["log"]).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, Path(task["log"]).open("a", encoding="utf-8") as log:
         file = Path(folder) / "task.json"
-        file.write_text(json.dumps({**task, "launch": []}), encoding="utf-8")
+        launched_by = {"host": socket.gethostname(), "pid": os.getpid()}
+        file.write_text(json.dumps({**task, "launch": [], "launched_by": launched_by}), encoding="utf-8")
         command = [*task["launch"], "-m", "castune.study.worker", str(file)]
         code = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False).returncode
         answer = answer_file(file)
-        if answer.is_file():
+        # Where one process died, what another says is how it noticed: the first may have said that it failed.
+        if code == 0 and answer.is_file():
             return dict(json.loads(answer.read_text(encoding="utf-8")))
     seconds = round(time.monotonic() - started, 2)
     # Whatever ended its processes, memory that ran out or a node, may not happen again.
@@ -186,12 +200,17 @@ class LocalExecutor(Executor):
         self.folder, self.slots, self.resources = folder, workers, resources
         self._workers: dict[int, subprocess.Popen[str]] = {}
         self._unit_of: dict[int, str] = {}
+        self._not_started: list[Outcome] = []
         self._selector = selectors.DefaultSelector()
 
     def start(self, unit: Unit) -> None:
         """Give the unit to an idle worker; start one where there is none."""
         slot = next(slot for slot in range(self.slots) if slot not in self._unit_of)
-        worker = self._workers.get(slot) or self._spawn(slot)
+        try:
+            worker = self._workers.get(slot) or self._spawn(slot)
+        except OSError as error:  # no memory or no processes left, for now
+            self._not_started.append(Outcome(unit.name, "died", f"no process could be started: {error.strerror}"))
+            return
         self._unit_of[slot] = unit.name
         assert worker.stdin is not None
         with suppress(OSError):  # it died while it was idle: its standard output has ended too, which `wait` sees
@@ -200,20 +219,31 @@ class LocalExecutor(Executor):
 
     def wait(self, seconds: float) -> list[Outcome]:
         """Outcomes of workers that have answered or died."""
-        outcomes = []
+        outcomes, self._not_started = self._not_started, []
+        if outcomes:
+            time.sleep(min(seconds, _SECONDS_TO_RECOVER))
+            return outcomes
         for key, _ in self._selector.select(seconds):
             slot: int = key.data
             worker = self._workers[slot]
             assert worker.stdout is not None
             line = worker.stdout.readline()
             if not line.endswith("\n"):
-                code = self._forget(slot)
-                if slot in self._unit_of:
-                    outcomes.append(Outcome(self._unit_of.pop(slot), "died", f"its process ended ({_ending(code)})"))
+                outcomes += self._died(slot)
                 continue
             self._unit_of.pop(slot)
             outcomes.append(Outcome(**json.loads(line)))
+        # A process that it started may hold its standard output open when it is gone.
+        for slot, worker in list(self._workers.items()):
+            assert worker.stdout is not None
+            if worker.poll() is not None and not select.select([worker.stdout], [], [], 0)[0]:
+                outcomes += self._died(slot)
         return outcomes
+
+    def _died(self, slot: int) -> list[Outcome]:
+        code = self._forget(slot)
+        name = self._unit_of.pop(slot, None)
+        return [] if name is None else [Outcome(name, "died", f"its process ended ({_ending(code)})")]
 
     def close(self) -> None:
         """Stop all workers."""

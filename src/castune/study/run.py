@@ -161,6 +161,18 @@ def load_study_suites(recipe: Recipe) -> list[Suite]:
 
 
 def is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
+    """Whether the result of a unit is there; what cannot be told, for a file is missing or damaged, is not done.
+
+    The unit then makes it again, or fails with what is wrong, and the study goes on.
+    """
+    try:
+        return _is_done(unit, suites)
+    except (CastuneError, OSError) as error:
+        logger.warning("%s: %s", unit.name, error)
+        return False
+
+
+def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
     """Whether the result of a unit is there, told from files alone: no model is loaded for it.
 
     Diagnoses and trainings lie in directories whose names are digests of what they were made from. An evaluation must
@@ -200,9 +212,10 @@ def _is_evaluated(
     except ArtifactError as error:
         logger.warning("%s", error)
         return False
-    judge = config.judge if not judged else found.settings["judge"]
+    if judged and found.settings["judge"] != config.judge:
+        return False  # killed before its replies were judged
     return (
-        EvaluateConfig(**{**found.settings, "judge": judge}) == config
+        EvaluateConfig(**{**found.settings, "judge": config.judge}) == config
         and found.model.get("adapter") == (None if adapter is None else adapter_hash(adapter))
         and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
         and not any(sample.get("missing") for sample in found.samples)

@@ -125,7 +125,10 @@ class Schedule:
             "updated": time.time(),
             "units": {name: asdict(state) for name, state in self.states.items()},
         }
-        write_json(self.folder / self.status, "study status", content)
+        try:
+            write_json(self.folder / self.status, "study status", content)
+        except OSError as error:  # for whoever watches; units go on, and say themselves what they cannot write
+            logger.warning("%s could not be written: %s", self.folder / self.status, error)
 
 
 def progress_line(states: Sequence[State], elapsed: float) -> str:

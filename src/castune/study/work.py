@@ -10,6 +10,7 @@ from typing import Any
 
 from castune import drifts, evaluations, pipeline
 from castune.arms import ArmName
+from castune.artifacts import EvalResult
 from castune.artifacts.files import locked, replacing
 from castune.config import Recipe
 from castune.core.loading import load_model
@@ -105,8 +106,10 @@ def _opened(unit: Unit) -> RunDirectory:
         for file in shared:
             _share(file, folder.path / file.relative_to(unit.map_folder))
         if (base / "metrics.json").is_file():
-            for name in ("samples.jsonl", "metrics.json"):
-                _share(base / name, folder.evaluation(BASE) / name, private=name == "samples.jsonl")
+            EvalResult.settle(base)
+            with locked(base, shared=True):
+                for name in ("samples.jsonl", "metrics.json"):
+                    _share(base / name, folder.evaluation(BASE) / name, private=name == "samples.jsonl")
     return folder
 
 

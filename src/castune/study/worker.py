@@ -3,7 +3,7 @@
 Started by the local executor; or with a file by `torchrun` and the like, as one of the processes of one unit.
 
 It ends when its standard input does, even in the middle of a unit: a study that was killed leaves no process behind
-that writes beside its successor.
+that writes beside its successor. So model libraries, which take their time, are imported when somebody listens.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import queue
+import socket
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
-import torch.distributed
-
-from castune.core.shards import Shard
+from castune.artifacts.files import write_text
 from castune.study.executors import answer_file, attempt
 
 
@@ -37,9 +38,15 @@ def main() -> None:
 
 
 def _do_one(file: Path) -> None:
-    outcome = attempt(json.loads(file.read_text(encoding="utf-8")))
+    import torch.distributed
+
+    from castune.core.shards import Shard
+
+    task = json.loads(file.read_text(encoding="utf-8"))
+    threading.Thread(target=_end_with, args=(task.pop("launched_by"),), daemon=True).start()
+    outcome = attempt(task)
     if Shard.is_main_process():
-        answer_file(file).write_text(json.dumps(outcome), encoding="utf-8")
+        write_text(answer_file(file), json.dumps(outcome))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -48,6 +55,16 @@ def _read(units: queue.Queue[str]) -> None:
     for line in sys.stdin:
         units.put(line)
     os._exit(0)
+
+
+def _end_with(launched_by: dict[str, Any]) -> None:
+    """End when the process that had this one launched is gone, on whose machine this can be seen."""
+    while launched_by["host"] == socket.gethostname():
+        try:
+            os.kill(launched_by["pid"], 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(1)
 
 
 if __name__ == "__main__":

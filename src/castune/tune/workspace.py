@@ -104,6 +104,15 @@ class Workspace:
         if self.last_checkpoint() is None:
             self.remove()
 
+    def remove_of(self, settings: dict[str, Any], data: dict[str, Any]) -> None:
+        """Remove the folder if it is of a training with these settings and data, which has ended since."""
+        try:
+            training = json.loads((self.folder / "training.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if (training.get("settings"), training.get("data")) == (settings, data):
+            self.remove()
+
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)

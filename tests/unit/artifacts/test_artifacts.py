@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
 from castune.artifacts.conflict_map import SCHEMA
-from castune.artifacts.files import SCHEMA_VERSION, replacing, write_json, write_text
+from castune.artifacts.files import SCHEMA_VERSION, new_directory, replacing, write_json, write_text
 from castune.errors import ArtifactError
 
 MODEL = {"name": "tiny", "fingerprint": "0123456789abcdef", "parameters": 7}
@@ -192,6 +193,34 @@ def test_a_failing_writer_leaves_the_old_file_and_no_temporary_one(tmp_path: Pat
         raise RuntimeError("half way")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_directory_is_whole_whatever_happens_while_another_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "weights").write_text("old")
+    plain = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "adapter" and self.parent != tmp_path:
+            raise OSError(errno.EIO, "the disk is gone")
+        return plain(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="the disk is gone"), new_directory(path, replace=True) as inside:
+            (inside / "weights").write_text("new")
+    assert (path / "weights").read_text() == "old"
+    # Two make the same: the second is told, and the first one's stays.
+    other = tmp_path / "export"
+    with pytest.raises(ArtifactError, match="another process has just made it"), new_directory(other) as inside:
+        (inside / "weights").write_text("second")
+        other.mkdir()
+        (other / "weights").write_text("first")
+    assert (other / "weights").read_text() == "first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "export"]
 
 
 def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -511,6 +540,13 @@ def test_samples_are_those_of_their_metrics_whenever_it_was_killed(
         found = EvalResult.load(tmp_path)
         assert found == (other if ended else found)
         assert found in (EVALUATION, other)
+        # Whoever copies the two files without knowing of this has it whole too.
+        EvalResult.settle(tmp_path)
+        copy = tmp_path / f"copy-{moment}"
+        copy.mkdir()
+        for name in ("samples.jsonl", "metrics.json"):
+            (copy / name).write_bytes((tmp_path / name).read_bytes())
+        assert EvalResult.load(copy) == found
     assert ended
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,27 @@ def test_equal_fractions_are_equal(numerator: int, denominator: int) -> None:
     assert is_equal(twice, rf"\frac{{{numerator}}}{{{denominator}}}")
     assert is_right(f"#### {numerator}/{denominator}", f"{numerator}/{denominator}", "number")
     assert is_equal(rf"\frac{{{numerator + 1}}}{{{denominator}}}", rf"\frac{{{numerator}}}{{{denominator}}}") is False
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        r"\boxed{0.\overline{" + "3" * 5000 + "}}",
+        r"\boxed{x_{" + "9" * 5000 + "}}",
+        "#### " + "9" * 5000,
+        "#### 0." + "3" * 4300,
+        r"\boxed{" + "1" * 5000 + "}",
+    ],
+)
+def test_answers_of_thousands_of_digits_are_unscored(reply: str) -> None:
+    assert is_right(reply, "5", "boxed" if "boxed" in reply else "number") is None
+    final_answer(reply, "number")
+
+
+def test_an_answer_that_takes_for_ever_to_expand_is_not_waited_for() -> None:
+    started = time.monotonic()
+    assert is_equal(r"i + 9^{9^{9^{9}}} i", "5") is not True
+    assert time.monotonic() - started < 60
 
 
 def test_endless_answers_are_unscored() -> None:

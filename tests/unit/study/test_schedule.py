@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from castune.config import Recipe
 from castune.errors import ArtifactError
-from castune.study.executors import Ending, Executor, Outcome
+from castune.study.executors import Ending, Executor, LocalExecutor, Outcome, Resources, attempt
 from castune.study.graph import Graph, Unit
 from castune.study.schedule import STATUS_FILE, Schedule, State, load_states, progress_line
 
@@ -119,6 +121,55 @@ def test_the_status_on_disk(tmp_path: Path) -> None:
     (tmp_path / STATUS_FILE).write_text(json.dumps({"kind": "study status", "schema_version": 1}))
     with pytest.raises(ArtifactError, match=r"status\.json: damaged"):
         load_states(tmp_path)
+
+
+def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / STATUS_FILE).mkdir()
+    assert Schedule(Graph(SMALL, 8).units, tmp_path, lambda _: False).run(Scripted(lambda *_: "done"))
+
+
+def executor_of(program: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> LocalExecutor:
+    """An executor whose workers are another program."""
+    monkeypatch.setattr(sys, "executable", str(program))
+    return LocalExecutor(folder, 1, Resources(threads=1))
+
+
+def ending_of(executor: LocalExecutor) -> Outcome:
+    (unit,) = (unit for unit in Graph(SMALL, 8).units if unit.stage == "diagnose")
+    with executor:
+        executor.start(unit)
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            for outcome in executor.wait(0.1):
+                return outcome
+    raise AssertionError("nobody noticed")
+
+
+def test_a_dead_worker_is_noticed_though_a_child_of_it_holds_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "worker"
+    program.write_text("#!/bin/sh\nsleep 60 &\nexit 3\n")
+    program.chmod(0o755)
+    found = ending_of(executor_of(program, tmp_path, monkeypatch))
+    assert (found.ending, found.error) == ("died", "its process ended (exit code 3)")
+
+
+def test_a_worker_that_cannot_be_started_is_a_unit_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ending_of(executor_of(tmp_path / "nowhere", tmp_path, monkeypatch))
+    assert found.ending == "died"
+    assert "no process could be started" in str(found.error)
+
+
+def test_errors_of_units_are_one_line_without_secrets(tmp_path: Path) -> None:
+    (unit,) = (unit for unit in Graph(SMALL, 8).units if unit.stage == "diagnose")
+    # A file where the log should be, named like a key.
+    (tmp_path / "hf_0123456789abcdefghijklmnopqrstuv").write_text("")
+    log = tmp_path / "hf_0123456789abcdefghijklmnopqrstuv" / "unit.log"
+    answer = attempt({"unit": unit.to_json(), "log": str(log), "threads": 1, "launch": []})
+    assert answer["ending"] == "failed"
+    assert "hf_0123456789" not in answer["error"]
+    assert "\n" not in answer["error"]
 
 
 def test_time_left_follows_from_units_of_the_same_stage() -> None:
