@@ -114,7 +114,7 @@ def evaluate_step(
     require_evaluation(config, suites)
     if config.backend == "hf":
         loaded = loaded or load_model(recipe)
-        identity = model_record(loaded[0])
+        identity = model_record(*loaded)
     else:
         # The model's weights are elsewhere: it is the one of the map by its name.
         identity = {**folder.load_map().metadata["model"], "dtype": recipe.dtype, "device": config.backend}
@@ -202,7 +202,7 @@ def lm_eval_step(
     """
     require_lm_eval()
     model, tokenizer = load_model(recipe)
-    adapters, records = _models(folder, model_record(model))
+    adapters, records = _models(folder, model_record(model, tokenizer))
     stored = {n: r for n, r in folder.load_lm_eval().items() if n in records and _same_model(r.model, records[n])}
     for name, result in {} if overwrite else stored.items():
         key = next((key for key, value in options.items() if result.settings.get(key) != value), None)
@@ -330,4 +330,4 @@ def _stored_evaluation(
 
 
 def _same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(one.get(key) == other.get(key) for key in ("fingerprint", "adapter", "dtype", "server"))
+    return all(one.get(key) == other.get(key) for key in ("fingerprint", "chat_template", "adapter", "dtype", "server"))

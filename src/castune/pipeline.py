@@ -20,7 +20,7 @@ from castune.artifacts.files import alone_at, write_json
 from castune.config import DataConfig, DiagnoseConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.journal import Journal
 from castune.core.loading import device_of, find_default_gguf, load_config, load_model, torch_dtype_of
-from castune.core.provenance import fingerprint, provenance
+from castune.core.provenance import chat_template_digest, fingerprint, provenance
 from castune.core.shards import Shard
 from castune.core.units import unit
 from castune.data.example import Example, content_hash, require_replies
@@ -219,6 +219,7 @@ def diagnose_step(
         _check_same("the conflict map", found, recipe.diagnose.model_dump(mode="json"), folder)
         for name, digest in (("safety", content_hash(safety)), ("utility", utility_hash(sets))):
             _check_same(f"the conflict map's {name} data", cmap.metadata["data"][name]["hash"], digest, folder)
+        _check_template("the conflict map", cmap.metadata["model"], tokenizer, folder)
         logger.info("diagnosis: already there")
         Journal.remove_all(folder.path)  # of a command that was killed when the map was just made
         return cmap
@@ -361,6 +362,7 @@ def tune_step(
             _check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data), folder)
             if result.utility is not None and utility is not None:
                 _check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
+            _check_template(f"{arm.adapter}", result.model, tokenizer, folder)
             logger.info("tuning %s: already there", arm.name)
             if Shard.is_main_process():  # it was killed when its adapter was in place
                 Workspace.beside(arm.adapter).remove_of(result.settings, result.data)
@@ -499,6 +501,13 @@ def report_step(folder: RunDirectory) -> Path:
 
 def _has_suite(evaluations: Mapping[str, EvalResult], name: str) -> bool:
     return any(suite.suite == name for result in evaluations.values() for suite in result.suites)
+
+
+def _check_template(what: str, model: Mapping[str, Any], tokenizer: Any, folder: RunDirectory) -> None:
+    """Refuse what was made with another chat template; records from before it was noted know of none."""
+    digest = chat_template_digest(tokenizer)
+    if model.get("chat_template", digest) != digest:
+        _check_same(what, f"chat template {model['chat_template']}", f"chat template {digest}", folder)
 
 
 def _check_same(what: str, found: Any, wanted: Any, folder: RunDirectory) -> None:

@@ -353,6 +353,21 @@ def test_another_model_at_the_same_place_names_both(
     assert changed(before, folder) == set()
 
 
+def test_another_chat_template_makes_other_maps_and_evaluations(finished: tuple[Recipe, Path]) -> None:
+    recipe, path = finished
+    before, evaluated = stamps(path), RunDirectory(path).load_evaluations()
+    template = Path(recipe.model) / "chat_template.jinja"
+    template.write_text("{# mended #}" + template.read_text())
+    with pytest.raises(
+        ArtifactError, match="the conflict map .* made with chat template .* asked for is chat template"
+    ):
+        run(recipe)
+    assert changed(before, path) == set()
+    again = evaluate_step(RunDirectory(path), recipe, load_suites(recipe.evaluate.suites))
+    for name, result in again.items():
+        assert result.model["chat_template"] != evaluated[name].model["chat_template"]
+
+
 def test_another_model_elsewhere_names_both(
     finished: tuple[Recipe, Path], models: Models, recipe_of: RecipeOf, tmp_path: Path
 ) -> None:

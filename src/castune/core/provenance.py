@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from castune.artifacts.files import text_hash
 from castune.artifacts.fingerprints import QUANTISED
 from castune.core.loading import display_name
 from castune.core.quantisation import is_quantised
@@ -53,8 +54,13 @@ def _add(digest: Any, name: str, parameter: Tensor) -> None:
     digest.update(sample.view(torch.int16).numpy().tobytes())
 
 
-def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
-    """Identity of a model as it is stored in artifacts."""
+def chat_template_digest(tokenizer: Any) -> str:
+    """Digest of the template that prompts go through: with another one everything measured is another thing."""
+    return text_hash(str(getattr(tokenizer, "chat_template", None) or ""))
+
+
+def model_record(model: Any, tokenizer: Any = None, *, name: str | None = None) -> dict[str, Any]:
+    """Identity of a model as it is stored in artifacts; with its chat template where a tokenizer is given."""
     config = model.config
     return {
         "name": name or display_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
@@ -67,6 +73,7 @@ def model_record(model: Any, name: str | None = None) -> dict[str, Any]:
         "device": str(next(model.parameters()).device),
         "commit": getattr(config, "_commit_hash", None),
         # Where transformers puts the modules that came with a model.
+        **({} if tokenizer is None else {"chat_template": chat_template_digest(tokenizer)}),
         **({"remote_code": True} if type(model).__module__.startswith("transformers_modules") else {}),
     }
 

@@ -102,14 +102,14 @@ def diagnose(
     share = Shard.of(shard)
     if share.count > 1 and out is None:
         raise CastuneError("processes share their work through the run directory: give `out`")
-    identity = model_record(model)
+    identity = model_record(model, tokenizer)
     if adapter is not None:
         identity["adapter"] = adapter
     data = {name: _data_record((sources or {}).get(name), found, rows[name]) for name, found in examples.items()}
     settings, record = config.model_dump(mode="json"), provenance(seed)
     # How domains are combined changes nothing that is measured.
     measured_by = {key: value for key, value in settings.items() if key != "domains"}
-    made_by = [identity["fingerprint"], identity["dtype"], record["versions"]["castune"]]
+    made_by = [identity[key] for key in ("fingerprint", "chat_template", "dtype")] + [record["versions"]["castune"]]
     # A fingerprint samples weights: it need not see a small update.
     made_by += [] if adapter is None else [adapter]
     journal = Journal.of(None if out is None else Path(out), [*made_by, measured_by, data])

@@ -83,7 +83,7 @@ def lm_eval_results(
     with _seeded(seed), _quiet():
         loaded = load_tasks(tasks, include_path)
         set_examples(loaded["tasks"], num_fewshot, seed)
-        info, record = model_info or model_record(model), provenance(seed)
+        info, record = model_info or model_record(model, tokenizer), provenance(seed)
         record["versions"]["lm_eval"] = importlib.metadata.version("lm_eval")
         started = time.perf_counter()
         with evaluation_mode(model), _own_generation_config(model):

@@ -64,7 +64,7 @@ def evaluate(
             by=judge(config.judge),
             name=name,
             out=out,
-            model_info=model_info or model_record(model),
+            model_info=model_info or model_record(model, tokenizer),
         )
 
 

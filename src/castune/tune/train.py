@@ -93,7 +93,7 @@ def tune(
     if utility and config.needs_utility:
         utility_record = {**_data_record(utility, work.utility_rows, utility_source), "replayed": len(work.replayed)}
     require_reselection(config, selection, reselect)
-    identity = model_record(model)
+    identity = model_record(model, tokenizer)
     workspace = Workspace.beside(out)
     settings = trainer_settings(config, workspace, next(model.parameters()).device)
     processes = TrainingArguments(**settings)
@@ -102,6 +102,7 @@ def tune(
             workspace.open(
                 {
                     "model": identity["fingerprint"],
+                    "chat_template": identity["chat_template"],
                     "heads": selection.heads,
                     **({"units": selection.units, "mlp_groups": selection.mlp_groups} if selection.units else {}),
                     # Later selections depend on the settings and the data of the map.

@@ -73,7 +73,7 @@ def test_the_fingerprint_does_not_touch_the_model(tiny_model: Callable[..., Any]
 
 
 def test_records_are_plain_json(tiny_model: Callable[..., Any]) -> None:
-    record = model_record(tiny_model("gpt2"), "mine")
+    record = model_record(tiny_model("gpt2"), name="mine")
     assert record["name"] == "mine"
     assert record["type"] == "gpt2"
     assert record["dtype"] == "float32"
