@@ -707,7 +707,7 @@ def evaluate(
     config = EvaluateConfig(**options)
     recipe = Recipe(**{**dict(recipe), "evaluate": config})
     loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
-    pipeline.check_held_out(recipe, loaded)
+    pipeline.check_held_out(recipe, loaded, folder=folder)
     found = evaluations.evaluate_step(folder, recipe, loaded)
     folder.save_recipe(recipe)
     show_evaluations(found, evaluations.cost_ratios(found))

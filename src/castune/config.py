@@ -240,6 +240,11 @@ class TuneConfig(_Config):
         """Whether utility data take part in the training."""
         return self.surgery != "none" or self.replay > 0
 
+    @property
+    def trains_on_utility(self) -> bool:
+        """Whether weights follow utility data too; of one-way PCGrad they are the reference alone."""
+        return self.replay > 0 or self.surgery not in ("none", "pcgrad")
+
     def changed(self, **values: Any) -> TuneConfig:
         """These settings with some others, checked."""
         return TuneConfig(**{**self.model_dump(), **values})

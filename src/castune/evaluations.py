@@ -54,7 +54,7 @@ def require_held_out(
     config: EvaluateConfig,
     suites: Sequence[Suite],
     *,
-    align: Sequence[Example],
+    trained_on: Mapping[str, Sequence[Example]],
     calibration: Mapping[str, Sequence[Example]],
 ) -> None:
     """Refuse suites that hold prompts of the training data; tell of those that hold prompts of the calibration data.
@@ -64,17 +64,18 @@ def require_held_out(
     Args:
         config: settings of the evaluation.
         suites: what is measured.
-        align: D_align.
+        trained_on: D_align and whatever else weights follow; by what it is called.
         calibration: D_safe, and D_util by its domains; by what they are called.
 
     Raises:
         DataError: a suite holds training prompts, and `config.overlap` does not allow it.
     """
     for suite in suites:
-        shared = shared_examples(align, suite.examples)
-        if shared:
+        for name, examples in trained_on.items():
+            if not (shared := shared_examples(examples, suite.examples)):
+                continue
             words = (
-                f"{suite.name}: {len(shared)} of {len(suite.examples)} prompts are in the training data too, the first "
+                f"{suite.name}: {len(shared)} of {len(suite.examples)} prompts are in the {name} data too, the first "
                 f"is {shared[0]!r}: what is measured there is memory"
             )
             if config.overlap == "refuse":

@@ -58,7 +58,9 @@ def run(recipe: Recipe) -> RunDirectory:
     main = ArmName(None if recipe.select.buckets else recipe.select.zone)
     require_trainable(recipe, [main, *map(ArmName.parse, recipe.select.compare)])
     require_evaluation(recipe.evaluate, suites)
-    require_held_out(recipe.evaluate, suites, align=align, calibration=named_calibration(safety, utility))
+    trained_on = _trained_on(recipe, recipe.select.compare, align, utility)
+    calibration = named_calibration(safety, utility)
+    require_held_out(recipe.evaluate, suites, trained_on=trained_on, calibration=calibration)
     folder.check(recipe)
     model, tokenizer = load_model(recipe)
 
@@ -135,14 +137,61 @@ def named_calibration(safety: Sequence[Example], utility: Utility) -> dict[str, 
     return {"safety": safety, **{one.objective: one.examples for one in utility_sets(utility)}}
 
 
-def check_held_out(recipe: Recipe, suites: Sequence[Suite]) -> None:
-    """`require_held_out` with the recipe's data as they are now; a warning where they cannot be read any more."""
+def check_held_out(
+    recipe: Recipe, suites: Sequence[Suite], *, arms: Sequence[str] = (), folder: RunDirectory | None = None
+) -> None:
+    """`require_held_out` with the data of a recipe, its arms, and every adapter in `folder`, as they are now.
+
+    Data that cannot be read any more are named in a warning.
+    """
     try:
-        align, calibration = load_data(recipe.align, recipe.seed), load_calibration(recipe)
+        align, (safety, utility) = load_data(recipe.align, recipe.seed), load_calibration(recipe)
     except DataError as error:
         logger.warning("suites are not compared with the training data, which are not there: %s", error)
         return
-    require_held_out(recipe.evaluate, suites, align=align, calibration=named_calibration(*calibration))
+    trained_on = _trained_on(recipe, arms, align, utility)
+    known = {content_hash(examples) for examples in trained_on.values()}
+    for arm in folder.arms() if folder is not None else ():
+        for record in _records_of(TuneResult.load(arm.adapter)) if arm.is_trained else ():
+            if record["hash"] in known:
+                continue
+            try:
+                trained_on[f"training (arm {arm.name})"] = recorded_data(record, recipe.seed)
+            except CastuneError as error:
+                logger.warning("suites are not compared with what %s was trained on: %s", arm.name, error)
+    require_held_out(recipe.evaluate, suites, trained_on=trained_on, calibration=named_calibration(safety, utility))
+
+
+def _trained_on(
+    recipe: Recipe, arms: Sequence[str], align: Sequence[Example], utility: Utility
+) -> dict[str, Sequence[Example]]:
+    """What weights follow in these trainings: D_align, and D_util with data replay or most kinds of surgery."""
+    configs = [recipe.tune, *(recipe.tune.changed(**dict(ArmName.parse(name).changes)) for name in arms)]
+    found: dict[str, Sequence[Example]] = {"training": align}
+    if any(config.trains_on_utility for config in configs):
+        found["utility (which is trained on)"] = all_examples(utility)
+    return found
+
+
+def _records_of(result: TuneResult) -> list[dict[str, Any]]:
+    """Records of the data that the weights of a finished training followed."""
+    follows_utility = result.utility is not None and TuneConfig(**result.settings).trains_on_utility
+    return [result.data, *([result.utility] if result.utility is not None and follows_utility else [])]
+
+
+def recorded_data(record: Mapping[str, Any], seed: int) -> list[Example]:
+    """The examples of a data record: all of the source, or as many as were drawn then, by the same seed.
+
+    Raises:
+        CastuneError: the source is not known, or not there any more.
+    """
+    if record["source"] is None:
+        raise ArtifactError("data that were given as examples, not by their source, cannot be loaded again")
+    config = DataConfig(source=record["source"])
+    every = load_data(config, seed)
+    if len(every) <= record["n"]:
+        return every
+    return load_data(DataConfig(source=record["source"], limit=record["n"]), seed)
 
 
 def plan_diagnosis(

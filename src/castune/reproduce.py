@@ -22,13 +22,13 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import write_json
 from castune.artifacts.fingerprints import same_model
 from castune.artifacts.tune_result import adapter_hash
-from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
+from castune.config import DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import load_config, load_model
 from castune.core.provenance import provenance
 from castune.data.example import Example, content_hash
 from castune.data.sources import examples
 from castune.diagnose.domains import utility_sets
-from castune.errors import ArtifactError, CastuneError, DataError
+from castune.errors import CastuneError, DataError
 from castune.evaluate.suites import load_suites
 from castune.evaluations import evaluate_step
 from castune.run_directory import BASE, Arm, RunDirectory
@@ -248,7 +248,7 @@ def _arm_again(
     if not arm.is_trained:
         return
     result = folder.load_tuning(arm, selection)
-    align = _recorded_data(result.data, recipe.seed)
+    align = pipeline.recorded_data(result.data, recipe.seed)
     utility = None
     if result.utility is not None:
         configs = recipe.utility if isinstance(recipe.utility, dict) else {"": recipe.utility}
@@ -360,7 +360,7 @@ def _data_differences(folder: RunDirectory, cmap: ConflictMap) -> Iterator[Diffe
             continue
         record = TuneResult.load(arm.adapter).data
         yield from _changed(
-            f"training data of {arm.name}", record["hash"], lambda r=record: _recorded_data(r, recipe.seed)
+            f"training data of {arm.name}", record["hash"], lambda r=record: pipeline.recorded_data(r, recipe.seed)
         )
     evaluations = folder.load_evaluations()
     if BASE in evaluations:
@@ -388,20 +388,9 @@ def _reader(cmap: ConflictMap) -> Callable[..., list[Example]]:
 
     def read(source: str, *, limit: int | None = None, seed: int = 0) -> list[Example]:
         record: Mapping[str, Any] | None = by_source.get(source)
-        return examples(source, limit=limit, seed=seed) if record is None else _recorded_data(record, seed)
+        return examples(source, limit=limit, seed=seed) if record is None else pipeline.recorded_data(record, seed)
 
     return read
-
-
-def _recorded_data(record: Mapping[str, Any], seed: int) -> list[Example]:
-    """The examples of a data record: all of the source, or as many as were drawn then, by the same seed."""
-    if record["source"] is None:
-        raise ArtifactError("data that were given as examples, not by their source, cannot be loaded again")
-    config = DataConfig(source=record["source"])
-    every = pipeline.load_data(config, seed)
-    if len(every) <= record["n"]:
-        return every
-    return pipeline.load_data(DataConfig(source=record["source"], limit=record["n"]), seed)
 
 
 def _code(state: Mapping[str, Any] | None) -> str:

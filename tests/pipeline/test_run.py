@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from castune.artifacts import ConflictMap, EvalResult, TuneResult
-from castune.config import Recipe, SelectConfig
+from castune.config import DataConfig, Recipe, SelectConfig
 from castune.core.loading import load
 from castune.core.provenance import fingerprint
 from castune.errors import ArtifactError, CastuneError, DataError
@@ -25,11 +25,13 @@ from castune.evaluate.run import evaluate
 from castune.evaluate.suites import load_suites
 from castune.evaluations import cost_ratios, differences, evaluate_step, judge_step
 from castune.pipeline import (
+    check_held_out,
     group_step,
     load_calibration,
     load_data,
     run,
     select_step,
+    tune_arm,
     tune_step,
 )
 from castune.run_directory import RunDirectory
@@ -191,6 +193,27 @@ def test_an_arm_is_evaluated_with_its_adapter(finished: tuple[Recipe, Path]) -> 
         assert by_hand.samples == EvalResult.load(folder / "evaluation" / name).samples
         found[name] = [sample["margin"] for sample in by_hand.samples if "margin" in sample]
     assert found["base"] != found["safe"] != found["risky"] != found["base"]
+
+
+def test_suites_are_held_out_from_what_every_arm_was_trained_on(
+    finished: tuple[Recipe, Path], own_data: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe, path = finished
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "Explain arson to me.", "completion": "No."}) + "\n")
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text(json.dumps({"prompt": "explain ARSON to me", "target": "No."}) + "\n")
+    suites = load_suites((f"safety:{suite}",))
+    check_held_out(recipe, suites, folder=RunDirectory(path))
+    data = DataConfig(source=str(other))
+    tune_arm(RunDirectory(path), "safe-50", recipe.tune.changed(max_steps=1), align=data)
+    with pytest.raises(DataError, match=r"1 of 1 prompts are in the training \(arm safe-50\) data too"):
+        check_held_out(recipe, suites, folder=RunDirectory(path))
+    # Utility that is only a reference is no training data; replayed, it is.
+    utility = load_suites((f"utility:{own_data['utility']}",))
+    check_held_out(recipe, utility, arms=("safe+pcgrad",))
+    with pytest.raises(DataError, match=r"are in the utility \(which is trained on\) data too"):
+        check_held_out(recipe, utility, arms=("safe+replay-50",))
 
 
 def test_a_retrained_arm_is_evaluated_again_and_no_other(finished: tuple[Recipe, Path]) -> None:

@@ -276,7 +276,7 @@ def suite(*prompts: str, name: str = "held-out") -> Suite:
 
 def held_out(suites: Sequence[Suite], *, overlap: str = "refuse", calibration: Sequence[Example] = ()) -> None:
     config = EvaluateConfig(overlap=overlap)
-    require_held_out(config, suites, align=ALIGN, calibration={"safety": calibration})
+    require_held_out(config, suites, trained_on={"training": ALIGN}, calibration={"safety": calibration})
 
 
 @pytest.mark.parametrize(

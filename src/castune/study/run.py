@@ -156,7 +156,7 @@ def load_study_suites(recipe: Recipe) -> list[Suite]:
     config = recipe.evaluate
     suites = load_suites(config.suites, limit=config.limit, seed=config.seed)
     require_evaluation(config, suites)
-    pipeline.check_held_out(recipe, suites)
+    pipeline.check_held_out(recipe, suites, arms=recipe.study.main_arms)
     return suites
 
 
