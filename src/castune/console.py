@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -118,20 +118,18 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
         f"{found.model_type}: {found.n_layers} layers, {found.n_heads} {found.what}, "
         f"{found.n_parameters / 1e6:,.1f} M parameters, {_gigabytes(found.weight_bytes)} of weights in {found.dtype}"
     )
-    from rich.table import Table
-
-    table = Table("part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}")
     names = {
         "gradients": "gradients",
         "utility": "utility sweep",
         "margins": "safety sweep, margins",
         "decisions": "safety sweep, decisions",
     }
+    rows = []
     for name, label in names.items():
         stage = found.stages[name]
         counts = [f"{stage.forwards:,}", f"{stage.tokens:,}", f"{stage.step_tokens:,}"]
-        table.add_row(label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _duration(stage.seconds))
-    _show(table)
+        rows.append([label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _duration(stage.seconds)])
+    _show(table_of(["part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}"], rows))
     for measure in ("margin", "decision"):
         flops = sum(map(found.stage_flops, found.parts(measure)))
         say(f"map by {measure}s: {_duration(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
@@ -206,49 +204,50 @@ def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, CostR
     """Rates of every arm, and the utility cost ratios against the base model."""
     if not evaluations:
         return
-    from rich.table import Table
-
     from castune.report.summary import cost_ratio
 
     suites = list(dict.fromkeys(result.suite for e in evaluations.values() for result in e.suites))
     caption = "rate ± standard error (n, unscored); UCR against base (95 % interval)"
-    table = Table("arm", *suites, "UCR", caption=caption)
+    rows = []
     for name, result in evaluations.items():
         by_name = {suite.suite: suite for suite in result.suites}
         cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
-        table.add_row(name, *cells, "" if name not in ratios else cost_ratio(name, ratios))
-    _show(table)
+        rows.append([name, *cells, "" if name not in ratios else cost_ratio(name, ratios)])
+    _show(table_of(["arm", *suites, "UCR"], rows, caption=caption))
 
 
 def show_lm_eval(results: dict[str, LmEvalResult]) -> None:
     """What lm-eval measured: groups, then tasks that are in none."""
     if not results:
         return
-    from rich.table import Table
-
     from castune.artifacts.lm_eval_result import headline_scores
 
-    table = Table("task", "metric", "shots", "n", *results, caption="value ± standard error, as lm-eval reports them")
+    rows = []
     for (task, metric), scores in headline_scores(results).items():
         first = next(iter(scores.values()))
         cells = [_value(scores.get(name)) for name in results]
-        table.add_row(task, metric, "" if first.num_fewshot is None else str(first.num_fewshot), f"{first.n:,}", *cells)
-    _show(table)
+        rows.append([task, metric, "" if first.num_fewshot is None else first.num_fewshot, f"{first.n:,}", *cells])
+    caption = "value ± standard error, as lm-eval reports them"
+    _show(table_of(["task", "metric", "shots", "n", *results], rows, caption=caption))
 
 
 def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table of plain values, numbers to two places; what is missing is a dash."""
     if not rows:
         return
-    from rich.markup import escape
-    from rich.table import Table
+    cells = [[f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    _show(table_of(rows[0], cells, title=title, title_justify="left"))
 
-    table = Table(*rows[0], title=title, title_justify="left")
+
+def table_of(heads: Iterable[str], rows: Iterable[Iterable[object]], **options: Any) -> Table:
+    """A table of plain text: names of suites and words of errors are no markup. What is missing is a dash."""
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table(*(Column(Text(head)) for head in heads), **options)
     for row in rows:
-        cells = [f"{value:.2f}" if isinstance(value, float) else value for value in row.values()]
-        # Names of suites and words of errors are no markup.
-        table.add_row(*("–" if cell is None else escape(str(cell)) for cell in cells))
-    _show(table)
+        table.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
+    return table
 
 
 def _value(score: LmEvalScore | None) -> str:

@@ -168,6 +168,8 @@ class RunDirectory:
         Evaluation settings are free: evaluations are made again where they differ. Settings of a stage that has left
         nothing yet are free too, so that a failed training can be tried again with another learning rate.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ArtifactError(f"{self.path}: a file, where a run needs a directory; give another with --out")
         if not self.recipe_file.is_file():
             return
         before = _flat(tomllib.loads(self.load_recipe().to_toml()))

@@ -317,9 +317,20 @@ class RayExecutor(Executor):
         threads = str(resources.threads)
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
         environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        self._ray.init(
-            **started, log_to_driver=False, logging_level=logging.WARNING, runtime_env={"env_vars": environment}
-        )
+        try:
+            self._ray.init(
+                **started, log_to_driver=False, logging_level=logging.WARNING, runtime_env={"env_vars": environment}
+            )
+        except ConnectionError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CastuneError(f"--address {address}: no Ray cluster answers there: {reason}") from None
+        has = self._ray.cluster_resources().get("memory", 0)
+        # A cluster of its own may grow; this one would wait for ever.
+        if address is None and resources.memory is not None and resources.memory > has:
+            self._ray.shutdown()
+            raise CastuneError(
+                f"--memory {resources.memory / 1e9:g}: the Ray that was started here has {has / 1e9:.1f} gigabytes"
+            )
         # Retries are the study's own business: it notes them.
         self._options: dict[str, Any] = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_retries": 0}
         if resources.memory is not None:

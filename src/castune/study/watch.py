@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from castune.artifacts import ConflictMap
+from castune.console import table_of
 from castune.errors import ArtifactError
 from castune.study.executors import log_file
 from castune.study.schedule import State, load_states, progress_line
@@ -64,20 +65,25 @@ def _view(folder: Path) -> tuple[Group, bool]:
 
 def _stages(states: dict[str, State]) -> Table:
     columns = ("done", "running", "waiting", "failed", "blocked")
-    table = Table("stage", *columns)
+    rows = []
     for stage in dict.fromkeys(state.stage for state in states.values()):
         counts = Counter(state.state for state in states.values() if state.stage == stage)
-        table.add_row(stage, *(str(counts[column]) for column in columns))
-    return table
+        rows.append([stage, *(counts[column] for column in columns)])
+    return table_of(["stage", *columns], rows)
 
 
 def _running(folder: Path, states: dict[str, State], now: float) -> Table:
-    table = Table("running", "for", "attempt", "last word")
-    for name, state in states.items():
-        if state.state == "running":
-            minutes = "–" if state.started is None else f"{(now - state.started) / 60:.1f} min"
-            table.add_row(name, minutes, str(state.attempts), _last_line(log_file(folder, name)))
-    return table
+    rows = [
+        [
+            name,
+            None if state.started is None else f"{(now - state.started) / 60:.1f} min",
+            state.attempts,
+            _last_line(log_file(folder, name)),
+        ]
+        for name, state in states.items()
+        if state.state == "running"
+    ]
+    return table_of(["running", "for", "attempt", "last word"], rows)
 
 
 def _last_line(path: Path) -> str:
