@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts import Certificate, ConflictMap, HeadSelection
+from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.drift_result import DriftResult, StepDrift
 from castune.artifacts.tune_result import snapshots_of
 from castune.config import DiagnoseConfig
@@ -119,7 +120,7 @@ def _certificate(model: Any, adapter: Path, selection: HeadSelection) -> Certifi
 
 def _stored_map(out: Path, first: ConflictMap, adapter: dict[str, Any], config: DiagnoseConfig) -> ConflictMap | None:
     """The map in a folder, if it is that of this adapter, measured as the first one, with what it was made from."""
-    if not all((out / name).is_file() for name in ("conflict_map.parquet", GRADIENTS_FILE, OUTCOMES_FILE)):
+    if not all((out / name).is_file() for name in (MAP_FILE, GRADIENTS_FILE, OUTCOMES_FILE)):
         return None
     found = ConflictMap.load(out)
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from castune.arms import heads_name
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.drift_result import DRIFT_FILE, DriftResult
 from castune.artifacts.files import locked, write_text
 from castune.artifacts.fingerprints import same_model
@@ -85,7 +86,7 @@ class RunDirectory:
     @property
     def map_file(self) -> Path:
         """The conflict map."""
-        return self.path / "conflict_map.parquet"
+        return self.path / MAP_FILE
 
     def evaluation(self, arm: str) -> Path:
         """Evaluation directory of an arm, or of the base model (`base`)."""

@@ -29,6 +29,7 @@ from castune.errors import ArtifactError
 if TYPE_CHECKING:
     import pandas as pd
 
+MAP_FILE = "conflict_map.parquet"
 _KIND = "conflict map"
 _METADATA_KEY = b"castune"
 
@@ -228,4 +229,4 @@ def _domain_file(path: Path, name: str) -> Path:
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.suffix == ".parquet" else path / "conflict_map.parquet"
+    return path if path.suffix == ".parquet" else path / MAP_FILE

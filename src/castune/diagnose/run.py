@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from castune.artifacts import ConflictMap
-from castune.artifacts.files import write_parquet
+from castune.artifacts.conflict_map import MAP_FILE
+from castune.artifacts.files import locked, write_parquet
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
 from castune.core.batching import tuned_batch_tokens
@@ -86,6 +87,7 @@ def diagnose(
     """
     config = config or DiagnoseConfig()
     started = time.perf_counter()
+    was_there = out is not None and (Path(out) / MAP_FILE).is_file()
     chat = ChatFormat(tokenizer, max_length=config.max_length)
     sets = _checked(safety, utility, config)
     examples = {"safety": safety, **{one.objective: one.examples for one in sets}}
@@ -148,10 +150,16 @@ def diagnose(
         logger.warning(warning)
     share.wait()  # all ranks have read the journal before it is removed
     if out is not None and share.writes:
-        _save_outcomes(Path(out), heads, examples, {**complete, "safety": of_safety})
-        if cmap.kinds == ["q_head"]:
-            save_gradients(Path(out), query_heads(layout, config), grams)
-        cmap.save(out)
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            if (Path(out) / MAP_FILE).is_file() and not was_there:
+                # The same command twice: arms may have been chosen from the other's map, whose last digits may differ.
+                cmap = ConflictMap.load(out)
+            else:
+                _save_outcomes(Path(out), heads, examples, {**complete, "safety": of_safety})
+                if cmap.kinds == ["q_head"]:
+                    save_gradients(Path(out), query_heads(layout, config), grams)
+                cmap.save(out)
         journal.remove()
     share.wait()
     return cmap

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from castune.artifacts import ConflictMap
+from castune.artifacts.conflict_map import MAP_FILE
 from castune.console import table_of
 from castune.errors import ArtifactError
 from castune.study.executors import log_file
@@ -99,7 +100,7 @@ def _last_line(path: Path) -> str:
 def _reliabilities(folder: Path) -> list[str]:
     """A line a map that is there: how far it can be trusted."""
     found = []
-    for path in sorted((folder / "maps").glob("*/conflict_map.parquet")):
+    for path in sorted((folder / "maps").glob(f"*/{MAP_FILE}")):
         try:
             reliability = ConflictMap.load(path).metadata["reliability"]
         except ArtifactError as error:

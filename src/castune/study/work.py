@@ -11,6 +11,7 @@ from typing import Any
 from castune import drifts, evaluations, pipeline
 from castune.arms import ArmName
 from castune.artifacts import EvalResult
+from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.files import locked, replacing
 from castune.config import Recipe
 from castune.core.loading import load_model
@@ -102,7 +103,7 @@ def _opened(unit: Unit) -> RunDirectory:
         # The map last of its files, metrics last of theirs: where these are, all are.
         parts = [*sorted((unit.map_folder / "domains").glob("*.parquet"))]
         parts += [path for name in _OF_MAP if (path := unit.map_folder / name).is_file()]
-        shared = [*parts, unit.map_folder / "conflict_map.parquet"]
+        shared = [*parts, unit.map_folder / MAP_FILE]
         for file in shared:
             _share(file, folder.path / file.relative_to(unit.map_folder))
         if (base / "metrics.json").is_file():

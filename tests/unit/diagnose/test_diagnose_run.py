@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -333,3 +334,32 @@ def test_batch_size_changes_nothing(
     )
     for column in ("optimization_conflict", "optimization_conflict_se", "utility_shift", "safety_shift"):
         np.testing.assert_allclose(small.column(column), large.column(column), rtol=0, atol=2e-5)
+
+
+def test_the_map_of_whoever_was_first_counts(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    questions: list[Example],
+    harmful: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(out: Path) -> castune.ConflictMap:
+        return castune.diagnose(
+            tiny_model("llama"), tiny_tokenizer, safety=harmful, utility=questions, config=MARGIN, out=out
+        )
+
+    # Made by the same command on a machine whose sums differ in the last digits.
+    first = measure(tmp_path / "first")
+    other = castune.ConflictMap(first.table, {**first.metadata, "seconds": -1.0})
+    run_module = importlib.import_module("castune.diagnose.run")
+    plain = run_module.conflict_map
+
+    def last_moment(*arguments: Any) -> Any:
+        other.save(tmp_path / "both")
+        return plain(*arguments)
+
+    monkeypatch.setattr(run_module, "conflict_map", last_moment)
+    assert measure(tmp_path / "both").metadata["seconds"] == -1.0
+    assert castune.ConflictMap.load(tmp_path / "both") == other
+    assert not (tmp_path / "both" / "journal").exists()
