@@ -29,6 +29,7 @@ from castune.evaluate.stats import utility_cost_ratio
 from castune.pipeline import load_data
 from castune.run_directory import RunDirectory
 from castune.select import select
+from castune.study.findings import findings
 from castune.study.graph import Graph
 from castune.study.run import study_graph
 from castune.study.schedule import load_states
@@ -209,8 +210,10 @@ def test_the_report_of_a_study_in_a_browser(
         assert {cmap.heads[row] for row in marked} == set(select(cmap, zone="safe", fraction=share / 100).heads)
     headings = browser.run("[...document.querySelectorAll('h2')].map((h) => h.textContent)")
     assert headings == ["Arms", "Scores and costs", "Budget", "Conflict maps", "Sample replies", "Provenance"]
-    # Sentences of the verdict are those of the table.
+    # Sentences of the verdict follow from the results.
     said = browser.run("[...document.querySelectorAll('header li')].map((li) => li.textContent)")
+    recipe = Recipe.load(path)
+    assert said == findings(read_results(study_graph(recipe)), recipe.study).verdict
     assert {row["words"] for row in rows(folder, "comparisons") if row["purpose"] == "utility"} <= set(said)
     assert (folder / "report.html").stat().st_size < 5_000_000
 

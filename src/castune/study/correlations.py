@@ -99,7 +99,7 @@ def partial_correlation(
         raise ValueError("scores, costs and depths must be finite; leave undefined costs out")
     if n < 4:
         # What depth leaves of three values lies on a line, where every correlation is 1 or -1.
-        reason = f"{n} arms with a defined cost, at least 4 are needed"
+        reason = f"{n} {'arm' if n == 1 else 'arms'} with a defined cost, at least 4 are needed"
         return PartialCorrelation(None, None, n, None, None, None, None, reason)
     pearson, pearson_p = _freedman_lane(x, y, z, seed) or (None, None)
     ranks = percentile_rank(x), percentile_rank(y), percentile_rank(z)

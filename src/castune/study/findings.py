@@ -19,7 +19,7 @@ from castune.study.correlations import Agreement, PartialCorrelation, map_agreem
 from castune.study.nulls import NullPosition, OrderNull, null_position, order_null
 from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
 from castune.study.validity import Point, Validity, arm_means, predictive_validity
-from castune.study.verdicts import comparison_verdict, null_verdict, verdict
+from castune.study.verdicts import comparison_verdict, is_seen, null_verdict, unseen_verdict, verdict
 
 # The arm that every other one is compared with: what the method recommends.
 REFERENCE = "safe"
@@ -112,9 +112,19 @@ class Findings:
 
     @property
     def verdict(self) -> list[str]:
-        """The main sentences: the safe zone against the others, C against costs, the null."""
-        of_scores = [found.words for found in self.validities if found.score == "conflict"]
-        return [*(found.words for found in self.comparisons), *of_scores, *(found.words for found in self.nulls)]
+        """The main sentences: differences from the safe zone that are seen, and, a method and purpose at a time, those
+        that are not; C against costs; the null."""
+        words = []
+        for method, purpose in dict.fromkeys((found.method, found.purpose) for found in self.comparisons):
+            group = [found for found in self.comparisons if (found.method, found.purpose) == (method, purpose)]
+            unseen = [found for found in group if found.found.interval is not None and not is_seen(found.found)]
+            words += [found.words for found in group if found not in unseen]
+            if unseen:
+                suffix = method_suffix(method)
+                by_arm = {f"{found.arm}{suffix}": found.found for found in unseen}
+                words.append(unseen_verdict(by_arm, second=f"{REFERENCE}{suffix}", metric=_METRICS[purpose]))
+        words += [found.words for found in self.validities if found.score == "conflict"]
+        return [*words, *(found.words for found in self.nulls)]
 
 
 def findings(results: Results, study: StudyConfig) -> Findings:

@@ -28,6 +28,8 @@ from castune.study.trials import Results
 
 # Numbers of a table's row that belong to another one, and how it is shown with them.
 _HIDDEN = {"calibration", "mmlu_cr_seeds"}
+_RATIOS = ("ucr", "mmlu_cr")
+_AVERAGES = ("general_average", "safety_average", "over_refusal_average", *_RATIOS)
 _HEADS = {
     "arm": "Arm", "heads": "Heads", "mean_conflict": "Mean C", "mean_score": "Mean score", "seeds": "Seeds",
     "general_average": "Utility, mean", "safety_average": "Safety, mean", "over_refusal_average": "Over-refusal, mean",
@@ -315,6 +317,11 @@ def _provenance(graph: Graph, results: Results, states: Mapping[str, State]) -> 
 def _table(shown: Table) -> Markup:
     """A table of rows: a value with its `_se` beside it; what is missing is a dash."""
     columns = [c for c in shown.columns if not c.endswith("_se") and c not in _HIDDEN]
+    # What arms are compared by stands where it is seen, suites behind it.
+    averages = [c for c in _AVERAGES if c in columns]
+    if averages:
+        place = columns.index("seeds") + 1
+        columns = [*columns[:place], *averages, *(c for c in columns[place:] if c not in averages)]
     rows = [[_cell(row, column) for column in columns] for row in shown.rows]
     return table([_HEADS.get(c, c) for c in columns], rows, label=shown.title, class_="numbers")
 
@@ -326,9 +333,10 @@ def _cell(row: Row, column: str) -> str:
     if not isinstance(value, float):
         return str(value)
     error = row.get(f"{column}_se")
-    is_rate = f"{column}_se" in row
-    text = f"{value:.1f}" if is_rate else f"{value:.3f}" if column.endswith("_p") else f"{value:.2f}"
-    return text.replace("-", "−") + ("" if error is None else f"\u00a0±\u00a0{error:.1f}")
+    is_rate = f"{column}_se" in row and column not in _RATIOS
+    digits = 1 if is_rate else 3 if column.endswith("_p") else 2
+    text = f"{value:.{digits}f}".replace("-", "−")
+    return text + ("" if error is None else f"\u00a0±\u00a0{error:.{digits}f}")
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,8 @@ is claimed only where the interval excludes none at all; "no difference seen" ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from castune.study.comparisons import Comparison
 from castune.study.distributions import Interval
 from castune.study.nulls import NullPosition
@@ -99,11 +101,40 @@ def comparison_verdict(
     if found.n_comparisons > 1 and found.p_adjusted is not None:
         many = f", {_p(found.p_adjusted)} after Holm over {found.n_comparisons} comparisons"
     wider = f"; {found.wider} leave more doubt than {'examples' if found.wider == 'seeds' else 'seeds'}"
-    adjusted = found.p if found.p_adjusted is None else found.p_adjusted
-    if found.interval.holds(0) or adjusted is None or adjusted >= level:
+    if not is_seen(found, level=level):
         return f"No difference seen at this n: {metric}, {first} minus {second}, {shown}{many}; {over}{wider}."
     side = "higher" if found.value > 0 else "lower"
     return f"{metric[0].upper()}{metric[1:]} is {side} under {first} than under {second}: {shown}{many}; {over}{wider}."
+
+
+def is_seen(found: Comparison, *, level: float = 0.05) -> bool:
+    """Whether a difference is claimed: its interval excludes 0, and its adjusted p-value is below the level."""
+    adjusted = found.p if found.p_adjusted is None else found.p_adjusted
+    return found.interval is not None and not found.interval.holds(0) and adjusted is not None and adjusted < level
+
+
+def unseen_verdict(found: Mapping[str, Comparison], *, second: str, metric: str) -> str:
+    """What several comparisons with one arm say of which none is seen, in one sentence.
+
+    Args:
+        found: by the name of the first arm; each has an interval.
+        second: name of the arm that they are compared with.
+        metric: what the outcomes count, as rates.
+    """
+    intervals = [one.interval for one in found.values() if one.interval is not None]
+    low, high = min(one.low for one in intervals), max(one.high for one in intervals)
+    values = sorted(one.value for one in found.values() if one.value is not None)
+    first = next(iter(found.values()))
+    many = f", {first.n_comparisons} comparisons (Holm)" if first.n_comparisons > 1 else ""
+    counts = sorted({one.n_examples for one in found.values()})
+    examples = f"{counts[0]:,} examples" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} examples"
+    shown = [_number(100 * value, "+.1f") for value in (values[0], values[-1], low, high)]
+    between = shown[0] if len(values) == 1 else f"{shown[0]} to {shown[1]}"
+    counted = f"{_count(max(one.n_seeds for one in found.values()), 'seed')}, {examples}{many}"
+    return (
+        f"No difference seen at this n: {metric}, {', '.join(found)} against {second}: {between} points, "
+        f"95 % intervals from {shown[2]} to {shown[3]}; {counted}."
+    )
 
 
 def null_verdict(

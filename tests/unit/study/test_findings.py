@@ -179,7 +179,15 @@ def test_all_comparisons_are_one_family_and_the_tax_is_among_the_sentences() -> 
     assert len(found.comparisons) == 2 * 3 * 3
     assert {c.found.n_comparisons for c in found.comparisons} == {18}
     assert [c.found.p_adjusted for c in found.comparisons] == holm([c.found.p for c in found.comparisons])
-    assert sum("harmless prompts" in sentence for sentence in found.verdict) == 6
+    # A sentence a method and purpose where nothing is seen, with all arms and what their intervals hold together.
+    assert sum("harmless prompts" in sentence for sentence in found.verdict) == 2
+    utility = [c.found for c in found.comparisons if (c.method, c.purpose) == ("sft", "utility")]
+    low, high = min(f.interval.low for f in utility), max(f.interval.high for f in utility)  # type: ignore[union-attr]
+    assert found.verdict[0].startswith(
+        "No difference seen at this n: utility accuracy, all, random, risky against safe: "
+    )
+    ends = f"95 % intervals from {100 * low:+.1f} to {100 * high:+.1f}; 3 seeds, 40 examples, 18 comparisons (Holm)."
+    assert found.verdict[0].endswith(ends.replace("-", "−"))
 
 
 def test_a_training_with_two_names_is_one() -> None:
