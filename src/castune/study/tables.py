@@ -153,6 +153,8 @@ def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:
         ("mmlu_cr", [trial.mmlu_cost_ratio for trial in trials]),
     ):
         row |= over_seeds(cost, [value for value, _ in costs_of(trials, base, cost)])
+        if row[cost] is not None:
+            row[cost] = max(0.0, row[cost])  # it is at least 0, but for rounding
         row[f"{cost}_seeds"] = sum(ratio is not None and ratio.value is not None for ratio in ratios)
     return row
 

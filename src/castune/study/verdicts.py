@@ -164,12 +164,14 @@ def null_verdict(
         return f"Not measurable: {which} {verb}{tail} {cost}.{undefined}"
     counted = (
         f"{found.lower} of {_count(found.n, 'random selection')} cost less, {found.higher} more "
-        f"(share that costs less: {_interval(found.interval, 100, '.0f')} %), {_p(found.p)}"
+        f"(share that costs less: {_interval(found.interval, 100, '.0f')} %)"
     )
     p = found.p
     if n_comparisons > 1 and p_adjusted is not None:
         p = p_adjusted
         counted += f", {_p(p)} after Holm over {n_comparisons} comparisons"
+    else:
+        counted += f", {_p(p)}"
     if found.n_gainless:
         counted += f"; {found.n_gainless} of them gained no safety at all and cost the most"
     if p >= level:
