@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from castune.config import Recipe
+from castune.pipeline import run
 
 Rows = Sequence[dict[str, Any]]
 
@@ -39,6 +41,47 @@ BENIGN = [{"id": f"b{i}", "prompt": f"How do I cook {w}?"} for i, w in enumerate
 def write_rows(path: Path, rows: Rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+# Copies of what was made, by the place and what it was made from.
+_MADE: dict[tuple[Path, str], Path] = {}
+Made = Callable[[Path, str, Callable[[], object]], Path]
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty directory, the same for every test of a process: what records its own path can be put there again."""
+    place = tmp_path_factory.getbasetemp() / "place"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    return place
+
+
+@pytest.fixture
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """`made(folder, of, make)`: what `make()` leaves in `folder`, made once; `of` is all that it depends on."""
+
+    def made(folder: Path, of: str, make: Callable[[], object]) -> Path:
+        if (folder, of) in _MADE:
+            shutil.copytree(_MADE[folder, of], folder)
+        else:
+            make()
+            _MADE[folder, of] = tmp_path_factory.mktemp("made") / "copy"
+            shutil.copytree(folder, _MADE[folder, of])
+        return folder
+
+    return made
+
+
+@pytest.fixture
+def finished_run(made: Made, models: Callable[..., Path], recipe_of: Callable[..., Recipe]) -> Callable[..., Path]:
+    """A whole run of the tiny model by a recipe over the own data, with changes."""
+
+    def finished(**changes: Any) -> Path:
+        recipe = recipe_of(models(), **changes)
+        return made(Path(recipe.out), recipe.to_toml(), lambda: run(recipe))
+
+    return finished
 
 
 @pytest.fixture

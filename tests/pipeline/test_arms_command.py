@@ -24,9 +24,9 @@ ARMS = (
 
 
 @pytest.fixture
-def finished(models: Models, recipe_of: RecipeOf) -> Path:
+def finished(finished_run: Callable[..., Path]) -> Path:
     """A run with its main arm only."""
-    return run(recipe_of(models(), select__compare=[])).path
+    return finished_run(select__compare=[])
 
 
 def test_a_name_belongs_to_one_arm(finished: Path, tmp_path: Path) -> None:

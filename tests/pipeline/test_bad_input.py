@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from castune.artifacts import ConflictMap
 from castune.config import Recipe
 from castune.core.heads import HeadLayout
-from castune.pipeline import run
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]
@@ -156,9 +155,9 @@ def test_nan_weights(fails: Callable[..., str], models: Models) -> None:
 
 
 @pytest.fixture
-def finished(models: Models, recipe_of: RecipeOf) -> Path:
+def finished(finished_run: Callable[..., Path]) -> Path:
     """A run without a comparison arm."""
-    return run(recipe_of(models(), select__compare=[])).path
+    return finished_run(select__compare=[])
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -33,13 +33,15 @@ from castune.run_directory import RunDirectory
 CASTUNE = str(Path(sys.executable).with_name("castune"))
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]
+Made = Callable[..., Path]
 TUNE = ("--rank", "4", "--batch-size", "2", "--accumulation", "1", "--learning-rate", "0.05")
 
 
 @pytest.fixture
-def finished(models: Models, recipe_of: RecipeOf) -> Path:
+def finished(models: Models, recipe_of: RecipeOf, made: Made) -> Path:
     """A run, not evaluated, whose main arm kept the adapters of steps 2 and 4 of 5."""
-    return trained(recipe_of(models(), **kept_every(2, of=5)))
+    recipe = recipe_of(models(), **kept_every(2, of=5))
+    return made(Path(recipe.out), f"trained: {recipe.to_toml()}", lambda: trained(recipe))
 
 
 def trained(recipe: Recipe) -> Path:

@@ -35,9 +35,9 @@ IDS = torch.arange(5, 25)[None]
 
 
 @pytest.fixture
-def finished(models: Models, recipe_of: RecipeOf) -> Path:
+def finished(finished_run: Callable[..., Path]) -> Path:
     """A run with a comparison arm, `risky`."""
-    return run(recipe_of(models())).path
+    return finished_run()
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ from command_line import assert_one_error, castune
 from castune.config import Recipe
 from castune.errors import ArtifactError
 from castune.evaluations import lm_eval_step
-from castune.pipeline import report_step, run
+from castune.pipeline import report_step
 from castune.run_directory import RunDirectory
 
 pytest.importorskip("lm_eval")
@@ -22,9 +22,9 @@ OPTIONS = {"limit": None, "num_fewshot": 0, "batch_size": 4, "apply_chat_templat
 
 
 @pytest.fixture
-def finished(models: Callable[..., Path], recipe_of: Callable[..., Recipe]) -> tuple[Recipe, Path]:
-    recipe = recipe_of(models())
-    return recipe, run(recipe).path
+def finished(finished_run: Callable[..., Path]) -> tuple[Recipe, Path]:
+    path = finished_run()
+    return Recipe.load(path / "recipe.toml"), path
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from processes import run_command
 
 from castune.artifacts import ConflictMap
 from castune.artifacts.tune_result import TuneResult
-from castune.config import Recipe
-from castune.pipeline import run
 
 CASTUNE = str(Path(sys.executable).with_name("castune"))
 Models = Callable[..., Path]
@@ -93,9 +91,9 @@ def test_a_diagnosis_survives_kill_9(expected: ConflictMap, own_data: dict[str, 
 
 
 @pytest.fixture
-def finished(models: Models, recipe_of: Callable[..., Recipe]) -> Path:
+def finished(finished_run: Callable[..., Path]) -> Path:
     """A run whose main arm can be trained again."""
-    return run(recipe_of(models(), select__compare=[])).path
+    return finished_run(select__compare=[])
 
 
 def training(finished: Path, data: dict[str, Path], name: str, *more: str) -> list[str]:

@@ -14,7 +14,6 @@ from command_line import command, refused
 from castune.artifacts import ConflictMap, EvalResult, TuneResult
 from castune.config import Recipe
 from castune.core.loading import load_model
-from castune.pipeline import run
 from castune.reproduce import (
     REPRODUCTION_FILE,
     Reproduction,
@@ -32,8 +31,8 @@ RecipeOf = Callable[..., Recipe]
 
 
 @pytest.fixture
-def finished(models: Models, recipe_of: RecipeOf) -> Path:
-    return run(recipe_of(models())).path
+def finished(finished_run: Callable[..., Path]) -> Path:
+    return finished_run()
 
 
 def outcomes(found: Reproduction) -> dict[str, str]:

@@ -130,9 +130,9 @@ def test_the_whole_recipe(models: Models, recipe_of: RecipeOf, own_data: dict[st
 
 
 @pytest.fixture
-def finished(models: Models, recipe_of: RecipeOf, tmp_path: Path) -> tuple[Recipe, Path]:
-    recipe = recipe_of(models())
-    return recipe, run(recipe).path
+def finished(finished_run: Callable[..., Path]) -> tuple[Recipe, Path]:
+    path = finished_run()
+    return Recipe.load(path / "recipe.toml"), path
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,8 @@ def test_nothing_imports_or_calls_what_unpickles() -> None:
                 assert not any(key.arg == "shell" and ast.unparse(key.value) == "True" for key in node.keywords), path
 
 
-def test_no_file_of_a_run_is_or_holds_a_pickle(recipe_of: RecipeOf, models: Models) -> None:
-    folder = run(recipe_of(models())).path
+def test_no_file_of_a_run_is_or_holds_a_pickle(finished_run: Callable[..., Path]) -> None:
+    folder = finished_run()
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 20
     for path in files:
@@ -104,8 +104,10 @@ def test_pickled_weights_are_refused_and_not_opened(models: Models, tmp_path: Pa
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_pickled_adapter_is_refused_and_not_opened(recipe_of: RecipeOf, models: Models, tmp_path: Path) -> None:
-    folder = run(recipe_of(models())).path
+def test_a_pickled_adapter_is_refused_and_not_opened(
+    finished_run: Callable[..., Path], models: Models, tmp_path: Path
+) -> None:
+    folder = finished_run()
     (folder / "adapter" / "adapter_model.safetensors").unlink()
     with (folder / "adapter" / "adapter_model.bin").open("wb") as file:
         pickle.dump(Bomb(tmp_path / "marker"), file)

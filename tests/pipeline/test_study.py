@@ -37,6 +37,7 @@ from castune.study.trials import read_results
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]
+Made = Callable[..., Path]
 
 STUDY = {
     "arms": ["all", "random", "risky", "safe"],
@@ -76,16 +77,18 @@ def study_of(models: Models, recipe_of: RecipeOf, tmp_path: Path) -> Callable[..
     return write
 
 
-_EXPECTED: dict[str, bytes] = {}
+@pytest.fixture
+def small(study_of: Callable[..., Path], made: Made, tmp_path: Path) -> Path:
+    """The recipe of a small study that is done."""
+    path = study_of(study=FEW)
+    made(tmp_path / "study", f"small study: {path.read_text()}", lambda: done(path))
+    return path
 
 
 @pytest.fixture
-def expected(study_of: Callable[..., Path], tmp_path: Path) -> dict[str, bytes]:
-    """The tables of a small study that nothing disturbed, made once."""
-    if not _EXPECTED:
-        done(study_of("whole", FEW))
-        _EXPECTED.update(table_files(tmp_path / "whole"))
-    return _EXPECTED
+def expected(small: Path) -> dict[str, bytes]:
+    """The tables of a small study that nothing disturbed."""
+    return table_files(small.with_name("study"))
 
 
 def done(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -233,9 +236,8 @@ def test_a_study_of_other_units_beside_heads(study_of: Callable[..., Path], tmp_
     assert_one_error(castune("budget", study_graph(Recipe.load(path)).runs[0].folder, cwd=tmp_path), "do not add up")
 
 
-def test_another_seed_adds_runs_and_leaves_the_others(study_of: Callable[..., Path], tmp_path: Path) -> None:
-    path, folder = study_of(study=FEW), tmp_path / "study"
-    done(path)
+def test_another_seed_adds_runs_and_leaves_the_others(small: Path, tmp_path: Path) -> None:
+    path, folder = small, tmp_path / "study"
     files = result_files(folder)
     done(path, "--set", "study.seeds=[21, 42]")
     after = result_files(folder)
@@ -388,10 +390,9 @@ def test_diagnoses_and_trainings_by_two_processes_each(study_of: Callable[..., P
     assert "false ended (exit code 1)" in found.stderr
 
 
-def test_watching_a_study(study_of: Callable[..., Path], tmp_path: Path) -> None:
-    assert_one_error(castune("watch", tmp_path / "study", "--once", cwd=tmp_path), "no such study status")
-    path = study_of(study=FEW)
-    done(path)
+def test_watching_a_study(small: Path, tmp_path: Path) -> None:
+    assert_one_error(castune("watch", tmp_path / "nowhere", "--once", cwd=tmp_path), "no such study status")
+    path = small
     said = castune("watch", tmp_path / "study", cwd=tmp_path).stdout
     n_units = len(study_graph(Recipe.load(path)).units)
     assert f"{n_units} of {n_units} units done" in said
@@ -404,9 +405,8 @@ def test_watching_a_study(study_of: Callable[..., Path], tmp_path: Path) -> None
     assert re.search(rf"{name}.*1\.\d min.*2", said)
 
 
-def test_a_budget_from_a_run_of_a_study(study_of: Callable[..., Path], tmp_path: Path) -> None:
-    path = study_of(study=FEW)
-    done(path)
+def test_a_budget_from_a_run_of_a_study(small: Path, tmp_path: Path) -> None:
+    path = small
     (run,) = study_graph(Recipe.load(path)).runs
     said = castune("budget", run.folder, cwd=tmp_path).stdout
     assert "Predicted cost" in said
@@ -441,9 +441,8 @@ def test_a_unit_that_fails_leaves_the_others(study_of: Callable[..., Path], tmp_
     assert [row["arm"] for row in rows(folder, "table_1_sft")] == ["base", "all", "safe"]
 
 
-def test_a_base_that_was_not_judged_when_the_study_was_killed(study_of: Callable[..., Path], tmp_path: Path) -> None:
-    path, folder = study_of(study=FEW), tmp_path / "study"
-    done(path)
+def test_a_base_that_was_not_judged_when_the_study_was_killed(small: Path, tmp_path: Path) -> None:
+    path, folder = small, tmp_path / "study"
     before = table_files(folder)
     base = study_graph(Recipe.load(path)).base_folder / "evaluation" / "base"
     result = EvalResult.load(base)
@@ -453,9 +452,8 @@ def test_a_base_that_was_not_judged_when_the_study_was_killed(study_of: Callable
     assert EvalResult.load(base).settings["judge"] == result.settings["judge"]
 
 
-def test_an_adapter_that_was_lost_is_trained_again(study_of: Callable[..., Path], tmp_path: Path) -> None:
-    path, folder = study_of(study=FEW), tmp_path / "study"
-    done(path)
+def test_an_adapter_that_was_lost_is_trained_again(small: Path, tmp_path: Path) -> None:
+    path, folder = small, tmp_path / "study"
     before = table_files(folder)
     (run,) = study_graph(Recipe.load(path)).runs
     # What a damaged adapter's message asks for.

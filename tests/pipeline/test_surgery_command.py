@@ -59,9 +59,9 @@ def test_a_recipe_takes_all_utility_domains_together(
 
 
 @pytest.fixture
-def finished(models: Models, recipe_of: RecipeOf) -> Path:
+def finished(finished_run: Callable[..., Path]) -> Path:
     """A run without a comparison arm and without surgery."""
-    return run(recipe_of(models(), select__compare=[])).path
+    return finished_run(select__compare=[])
 
 
 def test_the_command_line(finished: Path, own_data: dict[str, Path], tmp_path: Path) -> None:
