@@ -11,18 +11,16 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
-import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import typer.main
 import yaml
+from castune_server import served_castune
 from processes import run_command
 
 from castune.cli import app
@@ -116,32 +114,16 @@ def assert_parses(arguments: list[str], where: str) -> None:
     command.make_context(arguments[0], arguments[1:])
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a `castune` that starts in no time."""
-    folder = tmp_path_factory.mktemp("bin")
-    server = Path(__file__).with_name("castune_server.py")
-    process = subprocess.Popen([sys.executable, str(server), str(folder)], env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        while not (folder / "castune").exists():
-            assert process.poll() is None, "the server has ended"
-            time.sleep(0.05)
-        yield folder
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("path", RUN_PAGES, ids=name)
-def test_blocks_are_run(path: Path, tmp_path: Path, commands: Path) -> None:
+def test_blocks_are_run(path: Path, tmp_path: Path) -> None:
     wanted = [block for block in blocks(path) if block.language in RUN]
     (tmp_path / "blocks.json").write_text(json.dumps([list(block) for block in wanted]), encoding="utf-8")
     place = tmp_path / "page"
     place.mkdir()
     environment = {
         **os.environ,
-        "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join(map(str, (served_castune().parent, Path(sys.executable).parent, os.environ["PATH"]))),
         "RECIPES": str(ROOT / "recipes"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

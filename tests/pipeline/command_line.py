@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from castune_server import served_castune
 from processes import run_command
 from typer.testing import CliRunner
 
@@ -19,9 +20,9 @@ BIN = Path(sys.executable).parent
 
 
 def castune(*arguments: object, cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "castune")] if (BIN / "castune").exists() else [sys.executable, "-m", "castune.cli"]
+    """A command in a process of its own, forked from one that has imported everything."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return run_command([*command, *arguments], cwd=cwd, env=environment, timeout=timeout)
+    return run_command([served_castune(), *arguments], cwd=cwd, env=environment, timeout=timeout)
 
 
 def assert_one_error(done: subprocess.CompletedProcess[str], *said: str) -> str:

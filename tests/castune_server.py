@@ -1,15 +1,23 @@
 """`castune` without its start-up: a process that has imported everything forks for each command it is asked for.
 
-python castune_server.py FOLDER      # serves FOLDER/castune, a command to put on the PATH
+python castune_server.py FOLDER      # serves FOLDER/castune, a command to put on the PATH, until its parent ends
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
+import time
 import traceback
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 _CLIENT = """#!{python} -S
@@ -19,8 +27,34 @@ with socket.socket(socket.AF_UNIX) as server:
     order = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(server, [len(order).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(order)
-    sys.exit(int.from_bytes(server.recv(1), "big"))
+    answer = server.recv(1)
+    sys.exit(answer[0] if answer else "the command died")
 """
+
+
+@lru_cache
+def served_castune() -> Path:
+    """A `castune` that starts in no time, for this process and as long as it lives."""
+    folder = Path(tempfile.mkdtemp(prefix="castune-server-"))
+    # What libraries read when they are imported.
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(folder)], env={**os.environ, **environment}, start_new_session=True
+    )
+
+    def stop() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(stop)
+    end = time.monotonic() + 300
+    while not (folder / "castune").exists():
+        assert process.poll() is None, "the server has ended"
+        assert time.monotonic() < end, "the server does not start"
+        time.sleep(0.05)
+    return folder / "castune"
 
 
 def main() -> None:
@@ -39,11 +73,18 @@ def main() -> None:
     import castune.pipeline
     import castune.reproduce  # noqa: F401
 
-    client = folder / "castune"
+    client = folder / ".castune"
     client.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")), encoding="utf-8")
     client.chmod(0o755)
-    while True:
-        connection, _ = server.accept()
+    client.rename(folder / "castune")
+    parent = os.getppid()
+    server.settimeout(5)
+    while os.getppid() == parent:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
         if os.fork() == 0:
             _do(connection)
         connection.close()
