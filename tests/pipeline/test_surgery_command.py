@@ -31,7 +31,7 @@ def test_a_recipe_takes_all_utility_domains_together(
     rows = [{"id": f"s{i}", "prompt": f"Is {i} odd?", "choices": ["yes", "no"], "answer": i % 2} for i in range(3)]
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
     utility = {"words": str(own_data["utility"]), "sums": str(sums)}
-    recipe = recipe_of(models(), utility=utility)
+    recipe = recipe_of(models(), utility=utility, evaluate__overlap="allow")
     recipe = Recipe(**{**recipe.model_dump(), "tune": {**recipe.tune.model_dump(), "surgery": "pcgrad"}})
     folder = run(recipe)
     expected = [*examples(str(sums)), *examples(str(own_data["utility"]))]
