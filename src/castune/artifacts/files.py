@@ -83,8 +83,8 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     # mkdtemp makes directories private; the one inside is as readable as any the user creates.
     inside = aside / path.name
-    inside.mkdir()
     try:
+        inside.mkdir()
         yield inside
         for file in inside.rglob("*"):
             if file.is_file():
@@ -101,13 +101,22 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
                 raise ArtifactError(f"{path}: another process has just made it") from None
             raise
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a directory, also where a signal comes in the middle of it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
