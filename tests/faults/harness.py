@@ -220,7 +220,7 @@ def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) 
             "out of memory",
             f"{extra / 2**20:.1f} MiB more",
             ended,
-            (2, 0, -6, -11, 1, 134, 139),
+            (2, 0, -5, -6, -11, 1, 134, 139),
             traceback_too=True,
         )
         seed = generator.randrange(2**31)
