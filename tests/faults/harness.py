@@ -202,7 +202,8 @@ def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) 
             "any signal at any moment",
             f"{moment:.2f} of {seconds:.2f} s",
             ended,
-            (code, 0),
+            # Before castune's first line a signal does what it does to any program.
+            (code, 0, -number),
             tidy=number != signal.SIGKILL,
         )
         k = generator.randint(1, n)
