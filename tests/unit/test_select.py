@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castune.artifacts import ConflictMap
+from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.conflict_map import SCHEMA
 from castune.errors import CastuneError
-from castune.select import select
+from castune.select import choose_again, require_rule, select
 
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.5]) | st.floats(0, 3), min_size=1, max_size=40)
 
@@ -127,6 +128,12 @@ def test_all_takes_all() -> None:
     chosen = select(cmap, zone="all", fraction=0.25)
     assert chosen.heads == tuple(cmap.heads)
     assert chosen.fraction == 1.0
+
+
+def test_the_safe_quarter_by_conflict_is_chosen_unless_told_otherwise() -> None:
+    cmap = make_map([float(i * 7 % 12) for i in range(12)], gradient=[float(i) for i in range(12)])
+    assert select(cmap) == select(cmap, zone="safe", fraction=0.25, score="conflict")
+    assert sorted(scores_of(cmap, select(cmap).heads)) == [0, 1, 2]
 
 
 def test_score_decides_the_column() -> None:
@@ -256,3 +263,52 @@ def test_layer_matched_draws_match_the_layers_of_each_kind() -> None:
     for kind in ("q_head", "o_head", "mlp_group"):
         layers = [sorted(layer for k, layer, _ in one.all_units if k == kind) for one in (matched, safe)]
         assert layers[0] == layers[1]
+
+
+def test_a_seed_draws_the_same_units_for_ever() -> None:
+    """A run keeps the seed of an arm: with other draws of it, the same recipe would train other units."""
+    random = select(mixed_map(), zone="random", fraction=1 / 3, seed=21)
+    assert random.heads == ((0, 2), (1, 0), (1, 2), (2, 2))
+    assert random.units == (
+        ("mlp_group", 0, 0), ("mlp_group", 1, 1), ("o_head", 0, 2), ("o_head", 1, 1), ("o_head", 2, 2), ("o_head", 2, 3),
+    )  # fmt: skip
+    matched = select(mixed_map(), zone="layer-matched", fraction=1 / 4, seed=21)
+    assert matched.heads == ((0, 1), (0, 2), (0, 3))
+    assert matched.units == (
+        ("mlp_group", 0, 0), ("mlp_group", 0, 1), ("o_head", 2, 0), ("o_head", 2, 2), ("o_head", 2, 3),
+    )  # fmt: skip
+
+
+# -- choosing again
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"zone": "safe", "fraction": 0.4, "score": "gradient"},
+        {"zone": "risky", "fraction": 0.6, "score": "sensitivity"},
+        {"zone": "layer-matched", "fraction": 0.3, "seed": 5},
+        {"buckets": 3, "bucket": 2, "score": "gradient"},
+    ],
+)
+def test_the_rule_of_a_selection_chooses_from_another_map(rule: dict[str, Any]) -> None:
+    chance = np.random.default_rng(0)
+    first, later = (
+        make_map(list(chance.random(30)), gradient=list(chance.random(30)), sensitivity=list(chance.random(30)))
+        for _ in range(2)
+    )
+    selection = select(first, **rule)
+    assert choose_again(selection, first) == selection
+    assert choose_again(selection, later) == select(later, **rule)
+    assert choose_again(selection, later).heads != selection.heads
+
+
+def test_heads_that_no_map_decides_on_are_not_chosen_again() -> None:
+    cmap = make_map([1.0, 2.0, 3.0])
+    custom = HeadSelection.custom([(0, 1)], n_total=3, model_fingerprint="abc")
+    for selection in (select(cmap, zone="random", seed=1), select(cmap, zone="all"), custom):
+        said = f"zone {selection.zone} .*Selected again can be: safe, risky, bucket, layer-matched$"
+        with pytest.raises(CastuneError, match=said):
+            choose_again(selection, cmap)
+    for zone in ("safe", "risky", "bucket", "layer-matched"):
+        require_rule(zone)

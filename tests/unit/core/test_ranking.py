@@ -73,6 +73,13 @@ def test_buckets_are_equal_and_ordered(values: list[float], buckets: int) -> Non
                 assert numbers[i] <= numbers[j]
 
 
+def test_pinned_buckets() -> None:
+    """Four, as in the paper, where no number is given; as the numbers that the map's column holds."""
+    numbers = bucket_numbers(np.array([0.1, 0.9, 0.5, 0.7, 0.3]))
+    np.testing.assert_array_equal(numbers, [4, 1, 2, 1, 3])
+    assert numbers.dtype == np.int32
+
+
 @given(VALUES)
 def test_descending_order_is_stable(values: list[float]) -> None:
     order = by_descending(list(range(len(values))), np.array(values))

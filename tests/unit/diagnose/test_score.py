@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,22 @@ def test_conflict_survives_the_smallest_and_largest_float32_gradients() -> None:
         )
 
 
-def test_nearly_parallel_gradients_stay_within_bounds() -> None:
+def test_nearly_parallel_and_opposite_gradients_stay_within_bounds() -> None:
     safety = chunks(3, 1)
     utility = safety * (1 + 1e-9 * chunks(4, 1))
-    found = conflict(safety, utility)
+    found, opposed = conflict(safety, utility), conflict(safety, -utility)
     assert ((found >= 0) & (found < 1e-9)).all()
+    assert ((opposed <= 1) & (opposed > 1 - 1e-9)).all()
+
+
+def test_chunks_that_nearly_cancel_stay_within_bounds() -> None:
+    """Little is left of their sums but rounding: without bounds, O would be outside [0, 1] by some 1e-4."""
+    large, rest = 1e6 * chunks(5, 1), chunks(6, 1)
+    safety = np.concatenate([large, rest - large], axis=1)
+    for utility, expected in ((3 * safety[:, ::-1], 0), (-3 * safety[:, ::-1], 1)):
+        found = conflict(safety, utility)
+        assert ((found >= 0) & (found <= 1)).all()
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_a_zero_gradient_is_no_conflict_and_no_agreement() -> None:
@@ -192,6 +204,19 @@ def test_margin_shift_does_not_cancel() -> None:
     np.testing.assert_allclose((shift[0], error[0]), (2, 1 / math.sqrt(3)))
 
 
+@given(st.integers(0, 500), st.integers(2, 12))
+def test_margin_shift_is_the_mean_distance_from_the_whole_model(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    baseline, ablated = rng.normal(3, 1, n), rng.normal(3, 1, (H, n))
+    ablated[0] = baseline  # a head without which nothing changes
+    shift, error = margin_shift(ablated, baseline)
+    for head in range(H):
+        distances = [abs(after - before) for after, before in zip(ablated[head], baseline, strict=True)]
+        assert shift[head] == pytest.approx(statistics.mean(distances))
+        assert error[head] == pytest.approx(statistics.stdev(distances) / math.sqrt(n))
+    assert shift[0] == error[0] == 0
+
+
 def test_an_unmeasured_margin_is_not_a_number() -> None:
     """NaN must come through, so that `diagnose` can refuse; it must not pass for a shift."""
     shift, _ = margin_shift(np.array([[1.0, NAN], [1.0, 1.0]]), np.array([0.0, 0.0]))
@@ -215,7 +240,7 @@ def test_sensitivity_bounds(pairs: list[tuple[float, float]]) -> None:
 
 
 def test_sensitivity_pinned() -> None:
-    utility, safety = np.array([0.0, 0.5, 0.2]), np.array([0.3, 0.1, 0.1])
+    utility, safety = np.array([0.0, 0.5, 0.25]), np.array([0.5, 0.25, 0.25])
     np.testing.assert_allclose(functional_sensitivity(utility, safety), [math.exp(-1), math.exp(0.75), math.exp(0.25)])
     np.testing.assert_allclose(
         functional_sensitivity(utility, safety, rank="of-difference"), [1, math.e, math.exp(0.5)]
@@ -259,6 +284,14 @@ def test_the_worst_is_at_least_the_mean_and_the_mean_at_least_the_least(rows: li
     moved_DH = score_DH[[d for d in order if d < len(rows)]]
     np.testing.assert_array_equal(combined(moved_DH, moved_DH, "worst"), worst_H)
     np.testing.assert_allclose(combined(moved_DH, moved_DH, "mean"), mean_H, rtol=1e-9, atol=slack.max())
+
+
+def test_the_mean_row_is_the_mean_of_the_domains_whatever_their_scores() -> None:
+    score_DRH, other_DRH = np.random.default_rng(0).normal(size=(2, 3, 7, 5))
+    found_RH = combined(other_DRH, score_DRH, "mean")
+    for r in range(7):
+        for h in range(5):
+            assert found_RH[r, h] == pytest.approx(statistics.mean(other_DRH[:, r, h]))
 
 
 def test_the_worst_row_is_of_one_domain_in_all_columns_and_resamples() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from castune.data.example import LETTERS
+from castune.errors import CastuneError
 from castune.evaluate.answers import final_answer, is_equal, is_right, last_boxed, stated_letter
 
 CASES = [
@@ -86,3 +91,130 @@ def test_an_answer_that_takes_for_ever_to_expand_is_not_waited_for() -> None:
 
 def test_endless_answers_are_unscored() -> None:
     assert is_right(r"\boxed{" + "9^" * 2000 + "9}", "9", "boxed") is None
+
+
+def test_answers_of_400_characters_are_read_and_longer_ones_are_not() -> None:
+    for length, expected in ((400, True), (401, None)):
+        answer = "7" * length
+        assert is_right(rf"\boxed{{{answer}}}", answer, "boxed") is expected
+        assert is_right(f"#### {answer}", answer, "number") is expected
+    # Not in what it is compared as either, where every π is `\pi `.
+    assert is_equal("π+" * 150 + "1", "5") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "target"),
+    [
+        ("X", "X"), ("$101_2$", "5"), ("z_{36}", "35"), (r"\Big(1,2\Big)", "(1,2)"), (r"\bigl[1,2\bigr]", "[1,2]"),
+        (r"1{,}000", "1000"), ("5 .", "5"), (".5", "0.5"), ("2π", r"\pi+\pi"),
+    ],
+)  # fmt: skip
+def test_what_does_not_belong_to_a_value_does_not_count(answer: str, target: str) -> None:
+    assert is_equal(answer, target)
+
+
+@pytest.mark.parametrize(
+    ("decimal", "fraction"),
+    [
+        (r"0.\overline{3}", "1/3"), (r".\overline{3}", "1/3"), (r"1.\overline{9}", "2"), (r"0.1\overline{6}", "1/6"),
+        (r"2.0\overline{45}", "45/22"), (r"12.34\overline{567}", "45679/3700"),
+    ],
+)  # fmt: skip
+def test_repeating_decimals_are_fractions(decimal: str, fraction: str) -> None:
+    assert is_equal(decimal, fraction)
+
+
+def test_what_has_no_value_is_unscored_and_equals_no_target() -> None:
+    assert is_equal(r"\text{}", "5") is None
+    assert is_equal("5", r"\text{}") is False
+
+
+def test_decimals_are_compared_in_twelve_digits() -> None:
+    assert is_equal("0.142857142857", "1/7")
+    assert is_equal("0.14285714286", "1/7") is False
+    assert is_equal("0.142857i", r"\frac{i}{7}") is False
+
+
+def test_the_imaginary_unit_is_no_unknown() -> None:
+    assert is_equal("(1+i)^2", "2i")
+    assert is_equal("i^2", "-1")
+    assert is_equal("x^2", "-1") is False
+
+
+def test_answers_are_compared_outside_the_main_thread_too() -> None:
+    """There a time limit by signals would be an error."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(is_equal, r"\frac{2}{4}", "0.5").result()
+        assert pool.submit(is_equal, "(1+i)^2", "2i").result()
+
+
+def test_the_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(CastuneError) as error:
+        is_equal("1", "1")
+    assert str(error.value) == "answers of this kind need math-verify: python -m pip install 'castune[eval]'"
+
+
+# -- what a reply gives
+
+
+@pytest.mark.parametrize(
+    ("reply", "content"),
+    [
+        (r"\boxed{a{b{c}}d}", "a{b{c}}d"),
+        (r"\boxed{f = \left\{ 1, 2 \right.}", r"f = \left\{ 1, 2 \right."),  # an escaped brace opens nothing
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed 7, no: \boxed{8}", "8"),
+        (r"\boxed{8}, no: \boxed 7", "7"),
+        (r"\boxed \pi", r"\pi"),
+        (r"\boxed \Delta x", r"\Delta"),
+        (r"\boxed $x$", None),
+        (r"\boxedby 7", None),  # a macro of another name
+    ],
+)
+def test_the_box_of_a_reply(reply: str, content: str | None) -> None:
+    assert last_boxed(reply) == content
+
+
+STATEMENTS = (
+    "The answer is {} because it fits.", "the answer is {}.", "Option {}", "{}) as it fits", "({}) It fits.", r"\boxed{{{}}}",
+    "I wavered between B and C, but the answer is {}", r"{0} is tempting. The answer is C? No: \boxed{{{0}}}",
+    r"Half of 84 is \boxed{{42}}, so the answer is {}.",
+)  # fmt: skip
+
+
+@given(st.sampled_from(STATEMENTS), st.sampled_from(LETTERS[:10]), st.integers(2, 10))
+def test_a_letter_is_found_however_it_is_stated_and_only_among_the_choices(
+    statement: str, letter: str, n_choices: int
+) -> None:
+    reply = statement.format(letter)
+    assert stated_letter(reply, n_choices) == (letter if letter in LETTERS[:n_choices] else None)
+
+
+def test_a_number_is_looked_for_in_the_box_then_after_the_mark_then_in_what_is_stated() -> None:
+    assert final_answer(r"The answer is 6. \boxed{7} #### 8", "number") == "7"
+    assert final_answer("The answer is 6. #### 7 #### 8\n9", "number") == "8"
+    assert final_answer("The answer is 6. The answer is 7, of 8.", "number") == "7"
+    # What is marked is the answer, even where it is no number.
+    assert final_answer("The answer is 6. #### none\n9", "number") is None
+    assert final_answer("It takes 6 days.", "number") is None
+
+
+def test_small_letters_are_letters_and_articles_are_none() -> None:
+    assert stated_letter("the answer is a.", 4) == "A"
+    assert stated_letter("the answer is a dog", 4) is None
+    assert stated_letter("the answer is b because of the dog", 4) == "B"
+
+
+@pytest.mark.parametrize("minus", ["-", "−", "–"])
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [
+        ("5", "5"), ("1.5/2", "3/4"), (r"\frac{3}{4}", "3/4"), (r"\dfrac{3}{4} cups", "3/4"), (".5", "1/2"), ("$3.50", "7/2"),
+        ("12 000", "12000"), ("12,000", "12000"), ("1{,}000", "1000"), (r"1\,000", "1000"), ("**7**", "7"),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_however_they_are_written(minus: str, written: str, number: str) -> None:
+    for reply in (f"12 - 9 = 3\n#### {minus}{written}\nor 4", f"#### 9\n#### {minus}{written}"):
+        assert final_answer(reply, "number") == str(-Fraction(number))
+    assert final_answer(f"The answer is {written}. Then the answer is unknown.", "number") == number

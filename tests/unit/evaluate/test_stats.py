@@ -169,11 +169,24 @@ def test_correlation_agrees_with_scipy(pairs: list[tuple[int, int]]) -> None:
     assert found.pearson == pytest.approx(scipy.stats.pearsonr(x, y).statistic, abs=1e-9)
     assert found.spearman == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-9)
     swapped, negated = correlation(y, x), correlation(x, [-value for value in y])
+    assert max(abs(found.pearson), abs(found.spearman)) <= 1, "to the last bit"
     assert swapped.pearson == pytest.approx(found.pearson)
     assert negated.pearson == pytest.approx(-found.pearson)
     if len(pairs) <= 7:  # all permutations: exact, so symmetries are exact too
         assert swapped.pearson_p == pytest.approx(found.pearson_p)
         assert negated.pearson_p == pytest.approx(found.pearson_p)
+
+
+@pytest.mark.parametrize("n", range(2, 7))
+def test_correlation_of_a_line_is_1_and_no_more(n: int) -> None:
+    """To the last bit: of some of these numbers the inner product, rounded, is a little more than 1."""
+    x = [i**2 + 0.1 for i in range(n)]
+    for sign in (1, -1):
+        found = correlation(x, [sign * 3.3 * value for value in x])
+        assert (found.pearson, found.spearman) == (pytest.approx(sign), pytest.approx(sign))
+        assert max(abs(found.pearson), abs(found.spearman)) <= 1
+        # The best and the worst order of all.
+        assert found.spearman_p == pytest.approx(2 / math.factorial(n))
 
 
 def test_four_buckets_cannot_be_significant() -> None:
@@ -204,6 +217,9 @@ def test_random_permutations_are_reproducible_and_close_to_the_parametric_test()
     one, again, other = (correlation(x, y, seed=seed) for seed in (1, 1, 2))
     assert one == again
     assert one != other
+    assert correlation(x, y) == correlation(x, y, seed=0)
+    for p in (one.pearson_p, one.spearman_p, other.pearson_p):
+        assert p * 10_000 == pytest.approx(round(p * 10_000), abs=1e-9), "a share of 10,000 orders"
     assert one.pearson_p == pytest.approx(scipy.stats.pearsonr(x, y).pvalue, abs=0.01)
     assert correlation(range(30), range(30)).pearson_p >= 1 / 10_000, "never zero"
 
@@ -214,6 +230,8 @@ def test_bad_pairs_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         correlation([1.0, math.nan], [1.0, 2.0])
     assert correlation([1.0], [1.0]) == (None, None, 1, None, None)
+    for x, y in (([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [2, 2, 2])):
+        assert correlation(x, y) == (None, None, 3, None, None), "a side that does not vary"
 
 
 def test_wilsons_interval_is_where_the_score_test_turns() -> None:
@@ -222,6 +240,14 @@ def test_wilsons_interval_is_where_the_score_test_turns() -> None:
         expected = scipy.stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
         assert wilson_interval(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert wilson_interval(0, 0) is None
+
+
+def test_wilsons_interval_stays_within_0_and_1() -> None:
+    """To the last bit: of some of these numbers the formula, rounded, is a little outside."""
+    for n in range(1, 500):
+        for successes in (0, 1, n // 2, n - 1, n):
+            low, high = wilson_interval(successes, n) or (math.nan, math.nan)
+            assert 0 <= low < high <= 1
 
 
 @given(gained=st.integers(0, 300), lost=st.integers(0, 300))
@@ -294,6 +320,50 @@ def test_the_cost_ratio_of_the_data_is_the_papers_formula() -> None:
     )
     assert bootstrap_cost_ratio(safety, utility).value is None, "safety fell"
     assert bootstrap_cost_ratio([([None], [None])], safety) is None, "nothing scored"
+
+
+def test_resamples_without_a_gain_are_ratios_without_bound() -> None:
+    """Two safety prompts, of which one is gained: a quarter of the resamples gain nothing, half one, a quarter two."""
+    certain_cost = [([1] * 50, [0] * 50)]
+    found = bootstrap_cost_ratio(certain_cost, [([0, 1], [1, 1])])
+    assert (found.value, found.low, found.high) == (2, 1, None)
+    assert found.undefined_share == pytest.approx(0.25, abs=0.03)
+    # As many lost as gained: no gain, and no ratio.
+    assert bootstrap_cost_ratio(certain_cost, [([0, 1], [1, 0])]).value is None
+
+
+UTILITY, SAFETY = [([1, 1, 1, 0], [1, 0, 1, 0])], [([0, 0, 0, 1], [1, 0, 0, 1])]
+
+
+def test_resamples_are_drawn_by_the_seed() -> None:
+    assert bootstrap_cost_ratio(UTILITY, SAFETY) == bootstrap_cost_ratio(UTILITY, SAFETY, resamples=4000, seed=0)
+    single = [bootstrap_cost_ratio(UTILITY, SAFETY, resamples=1, seed=seed) for seed in range(20)]
+    assert single == [bootstrap_cost_ratio(UTILITY, SAFETY, resamples=1, seed=seed) for seed in range(20)]
+    # The value is that of the data, an interval of one resample is that resample.
+    assert {found.value for found in single} == {1.0}
+    assert {(found.low, found.high, found.undefined_share) for found in single} >= {
+        (0, 0, 0),
+        (2, 2, 0),
+        (None, None, 1),
+    }
+    for found in (bootstrap_cost_ratio(UTILITY, SAFETY, resamples=7, seed=seed) for seed in range(20)):
+        assert found.undefined_share * 7 == pytest.approx(round(found.undefined_share * 7))
+
+
+@pytest.mark.parametrize("is_utility", [True, False])
+def test_resamples_with_nothing_scored_do_not_count(is_utility: bool) -> None:
+    """One scored example of three: almost a third of the resamples draw only the others."""
+    full, sparse = [([1, 1], [0, 0])], [([1, None, None], [0, None, None])]
+    utility, safety = (sparse, full) if is_utility else (full, sparse)
+    gained = [(after, before) for before, after in safety]
+    found = {bootstrap_cost_ratio(utility, gained, resamples=1, seed=seed) for seed in range(20)}
+    assert found == {CostRatio(1.0), CostRatio(1.0, 1.0, 1.0, 0.0)}
+
+
+def test_outcomes_that_are_no_pairs_are_refused() -> None:
+    for utility, safety in (([([1, 0], [1])], SAFETY), (UTILITY, [([0, 1, 1], [1, 1])])):
+        with pytest.raises(ValueError, match="zip"):
+            bootstrap_cost_ratio(utility, safety)
 
 
 def test_there_is_no_interval_where_no_utility_outcome_changed() -> None:

@@ -225,6 +225,45 @@ def test_inner_products_add_up_over_groups(pair: tuple[np.ndarray, np.ndarray]) 
         assert (together.cosine < 0) == together.is_conflict
 
 
+def test_tensors_that_are_no_pairs_are_refused() -> None:
+    for g, u in ((parts(G), parts(U)[:1]), (parts(G)[:1], parts(U))):
+        with pytest.raises(ValueError, match="zip"):
+            Surgery("pcgrad")(g, u)
+
+
+def test_a_method_goes_on_with_what_another_remembers() -> None:
+    surgery, later, fresh = (method_or_skip("gradvac") for _ in range(3))
+    steps = np.random.default_rng(0).standard_normal((6, 2, 12))
+    for g, u in steps[:3]:
+        surgery(parts(g), parts(g + 0.1 * u))  # nearly parallel: GradVac holds later gradients to it
+    later.remember(json.loads(json.dumps(surgery.memory)))
+    assert later.memory == surgery.memory
+    differences = 0.0
+    for g, u in steps[3:]:
+        one, other, forgetful = (whole(each(parts(g), parts(u))) for each in (surgery, later, fresh))
+        assert np.array_equal(one, other)
+        differences = max(differences, np.abs(one - forgetful).max())
+    assert later.memory == surgery.memory
+    assert differences > 1e-3, "what is remembered matters"
+
+
+def test_the_state_of_an_operation_is_restored_to_the_last_bit() -> None:
+    method_or_skip("gradvac")
+    config = changed_config(surgery="gradvac")
+    # One group has been trained and one has not.
+    state = {"cosines": [0.5, None, -0.2], "conflicts": 1, "memories": [[[0.0, 0.1], [-0.3, 0.0]], None]}
+    operation = Operation([], config, [[], []])
+    operation.restore(json.loads(json.dumps(state)))
+    assert operation.state() == state
+    assert operation.record == {"steps": 3, "conflicting_steps": 1, "mean_cosine": pytest.approx(0.15)}
+    # Where other parameters are trained now, what was remembered of the old ones is not theirs.
+    other = Operation([], config, [[], [], []])
+    other.restore(state, memories=False)
+    assert other.state() == {**state, "memories": [None] * 3}
+    with pytest.raises(ValueError, match="zip"):
+        other.restore(state)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 5))
 def test_utility_batches_go_through_all_examples(n: int, size: int, seed: int) -> None:
@@ -268,8 +307,8 @@ def gradient_of(peft_model: Any, tokenizer: Any, data: Sequence[Example]) -> lis
     return list(torch.autograd.grad(loss, [p for p in peft_model.parameters() if p.requires_grad]))
 
 
-def by_hand(peft_model: Any, g: list[Tensor], u: list[Tensor], granularity: str) -> list[Tensor]:
-    """g after the paper's projection, written out for layers 0 and 2 of the tiny llama with heads of width 8."""
+def by_hand(peft_model: Any, g: list[Tensor], u: list[Tensor], granularity: str, method: str) -> list[Tensor]:
+    """g after the paper's projection, or the sum of both gradients after theirs, written out for layers 0 and 2 of the tiny llama with heads of width 8."""
     names = [name for name, p in peft_model.named_parameters() if p.requires_grad]
     keys = [
         "all" if granularity == "global" else f"{name}" if granularity == "tensor" or "lora_A" in name else None
@@ -286,7 +325,7 @@ def by_hand(peft_model: Any, g: list[Tensor], u: list[Tensor], granularity: str)
     for group in flat.values():
         one = np.concatenate([g[i][rows].double().numpy().ravel() for i, rows in group])
         other = np.concatenate([u[i][rows].double().numpy().ravel() for i, rows in group])
-        new = torch.tensor(projected(one, other))
+        new = torch.tensor(projected(one, other) + (projected(other, one) if method == "pcgrad-symmetric" else 0))
         for i, rows in group:
             size = after[i][rows].numel()
             after[i][rows] = new[:size].reshape(after[i][rows].shape).float()
@@ -294,6 +333,7 @@ def by_hand(peft_model: Any, g: list[Tensor], u: list[Tensor], granularity: str)
     return after
 
 
+@pytest.mark.parametrize("method", OWN)
 @pytest.mark.parametrize("granularity", ["global", "tensor", "head"])
 def test_a_step_is_the_projected_step(
     tiny_model: Callable[..., Any],
@@ -304,9 +344,10 @@ def test_a_step_is_the_projected_step(
     gradients: list[list[tuple[str, Tensor]]],
     tmp_path: Path,
     granularity: str,
+    method: str,
 ) -> None:
     # All examples in one step: 2 micro-batches of 4, and the whole of D_util.
-    config = changed_config(max_steps=1, batch_size=4, surgery_granularity=granularity)
+    config = changed_config(max_steps=1, batch_size=4, surgery=method, surgery_granularity=granularity)
     model = tiny_model("llama")
     selection = selection_of(model, SOME)
     result = tune(
@@ -318,7 +359,7 @@ def test_a_step_is_the_projected_step(
     peft_model = sparse_lora(fresh, selection, r=4, alpha=8)
     trained = [p for p in peft_model.parameters() if p.requires_grad]
     g, u = (gradient_of(peft_model, tiny_tokenizer, data) for data in (aligned, opposed))
-    expected = by_hand(peft_model, g, u, granularity)
+    expected = by_hand(peft_model, g, u, granularity, method)
     assert max((one - other).abs().max().item() for one, other in zip(expected, g, strict=True)) > 1e-3
 
     [found] = gradients
@@ -386,10 +427,12 @@ def test_accumulated_batches_are_operated_on_like_one_large_batch(
             surgery=method, batch_size=batch, accumulation=accumulation, surgery_batch_size=3, learning_rate=1e-6,
             max_steps=2,
         )  # fmt: skip
-        tune(
+        result = tune(
             model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / str(batch), config=config,
             utility=opposed,
         )  # fmt: skip
+        assert result.surgery is not None
+        assert result.surgery["conflicting_steps"] == result.surgery["steps"] == 2
     one, some, many = gradients[:2], gradients[2:4], gradients[4:]
     for other in (some, many):
         for step, other_step in zip(one, other, strict=True):
@@ -627,11 +670,21 @@ def test_gradients_that_are_not_in_grad(
 
 def test_scaled_gradients_are_refused() -> None:
     operation = Operation([], CONFIG, [])
-    operation.check(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, scaler=None))
+    for kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        operation.check(SimpleNamespace(distributed_type=DistributedType[kind], scaler=None))
+        operation.check(SimpleNamespace(distributed_type=kind))  # an accelerate that has neither
     with pytest.raises(TrainingError, match="float16"):
         operation.check(SimpleNamespace(distributed_type=DistributedType.NO, scaler=object()))
 
 
+@pytest.mark.parametrize(
+    ("what", "broken"),
+    [
+        ("utility loss", lambda loss: loss * float("nan")),
+        # The root of 0 is 0, and rises there infinitely fast.
+        ("gradient of the utility loss", lambda loss: (0 * loss).sqrt()),
+    ],
+)
 def test_a_utility_loss_that_is_not_finite(
     tiny_model: Callable[..., Any],
     tiny_tokenizer: Any,
@@ -640,14 +693,16 @@ def test_a_utility_loss_that_is_not_finite(
     selection_of: SelectionOf,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    broken: Callable[[Tensor], Tensor],
 ) -> None:
-    monkeypatch.setattr(surgery_module, "reply_nll", lambda *args: reply_nll(*args) * float("nan"))
+    monkeypatch.setattr(surgery_module, "reply_nll", lambda *args: broken(reply_nll(*args)))
     model = tiny_model("llama")
     error = refused(
         model, tiny_tokenizer, selection_of(model, SOME), tmp_path, aligned, config=CONFIG, utility=opposed
     )  # fmt: skip
     assert isinstance(error, TrainingError)
-    assert "utility loss is nan at step 1" in str(error)
+    assert str(error).startswith(f"the {what} is nan at step 1; ")
 
 
 # -- the record
