@@ -299,7 +299,7 @@ def test_few_arms_have_no_partial_correlation_and_it_says_how_few(n: int) -> Non
     found = partial_correlation(range(n), range(n), range(n))
     assert found.pearson is None
     assert found.reason is not None
-    assert found.reason.startswith(f"{n} arms")
+    assert found.reason.startswith("1 arm with" if n == 1 else f"{n} arms with")
 
 
 def test_partial_correlation_refuses() -> None:
