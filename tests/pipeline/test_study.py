@@ -494,7 +494,8 @@ def test_two_studies_in_one_directory(study_of: Callable[..., Path], tmp_path: P
 
 def test_a_dry_run_shows_the_graph_and_writes_nothing(study_of: Callable[..., Path], tmp_path: Path) -> None:
     path = study_of()
-    found = castune("study", path, "--dry-run", cwd=tmp_path)
+    # From a data sheet; test_cost.py measures.
+    found = castune("study", path, "--dry-run", "--accelerator", "h100", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "12 heads" in found.stdout
     assert "bucket-1-of-4: the heads of risky" in found.stdout
