@@ -218,3 +218,4 @@ def test_numbers_are_read_however_they_are_written(minus: str, written: str, num
     for reply in (f"12 - 9 = 3\n#### {minus}{written}\nor 4", f"#### 9\n#### {minus}{written}"):
         assert final_answer(reply, "number") == str(-Fraction(number))
     assert final_answer(f"The answer is {written}. Then the answer is unknown.", "number") == number
+    assert is_right(f"#### {number}", f"It comes to {written} in all.", "number")
