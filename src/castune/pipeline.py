@@ -155,8 +155,9 @@ def check_held_out(
         for record in _records_of(TuneResult.load(arm.adapter)) if arm.is_trained else ():
             if record["hash"] in known:
                 continue
+            name = f"training (arm {arm.name}, {record['source']})"
             try:
-                trained_on[f"training (arm {arm.name})"] = recorded_data(record, recipe.seed)
+                trained_on[name] = recorded_data(record, recipe.seed)
             except CastuneError as error:
                 logger.warning("suites are not compared with what %s was trained on: %s", arm.name, error)
     require_held_out(recipe.evaluate, suites, trained_on=trained_on, calibration=named_calibration(safety, utility))

@@ -207,7 +207,7 @@ def test_suites_are_held_out_from_what_every_arm_was_trained_on(
     check_held_out(recipe, suites, folder=RunDirectory(path))
     data = DataConfig(source=str(other))
     tune_arm(RunDirectory(path), "safe-50", recipe.tune.changed(max_steps=1), align=data)
-    with pytest.raises(DataError, match=r"1 of 1 prompts are in the training \(arm safe-50\) data too"):
+    with pytest.raises(DataError, match=r"1 of 1 prompts are in the training \(arm safe-50, .*other\.jsonl\) data too"):
         check_held_out(recipe, suites, folder=RunDirectory(path))
     # Utility that is only a reference is no training data; replayed, it is.
     utility = load_suites((f"utility:{own_data['utility']}",))

@@ -463,6 +463,21 @@ def test_an_adapter_that_was_lost_is_trained_again(small: Path, tmp_path: Path) 
     assert table_files(folder) == before
 
 
+def test_evaluations_of_other_settings_or_adapters_are_missing_and_not_compared(small: Path) -> None:
+    graph = study_graph(Recipe.load(small))
+    (run,) = graph.runs
+    assert read_results(graph).missing == ()
+    evaluation = run.folder / "evaluation" / "safe"
+    result = EvalResult.load(evaluation)
+    for stale in (
+        replace(result, model={**result.model, "adapter": "of an earlier training"}),
+        replace(result, suites=(replace(result.suites[0], data_hash="of other examples"), *result.suites[1:])),
+    ):
+        stale.save(evaluation)
+        # A bucket with the same heads is the same training.
+        assert read_results(graph).missing == ("main/21/safe", "main/21/bucket-4-of-4")
+
+
 def test_bad_studies_are_refused_before_anything_is_written(study_of: Callable[..., Path], tmp_path: Path) -> None:
     path = study_of(study=FEW)
     for options, said in (

@@ -82,25 +82,24 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     # mkdtemp makes directories private; the one inside is as readable as any the user creates.
-    inside = aside / path.name
+    inside, before = aside / path.name, aside / "before"
     try:
         inside.mkdir()
         yield inside
         for file in inside.rglob("*"):
             if file.is_file():
                 _as_readable_as_any(file)  # safetensors makes private files too
-        before = aside / "before"
         if replace and path.exists():
             path.rename(before)
         try:
             inside.rename(path)
         except OSError as error:
-            if before.exists():
-                before.rename(path)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise ArtifactError(f"{path}: another process has just made it") from None
             raise
-    except BaseException:
+    except BaseException:  # also a signal between the two
+        if before.exists() and not path.exists():
+            before.rename(path)
         _remove(aside)
         for parent in made:
             with contextlib.suppress(OSError):

@@ -149,10 +149,13 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
         if not (arm.is_trained and (evaluation / "metrics.json").is_file()):
             continue
         selection = folder.load_selection(arm, cmap)
-        folder.load_tuning(arm, selection)  # refuses an adapter that is not the one of its certificate
+        # Refuses an adapter that is not the one of its certificate.
+        adapter = folder.load_tuning(arm, selection).certificate.adapter_hash
         result = EvalResult.load(evaluation)
-        if result.settings["judge"] != base.settings["judge"] or _data_of(result) != _data_of(base):
-            continue  # not judged yet, or an evaluation of earlier settings that was not made again
+        if result.settings["judge"] != base.settings["judge"]:
+            continue  # not judged yet
+        if _data_of(result) != _data_of(base) or result.model["adapter"] != adapter:
+            continue  # of earlier settings, or an earlier training, and not made again
         pair = {BASE: base, name: result}
         trials[name] = Trial(
             calibration=run.calibration,

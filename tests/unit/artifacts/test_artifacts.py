@@ -202,17 +202,18 @@ def test_a_directory_is_whole_whatever_happens_while_another_takes_its_place(
     path.mkdir()
     (path / "weights").write_text("old")
     plain = Path.rename
+    for fault in (OSError(errno.EIO, "the disk is gone"), KeyboardInterrupt()):
 
-    def failing(self: Path, target: Path) -> Path:
-        if self.name == "adapter" and self.parent != tmp_path:
-            raise OSError(errno.EIO, "the disk is gone")
-        return plain(self, target)
+        def failing(self: Path, target: Path, fault: BaseException = fault) -> Path:
+            if self.name == "adapter" and self.parent != tmp_path:
+                raise fault
+            return plain(self, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", failing)
-        with pytest.raises(OSError, match="the disk is gone"), new_directory(path, replace=True) as inside:
-            (inside / "weights").write_text("new")
-    assert (path / "weights").read_text() == "old"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", failing)
+            with pytest.raises(type(fault)), new_directory(path, replace=True) as inside:
+                (inside / "weights").write_text("new")
+        assert (path / "weights").read_text() == "old"
     # Two make the same: the second is told, and the first one's stays.
     other = tmp_path / "export"
     with pytest.raises(ArtifactError, match="another process has just made it"), new_directory(other) as inside:
