@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,14 +53,6 @@ def imported_parts(path: Path) -> set[str]:
             continue
         found |= {name.split(".")[1] for name in names if name.startswith("castune.")}
     return found
-
-
-def test_the_lowest_versions_that_are_tried_are_those_that_are_accepted() -> None:
-    root = SRC.parents[1]
-    accepted = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    tried = (root / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
-    lowest = {line.replace("==", ">=") for line in tried if not line.startswith("#")}
-    assert lowest == {line for line in accepted if not line.startswith("torch>=")}
 
 
 def test_the_parts_are_those_of_the_design() -> None:

@@ -139,9 +139,18 @@ def lora_layers(peft_model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in peft_model.named_modules() if hasattr(module, "lora_B")]
 
 
-def save_adapter(peft_model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write an adapter's parameters (`adapter_weights`) as a standard PEFT adapter."""
-    peft_model.save_pretrained(folder, selected_adapters=[ADAPTER_NAME], state_dict=weights)
+def save_adapter(peft_model: Any, weights: dict[str, Tensor] | None, folder: str | Path) -> None:
+    """Write an adapter as a standard PEFT adapter.
+
+    Args:
+        peft_model: the wrapped model.
+        weights: the adapter's parameters (`adapter_weights`); None: those that the model holds.
+        folder: where to.
+    """
+    # PEFT would ask the hub whether the vocabulary was resized, and then save embeddings, which are never trained here.
+    peft_model.save_pretrained(
+        folder, selected_adapters=[ADAPTER_NAME], state_dict=weights, save_embedding_layers=False
+    )
 
 
 def adapter_weights(peft_model: nn.Module) -> dict[str, Tensor]:

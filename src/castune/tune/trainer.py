@@ -17,6 +17,7 @@ from castune.core.losses import RowBatch, reply_nll
 from castune.core.progress import Progress
 from castune.data.rows import Row
 from castune.errors import TrainingError
+from castune.tune.row_lora import save_adapter
 from castune.tune.surgery import Operation
 from castune.tune.workspace import Workspace
 
@@ -180,6 +181,11 @@ class SparseTraining(Trainer):
                 self.workspace.mark(
                     step, {"seconds": self.seconds, "tokens": tokens, "surgery": surgery, "max_steps": max_steps}
                 )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The adapter of a checkpoint, and nothing else: no arguments in a pickle, no embeddings."""
+        if self.args.should_save:
+            save_adapter(self.accelerator.unwrap_model(self.model), state_dict, output_dir or self.args.output_dir)
 
     def _tokens_by_process(self) -> list[int]:
         mine = torch.tensor([self.tokens_seen], device=self.accelerator.device)
