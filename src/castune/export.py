@@ -175,7 +175,7 @@ def _named_base(adapter: Path) -> str | None:
     path = adapter / "adapter_config.json"
     try:
         name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged: {error!r}") from None
     return str(name) if name else None
 

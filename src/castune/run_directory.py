@@ -196,8 +196,8 @@ class RunDirectory:
         path = self.path / "provenance.json"
         with locked(self.path):
             try:
-                steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else []
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                steps = list(json.loads(path.read_text(encoding="utf-8"))["steps"]) if path.is_file() else []
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise ArtifactError(f"{path}: damaged: {error!r}; remove it, results do not depend on it") from None
             write_text(path, json.dumps({"steps": [*steps, {"stage": stage, **provenance}]}, indent=1) + "\n")
 

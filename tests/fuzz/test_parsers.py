@@ -30,7 +30,9 @@ from castune.data.sources import examples
 from castune.errors import CastuneError
 from castune.evaluate.suites import load_suite
 from castune.judge_name import JudgeName
+from castune.run_directory import RunDirectory
 from castune.secrets import has_secret, redacted
+from castune.tune.workspace import Workspace
 
 TIMES = int(os.environ.get("CASTUNE_FUZZ", "1"))
 TRIES = settings(
@@ -213,6 +215,30 @@ def test_other_artifacts_of_any_json(load: Callable[[Path], Any], value: Any, tm
     for content in (value, {"kind": kind, "schema_version": 1, **(value if isinstance(value, dict) else {})}):
         (tmp_path / "a.json").write_text(dump(content), encoding="utf-8", errors="replace")
         survives(lambda: load(tmp_path / "a.json"))
+
+
+DEEP = b"[" * 100_000
+
+
+@given(content=st.binary(max_size=300) | st.just(DEEP) | JSON.map(lambda value: dump(value).encode("utf-8", "replace")))
+@TRIES
+def test_what_runs_keep_beside_artifacts_of_any_bytes(content: bytes, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    if not folder.exists():
+        shutil.copytree(run, folder)
+    (folder / "provenance.json").write_bytes(content)
+    survives(lambda: RunDirectory(folder).record_step("diagnose", {}))
+    evaluation = folder / "evaluation" / "base"
+    for name in ("samples.jsonl", ".metrics.json.next"):
+        (evaluation / name).write_bytes(content)
+    EvalResult.settle(evaluation)
+    survives(lambda: EvalResult.load(evaluation))
+    workspace = Workspace(tmp_path / "arm.training")
+    (workspace.folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+    for name in ("training.json", "checkpoint-1/castune.json"):
+        (workspace.folder / name).write_bytes(content)
+    survives(workspace.last_checkpoint)
+    workspace.remove_of({}, {})
 
 
 def mutated(record: Any, data: st.DataObject) -> Any:

@@ -331,7 +331,7 @@ def test_a_judge_or_backend_that_cannot_be_had_is_told_before_anything_is_comput
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for number, (settings, said) in enumerate(
         [
-            ({"evaluate__judge": "openai=m"}, "OPENAI_API_KEY"),
+            ({"evaluate__judge": "openai=m"}, r"OPENAI_API_KEY|castune\[openai\]"),
             ({"evaluate__judge": f"opening+wildguard={tmp_path / 'nowhere'}"}, "nowhere"),
             ({"evaluate__backend": "openai"}, "--letters generated|likelihood"),
         ]

@@ -116,7 +116,8 @@ class EvalResult:
         directory = Path(directory)
         if not (directory / _NEXT).is_file():
             return
-        with locked(directory), suppress(OSError, ValueError, KeyError):  # nothing that can be finished
+        # Nothing can be finished where one of the two is no longer what was written.
+        with locked(directory), suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             noted = json.loads((directory / _NEXT).read_bytes())["samples_hash"]
             if noted == text_hash((directory / "samples.jsonl").read_bytes().decode()):
                 (directory / _NEXT).replace(directory / "metrics.json")

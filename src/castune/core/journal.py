@@ -1,8 +1,9 @@
 """The journal of a diagnosis or an evaluation: every result is on disk as soon as it is known.
 
 A folder of JSONL files, one for each process that wrote, so that nothing needs a lock: a diagnosis that was killed, or
-that is spread over processes and machines with a common file system, reads them all. A line that a killed process
-left half-written is skipped; what it held is measured again.
+that is spread over processes and machines with a common file system, reads them all. Every line is a checksum and a
+record. One that a killed process left half-written, or that has changed since, is skipped; what it held is measured
+again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 _FOLDER = "journal"
+# Characters of a line before its record.
+_HEAD = len('["01234567", ')
 # To write where another process removes the folder.
 _ATTEMPTS = 5
 
@@ -55,7 +59,8 @@ class Journal:
         """Add a record; it is in the operating system's hands when this returns."""
         if self.folder is None:
             return
-        line = json.dumps(record, allow_nan=False) + "\n"
+        text = json.dumps(record, allow_nan=False)
+        line = f'["{_checksum(text)}", {text}]\n'
         for attempt in range(_ATTEMPTS):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,13 +84,11 @@ class Journal:
             for number, line in enumerate(text.split("\n"), start=1):
                 if not line:
                     continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    logger.warning("%s line %d: cut off; what it held is measured again", path, number)
+                record = line[_HEAD:-1]
+                if line != f'["{_checksum(record)}", {record}]':
+                    logger.warning("%s line %d: cut off or changed; what it held is measured again", path, number)
                     continue
-                if isinstance(record, dict):
-                    yield record
+                yield json.loads(record)
 
     def remove(self) -> None:
         """Delete the records, once the artifacts made from them are saved."""
@@ -98,6 +101,10 @@ class Journal:
     def remove_all(out: Path) -> None:
         """Delete the records of all diagnoses in a run directory whose map is there: nothing needs them any more."""
         shutil.rmtree(out / _FOLDER, ignore_errors=True)
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _private(path: str, flags: int) -> int:

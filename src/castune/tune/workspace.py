@@ -108,9 +108,10 @@ class Workspace:
         """Remove the folder if it is of a training with these settings and data, which has ended since."""
         try:
             training = json.loads((self.folder / "training.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            same = (training.get("settings"), training.get("data")) == (settings, data)
+        except (OSError, ValueError, AttributeError, RecursionError):
             return
-        if (training.get("settings"), training.get("data")) == (settings, data):
+        if same:
             self.remove()
 
     def remove(self) -> None:
@@ -125,6 +126,6 @@ class Workspace:
 def _state_in(checkpoint: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
