@@ -397,8 +397,9 @@ def tune_step(
     overwrite: bool = False,
 ) -> TuneResult:
     """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay."""
-    # The first of several processes speaks for them.
-    with alone_at(arm.folder / ".adapter.lock") if Shard.is_main_process() else nullcontext():
+    # The first of several processes speaks for them. It cannot wait: they would begin without it.
+    lock = alone_at(arm.folder / ".adapter.lock", wait=Shard.n_processes() == 1)
+    with lock if Shard.is_main_process() else nullcontext():
         selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
         if arm.is_masked:
             raise ArtifactError(

@@ -16,6 +16,7 @@ from loopback import needs_loopback
 from processes import run_command
 
 from castune.artifacts import ConflictMap
+from castune.artifacts.files import alone_at
 from castune.artifacts.tune_result import TuneResult
 
 CASTUNE = str(Path(sys.executable).with_name("castune"))
@@ -162,3 +163,17 @@ def test_two_ranks_train_one_adapter(finished: Path, own_data: dict[str, Path]) 
     assert found[0].tokens == found[1].tokens, "both ranks' tokens count"
     assert found[0].steps == found[1].steps == 3
     assert [path.name for path in (finished / "arms" / "risky-50").iterdir() if path.name.startswith(".")] == []
+
+
+@needs_loopback
+def test_ranks_do_not_wait_for_another_command_that_trains_the_arm(finished: Path, own_data: dict[str, Path]) -> None:
+    """The first rank would wait for it alone: the others find no adapter, begin, and wait for the first one."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    arguments = [*torchrun, *training(finished, own_data, "risky-50", "--max-steps", "2")]
+    with alone_at(finished / "arms" / "risky-50" / ".adapter.lock"):
+        done = run_command(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    assert "another castune is at work there; give the command again when it has ended" in done.stderr
+    assert not (finished / "arms" / "risky-50" / "adapter").exists()
+    finish(arguments)
+    assert TuneResult.load(finished / "arms" / "risky-50" / "adapter").steps == 2

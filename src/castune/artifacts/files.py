@@ -147,13 +147,17 @@ def locked(directory: str | Path, *, wait: bool = True, shared: bool = False) ->
 
 
 @contextlib.contextmanager
-def alone_at(path: str | Path) -> Iterator[None]:
+def alone_at(path: str | Path, *, wait: bool = True) -> Iterator[None]:
     """Be the only process in the block for a place where something is being made; others wait.
 
     Unlike `locked` it needs nothing to be there yet, and a process that is in it may lock the directory too.
 
     Args:
         path: of a lock file, which is removed afterwards; one that a killed process left is used again.
+        wait: until others have left; False refuses.
+
+    Raises:
+        ArtifactError: another process is in the block, and `wait` is False.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +167,10 @@ def alone_at(path: str | Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise ArtifactError(
+                        f"{path.parent}: another castune is at work there; give the command again when it has ended"
+                    ) from None
                 logger.info("%s: another castune is at work there; waiting for it", path.parent)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError as error:
