@@ -333,7 +333,7 @@ def test_a_judge_or_backend_that_cannot_be_had_is_told_before_anything_is_comput
         [
             ({"evaluate__judge": "openai=m"}, r"OPENAI_API_KEY|castune\[openai\]"),
             ({"evaluate__judge": f"opening+wildguard={tmp_path / 'nowhere'}"}, "nowhere"),
-            ({"evaluate__backend": "openai"}, "--letters generated|likelihood"),
+            ({"evaluate__backend": "openai"}, r"scored by likelihood|castune\[openai\]"),
         ]
     ):
         recipe = recipe_of(models(name=f"model{number}"), out=f"run{number}", **settings)
