@@ -139,7 +139,7 @@ class SelectConfig(_Config):
     zone: Zone = "safe"
     """`safe`: lowest scores; `risky`: highest; `random`; `layer-matched`: random, with as many heads in each layer as
     `safe`; `all`."""
-    fraction: Share | None = 0.25
+    fraction: Share = 0.25
     """Share of all heads."""
     buckets: Count | None = None
     """Cut the sorted heads into this many equal buckets and take number `bucket` (1: highest scores)."""

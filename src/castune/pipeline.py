@@ -351,7 +351,7 @@ def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -
 def select_arm(folder: RunDirectory, name: ArmName, config: SelectConfig, cmap: ConflictMap) -> Arm:
     """Write the selection of the arm of that name; of the main one's size unless the name says another."""
     main = folder.main_selection()
-    size = config.fraction or 1.0
+    size = config.fraction
     if main is not None:
         size = len(main.heads) / main.n_total
         if main.units:  # the same share of each kind, which rounds apart for each
@@ -375,7 +375,7 @@ def choose(cmap: ConflictMap, config: SelectConfig) -> HeadSelection:
     return select(
         cmap,
         zone=config.zone,
-        fraction=1.0 if config.fraction is None else config.fraction,
+        fraction=config.fraction,
         buckets=config.buckets,
         bucket=config.bucket,
         score=config.score,

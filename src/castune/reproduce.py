@@ -278,9 +278,8 @@ def _arm_again(
 def _selected_again(selection: HeadSelection, cmap: ConflictMap) -> HeadSelection:
     if selection.zone == "custom":
         return selection
-    settings: dict[str, Any] = {
-        name: getattr(selection, name) for name in ("zone", "fraction", "buckets", "bucket", "score", "seed")
-    }
+    rule = {name: getattr(selection, name) for name in ("zone", "fraction", "buckets", "bucket", "score", "seed")}
+    settings: dict[str, Any] = {name: value for name, value in rule.items() if value is not None}
     if selection.zone == "bucket":
         settings["zone"] = "safe"
     return pipeline.choose(cmap, SelectConfig(**settings))

@@ -81,7 +81,7 @@ def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
 def _cost(graph: Graph, calibration: str, accelerator: str | None) -> RecipeCost:
     """The cost of a map and of all arms that any of its runs trains."""
     arms = dict.fromkeys(arm for run in graph.runs if run.calibration == calibration for arm in run.trained)
-    select = SelectConfig(zone="all", fraction=None, compare=tuple(arm for arm in arms if arm != "all"), seed=0)
+    select = SelectConfig(zone="all", fraction=1.0, compare=tuple(arm for arm in arms if arm != "all"), seed=0)
     return recipe_cost(graph.maps[calibration].model_copy(update={"select": select}), accelerator=accelerator)
 
 
