@@ -403,9 +403,11 @@ def test_training_with_surgery_by_unit_keeps_the_certificate(
         config=config,
     )
     assert result.certificate.changed_columns == 16 + 24
-    with pytest.raises(CastuneError, match="share no neurons"):
-        tune(model, tiny_tokenizer, mixed(model), data=aligned, utility=aligned, out=tmp_path / "b", config=config)
-    assert not (tmp_path / "b").exists()
+    mlps_alone = mixed(model, [one for one in UNITS if one[0].startswith("mlp_")], heads=())
+    for selection in (mixed(model), mlps_alone):
+        with pytest.raises(CastuneError, match="share no neurons"):
+            tune(model, tiny_tokenizer, selection, data=aligned, utility=aligned, out=tmp_path / "b", config=config)
+        assert not (tmp_path / "b").exists()
 
 
 def test_masks_are_for_query_heads(tiny_model: Callable[..., Any], adapter: Path, tmp_path: Path) -> None:
