@@ -83,9 +83,10 @@ def test_answers_of_thousands_of_digits_are_unscored(reply: str) -> None:
     final_answer(reply, "number")
 
 
-def test_an_answer_that_takes_for_ever_to_expand_is_not_waited_for() -> None:
+@pytest.mark.parametrize("answer", [r"i + 9^{9^{9^{9}}} i", "(3+2i)^{1000000007}"])
+def test_an_answer_that_takes_for_ever_to_expand_is_not_waited_for(answer: str) -> None:
     started = time.monotonic()
-    assert is_equal(r"i + 9^{9^{9^{9}}} i", "5") is not True
+    assert is_equal(answer, "5") is False
     assert time.monotonic() - started < 60
 
 
