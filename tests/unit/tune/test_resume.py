@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from castune.artifacts import HeadSelection, TuneResult
 from castune.config import TuneConfig
@@ -100,6 +102,31 @@ def test_a_stopped_training_comes_to_the_same_adapter(
     assert stopped.losses == whole.losses
     assert (stopped.steps, stopped.tokens, stopped.surgery) == (whole.steps, whole.tokens, whole.surgery)
     assert not Workspace.beside(tmp_path / "stopped").folder.exists()
+
+
+def test_checkpoints_hold_the_adapter_alone(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    selection_of: SelectionOf,
+    interrupter: Interrupter,
+    tmp_path: Path,
+) -> None:
+    """PEFT adds the embeddings of a model whose vocabulary was resized, and the Trainer its arguments in a pickle."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    interrupter.countdown = 4
+    with pytest.raises(KeyboardInterrupt):
+        tune(
+            model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=changed_config()
+        )
+    last = Workspace.beside(tmp_path / "a").last_checkpoint()
+    assert last is not None
+    saved = load_file(last[0] / "adapter_model.safetensors")
+    assert saved
+    assert all(".lora_" in name for name in saved)
+    assert not (last[0] / "training_args.bin").exists()
 
 
 def test_another_training_starts_anew(

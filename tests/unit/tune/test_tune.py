@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.tune_result import adapter_hash
@@ -154,31 +153,6 @@ def test_a_model_in_training_mode_stays_in_it(
     model = tiny_model("llama").train()
     tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=CONFIG)
     assert model.training
-
-
-def test_a_resized_vocabulary_stays_out_of_the_adapter(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-) -> None:
-    """PEFT adds the embeddings of such models to what it saves unless it is told not to."""
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    model.resize_token_embeddings(model.config.vocab_size + 8)
-    tune(
-        model,
-        tiny_tokenizer,
-        selection_of(model, SOME),
-        data=aligned,
-        out=tmp_path / "adapter",
-        config=CONFIG,
-        source="own",
-    )
-    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert saved
-    assert all(".lora_" in name for name in saved)
 
 
 def test_a_model_can_be_tuned_again_and_again(
