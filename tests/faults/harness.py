@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,8 @@ class Work:
         shutil.copytree(self.run, self.root / "states" / state)
 
 
-def prepare(root: Path) -> Work:
-    """Model, data, every stage once without a fault."""
+def prepare(root: Path, wanted: Collection[str] = ()) -> Work:
+    """Model, data, and once without a fault every stage that is wanted (all, unless some are named), with those before it."""
     root.mkdir(parents=True, exist_ok=True)
     make_tiny_model("llama").save_pretrained(root / "model")
     make_tiny_tokenizer().save_pretrained(root / "model")
@@ -139,7 +139,10 @@ def prepare(root: Path) -> Work:
         Stage("report", "evaluate", ["report", run]),
         Stage("run", "nothing", ["run", str(recipe)]),
     ]  # fmt: skip
-    for stage in stages:
+    needed = {stage.name for stage in stages if not wanted or stage.name in wanted}
+    for stage in reversed(stages):
+        needed |= {stage.start} if stage.name in needed else set()
+    for stage in (one for one in stages if one.name in needed):
         work.stages[stage.name] = stage
         work.begin(stage)
         # Once for what is made only once (bytecode, caches), once to be timed and counted.
@@ -337,7 +340,9 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="a JSON line an attempt")
     options = parser.parse_args()
     generator = random.Random(options.seed)
-    work = prepare(options.work.resolve())
+    names = [name.strip() for name in options.stages.split(",") if name.strip()]
+    # Damages are done to a whole run.
+    work = prepare(options.work.resolve(), () if options.damages else names)
     found: list[Attempt] = []
 
     def note(attempt: Attempt) -> None:
@@ -348,8 +353,7 @@ def main() -> None:
             with options.record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(attempt)) + "\n")
 
-    wanted = [name.strip() for name in options.stages.split(",") if name.strip()] or list(work.stages)
-    for name in (name for name in wanted if name != "none"):
+    for name in (name for name in names or list(work.stages) if name != "none"):
         for attempt in attempts(work, work.stages[name], options.per_cell, generator):
             note(attempt)
     if options.damages:

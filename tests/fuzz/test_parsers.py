@@ -1,6 +1,6 @@
 """Whatever is in a file or on the command line: a result, or one line that says what is wrong. Never a traceback.
 
-`CASTUNE_FUZZ=100` tries a hundred times as many inputs.
+`CASTUNE_FUZZ=100` tries a hundred times as many inputs; `make test-all` four times as many.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from castune.tune.workspace import Workspace
 
 TIMES = int(os.environ.get("CASTUNE_FUZZ", "1"))
 TRIES = settings(
-    max_examples=100 * TIMES,
+    max_examples=25 * TIMES,
     deadline=5000,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -292,7 +292,7 @@ def test_parquet_files_of_any_columns(columns: list[tuple[str, pa.DataType]], tm
 
 
 @given(place=st.integers(0, 10**6), content=st.binary(min_size=1, max_size=16), cut=st.booleans())
-@settings(parent=TRIES, max_examples=40 * TIMES)
+@settings(parent=TRIES, max_examples=10 * TIMES)
 def test_adapters_with_any_bytes_changed(
     place: int, content: bytes, cut: bool, run: Path, tmp_path: Path, tiny_model: Callable[..., Any]
 ) -> None:
@@ -311,7 +311,7 @@ def test_adapters_with_any_bytes_changed(
 
 
 @given(data=st.data())
-@settings(parent=TRIES, max_examples=40 * TIMES)
+@settings(parent=TRIES, max_examples=10 * TIMES)
 def test_adapters_with_any_configuration(
     data: st.DataObject, run: Path, tmp_path: Path, tiny_model: Callable[..., Any]
 ) -> None:

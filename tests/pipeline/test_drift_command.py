@@ -77,7 +77,14 @@ def maps_of(finished: Path, arm: str = "safe") -> dict[int, ConflictMap]:
     return {int(path.parent.name): ConflictMap.load(path) for path in sorted(folders)}
 
 
-@pytest.mark.parametrize(("family", "measure"), [("llama", "decision"), ("gpt2", "margin"), ("phi3", "margin")])
+@pytest.mark.parametrize(
+    ("family", "measure"),
+    [
+        ("llama", "decision"),
+        pytest.param("gpt2", "margin", marks=pytest.mark.slow),
+        pytest.param("phi3", "margin", marks=pytest.mark.slow),
+    ],
+)
 def test_every_map_is_that_of_the_merged_model(models: Models, recipe_of: RecipeOf, family: str, measure: str) -> None:
     settings = {"diagnose": {"max_new_tokens": 4, "gradient_chunks": 2, "measure": measure}}
     finished = trained(recipe_of(models(family), **kept_every(2, of=5), **settings))
@@ -168,6 +175,7 @@ def test_a_learning_rate_of_almost_nothing_drifts_nowhere(models: Models, recipe
             assert not column.is_seen
 
 
+@pytest.mark.slow
 def test_another_training_is_measured_anew_and_an_old_result_left_out(
     finished: Path, own_data: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,6 +196,7 @@ def test_another_training_is_measured_anew_and_an_old_result_left_out(
     assert folder.load_drifts(cmap) == {"safe": after}
 
 
+@pytest.mark.slow
 def test_a_run_from_before_gradients_were_kept(finished: Path) -> None:
     kept = (finished / "gradients.parquet").read_bytes()
     first = drifted(finished)
@@ -212,6 +221,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_two_shares_make_what_one_process_makes(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "shared")
     assert "others are missing" in command("drift", tmp_path / "shared", "--shard", "2/2")
@@ -220,6 +230,7 @@ def test_two_shares_make_what_one_process_makes(finished: Path, tmp_path: Path) 
     assert DriftResult.load(tmp_path / "shared" / "drift" / "safe").steps == drifted(finished).steps
 
 
+@pytest.mark.slow
 @needs_loopback
 def test_two_ranks_make_what_one_process_makes(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "shared")
@@ -238,6 +249,7 @@ def snapshot_bytes(adapter: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_training_killed_again_and_again_ends_with_the_same_snapshots(
     finished: Path, own_data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -269,6 +281,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_snapshots(
     assert not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_a_drift_killed_comes_to_the_same_result(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "killed")
     arguments = [CASTUNE, "drift", str(tmp_path / "killed")]
@@ -304,6 +317,7 @@ def test_what_cannot_be_measured_is_told(finished: Path, own_data: dict[str, Pat
     assert not (finished / "drift").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_result_or_snapshot_is_told(finished: Path) -> None:
     drifted(finished)
     file = finished / "drift" / "safe" / "drift.json"

@@ -44,6 +44,7 @@ def tasks(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_base_and_arms_are_measured_once(finished: tuple[Recipe, Path], tasks: Path) -> None:
     recipe, path = finished
     folder, options = RunDirectory(path), {**OPTIONS, "include_path": str(tasks)}

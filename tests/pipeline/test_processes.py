@@ -58,6 +58,7 @@ def test_two_ranks_make_the_map_of_one_process(
     assert not list(tmp_path.glob("ranks/journal"))
 
 
+@pytest.mark.slow
 def test_two_shares_make_the_map_of_one_process(
     expected: ConflictMap, own_data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_training_survives_kill_9(finished: Path, own_data: dict[str, Path]) -
     assert (found[0].losses, found[0].tokens) == (found[1].losses, found[1].tokens)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_checkpoint_keeps_the_last_good_one(finished: Path, own_data: dict[str, Path]) -> None:
     finish(training(finished, own_data, "risky-50"))
     arguments = training(finished, own_data, "bucket-1-of-2")
@@ -154,6 +156,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_last_good_one(finished: Path, own
     assert weights(finished, "bucket-1-of-2") == weights(finished, "risky-50")
 
 
+@pytest.mark.slow
 @needs_loopback
 def test_two_ranks_train_one_adapter(finished: Path, own_data: dict[str, Path]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
@@ -167,6 +170,7 @@ def test_two_ranks_train_one_adapter(finished: Path, own_data: dict[str, Path]) 
     assert [path.name for path in (finished / "arms" / "risky-50").iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @needs_loopback
 def test_ranks_do_not_wait_for_another_command_that_trains_the_arm(finished: Path, own_data: dict[str, Path]) -> None:
     """The first rank would wait for it alone: the others find no adapter, begin, and wait for the first one."""

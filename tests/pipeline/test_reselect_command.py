@@ -190,6 +190,7 @@ def whole(adapter: Path) -> dict[str, bytes]:
     return {str(path.relative_to(adapter)): path.read_bytes() for path in adapter.rglob("*") if path.name in names}
 
 
+@pytest.mark.slow
 def test_a_training_killed_again_and_again_ends_with_the_same_adapter(
     selected: Path, own_data: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -221,6 +221,7 @@ def test_the_report_of_a_study_in_a_browser(
     assert (folder / "report.html").stat().st_size < 5_000_000
 
 
+@pytest.mark.slow
 def test_a_study_of_other_units_beside_heads(study_of: Callable[..., Path], tmp_path: Path) -> None:
     units = {"max_new_tokens": 4, "gradient_chunks": 2, "units": ["q_heads", "mlp_groups"], "mlp_groups": 4}
     path, folder = study_of(study=FEW, diagnose=units), tmp_path / "study"
@@ -236,6 +237,7 @@ def test_a_study_of_other_units_beside_heads(study_of: Callable[..., Path], tmp_
     assert_one_error(castune("budget", study_graph(Recipe.load(path)).runs[0].folder, cwd=tmp_path), "do not add up")
 
 
+@pytest.mark.slow
 def test_another_seed_adds_runs_and_leaves_the_others(small: Path, tmp_path: Path) -> None:
     path, folder = small, tmp_path / "study"
     files = result_files(folder)
@@ -278,6 +280,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 def test_killed_three_times_the_study_ends_with_the_same_tables(
     study_of: Callable[..., Path], expected: dict[str, bytes], tmp_path: Path
@@ -327,6 +330,7 @@ def test_a_worker_that_is_killed_loses_its_unit_only(
     assert table_files(tmp_path / "hurt") == expected
 
 
+@pytest.mark.slow
 @needs_loopback
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 def test_ray_and_a_ray_worker_that_is_killed(
@@ -358,6 +362,7 @@ def ray_tasks(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_shares_of_separate_jobs_come_to_the_same_tables(
     study_of: Callable[..., Path], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -373,6 +378,7 @@ def test_shares_of_separate_jobs_come_to_the_same_tables(
     assert table_files(tmp_path / "shared") == expected
 
 
+@pytest.mark.slow
 @needs_loopback
 def test_diagnoses_and_trainings_by_two_processes_each(study_of: Callable[..., Path], tmp_path: Path) -> None:
     path, folder = study_of(study=FEW), tmp_path / "study"
@@ -429,6 +435,7 @@ def test_a_budget_from_a_run_of_a_study(small: Path, tmp_path: Path) -> None:
         assert_one_error(castune("budget", run.folder, *options, cwd=tmp_path), error)
 
 
+@pytest.mark.slow
 def test_a_unit_that_fails_leaves_the_others(study_of: Callable[..., Path], tmp_path: Path) -> None:
     path, folder = study_of(study=FEW), tmp_path / "study"
     graph: Graph = study_graph(Recipe.load(path))

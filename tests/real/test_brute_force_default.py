@@ -56,7 +56,7 @@ def stored_outcomes(run: Path, objective: str, n_examples: int) -> tuple[np.ndar
     return table["baseline"].to_numpy(dtype=float).reshape(-1, n_examples)[0], ablated
 
 
-@pytest.mark.parametrize("measure", ["decision", "margin"])
+@pytest.mark.parametrize("measure", [pytest.param("decision", marks=pytest.mark.slow), "margin"])
 def test_default_model_equals_brute_force(
     measure: str,
     default_model: tuple[Any, Any],

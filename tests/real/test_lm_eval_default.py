@@ -98,6 +98,7 @@ def assert_protocols_agree(
     return scores_NC
 
 
+@pytest.mark.slow
 def test_letters_of_both_protocols_agree_one_by_one(
     default_model: tuple[Any, Any],
     questions: list[Example],

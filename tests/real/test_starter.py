@@ -138,9 +138,10 @@ def test_helpful_replies_are_not_judged_refusals() -> None:
     assert sum(verdict is False for verdict in verdicts) >= 0.99 * len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_default_model_scores_between_guessing_and_perfection(all_threads: None) -> None:
-    model, tokenizer = castune.load("default", dtype="bfloat16", device="cpu")
+    model, tokenizer = castune.load("default", device="cpu")
     result = castune.evaluate(model, tokenizer, suites=["starter-utility", "starter-utility-eval"])
     for suite in result.suites:
         assert suite.n == len(examples(suite.suite))

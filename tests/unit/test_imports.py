@@ -213,7 +213,10 @@ def test_every_public_name_can_be_loaded() -> None:
 FUNCTIONS = ("diagnose", "select", "tune", "evaluate")
 
 
-@pytest.mark.parametrize("imports", ["castune.{0}", "castune.{0}.run", "castune.pipeline"])
+@pytest.mark.parametrize(
+    "imports",
+    ["castune.{0}", *(pytest.param(name, marks=pytest.mark.slow) for name in ("castune.{0}.run", "castune.pipeline"))],
+)
 def test_a_stage_stays_a_function_after_its_package_was_imported(imports: str) -> None:
     code = "\n".join(
         f"with contextlib.suppress(ModuleNotFoundError):\n    import {imports.format(name)}\n"

@@ -489,6 +489,7 @@ def fails(folder: TaskFolder | None, *tasks: str, **settings: Any) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_unknown_tasks(every_task: None, folder: TaskFolder) -> None:
     message = fails(None, "gsm8k", "mmlu_anatomi")
     assert "no task 'mmlu_anatomi'" in message

@@ -102,6 +102,7 @@ def test_an_adapter_that_is_not_served_under_its_name_is_refused(
         measured(found, "risky", tmp_path)
 
 
+@pytest.mark.slow
 def test_questions_that_are_answered_alike_do_not_hide_an_adapter(
     server: ChatServer, questions: list[Example], harmful: list[Example], tmp_path: Path
 ) -> None:

@@ -483,6 +483,7 @@ def test_two_explorers_on_a_page_do_not_meet(browser: Browser, tmp_path: Path, r
     assert browser.console == []
 
 
+@pytest.mark.slow
 @needs_browser
 def test_thousands_of_heads_stay_responsive(browser: Browser, tmp_path: Path) -> None:
     run = Run(make_map((64,) * 128))

@@ -86,6 +86,7 @@ def test_units_come_behind_what_they_need_and_have_names_of_their_own() -> None:
     assert len(set(folders)) == len(folders)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(n_heads=st.integers(4, 60), map_seed=st.integers(0, 5), fraction=st.sampled_from([0.1, 0.25, 0.5, 1.0]))
 def test_arms_said_to_be_the_same_have_the_same_heads_and_no_others(

@@ -114,7 +114,7 @@ def files(adapter: Path) -> dict[str, bytes]:
 # -- the adapter
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "phi3"])
 def test_one_plain_certified_adapter_of_all_that_was_selected(train: Trained, tmp_path: Path, family: str) -> None:
     result = train("one", family=family)
     out = tmp_path / "one"
@@ -193,6 +193,7 @@ def test_merged_rows_outside_the_current_selection_stay(train: Trained, tmp_path
             assert (before[layer][mask] != after[layer][mask]).any(1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_trained_and_saved_model_differ_by_rounding_only(
     train: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any], family: str
@@ -258,6 +259,7 @@ def test_the_first_phase_is_plain_training(train: Trained, tmp_path: Path) -> No
 # -- the training
 
 
+@pytest.mark.slow
 def test_one_schedule_and_a_new_optimiser_each_time(train: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     ages: list[set[float]] = []
@@ -300,7 +302,7 @@ def test_the_rate_of_a_step_is_that_of_the_schedule(train: Trained, monkeypatch:
     assert used == pytest.approx([0.02 * (1 - number / N_STEPS) for number in range(N_STEPS)])
 
 
-@pytest.mark.parametrize("every", [2, 3])  # four steps an epoch
+@pytest.mark.parametrize("every", [2, pytest.param(3, marks=pytest.mark.slow)])  # four steps an epoch
 def test_order_of_the_data_and_random_state_go_on(train: Trained, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     seen: list[tuple[bytes, bytes]] = []
 
@@ -397,13 +399,15 @@ class Interrupter:
     ("family", "changes", "stops"),
     [
         ("gpt2", {"checkpoint_steps": 1}, ("2", 6, 3)),  # gpt2 has dropout: the random state must come back too
-        ("gpt2", {"checkpoint_steps": 1}, ("2", "4", 4)),
-        ("gpt2", {}, (6, 4, 2)),
-        ("llama", {}, (5, 6)),
-        ("llama", {"checkpoint_steps": 3, "reselect_steps": 2}, (8, "4", 1)),
+        pytest.param("gpt2", {"checkpoint_steps": 1}, ("2", "4", 4), marks=pytest.mark.slow),
+        pytest.param("gpt2", {}, (6, 4, 2), marks=pytest.mark.slow),
+        pytest.param("llama", {}, (5, 6), marks=pytest.mark.slow),
+        pytest.param("llama", {"checkpoint_steps": 3, "reselect_steps": 2}, (8, "4", 1), marks=pytest.mark.slow),
         ("llama", {"surgery": "pcgrad", "surgery_batch_size": 4, "replay": 0.2, "max_steps": 6}, (7, "4")),
-        ("llama", {"surgery": "gradvac", "surgery_granularity": "tensor"}, (7, "4")),
-        ("llama", {"snapshot_steps": 1, "gradient_checkpointing": True}, ("2", 3)),
+        pytest.param(
+            "llama", {"surgery": "gradvac", "surgery_granularity": "tensor"}, (7, "4"), marks=pytest.mark.slow
+        ),
+        pytest.param("llama", {"snapshot_steps": 1, "gradient_checkpointing": True}, ("2", 3), marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_training_comes_to_the_same_adapter(

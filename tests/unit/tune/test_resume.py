@@ -61,7 +61,14 @@ def weights(folder: Path) -> bytes:
 
 # At which micro-batch: in the first epoch, at its end, in the second, in the last step.
 @pytest.mark.parametrize(
-    ("surgery", "stops"), [("none", (4, 3)), ("none", (5,)), ("none", (7, 1, 4)), ("pcgrad", (6,)), ("gradvac", (8,))]
+    ("surgery", "stops"),
+    [
+        ("none", (4, 3)),
+        pytest.param("none", (5,), marks=pytest.mark.slow),
+        pytest.param("none", (7, 1, 4), marks=pytest.mark.slow),
+        ("pcgrad", (6,)),
+        pytest.param("gradvac", (8,), marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_stopped_training_comes_to_the_same_adapter(

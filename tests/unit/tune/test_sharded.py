@@ -65,6 +65,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 @needs_loopback
 @pytest.mark.parametrize(
     ("others", "changed"),
