@@ -12,7 +12,10 @@ from browser import CHROMIUM, Browser
 from fake_run import Run, make_run
 from processes import run_command
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+]
 OPTIONS = [
     "--headless",
     "--no-sandbox",
