@@ -63,8 +63,10 @@ coverage: setup
 	$(BIN)/coverage html --quiet --directory $(COVERAGE)/page
 	$(BIN)/coverage report
 
-# Changes made on purpose to the modules that only compute: which of them no test notices. Goes on where it was stopped.
+# Changes made on purpose, and which test notices them: by hand, where a wrong line would be believed, then by mutmut in the
+# modules that only compute (goes on where it was stopped).
 mutants: setup
+	$(BIN)/python tests/faults/planted.py build
 	$(BIN)/python -m pip install -qq --disable-pip-version-check mutmut==3.8.1
 	$(BIN)/mutmut run
 	$(BIN)/mutmut results

@@ -43,9 +43,10 @@ def journal_lines(out: Path) -> int:
 
 
 @pytest.fixture
-def expected(models: Models, own_data: dict[str, Path], tmp_path: Path) -> ConflictMap:
-    finish(command(models(), own_data, tmp_path / "whole"))
-    return ConflictMap.load(tmp_path / "whole")
+def expected(models: Models, own_data: dict[str, Path], made: Callable[..., Path], tmp_path: Path) -> ConflictMap:
+    model = models()
+    whole = made(tmp_path / "whole", "whole", lambda: finish(command(model, own_data, tmp_path / "whole")))
+    return ConflictMap.load(whole)
 
 
 @needs_loopback
@@ -70,10 +71,13 @@ def test_two_shares_make_the_map_of_one_process(
     assert ConflictMap.load(shares).table.equals(expected.table)
 
 
-def test_a_diagnosis_survives_kill_9(expected: ConflictMap, own_data: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [(3,), pytest.param((1, 4, 7), marks=pytest.mark.slow)], ids=str)
+def test_a_diagnosis_survives_kill_9(
+    kills: tuple[int, ...], expected: ConflictMap, own_data: dict[str, Path], tmp_path: Path
+) -> None:
     out = tmp_path / "killed"
     arguments = command(tmp_path / "model", own_data, out)
-    for n_lines in (1, 4, 7):
+    for n_lines in kills:
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while journal_lines(out) < n_lines and process.poll() is None:
             time.sleep(0.005)
@@ -115,12 +119,13 @@ def weights(finished: Path, arm: str) -> bytes:
     return (finished / "arms" / arm / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_training_survives_kill_9(finished: Path, own_data: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kills", [(2,), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
+def test_a_training_survives_kill_9(kills: tuple[int, ...], finished: Path, own_data: dict[str, Path]) -> None:
     # The same heads by two names.
     finish(training(finished, own_data, "risky-50"))
     arguments = training(finished, own_data, "bucket-1-of-2")
     unfinished = finished / "arms" / "bucket-1-of-2" / ".adapter.unfinished"
-    for n in (1, 2):
+    for n in kills:
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for_checkpoints(unfinished, n, process)
         process.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The diagnosis of the default model against the brute-force reference, on two of its layers."""
+"""The diagnosis of the default model against the brute-force reference, on one and on two of its layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from castune.data.example import Example
 
 pytestmark = pytest.mark.real
 
-LAYERS = (3, 20)
 MAX_NEW_TOKENS = 12
 # Within 12 tokens the untrained default model refuses hardly anything. It refuses these two, with some heads only;
 # the others are the first of the set, which it does not refuse.
@@ -35,8 +34,14 @@ def safety() -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def reference(default_model: tuple[Any, Any]) -> BruteForce:
-    return BruteForce(*default_model, max_new_tokens=MAX_NEW_TOKENS, layers=LAYERS)
+def layers(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    found: tuple[int, ...] = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(default_model: tuple[Any, Any], layers: tuple[int, ...]) -> BruteForce:
+    return BruteForce(*default_model, max_new_tokens=MAX_NEW_TOKENS, layers=layers)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +61,18 @@ def stored_outcomes(run: Path, objective: str, n_examples: int) -> tuple[np.ndar
     return table["baseline"].to_numpy(dtype=float).reshape(-1, n_examples)[0], ablated
 
 
-@pytest.mark.parametrize("measure", [pytest.param("decision", marks=pytest.mark.slow), "margin"])
+@pytest.mark.parametrize(
+    ("layers", "measure"),
+    [
+        ((20,), "margin"),
+        pytest.param((3, 20), "decision", marks=pytest.mark.slow),
+        pytest.param((3, 20), "margin", marks=pytest.mark.slow),
+    ],
+    indirect=["layers"],
+    ids=str,
+)
 def test_default_model_equals_brute_force(
+    layers: tuple[int, ...],
     measure: str,
     default_model: tuple[Any, Any],
     reference: BruteForce,
@@ -68,10 +83,10 @@ def test_default_model_equals_brute_force(
     tmp_path: Path,
     all_threads: None,
 ) -> None:
-    config = castune.DiagnoseConfig(measure=measure, max_new_tokens=MAX_NEW_TOKENS, layers=LAYERS, batch_tokens=512)
+    config = castune.DiagnoseConfig(measure=measure, max_new_tokens=MAX_NEW_TOKENS, layers=layers, batch_tokens=512)
     cmap = castune.diagnose(*default_model, safety=safety, utility=utility, config=config, out=tmp_path)
     assert cmap.heads == reference.heads
-    assert len(cmap) == 18
+    assert len(cmap) == 9 * len(layers)
 
     decisions, margins = utility_outcomes
     if measure == "decision":

@@ -210,6 +210,13 @@ def test_every_public_name_can_be_loaded() -> None:
         castune.nothing_of_the_kind  # noqa: B018
 
 
+def test_a_platform_without_file_locks_is_refused_in_one_line() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; sys.argv = ['castune', 'select', 'nowhere']; import castune.cli as c; c.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: this platform has no POSIX file locks .*WSL 2\n", done.stderr)
+
+
 FUNCTIONS = ("diagnose", "select", "tune", "evaluate")
 
 

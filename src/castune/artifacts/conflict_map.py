@@ -101,7 +101,7 @@ class ConflictMap:
         return same and self.domains == other.domains
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return int(self.table.num_rows)
 
     @property
     def heads(self) -> list[tuple[int, int]]:
@@ -160,7 +160,8 @@ class ConflictMap:
 
     def to_pandas(self) -> pd.DataFrame:
         """The table as a pandas DataFrame."""
-        return self.table.to_pandas()
+        frame: pd.DataFrame = self.table.to_pandas()
+        return frame
 
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file, atomically; `path` may be a run directory. Returns the file.

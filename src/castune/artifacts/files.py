@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -17,7 +16,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from castune.errors import ArtifactError
+from castune.errors import ArtifactError, CastuneError
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    raise CastuneError(
+        "this platform has no POSIX file locks (Python's module fcntl), which castune needs; supported are Linux and "
+        "macOS, and Windows under WSL 2"
+    ) from None
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -257,7 +264,8 @@ def read_json(path: str | Path, kind: str, made_by: str) -> dict[str, Any]:
         raise ArtifactError(f"{path}: damaged {kind}: {error}; remove it and run: {made_by}") from None
     check_schema(record, path, kind)
     check_digest(record, path, kind, made_by)
-    return record
+    found: dict[str, Any] = record
+    return found
 
 
 def check_digest(record: dict[str, Any], path: Path, kind: str, made_by: str) -> None:

@@ -205,7 +205,7 @@ def _weighted_mean(change_HN: Floats, weights_RN: Floats) -> Floats:
 def _sums(weights_RX: Floats, values_HX: Floats) -> Floats:
     """Weighted sums of every head in every resample, [R, H]."""
     # Not a BLAS product, which rounds by a head's place in the array: equal heads would no longer tie.
-    return np.einsum("rx,hx->rh", weights_RX, np.ascontiguousarray(values_HX, dtype=np.float64))
+    return np.asarray(np.einsum("rx,hx->rh", weights_RX, np.ascontiguousarray(values_HX, dtype=np.float64)))
 
 
 def _sensitivity(utility_H: Floats, safety_H: Floats, rank: SensitivityRank) -> Floats:

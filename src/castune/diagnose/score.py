@@ -116,7 +116,7 @@ def combined(values_DH: Floats, score_DH: Floats, how: str) -> Floats:
     """
     if how == "mean":
         return np.asarray(values_DH.mean(0))
-    return np.take_along_axis(values_DH, score_DH.argmax(0)[None], 0)[0]
+    return np.asarray(np.take_along_axis(values_DH, score_DH.argmax(0)[None], 0)[0])
 
 
 def _absolute_mean(difference_HN: Floats) -> tuple[Floats, Floats]:

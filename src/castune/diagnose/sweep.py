@@ -287,7 +287,8 @@ class RecordedBatch:
     def ablated(self, layer: int, heads: Sequence[int], read: Read[Tensor], kind: str = "q_head") -> Tensor:
         """`read` of every row without each of `heads`, `[H, B, ...]`. Needs `baseline` first where resumable."""
         values = torch.cat([values.cpu() for _, values in self.ablated_parts(layer, heads, read, kind)])
-        return values.unflatten(0, (len(heads), len(self.rows.ids_BS)))
+        of_heads: Tensor = values.unflatten(0, (len(heads), len(self.rows.ids_BS)))
+        return of_heads
 
     def baseline_parts(self, read: Read[T]) -> Iterator[tuple[Tensor, T]]:
         """The same forward by forward: numbers of rows, and what was read. All have to be taken."""

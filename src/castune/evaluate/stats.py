@@ -241,4 +241,4 @@ def _unit(values: NDArray[np.float64]) -> NDArray[np.float64]:
     # Squares of tiny values would vanish, sums of huge ones overflow.
     scaled = values / np.abs(values).max()
     centred = scaled - scaled.mean()
-    return centred / np.linalg.norm(centred)
+    return np.asarray(centred / np.linalg.norm(centred))

@@ -131,7 +131,7 @@ def standard_errors(low_H: Sequence[float], high_H: Sequence[float]) -> Floats:
     low, high = np.asarray(low_H, dtype=float), np.asarray(high_H, dtype=float)
     if low.shape != high.shape or not (np.isfinite(low) & np.isfinite(high) & (low <= high)).all():
         raise ValueError("intervals must be finite, as many low ends as high ones, and low at most high")
-    return (high - low) / (2 * Z)
+    return np.asarray((high - low) / (2 * Z))
 
 
 def cost_curve(
@@ -326,4 +326,4 @@ def _drawn_losses(curve: CostCurve, anchor: Anchor, seed: int) -> Floats | None:
         drawn_MRK = np.repeat(curve.cost_K[None, None], _ANCHOR_DRAWS, axis=1)
     noise_R = np.random.default_rng(seed).standard_normal(drawn_MRK.shape[1]) * (anchor.standard_error or 0.0)
     scale_MR = np.maximum(0, anchor.loss + noise_R) / np.maximum(drawn_MRK[:, :, anchor.k], np.finfo(float).tiny)
-    return scale_MR[:, :, None] * drawn_MRK
+    return np.asarray(scale_MR[:, :, None] * drawn_MRK)

@@ -170,14 +170,14 @@ def correlations(x: Floats, y_P: Floats) -> Floats:
     x, y_P = _centred(x[None]), _centred(y_P)
     norms_P = np.linalg.norm(y_P, axis=1) * np.linalg.norm(x)
     r_P = np.divide(y_P @ x[0], norms_P, where=norms_P > 0, out=np.zeros(len(y_P)))
-    return np.clip(r_P, -1, 1)
+    return np.asarray(np.clip(r_P, -1, 1))
 
 
 def _centred(rows: Floats) -> Floats:
     # Squares of tiny values would vanish, sums of huge ones overflow.
     largest = np.abs(rows).max(axis=1, keepdims=True)
     rows = np.divide(rows, largest, where=largest > 0, out=np.zeros_like(rows))
-    return rows - rows.mean(axis=1, keepdims=True)
+    return np.asarray(rows - rows.mean(axis=1, keepdims=True))
 
 
 def _freedman_lane(x: Floats, y: Floats, z: Floats, seed: int) -> tuple[float, float] | None:

@@ -67,7 +67,8 @@ def _normal_draws(score_H: Floats, error_H: Floats, draws: int, rng: np.random.G
     whole_RH = true_R[:, None] + error_H**2
     weight_RH = np.divide(true_R[:, None], whole_RH, where=whole_RH > 0, out=np.ones_like(whole_RH))
     noise_RH = rng.standard_normal((draws, n)) * np.sqrt(weight_RH) * error_H
-    return np.maximum(0, mean + weight_RH * (score_H - mean) + noise_RH)
+    drawn_RH: Floats = np.maximum(0, mean + weight_RH * (score_H - mean) + noise_RH)
+    return drawn_RH
 
 
 def _fit(prior_G: Floats, likelihood_HG: Floats, share_H: Floats, steps: int) -> Floats:
@@ -77,5 +78,6 @@ def _fit(prior_G: Floats, likelihood_HG: Floats, share_H: Floats, steps: int) ->
 
 
 def _posterior(prior_G: Floats, likelihood_HG: Floats) -> Floats:
-    joint_HG = likelihood_HG * (prior_G + np.finfo(float).tiny)
-    return joint_HG / joint_HG.sum(1, keepdims=True)
+    joint_HG: Floats = likelihood_HG * (prior_G + np.finfo(float).tiny)
+    posterior_HG: Floats = joint_HG / joint_HG.sum(1, keepdims=True)
+    return posterior_HG

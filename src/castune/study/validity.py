@@ -246,7 +246,7 @@ def _drawn_across(
     expected_R = (n_arms - 2) * level_R + variance_A @ (1 - 1 / n_arms - along_A**2)
     drawn_RA = across(cost_A[None]) + noise_RA
     square_R = np.maximum((drawn_RA**2).sum(1), np.finfo(float).tiny)
-    return drawn_RA * np.sqrt(np.maximum(0, 1 - 2 * expected_R / square_R))[:, None]
+    return np.asarray(drawn_RA * np.sqrt(np.maximum(0, 1 - 2 * expected_R / square_R))[:, None])
 
 
 def _seed_noise(cost_AT: Floats, cost_A: Floats) -> Floats:

@@ -135,13 +135,13 @@ def _key_numbers(model: Any, layout: HeadLayout) -> float:
         widths = (a.n_heads * (a.q_dim + a.o_dim) for a in layout.attention if a is not None)
         return float(sum(widths))
     held = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
-    return sum(tensor.numel() for tensor in held if tensor is not None) / n_tokens
+    return float(sum(tensor.numel() for tensor in held if tensor is not None)) / n_tokens
 
 
 def _kept(layer: Any) -> float:
     """Outputs of all projections, and of the widest once more, after its activation function."""
     outputs = [parameter.shape[-2] for parameter in layer.parameters() if parameter.dim() == 2]
-    return sum(outputs) + max(outputs)
+    return float(sum(outputs) + max(outputs))
 
 
 # -- training

@@ -82,7 +82,7 @@ class Phases:
         if found is None or self.end is None:
             return False
         checkpoint, state = found
-        return int(checkpoint.name.removeprefix("checkpoint-")) >= self.end < state["max_steps"]
+        return int(checkpoint.name.removeprefix("checkpoint-")) >= self.end < int(state["max_steps"])
 
     def next(self, reselect: Reselect) -> Phases:
         """The phases with the one that comes after the current one, whose end has a checkpoint."""
