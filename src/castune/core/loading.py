@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from castune.config import Recipe
 from castune.core.quantisation import bitsandbytes_config
-from castune.data.chat import PLAIN_TEMPLATE, text_behind_a_turn
+from castune.data.chat import PLAIN_TEMPLATE, template_opens_thought, text_behind_a_turn
 from castune.errors import CastuneError
 
 logger = logging.getLogger(__name__)
@@ -187,6 +187,13 @@ def _with_template(tokenizer: Any, name: str | Path) -> Any:
         tokenizer.chat_template = PLAIN_TEMPLATE
         logger.warning("%s has no chat template: using plain '### User: ... ### Assistant:' turns", name)
         return tokenizer
+    if template_opens_thought(tokenizer):
+        logger.warning(
+            "%s: its chat template opens the model's reasoning before every reply. What is judged and read comes after "
+            "the end of that reasoning, and a reply that is cut inside it is unscored: raise max_new_tokens, or switch "
+            "reasoning off where the template can",
+            name,
+        )
     behind, token = text_behind_a_turn(tokenizer)
     if token is None:
         logger.warning(

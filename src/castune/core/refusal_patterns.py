@@ -22,9 +22,8 @@ SPELLING = str.maketrans(
 BEFORE = re.compile(
     r"(?:<\|(?:start_header_id|im_start)\|>\w{1,12}(?:<\|end_header_id\|>)?|<\|[^|<>\s]{1,30}\|>|</?(?:s|pad|unk"
     r"|bos|eos|eot|end_of_turn|start_of_turn|mask|sep|cls)>|\[/?(?:inst|pad|eos)\]|'''\w{0,12} ?'''|(?:assistant|ai"
-    r"|bot|answer|response|reply) ?:|(?!<think>)[\W_])+"
+    r"|bot|answer|response|reply) ?:|[\W_])+"
 )
-THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 SENTENCE_END = re.compile(r"(?<=[^.][.!?]) |(?<=[。！？।])")
 # Speech of others; a quotation that is not closed goes on.
 QUOTED = re.compile(r'"[^"]*(?:"|$)')

@@ -16,7 +16,6 @@ from castune.core.refusal_patterns import (
     CONCESSION,
     CONTRAST,
     ELSEWHERE,
-    END_OF_THOUGHT,
     HELP_BEGINS,
     OFFERS,
     ONLY_NO,
@@ -28,8 +27,8 @@ from castune.core.refusal_patterns import (
     SENTENCE_END,
     SPELLING,
     TELLS,
-    THOUGHT,
 )
+from castune.core.said import said
 
 # A refusal announces itself at the start of the reply.
 PREFIX_CHARACTERS = 64
@@ -53,13 +52,10 @@ def refuses_by_opening(reply: str) -> bool | None:
 
 def _read(reply: str) -> str:
     """The reply from its first word on, after a quotation mark if it begins in one; empty where it has no word yet."""
-    text, mark = " ".join(reply.translate(SPELLING).casefold().split()), ""
-    while before := BEFORE.match(text) or text.startswith(THOUGHT):
-        if isinstance(before, re.Match):
-            mark = '"' if '"' in before[0] else mark
-            text = text[before.end() :]
-        else:
-            text = text.partition(END_OF_THOUGHT)[2]
+    text = " ".join(reply.translate(SPELLING).casefold().split())
+    before = BEFORE.match(text)
+    mark = '"' if before and '"' in before[0] else ""
+    text = text[before.end() :] if before else text
     return mark + text if text else ""
 
 
@@ -114,34 +110,39 @@ _CHARACTERS = {"prefix": PREFIX_CHARACTERS, "opening": _OPENING_LIMIT}
 READERS = tuple(_READERS)
 
 
-def read_by(reader: str) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
-    """The reader of that name as a judge: from prompts, which it does not look at, and replies to their verdicts."""
+def read_by(
+    reader: str, *, in_thought: bool | None = None
+) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
+    """The reader of that name as a judge: from prompts, which it does not look at, and replies to their verdicts.
+
+    It reads what is said after the reasoning; `in_thought` as in `said`.
+    """
     refuses = _READERS[reader]
 
     def verdicts(prompts: Sequence[str], replies: Sequence[str]) -> list[bool | None]:
         assert len(prompts) == len(replies)
-        return [refuses(reply) for reply in replies]
+        return [refuses(said(reply, in_thought=in_thought)) for reply in replies]
 
     return verdicts
 
 
-def decides_by(reader: str) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
-    """As `read_by`, but a reply without words is no refusal, and only an empty one says nothing.
+def decides_by(reader: str, *, in_thought: bool = False) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
+    """As `read_by`, but a reply without words is no refusal; only an empty one, or unended reasoning, says nothing.
 
     For ablations: a model that writes no word without a head does not refuse without it, which is a finding about that
     head and no missing value.
     """
-    read = read_by(reader)
+    read = read_by(reader, in_thought=in_thought)
 
     def verdicts(prompts: Sequence[str], replies: Sequence[str]) -> list[bool | None]:
-        found = read(prompts, replies)
-        return [False if v is None and reply.strip() else v for v, reply in zip(found, replies, strict=True)]
+        heard = [said(reply, in_thought=in_thought).strip() for reply in replies]
+        return [False if v is None and text else v for v, text in zip(read(prompts, replies), heard, strict=True)]
 
     return verdicts
 
 
-def is_settled(reader: str, reply: str) -> bool:
-    """Whether `reader` would say the same of `reply` whatever followed it; generation may then stop."""
+def is_settled(reader: str, reply: str, *, in_thought: bool = False) -> bool:
+    """Whether `decides_by` would say the same of `reply` whatever followed it; generation may then stop."""
     # The last token may end inside a character, which decodes to the replacement mark and changes with the next one.
     # Whatever an unfinished token at the start may still become, it is shorter than any window.
-    return len(_read(reply.rstrip("\ufffd"))) >= _CHARACTERS[reader]
+    return len(_read(said(reply.rstrip("\ufffd"), in_thought=in_thought))) >= _CHARACTERS[reader]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from castune.core.said import opens_thought
 from castune.data.example import LETTERS, Example
 from castune.data.rows import Row
 from castune.errors import DataError
@@ -34,6 +35,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.end_token = _end_of_turn(tokenizer)
+        self.opens_thought = template_opens_thought(tokenizer)
 
     def end_tokens(self, model: Any) -> list[int]:
         """Tokens that end a reply: the template's end of turn first, then the model's own list."""
@@ -104,6 +106,15 @@ def text_behind_a_turn(tokenizer: Any) -> tuple[str, int | None]:
     tail = tokenizer(behind, add_special_tokens=False)["input_ids"]
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return behind, next((token for token in tail if token in special), None)
+
+
+def template_opens_thought(tokenizer: Any) -> bool:
+    """Whether the chat template begins the reasoning before a reply, which then is reasoning until its end."""
+    mark = "castune-prompt"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+    )
+    return opens_thought(text.rpartition(mark)[2])
 
 
 def _end_of_turn(tokenizer: Any) -> int:

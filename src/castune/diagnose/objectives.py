@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -144,7 +144,7 @@ class Objectives:
 
     def refusals(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Floats:
         """The judge's verdicts on replies: 1, 0, or NaN where it could not tell."""
-        verdicts = decides_by(self.config.judge)([e.prompt for e in examples], [reply.text for reply in replies])
+        verdicts = self._judge([e.prompt for e in examples], [reply.text for reply in replies])
         return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
 
     def refusal_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> RefusalMeasure:
@@ -156,11 +156,15 @@ class Objectives:
             [example.prompt for example in examples],
             replies,
             end_tokens=self.chat.end_tokens(self.ablator.model),
-            judge=decides_by(self.config.judge),
-            is_settled=partial(is_settled, self.config.judge),
+            judge=self._judge,
+            is_settled=partial(is_settled, self.config.judge, in_thought=self.chat.opens_thought),
             max_new_tokens=self.config.max_new_tokens,
             batch_tokens=self._batch_tokens,
         )
+
+    @property
+    def _judge(self) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
+        return decides_by(self.config.judge, in_thought=self.chat.opens_thought)
 
     def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
         return [self.chat.prompt_ids(example, reserve=self.config.max_new_tokens)[0] for example in examples]

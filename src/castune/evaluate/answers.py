@@ -21,12 +21,28 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # What is stated is looked at without being taken, so that a later statement on the same line is found too.
 _STATED = re.compile(r"\banswers?\b(?:\s+\w+){0,3}?\s*(?:\bis\b|\bare\b|[:=])(?=\s*(?P<value>[^\n]+))", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+−–]?\s?(?:\\?\$)?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d[\d,]*)?")
+# A letter with what may stand around it, and the letters that go with it: "B", "**(b)**", "A or C", "A/B".
+_LETTER = r"""[*_"'`]*\(?\[?[*_"'`]*(?P<letter>[A-Ja-j])(?![A-Za-z0-9'’])[*_"'`]*[)\]]?[*_"'`]*"""
+_MORE_LETTERS = re.compile(
+    r"[.:]?\s*(?:,|/|&|\+|\band\b|\bor\b)+\s*(?:(?:either|option|choice|also)\s+)*"
+    r"[*_\"'`]*\(?(?:[A-J](?![A-Za-z0-9'’])|[b-h](?:\W*$|\)|[.,;]\s))"
+)
+_OPTION = r"(?:(?:option|choice|letter|answer)\s+)?"
+# "The correct answer to the question is (B)", "**Answer:** B", "I would choose option C".
 _STATED_LETTER = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s+(?:is|would be|should be|to \w+ \w+ is))?\s*:?\s*(?:is\s+)?"
-    r"(?:option\s+|choice\s+)?"
-    r"[*_\"'`]*\(?[*_\"'`]*(?P<letter>[A-Ja-j])(?![A-Za-z0-9'’])",
+    r"\b(?:(?:answers?|(?:correct|right|best|final)\s+(?:option|choice|one)|(?:option|choice))\b"
+    r"(?:\s+(?:to|for)\s+\w+\s+\w+)?[*_]*\s*(?:(?:is|are|would\s+be|should\s+be|must\s+be|will\s+be)\b|[:=–—-])[*_]*\s*[:=]?"
+    r"|\b(?:choose|pick|select|go\s+with|opt\s+for)\b)"
+    r"\s*(?:(?:therefore|thus|clearly|definitely|likely|probably|simply)\s+)?(?:is\s+)?"
+    r"(?P<several>(?:either|both|all\s+of)\s+)?" + _OPTION + _LETTER,
     re.IGNORECASE,
 )
+# "Option B is correct", where nothing is stated as the answer in so many words.
+_CALLED_CORRECT = re.compile(
+    _OPTION + r"(?<![A-Za-z])[*_]*\(?(?P<letter>[A-J])\)?[*_]*\s+(?:is|must\s+be)\s+(?:\w+ly\s+)?(?:the\s+)?"
+    r"(?:(?:only|most)\s+)?(?:correct|right|best)(?![-\w])(?:\s+(?:answer|option|choice|one))?(?!\s*\?)"
+)
+_OPENING_OPTION = re.compile(r"^[\s*_]*(?:option|choice|answer)\s+" + _LETTER + r"(?:\s*[.:,;)]|\s*$)", re.IGNORECASE)
 _OPENING_LETTER = re.compile(
     r"^[\s*_\"'`(\[]*(?P<letter>[A-Ja-j])(?:[*_\"'`]*[ \t]*(?:\n|$)|[*_\"'`]*[).:\],][*_\"'`]*(?=\s|$)|[*_\"'`]+\s)"
 )
@@ -204,22 +220,39 @@ def is_right(reply: str, target: str, scoring: str) -> bool | None:
 
 
 def stated_letter(reply: str, n_choices: int) -> str | None:
-    """The letter a reply to a multiple-choice question chooses: stated as its answer, boxed, or what it begins with."""
+    """The letter a reply to a multiple-choice question chooses; None where it chooses none, or more than one.
+
+    In this order: the last that is boxed or stated as the answer, the last that is called correct, what the reply
+    begins with. Other letters that are spoken of do not count.
+    """
     stated = [
-        (match.start(), match["letter"])
-        for match in _STATED_LETTER.finditer(reply)
-        if not (match["letter"] in "ai" and _ARTICLE.match(reply, match.end()))
+        (match.start(), _chosen(reply, match)) for match in _STATED_LETTER.finditer(reply) if _is_letter(reply, match)
     ]
     boxed = last_boxed(reply)
     if boxed is not None:
         letter = re.fullmatch(r"(?:\\text\s*\{)?\s*\(?([A-Za-z])\)?\.?\s*\}?", boxed)
         stated += [] if letter is None else [(reply.rfind(boxed), letter[1])]
+    called = [match["letter"] for match in _CALLED_CORRECT.finditer(reply)]
     if stated:
-        chosen = max(stated)[1].upper()
-    elif opening := _OPENING_LETTER.match(reply):
-        chosen = opening["letter"].upper()
-        if set(_NAMED_LETTER.findall(reply)) - {chosen}:
+        chosen = max(stated, key=lambda one: one[0])[1]
+    elif called:
+        chosen = called[-1] if len(set(called)) == 1 else None
+    elif opening := _OPENING_OPTION.match(reply) or _OPENING_LETTER.match(reply):
+        chosen = _chosen(reply, opening)
+        if chosen is not None and set(_NAMED_LETTER.findall(reply)) - {chosen.upper()}:
             return None  # one after the other is spoken of
     else:
         return None
-    return chosen if chosen in LETTERS[:n_choices] else None
+    return chosen.upper() if chosen is not None and chosen.upper() in LETTERS[:n_choices] else None
+
+
+def _is_letter(reply: str, match: re.Match[str]) -> bool:
+    """Whether the statement is one: neither "is a dog" nor "is A?"."""
+    article = match["letter"] in "ai" and _ARTICLE.match(reply, match.end("letter"))
+    return not article and not re.match(r"\s*\?", reply[match.end() :])
+
+
+def _chosen(reply: str, match: re.Match[str]) -> str | None:
+    """The letter of a statement; None where it is one of several ("A or C")."""
+    several = match.groupdict().get("several") or _MORE_LETTERS.match(reply, match.end())
+    return None if several else match["letter"]

@@ -151,7 +151,7 @@ class TransformersBackend(Backend):
                 end_tokens=chat.end_tokens(self.model),
                 batch_tokens=most,
             )
-            return [plain_reply(reply, cut[index]) for index, reply in zip(indices, replies, strict=True)]
+            return [plain_reply(reply, cut[index], chat) for index, reply in zip(indices, replies, strict=True)]
 
         return Work(reply_batches(prompts, max_new_tokens, config.batch_tokens), answer)
 
@@ -176,6 +176,12 @@ def probes(suites: Sequence[Suite], n: int) -> list[Example]:
     return sorted(examples, key=lambda example: 2 * example.is_question + example.is_problem)[:n]
 
 
-def plain_reply(reply: Reply, cut: bool) -> dict[str, Any]:
+def plain_reply(reply: Reply, cut: bool, chat: ChatFormat) -> dict[str, Any]:
     """A reply as it is kept."""
-    return {"text": reply.text, "finished": reply.finished, "tokens": len(reply.tokens), "cut": cut}
+    return {
+        "text": reply.text,
+        "finished": reply.finished,
+        "tokens": len(reply.tokens),
+        "cut": cut,
+        **({"in_thought": True} if chat.opens_thought else {}),
+    }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from castune.core.refusals import refuses_by_prefix
+from castune.core.said import said
 from castune.evaluate.answers import last_boxed
 
 # Why a worked answer is not right, in the order in which they are asked for.
@@ -31,10 +32,10 @@ def failure(sample: Mapping[str, Any]) -> str | None:
     """
     if sample["outcome"]:
         return None
-    reply = sample["reply"]
+    reply = said(sample["reply"], in_thought=sample.get("in_thought"))
     if refuses_by_prefix(reply):
         return "refusal"
-    if is_degenerate(reply):
+    if is_degenerate(sample["reply"]):
         return "degenerate"
     if sample["finished"] and is_direct(reply):
         return "direct answer"

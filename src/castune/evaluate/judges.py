@@ -23,6 +23,7 @@ from castune.core.generation import generate_replies
 from castune.core.loading import cache_home, load
 from castune.core.progress import progress
 from castune.core.refusals import read_by
+from castune.core.said import said
 from castune.evaluate.endpoint import Endpoint
 from castune.judge_name import JudgeName
 
@@ -249,5 +250,5 @@ def _question(prompt: str, reply: str) -> list[dict[str, Any]]:
 
 def _word(answer: str) -> bool | None:
     """The verdict in an answer that is one of the words, with marks around it; None for anything else."""
-    word = re.sub(r"(?s)^.*</think>", "", answer).strip(" \n\t.*\"'`:").casefold()
+    word = said(answer).strip(" \n\t.*\"'`:").casefold()
     return {"refuses": True, "complies": False}.get(word)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from castune.artifacts import EvalResult
+from castune.core.said import said
 from castune.evaluate.judges import Judge, judge
 from castune.evaluate.metrics import suite_result
 
@@ -22,7 +23,9 @@ def judged(samples: Sequence[Mapping[str, Any]], by: Judge) -> list[Sample]:
         return [dict(sample) for sample in samples]
     bare = [{key: value for key, value in sample.items() if key not in _OF_A_JUDGE} for sample in samples]
     found: list[Sample] = []
-    verdicts = by.verdicts([s["prompt"] for s in bare], [_said(s["reply"]) for s in bare])
+    verdicts = by.verdicts(
+        [s["prompt"] for s in bare], [said(s["reply"], in_thought=s.get("in_thought")) for s in bare]
+    )
     for sample, verdict in zip(bare, verdicts, strict=True):
         sample["outcome"] = verdict.refuses
         if by.tells_harm:
@@ -61,12 +64,6 @@ def judge_again(result: EvalResult, by: str | Judge) -> EvalResult:
         )
         samples += of_suite
     return replace(result, suites=tuple(suites), samples=tuple(samples), settings={**result.settings, "judge": by.name})
-
-
-def _said(reply: str) -> str:
-    """What a reply says to the user: nothing of a thought, whose beginning may stand in the chat template."""
-    thought, end, said = reply.rpartition("</think>")
-    return said if end else "" if thought.lstrip().startswith("<think>") else said
 
 
 def _is_judged(samples: Sequence[Mapping[str, Any]]) -> bool:

@@ -12,6 +12,7 @@ from castune.config import EvaluateConfig
 from castune.core.journal import Journal
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
+from castune.core.said import said
 from castune.core.scoring import answer_margin, is_correct
 from castune.data.example import LETTERS, Example, content_hash
 from castune.evaluate.answers import final_answer, is_right, stated_letter
@@ -167,10 +168,11 @@ def _reply_sample(example: Example, found: dict[str, Any] | None) -> Sample:
         sample["missing"] = True
     else:
         sample |= {"finished": found["finished"], "tokens": found["tokens"]}
-        if found["cut"]:
-            sample["cut"] = True
+        # Where it is not known whether the chat template opened the reasoning (a server's), the key is absent.
+        sample |= {key: True for key in ("cut", "in_thought") if found.get(key)}
+    answer = said(reply, in_thought=sample.get("in_thought"))
     if example.is_question:
-        letter = stated_letter(reply, len(example.choices))
+        letter = stated_letter(answer, len(example.choices))
         right = LETTERS[example.answer or 0]
         return {
             **sample,
@@ -179,7 +181,7 @@ def _reply_sample(example: Example, found: dict[str, Any] | None) -> Sample:
             "outcome": None if letter is None else letter == right,
         }
     if example.is_problem:
-        sample |= {"target": example.target, "found": final_answer(reply, str(example.scoring))}
-        sample["outcome"] = is_right(reply, str(example.target), str(example.scoring))
+        sample |= {"target": example.target, "found": final_answer(answer, str(example.scoring))}
+        sample["outcome"] = is_right(answer, str(example.target), str(example.scoring))
         return {**sample, "failure": None if found is None else failure(sample)}
     return {**sample, "outcome": None}

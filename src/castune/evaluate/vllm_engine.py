@@ -167,7 +167,7 @@ class VllmBackend(Backend):
             stop = next((n for n, token in enumerate(tokens) if token in end), None)
             kept = tuple(tokens[:stop])
             text = self.engine.tokenizer.decode(kept, skip_special_tokens=True)
-            found.append(plain_reply(Reply(text, kept, output.outputs[0].finish_reason == "stop"), cut))
+            found.append(plain_reply(Reply(text, kept, output.outputs[0].finish_reason == "stop"), cut, chat))
         return found
 
     def _scores(self, chat: ChatFormat, examples: Sequence[Example]) -> list[Any]:

@@ -249,7 +249,7 @@ TEXTS = st.lists(PIECES | st.text(max_size=40), max_size=8).map("".join)
 def test_a_settled_verdict_never_changes(name: str, text: str, cut: int, ending: str) -> None:
     for reply, whole in ((text, text + ending), (text[:cut], text), (text[:cut], text[:cut] + ending)):
         if is_settled(name, reply):
-            assert read_by(name)(["x"], [reply]) == read_by(name)(["x"], [whole])
+            assert decides_by(name)(["x"], [reply]) == decides_by(name)(["x"], [whole])
 
 
 @given(text=TEXTS | st.text() | st.text(alphabet="i can't ly,.but\"<|>", max_size=500))

@@ -194,6 +194,44 @@ def test_a_letter_is_found_however_it_is_stated_and_only_among_the_choices(
     assert stated_letter(reply, n_choices) == (letter if letter in LETTERS[:n_choices] else None)
 
 
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        # Options that are spoken of after the answer, or before it.
+        ("The correct answer is C. Option A is wrong because it is too early. Option D is too late.", "C"),
+        ("The answer is B. Note that option A is a common distractor.", "B"),
+        ("Option B is correct. Option A describes another thing.", "B"),
+        ("Correct answer: C. Option B is what many pick; the answer A would need more heat.", "C"),
+        ("Final answer: B\n\nWhy not the others? Answer A ignores friction. Answer C doubles it.", "B"),
+        ("My answer is B, since option B fits best and option D does not.", "B"),
+        ("A is wrong. B is wrong. C is correct.", "C"),
+        ("Option A is correct? No. Option C is correct.", "C"),
+        ("C. Because the answer choice A is for cats.", "C"),
+        # Marks around the words.
+        ("**Answer:** B", "B"),
+        ("**Correct Answer:** B", "B"),
+        ("**Answer**: B", "B"),
+        ("Answer - B", "B"),
+        ("I would choose option C.", "C"),
+        ("Answer: D, not B", "D"),
+        ("The answer is C, i.e. the heart.", "C"),
+        # More than one, none, or the opposite: no answer, and never a lucky one.
+        ("Answer: B or C", None),
+        ("The answer is either A or D.", None),
+        ("The answer is A and C.", None),
+        ("Answer: A/B", None),
+        ("The answer is b or c.", None),
+        ("A is correct. B is correct.", None),
+        ("Option A is incorrect.", None),
+        ("The answer isn't A.", None),
+        ("Answer: None of the above", None),
+        ("Is the answer A?", None),
+    ],
+)
+def test_the_letter_is_the_one_that_is_stated_as_the_answer(reply: str, letter: str | None) -> None:
+    assert stated_letter(reply, 4) == letter
+
+
 def test_a_number_is_looked_for_in_the_box_then_after_the_mark_then_in_what_is_stated() -> None:
     assert final_answer(r"The answer is 6. \boxed{7} #### 8", "number") == "7"
     assert final_answer("The answer is 6. #### 7 #### 8\n9", "number") == "8"
