@@ -1,6 +1,7 @@
 """Final answers in free text: found, and compared with the right one. Pure.
 
-An answer that cannot be found is None: unscored, neither right nor wrong.
+A reply without an answer that can be read is not right. Only a reply that is not there is unscored, which is for the
+caller to know.
 """
 
 from __future__ import annotations
@@ -21,6 +22,17 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # What is stated is looked at without being taken, so that a later statement on the same line is found too.
 _STATED = re.compile(r"\banswers?\b(?:\s+\w+){0,3}?\s*(?:\bis\b|\bare\b|[:=])(?=\s*(?P<value>[^\n]+))", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+−–]?\s?(?:\\?\$)?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d[\d,]*)?")
+# A sentence that concludes, where nothing is stated as the answer in so many words.
+_CONCLUDES = re.compile(
+    r"[\s*_]*(?:thus|therefore|hence|so|consequently|in total|in conclusion|altogether|finally)\b", re.IGNORECASE
+)
+_LATEX = re.compile(r"\\(?![dt]?frac\s*\{\d+\}\s*\{\d+\})[A-Za-z]")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+# A number alone, or with a unit of up to three words.
+_BARE = re.compile(rf"[\s*_$(]*{_NUMBER.pattern}(?:\s*[^\W\d_]+){{0,3}}[\s*_$%°).]*")
+_CALCULATES = re.compile(r"\s*(?:[^\W\d_]+\s*)?(?:[+*×÷^]|\\times|\\cdot|[-−–/x]\s*(?=[\d$(]))\s*[\d$(\\]")
+_ANOTHER = re.compile(r"\s*(?:[^\W\d_]+\s*)?(?:\bor\b|\band\b|\bto\b|[-–—])\s*(?:\\?\$)?\d")
+_BETWEEN = re.compile(r"\b(?:between|either)\s*$", re.IGNORECASE)
 # A letter with what may stand around it, and the letters that go with it: "B", "**(b)**", "A or C", "A/B".
 _LETTER = r"""[*_"'`]*\(?\[?[*_"'`]*(?P<letter>[A-Ja-j])(?![A-Za-z0-9'’])[*_"'`]*[)\]]?[*_"'`]*"""
 _MORE_LETTERS = re.compile(
@@ -162,26 +174,53 @@ def _fraction(whole: str, digits: str, repeated: str) -> str:
 
 
 def stated_number(reply: str) -> Fraction | None:
-    """The number a reply gives as its answer: boxed, after the last `####`, or in "the answer is ..."; else None."""
+    """The number a reply gives as its answer; None where it gives none, or more than one.
+
+    In this order: boxed, after the last `####`, in the last "the answer is ...", in a conclusion ("Therefore, she has 5
+    left.") that ends the reply, or as all that the reply is ("66", "$66", "66 apples").
+    """
     boxed = last_boxed(reply)
     if boxed is not None:
         return _number(boxed)
     _, marked, after = reply.rpartition("####")
     if marked:
         return _number(after.strip().partition("\n")[0])
-    stated = None
-    for match in _STATED.finditer(reply):
-        number = _number(match["value"])
-        stated = number if number is not None else stated
-    return stated
+    stated = [match["value"] for match in _STATED.finditer(reply) if re.search(r"\d", match["value"])]
+    if stated:
+        return _number(stated[-1])
+    if _BOX.search(reply):
+        return None  # it was cut off inside its box
+    last = _SENTENCE_END.split(reply.strip())[-1]
+    if _CONCLUDES.match(last):
+        numbers = {_number(found[0]) for found in _NUMBER.finditer(_result(_without_separators(last)))}
+        return numbers.pop() if len(numbers) == 1 else None
+    return _number(reply) if _BARE.fullmatch(_without_separators(reply)) else None
+
+
+def _without_separators(text: str) -> str:
+    """Numbers as they are read: fractions with a slash, thousands together, no emphasis."""
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    return re.sub(r"\{,\}|\\[,!;: ]|(?<=\d) (?=\d{3}\b)|[*_](?!\s)|(?<!\s)[*_]", "", text)
+
+
+def _result(text: str) -> str:
+    """What a calculation comes to: "12 * 4 = 48" says 48."""
+    return text.rpartition("=")[2] if re.search(r"=[^=]*\d", text) else text
 
 
 def _number(text: str) -> Fraction | None:
-    """The first number of a text, as it is written for people or in LaTeX."""
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
-    text = re.sub(r"\{,\}|\\[,!;: ]|(?<=\d) (?=\d{3}\b)|[*_]", "", text)
+    """The number of a text that states one, as it is written for people or in LaTeX.
+
+    The first, behind the last equals sign of its calculation. "5 or 7", "between 5 and 7", "12 * 4" are no number.
+    """
+    text = _without_separators(text)
+    first = _NUMBER.search(text)
+    if first is not None and _CALCULATES.match(text, first.end()):
+        # To the end of the sentence.
+        sentence = _SENTENCE_END.split(text)[0]
+        text = sentence.rpartition("=")[2] if re.search(r"=[^=]*\d", sentence) else ""
     match = _NUMBER.search(text)
-    if match is None:
+    if match is None or _ANOTHER.match(text, match.end()) or _BETWEEN.search(text[: match.start()]):
         return None
     digits = re.sub(r"[\s,$\\]", "", match[0]).replace("−", "-").replace("–", "-")
     if len(digits) > _LONGEST:
@@ -196,27 +235,28 @@ def final_answer(reply: str, scoring: str) -> str | None:
     """What a worked reply gives as its answer, as it is compared; None where it gives none.
 
     Args:
-        reply: the reply.
-        scoring: `boxed` or `number`.
+        reply: what the reply says.
+        scoring: `boxed` or `number`. Without any box, a problem that asks for one is answered by a plain number that is
+            stated.
     """
-    if scoring == "boxed":
+    if scoring == "boxed" and (_BOX.search(reply) or _LATEX.search(reply.strip().rpartition("\n")[2])):
         return last_boxed(reply)
     stated = stated_number(reply)
     return None if stated is None else str(stated)
 
 
-def is_right(reply: str, target: str, scoring: str) -> bool | None:
-    """Whether a worked reply comes to `target`; None where it comes to nothing that can be read.
+def is_right(reply: str, target: str, scoring: str) -> bool:
+    """Whether a worked reply comes to `target`; not where it comes to nothing that can be read.
 
     Args:
-        reply: the reply.
+        reply: what the reply says.
         target: the right answer; for `number` it has digits.
         scoring: `boxed`: the last boxed answer, mathematically equal. `number`: the stated number.
     """
     found = final_answer(reply, scoring)
     if found is None:
-        return None
-    return is_equal(found, target) if scoring == "boxed" else stated_number(reply) == _number(target)
+        return False
+    return bool(is_equal(found, target)) if scoring == "boxed" else stated_number(reply) == _number(target)
 
 
 def stated_letter(reply: str, n_choices: int) -> str | None:

@@ -11,7 +11,7 @@ from castune.core.said import said
 from castune.evaluate.answers import last_boxed
 
 # Why a worked answer is not right, in the order in which they are asked for.
-FAILURES = ("refusal", "degenerate", "direct answer", "truncated", "no answer found", "wrong reasoning")
+FAILURES = ("refusal", "degenerate", "direct answer", "truncated", "no answer found", "wrong reasoning", "wrong answer")
 
 # A worked answer has more words than this beside its final answer ("The answer is 66." has three).
 _DIRECT_WORDS = 12
@@ -22,13 +22,14 @@ _REPEATED_SHARE = 0.5
 
 
 def failure(sample: Mapping[str, Any]) -> str | None:
-    """Why a sample of a problem is not right, one of `FAILURES`; None where it is right.
+    """Why a sample of a question or problem is not right, one of `FAILURES`; None where it is right.
 
     `direct answer`: the final number without the steps that lead to it, the paper's reasoning collapse. `truncated`:
-    the length limit came first. `no answer found`: it ended without an answer that can be read.
+    the length limit came first. `no answer found`: it ended without an answer that can be read. `wrong answer`: another
+    letter than the right one.
 
     Args:
-        sample: `reply`, `finished` and `outcome` (True, False; None: no answer found).
+        sample: `reply`, `finished`, `outcome` and `found` (None: no answer); a question has `choices`.
     """
     if sample["outcome"]:
         return None
@@ -37,11 +38,12 @@ def failure(sample: Mapping[str, Any]) -> str | None:
         return "refusal"
     if is_degenerate(sample["reply"]):
         return "degenerate"
-    if sample["finished"] and is_direct(reply):
+    is_question = "choices" in sample
+    if not is_question and sample["finished"] and is_direct(reply):
         return "direct answer"
-    if sample["outcome"] is None:
+    if sample["found"] is None:
         return "no answer found" if sample["finished"] else "truncated"
-    return "wrong reasoning"
+    return "wrong answer" if is_question else "wrong reasoning"
 
 
 def is_direct(reply: str) -> bool:

@@ -10,6 +10,7 @@ from castune.artifacts import EvalResult
 from castune.core.said import said
 from castune.evaluate.judges import Judge, judge
 from castune.evaluate.metrics import suite_result
+from castune.evaluate.reading import is_read, read
 
 Sample = dict[str, Any]
 
@@ -18,9 +19,9 @@ _OF_A_JUDGE = ("harmful", "verdicts")
 
 
 def judged(samples: Sequence[Mapping[str, Any]], by: Judge) -> list[Sample]:
-    """The samples of a suite with the judge's outcomes; those of questions and problems stay what they are."""
+    """The samples of a suite with the judge's outcomes; answers in words are read again, scores stay what they are."""
     if not _is_judged(samples):
-        return [dict(sample) for sample in samples]
+        return [read(sample) if is_read(sample) else dict(sample) for sample in samples]
     bare = [{key: value for key, value in sample.items() if key not in _OF_A_JUDGE} for sample in samples]
     found: list[Sample] = []
     verdicts = by.verdicts(

@@ -60,24 +60,28 @@ def _extra(samples: Sequence[Sample]) -> dict[str, float | None]:
             "prompts_cut": sum(bool(sample.get("cut")) for sample in there),
             "generated_tokens": None if None in counts else sum(count for count in counts if count is not None),
         }
-        if "target" in first:
-            found |= _of_problems(there)
+        if "target" in first or "choices" in first:
+            found |= _of_answers(there)
         if first["purpose"] in ("safety", "over-refusal"):
             found |= _of_prompts(samples)
     return found
 
 
-def _of_problems(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """Losses by their reason, as shares of the problems that have a reply (Appendix C as a measurement)."""
+def _of_answers(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """Losses by their reason, as shares of the examples that have a reply (Appendix C as a measurement)."""
     if not samples:
         return {}
     reasons = Counter(sample["failure"] for sample in samples)
-    return {
-        # A model that no longer gives answers in the asked form is not a better one for it.
-        **_with_error("accuracy_unscored_as_wrong", [sample["outcome"] is True for sample in samples]),
-        **_with_error("reasoning_collapse", [sample["failure"] == "direct answer" for sample in samples]),
-        **{f"share_{name.replace(' ', '_')}": reasons[name] / len(samples) for name in FAILURES},
-    }
+    is_question = "choices" in samples[0]
+    names = [name for name in FAILURES if name not in (_OF_PROBLEMS if is_question else _OF_QUESTIONS)]
+    found: dict[str, float | None] = {f"share_{name.replace(' ', '_')}": reasons[name] / len(samples) for name in names}
+    if not is_question:
+        # An answer without reasoning, right or wrong.
+        found |= _with_error("reasoning_collapse", [sample["direct"] for sample in samples])
+    return found
+
+
+_OF_PROBLEMS, _OF_QUESTIONS = ("direct answer", "wrong reasoning"), ("wrong answer",)
 
 
 def _of_prompts(samples: Sequence[Sample]) -> dict[str, float | None]:

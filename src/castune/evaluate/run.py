@@ -12,16 +12,14 @@ from castune.config import EvaluateConfig
 from castune.core.journal import Journal
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
-from castune.core.said import said
 from castune.core.scoring import answer_margin, is_correct
-from castune.data.example import LETTERS, Example, content_hash
-from castune.evaluate.answers import final_answer, is_right, stated_letter
+from castune.data.example import Example, content_hash
 from castune.evaluate.backend import Backend, TransformersHost
-from castune.evaluate.failures import failure
 from castune.evaluate.judges import Judge, judge
 from castune.evaluate.judging import judge_of, judged
 from castune.evaluate.measure import answers, finite
 from castune.evaluate.metrics import suite_result
+from castune.evaluate.reading import read
 from castune.evaluate.suites import Suite, check_names, load_suite
 
 logger = logging.getLogger(__name__)
@@ -170,18 +168,8 @@ def _reply_sample(example: Example, found: dict[str, Any] | None) -> Sample:
         sample |= {"finished": found["finished"], "tokens": found["tokens"]}
         # Where it is not known whether the chat template opened the reasoning (a server's), the key is absent.
         sample |= {key: True for key in ("cut", "in_thought") if found.get(key)}
-    answer = said(reply, in_thought=sample.get("in_thought"))
     if example.is_question:
-        letter = stated_letter(answer, len(example.choices))
-        right = LETTERS[example.answer or 0]
-        return {
-            **sample,
-            "choices": list(example.choices),
-            "answer": example.answer,
-            "outcome": None if letter is None else letter == right,
-        }
+        return read({**sample, "choices": list(example.choices), "answer": example.answer})
     if example.is_problem:
-        sample |= {"target": example.target, "found": final_answer(answer, str(example.scoring))}
-        sample["outcome"] = is_right(answer, str(example.target), str(example.scoring))
-        return {**sample, "failure": None if found is None else failure(sample)}
+        return read({**sample, "target": str(example.target), "scoring": str(example.scoring)})
     return {**sample, "outcome": None}

@@ -31,7 +31,10 @@ def outcome(case: dict[str, str]) -> bool | None:
     if case["kind"] == "letter":
         letter = stated_letter(case["reply"], 5 if case["target"] == "E" else 4)
         return None if letter is None else letter == case["target"]
-    return is_right(case["reply"], case["target"], SCORING[case["kind"]])
+    scoring = SCORING[case["kind"]]
+    right = is_right(case["reply"], case["target"], scoring)
+    # Not an answer is not right either.
+    return None if final_answer(case["reply"], scoring) is None and not right else right
 
 
 def test_there_are_enough_cases_of_every_kind_and_outcome() -> None:
@@ -78,8 +81,8 @@ def test_equal_fractions_are_equal(numerator: int, denominator: int) -> None:
         r"\boxed{" + "1" * 5000 + "}",
     ],
 )
-def test_answers_of_thousands_of_digits_are_unscored(reply: str) -> None:
-    assert is_right(reply, "5", "boxed" if "boxed" in reply else "number") is None
+def test_answers_of_thousands_of_digits_are_wrong(reply: str) -> None:
+    assert is_right(reply, "5", "boxed" if "boxed" in reply else "number") is False
     final_answer(reply, "number")
 
 
@@ -92,12 +95,12 @@ def test_an_answer_that_takes_for_ever_to_expand_is_not_waited_for(answer: str) 
     assert time.monotonic() - started < 60
 
 
-def test_endless_answers_are_unscored() -> None:
-    assert is_right(r"\boxed{" + "9^" * 2000 + "9}", "9", "boxed") is None
+def test_endless_answers_are_wrong() -> None:
+    assert is_right(r"\boxed{" + "9^" * 2000 + "9}", "9", "boxed") is False
 
 
 def test_answers_of_400_characters_are_read_and_longer_ones_are_not() -> None:
-    for length, expected in ((400, True), (401, None)):
+    for length, expected in ((400, True), (401, False)):
         answer = "7" * length
         assert is_right(rf"\boxed{{{answer}}}", answer, "boxed") is expected
         assert is_right(f"#### {answer}", answer, "number") is expected
@@ -127,7 +130,7 @@ def test_repeating_decimals_are_fractions(decimal: str, fraction: str) -> None:
     assert is_equal(decimal, fraction)
 
 
-def test_what_has_no_value_is_unscored_and_equals_no_target() -> None:
+def test_what_has_no_value_cannot_be_read_and_equals_no_target() -> None:
     assert is_equal(r"\text{}", "5") is None
     assert is_equal("5", r"\text{}") is False
 
@@ -239,6 +242,39 @@ def test_a_number_is_looked_for_in_the_box_then_after_the_mark_then_in_what_is_s
     # What is marked is the answer, even where it is no number.
     assert final_answer("The answer is 6. #### none\n9", "number") is None
     assert final_answer("It takes 6 days.", "number") is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "target", "right"),
+    [
+        # The paper's Tables 5 and 6, and answers without reasoning.
+        ("Thus, the total number of frogs is 81.", "81", True),
+        ("Therefore, Chris was charged for 80 GB over.", "80", True),
+        ("66", "66", True),
+        ("$66", "66", True),
+        ("66 apples.", "66", True),
+        ("Thus, she has 12 - 7 = 5 apples left.", "5", True),
+        # All of the expression that is stated, not the first number in it.
+        ("The answer is 12 * 4 = 48.", "48", True),
+        ("The answer is 5 x 3 = 15", "15", True),
+        ("So, the answer is $5 + $3 = $8.", "8", True),
+        ("The answer is 18 dollars because 9 * 2 = 18.", "18", True),
+        ("The answer is 12 * 4.", "12", False),
+        ("The answer is 5 or 7.", "5", False),
+        ("The answer is between 5 and 7.", "5", False),
+        ("The answer is 5 to 7 days", "5", False),
+        ("#### 5 or 6", "5", False),
+        ("Answer: 5-7", "5", False),
+        ("Therefore, 5 of the 12 are left.", "5", False),
+        (r"So the amount is \boxed{18", "18", False),
+        ("I apologize, but I cannot answer this question.", "5", False),
+    ],
+)
+def test_the_number_is_the_one_that_is_stated_as_the_answer(reply: str, target: str, right: bool) -> None:
+    assert is_right(reply, target, "number") is right
+    if "\\" not in reply:
+        # A problem that asks for a box, without one.
+        assert is_right(reply, target, "boxed") is right
 
 
 def test_small_letters_are_letters_and_articles_are_none() -> None:

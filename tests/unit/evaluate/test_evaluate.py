@@ -20,7 +20,7 @@ from castune.evaluate.backend import Backend, TransformersBackend, Work
 from castune.evaluate.judges import Judge, Panel, Verdict, judge
 from castune.evaluate.judging import judge_again
 from castune.evaluate.run import evaluate, evaluate_on
-from castune.evaluate.stats import wilson_interval
+from castune.evaluate.stats import paired_difference, wilson_interval
 from castune.evaluate.suites import Suite
 
 CONFIG = EvaluateConfig(max_new_tokens=6, batch_tokens=300, max_length=600)
@@ -343,7 +343,7 @@ def test_problems_are_worked_out_and_their_losses_explained(
     result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("utility", PROBLEMS)], config=config)
     (found,) = result.suites
     assert (found.judge, found.max_new_tokens, found.metric) == ("final answer", 9, "accuracy")
-    assert found.n + found.unscored == len(PROBLEMS)
+    assert (found.n, found.unscored) == (len(PROBLEMS), 0)
     for sample, problem in zip(result.samples, PROBLEMS, strict=True):
         ids = torch.tensor([prompt_ids(tiny_tokenizer, problem.user_text)])
         assert "step by step" in problem.user_text
@@ -352,11 +352,10 @@ def test_problems_are_worked_out_and_their_losses_explained(
             eos_token_id=257,
         )[0, ids.shape[1] :]  # fmt: skip
         assert sample["reply"] == tiny_tokenizer.decode(output, skip_special_tokens=True)
-        assert (sample["outcome"], sample["failure"] is None) in ((True, True), (False, False), (None, False))
+        assert sample["outcome"] is (sample["failure"] is None)
     shares = [value for key, value in found.extra.items() if key.startswith("share_")]
-    of_all = found.extra["accuracy_unscored_as_wrong"]
-    assert of_all is not None
-    assert sum(share for share in shares if share is not None) + of_all == pytest.approx(1)
+    assert found.value is not None
+    assert sum(share for share in shares if share is not None) + found.value == pytest.approx(1)
 
 
 def test_letters_can_be_written_instead_of_scored(
@@ -367,8 +366,87 @@ def test_letters_can_be_written_instead_of_scored(
     result = evaluate(tiny_model("llama"), tiny_tokenizer, suites=[suite("utility", letters)], config=config)
     (found,) = result.suites
     assert (found.judge, found.max_new_tokens) == ("stated letter", 64)
-    # Random weights write no letter: nothing is scored, and nothing counts as wrong.
-    assert (found.n, found.unscored) == (0, len(letters))
+    # Random weights write no letter: what has no answer is wrong.
+    assert (found.value, found.n, found.unscored) == (0, len(letters), 0)
+    assert all(sample["failure"] and sample["found"] is None for sample in result.samples)
+
+
+class Replying(Backend):
+    """A backend that says what it is told to; None is a reply that never came."""
+
+    def __init__(self, *replies: str | None) -> None:
+        self.replies = replies
+
+    def work(self, suite: Suite, config: EvaluateConfig) -> Work:
+        said = [None if r is None else {"text": r, "finished": True, "tokens": 1, "cut": False} for r in self.replies]
+        return Work([range(len(said))], lambda indices: [said[index] for index in indices])
+
+
+def test_refusals_and_answers_that_cannot_be_read_are_wrong_and_only_missing_replies_unscored() -> None:
+    target = "42"
+    replies = [
+        "Each of the 6 boxes holds 7 pens, and 6 * 7 = 42. The answer is 42.", "42", "I apologize, but I cannot answer this question.", "66", "I like rivers.", "",
+        "<think>6 * 7 is 42. The answer is 42.", None,
+    ]  # fmt: skip
+    problems = [Example(id=str(i), prompt="How many?", target=target, scoring="number") for i in range(len(replies))]
+    options: Any = {"config": CONFIG, "by": judge("prefix"), "model_info": {}, "name": "base"}
+    result = evaluate_on(Replying(*replies), suites=[suite("utility", problems)], **options)
+    assert [sample["outcome"] for sample in result.samples] == [True, True, False, False, False, False, False, None]
+    assert [sample["failure"] for sample in result.samples] == [
+        None, None, "refusal", "direct answer", "no answer found", "degenerate", "no answer found", None,
+    ]  # fmt: skip
+    (found,) = result.suites
+    assert (found.value, found.n, found.unscored) == (2 / 7, 7, 1)
+    # The right one without reasoning, and the wrong one.
+    assert found.extra["reasoning_collapse"] == 2 / 7
+    letters = [
+        Example(id=str(i), prompt="Which?", choices=("x", "y"), answer=1, scoring="letter") for i in range(len(replies))
+    ]
+    said = ["B", "The answer is A.", "I cannot answer that.", "x or y", "A or B", "", "<think>B", None]
+    config = CONFIG.model_copy(update={"letters": "generated"})
+    result = evaluate_on(Replying(*said), suites=[suite("utility", letters)], **{**options, "config": config})
+    assert [sample["outcome"] for sample in result.samples] == [True, *[False] * 6, None]
+    assert (result.suites[0].value, result.suites[0].n) == (1 / 7, 7)
+    assert result.suites[0].extra["share_wrong_answer"] == 1 / 7
+
+
+def test_a_model_that_refuses_what_it_could_answer_has_lost_that_accuracy() -> None:
+    """The paper's central finding: of 87 right answers 21 are left, the others refused or bare numbers."""
+    problems = [Example(id=str(i), prompt=f"What is {i} + 1?", target=str(i + 1), scoring="number") for i in range(100)]
+    options: Any = {"config": CONFIG, "by": judge("prefix"), "model_info": {}}
+    right = [f"{i} + 1 = {i + 1}. The answer is {i + 1}." for i in range(100)]
+    base = evaluate_on(
+        Replying(*right[:87], *["The answer is 1000."] * 13),
+        suites=[suite("utility", problems)],
+        name="base",
+        **options,
+    )
+    arm = evaluate_on(
+        Replying(*right[:21], *["I'm sorry, but I can't help with that."] * 40, *["1000"] * 39),
+        suites=[suite("utility", problems)], name="arm", **options,
+    )  # fmt: skip
+    assert [result.suites[0].value for result in (base, arm)] == [0.87, 0.21]
+    found = paired_difference(
+        [sample["outcome"] for sample in base.samples], [sample["outcome"] for sample in arm.samples]
+    )
+    assert (found.value, found.n, found.gained, found.lost) == (pytest.approx(-0.66), 100, 0, 66)
+    assert found.p is not None
+    assert found.p < 1e-15
+    assert arm.suites[0].extra["share_refusal"] == 0.4
+    assert arm.suites[0].extra["share_direct_answer"] == 0.39
+
+
+def test_stored_answers_are_read_again(tmp_path: Path) -> None:
+    """An evaluation from when answers that could not be read were left out."""
+    problems = [Example(id=str(i), prompt="How many?", target="42", scoring="number") for i in range(2)]
+    options: Any = {"config": CONFIG, "by": judge("prefix"), "model_info": {}, "name": "base"}
+    result = evaluate_on(Replying("42", "I cannot say."), suites=[suite("utility", problems)], **options)
+    old = [{**sample, "outcome": None, "found": None} for sample in result.samples]
+    for sample in old:
+        del sample["scoring"], sample["direct"], sample["failure"]
+    again = judge_again(dataclasses.replace(result, samples=tuple(old)), "prefix")
+    assert [sample["outcome"] for sample in again.samples] == [True, False]
+    assert again.suites[0].value == result.suites[0].value == 0.5
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(

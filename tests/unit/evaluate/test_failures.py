@@ -14,18 +14,18 @@ STEPS = (
 )
 
 
-def sample(reply: str, outcome: bool | None, finished: bool = True) -> dict[str, Any]:
-    return {"reply": reply, "outcome": outcome, "finished": finished}
+def sample(reply: str, found: str | None, finished: bool = True) -> dict[str, Any]:
+    return {"reply": reply, "outcome": found == "11", "found": found, "finished": finished}
 
 
 @pytest.mark.parametrize(
-    ("reply", "outcome", "finished", "why"),
+    ("reply", "answer", "finished", "why"),
     [
-        (STEPS, True, True, None),
-        (STEPS, False, True, "wrong reasoning"),
-        ("66", None, True, "direct answer"),
-        (r"\boxed{66}", False, True, "direct answer"),
-        (r"The answer is \boxed{66}.", False, True, "direct answer"),
+        (STEPS, "11", True, None),
+        (STEPS, "10", True, "wrong reasoning"),
+        ("66", "66", True, "direct answer"),
+        (r"\boxed{66}", "66", True, "direct answer"),
+        (r"The answer is \boxed{66}.", "66", True, "direct answer"),
         ("I apologize, but I cannot answer this question.", None, True, "refusal"),
         (STEPS[:150], None, False, "truncated"),
         (STEPS.partition(" Answer")[0], None, True, "no answer found"),
@@ -33,8 +33,8 @@ def sample(reply: str, outcome: bool | None, finished: bool = True) -> dict[str,
         ("We add the two. " * 40, None, False, "degenerate"),
     ],
 )
-def test_every_lost_problem_has_one_reason(reply: str, outcome: bool | None, finished: bool, why: str | None) -> None:
-    found = failure(sample(reply, outcome, finished))
+def test_every_lost_problem_has_one_reason(reply: str, answer: str | None, finished: bool, why: str | None) -> None:
+    found = failure(sample(reply, answer, finished))
     assert found == why
     assert found is None or found in FAILURES
 
