@@ -28,7 +28,7 @@ from castune.core.refusal_patterns import (
     SPELLING,
     TELLS,
 )
-from castune.core.said import said
+from castune.data.said import said
 
 # A refusal announces itself at the start of the reply.
 PREFIX_CHARACTERS = 64

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from castune.core.said import opens_thought
 from castune.data.example import LETTERS, Example
 from castune.data.rows import Row
+from castune.data.said import opens_thought
 from castune.errors import DataError
 
 # Used, with a visible note at load, for models that bring no chat template.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from castune.core.refusals import refuses_by_prefix
-from castune.core.said import said
+from castune.data.said import said
 from castune.evaluate.answers import last_boxed
 
 # Why a worked answer is not right, in the order in which they are asked for.

@@ -23,7 +23,7 @@ from castune.core.generation import generate_replies
 from castune.core.loading import cache_home, load
 from castune.core.progress import progress
 from castune.core.refusals import read_by
-from castune.core.said import said
+from castune.data.said import said
 from castune.evaluate.endpoint import Endpoint
 from castune.judge_name import JudgeName
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from castune.artifacts import EvalResult
-from castune.core.said import said
+from castune.data.said import said
 from castune.evaluate.judges import Judge, judge
 from castune.evaluate.metrics import suite_result
 from castune.evaluate.reading import is_read, read

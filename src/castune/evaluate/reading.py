@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from castune.core.said import said
 from castune.data.example import LETTERS
+from castune.data.said import said
 from castune.evaluate.answers import final_answer, is_right, stated_letter
 from castune.evaluate.failures import failure, is_direct
 

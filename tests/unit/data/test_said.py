@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castune.core.refusals import decides_by, is_settled, read_by
-from castune.core.said import opens_thought, said
 from castune.data.chat import ChatFormat, template_opens_thought
+from castune.data.said import opens_thought, said
 
 # (beginning, end) as models write them, and what a tokenizer leaves that skips special tokens.
 NOTATIONS = [
