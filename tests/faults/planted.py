@@ -153,7 +153,7 @@ FAULTS = [
     ),
     Fault(
         "a judge that reads the prompt", "core/refusals.py",
-        "return [refuses(reply) for reply in replies]",
+        "return [refuses(said(reply, in_thought=in_thought)) for reply in replies]",
         "return [refuses(f'{prompt} {reply}') for prompt, reply in zip(prompts, replies, strict=True)]",
         "unit/core/test_refusals.py unit/evaluate/test_judges.py",
     ),
