@@ -197,6 +197,11 @@ def stated_number(reply: str) -> Fraction | None:
     return _number(reply) if _BARE.fullmatch(_without_separators(reply)) else None
 
 
+def without_cut_sentence(reply: str) -> str:
+    """A cut reply without the sentence it was cut in, whose last number may lack digits; whole where a box is closed."""
+    return reply if last_boxed(reply) is not None else "\n".join(_SENTENCE_END.split(reply)[:-1])
+
+
 def _without_separators(text: str) -> str:
     """Numbers as they are read: fractions with a slash, thousands together, no emphasis."""
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)

@@ -8,7 +8,7 @@ from typing import Any
 
 from castune.data.example import LETTERS
 from castune.data.said import said
-from castune.evaluate.answers import final_answer, is_right, stated_letter
+from castune.evaluate.answers import final_answer, is_right, stated_letter, without_cut_sentence
 from castune.evaluate.failures import failure, is_direct
 
 Sample = dict[str, Any]
@@ -37,6 +37,8 @@ def read(sample: Mapping[str, Any]) -> Sample:
         rest: Sample = {}
     else:
         scoring = sample.get("scoring") or _scoring_of(sample["target"])
+        if not sample["finished"]:
+            answer = without_cut_sentence(answer)
         found = final_answer(answer, scoring)
         right = is_right(answer, sample["target"], scoring)
         rest = {"direct": not is_missing and bool(sample["finished"]) and is_direct(answer)}

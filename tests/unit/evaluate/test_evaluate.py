@@ -19,6 +19,7 @@ from castune.errors import DataError
 from castune.evaluate.backend import Backend, TransformersBackend, Work
 from castune.evaluate.judges import Judge, Panel, Verdict, judge
 from castune.evaluate.judging import judge_again
+from castune.evaluate.reading import read
 from castune.evaluate.run import evaluate, evaluate_on
 from castune.evaluate.stats import paired_difference, wilson_interval
 from castune.evaluate.suites import Suite
@@ -434,6 +435,23 @@ def test_a_model_that_refuses_what_it_could_answer_has_lost_that_accuracy() -> N
     assert found.p < 1e-15
     assert arm.suites[0].extra["share_refusal"] == 0.4
     assert arm.suites[0].extra["share_direct_answer"] == 0.39
+
+
+@pytest.mark.parametrize(
+    ("reply", "finished", "outcome"),
+    [
+        ("The answer is 4", True, True),
+        ("The answer is 4", False, False),  # it may have been 42
+        ("Therefore, she has 4", False, False),
+        ("The answer is 4. Let me see whether", False, True),
+        (r"So \boxed{4} and then", False, True),
+        ("4", False, False),
+    ],
+)
+def test_a_number_that_was_cut_is_no_answer(reply: str, finished: bool, outcome: bool) -> None:
+    found = read({"reply": reply, "finished": finished, "target": "4", "scoring": "number"})
+    assert found["outcome"] is outcome
+    assert finished or outcome or found["failure"] == "truncated"
 
 
 def test_stored_answers_are_read_again(tmp_path: Path) -> None:
