@@ -198,7 +198,7 @@ def stated_number(reply: str) -> Fraction | None:
 
 
 def without_cut_sentence(reply: str) -> str:
-    """A cut reply without the sentence it was cut in, whose last number may lack digits; whole where a box is closed."""
+    """A cut reply without the sentence it was cut in, whose number may lack digits; whole where a box is closed."""
     return reply if last_boxed(reply) is not None else "\n".join(_SENTENCE_END.split(reply)[:-1])
 
 
