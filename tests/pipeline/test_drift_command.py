@@ -150,6 +150,7 @@ def test_nothing_is_measured_twice(finished: Path, caplog: pytest.LogCaptureFixt
     }
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.load(finished / "recipe.toml")
     loaded = load(recipe.model, dtype="float32", device="cpu")
@@ -359,6 +360,7 @@ def test_other_data_than_the_maps_is_refused(finished: Path, own_data: dict[str,
     assert "safety data" in refused("drift", finished)
 
 
+@pytest.mark.slow
 def test_a_map_of_some_layers(models: Models, recipe_of: RecipeOf) -> None:
     settings = {"diagnose": {"max_new_tokens": 4, "gradient_chunks": 2, "layers": [0, 2]}}
     result = drifted(trained(recipe_of(models(), **kept_every(2, of=3), **settings)))

@@ -453,6 +453,7 @@ def test_a_unit_that_fails_leaves_the_others(study_of: Callable[..., Path], tmp_
     assert [row["arm"] for row in rows(folder, "table_1_sft")] == ["base", "all", "safe"]
 
 
+@pytest.mark.slow
 def test_a_base_that_was_not_judged_when_the_study_was_killed(small: Path, tmp_path: Path) -> None:
     path, folder = small, tmp_path / "study"
     before = table_files(folder)
@@ -464,6 +465,7 @@ def test_a_base_that_was_not_judged_when_the_study_was_killed(small: Path, tmp_p
     assert EvalResult.load(base).settings["judge"] == result.settings["judge"]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_was_lost_is_trained_again(small: Path, tmp_path: Path) -> None:
     path, folder = small, tmp_path / "study"
     before = table_files(folder)

@@ -25,7 +25,7 @@ ALLOWED = {
     "judge_name": {"errors"},
     "config": {"errors", "arms", "judge_name", "secrets"},
     "artifacts": {"errors", "arms"},
-    "data": {"errors", "artifacts"},
+    "data": {"errors", "artifacts", "config"},
     "core": {"errors", "config", "data", "artifacts", "secrets"},
     **dict.fromkeys(STAGES, SHARED),
 }
@@ -76,6 +76,7 @@ def test_the_import_check_sees_every_form(tmp_path: Path, monkeypatch: pytest.Mo
     assert imported_parts(path) == {"evaluate", "select", "diagnose"}
 
 
+@pytest.mark.processes
 def test_light_parts_do_not_need_torch() -> None:
     parts = ("artifacts", "data.sources", "data.chat", "config", "errors", "select", "run_directory", "cli")
     loaded = loaded_after("; ".join(f"import castune.{part}" for part in parts))
@@ -140,12 +141,14 @@ def loaded_after(code: str) -> set[str]:
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "altair", "pyarrow", "pandas", "numpy"}
 
 
+@pytest.mark.processes
 def test_import_castune_is_light() -> None:
     loaded = loaded_after("import castune; dir(castune); castune.__version__")
     assert "castune" in loaded
     assert not loaded & HEAVY
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["evaluate", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -220,6 +223,7 @@ def test_a_platform_without_file_locks_is_refused_in_one_line() -> None:
 FUNCTIONS = ("diagnose", "select", "tune", "evaluate")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "imports",
     ["castune.{0}", *(pytest.param(name, marks=pytest.mark.slow) for name in ("castune.{0}.run", "castune.pipeline"))],
@@ -234,6 +238,7 @@ def test_a_stage_stays_a_function_after_its_package_was_imported(imports: str) -
     assert "castune" in loaded_after(f"import contextlib\n{code}")
 
 
+@pytest.mark.processes
 def test_submodules_can_still_be_imported_beside_the_functions() -> None:
     code = (
         "import castune\ncastune.diagnose\nfrom castune.diagnose import score\n"

@@ -13,12 +13,22 @@ T = TypeVar("T")
 
 
 def percentile_rank(values: Floats) -> Floats:
-    """Ranks scaled to [0, 1]; ties share the average of their ranks. A single value has rank 0.5."""
-    if len(values) == 1:
-        return np.array([0.5])
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    first = np.cumsum(counts) - counts
-    return (first + (counts - 1) / 2)[inverse] / (len(values) - 1)
+    """Ranks along the last axis, scaled to [0, 1]; ties share the average of their ranks. A single value has rank 0.5."""
+    n = values.shape[-1]
+    if n == 1:
+        return np.full(values.shape, 0.5)
+    order = np.argsort(values, axis=-1, kind="stable")
+    ascending = np.take_along_axis(values, order, axis=-1)
+    place = np.broadcast_to(np.arange(n), values.shape)
+    differs = np.ones(values.shape, dtype=bool)
+    differs[..., 1:] = ascending[..., 1:] != ascending[..., :-1]
+    first = np.maximum.accumulate(np.where(differs, place, 0), axis=-1)
+    ends = np.ones(values.shape, dtype=bool)
+    ends[..., :-1] = differs[..., 1:]
+    last = np.minimum.accumulate(np.where(ends, place, n)[..., ::-1], axis=-1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 / (n - 1), axis=-1)
+    return ranks
 
 
 def tie_share(values: Floats) -> float:
@@ -38,9 +48,10 @@ def equal_parts(items: Sequence[T], parts: int) -> list[list[T]]:
 
 
 def bucket_numbers(scores: Floats, buckets: int = 4) -> NDArray[np.int32]:
-    """Bucket of every head: 1 (highest scores) to `buckets`, sizes equal up to one (Section 3.5)."""
-    numbers = np.empty(len(scores), dtype=np.int32)
-    order = by_descending(range(len(scores)), scores)
-    for number, part in enumerate(equal_parts(order, buckets), start=1):
-        numbers[part] = number
+    """Buckets along the last axis: 1 (highest scores) to `buckets`, sizes equal up to one (Section 3.5)."""
+    numbers = np.empty(scores.shape, dtype=np.int32)
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    sizes = map(len, np.array_split(np.arange(scores.shape[-1]), buckets))
+    in_order = np.repeat(np.arange(1, buckets + 1, dtype=np.int32), list(sizes))
+    np.put_along_axis(numbers, order, np.broadcast_to(in_order, scores.shape), axis=-1)
     return numbers

@@ -137,8 +137,7 @@ class Measurements:
         ):
             conflict_RH = weighted_conflict(domain.gram_HCC, self.n_safety, weights.safety_RC, utility_RC, drawn=drawn)
             utility_RH = _weighted_mean(self._changes(domain.utility), utility_RN)
-            pairs = zip(np.abs(utility_RH), np.abs(safety_RH), strict=True)
-            sensitivity_RH = np.stack([_sensitivity(u_H, s_H, self.sensitivity_rank) for u_H, s_H in pairs])
+            sensitivity_RH = _sensitivity(np.abs(utility_RH), np.abs(safety_RH), self.sensitivity_rank)
             shifts = (utility_RH * sign_H, safety_RH) if drawn else (np.abs(utility_RH), np.abs(safety_RH))
             score_RH = conflict_score(conflict_RH, sensitivity_RH)
             rows.append(dict(zip(COLUMNS, (conflict_RH, *shifts, sensitivity_RH, score_RH), strict=True)))
@@ -183,7 +182,7 @@ def weighted_conflict(
     dot_RH = _weighted_products(gram_HCC[:, safety, utility], safety_RC, utility_RC)
     # Each set is one partial gradient now. A product of two negative squares must not pass for a length.
     gram_RH4 = np.stack([np.maximum(square_safety_RH, 0), dot_RH, dot_RH, np.maximum(square_utility_RH, 0)], axis=-1)
-    return np.stack([conflict_from_gram(gram_H4.reshape(-1, 2, 2), 1) for gram_H4 in gram_RH4])
+    return conflict_from_gram(gram_RH4.reshape(-1, 2, 2), 1).reshape(dot_RH.shape)
 
 
 def _weighted_products(gram_HAB: Floats, left_RA: Floats, right_RB: Floats, drawn: bool = False) -> Floats:
@@ -208,9 +207,15 @@ def _sums(weights_RX: Floats, values_HX: Floats) -> Floats:
     return np.asarray(np.einsum("rx,hx->rh", weights_RX, np.ascontiguousarray(values_HX, dtype=np.float64)))
 
 
-def _sensitivity(utility_H: Floats, safety_H: Floats, rank: SensitivityRank) -> Floats:
-    measured_H = np.isfinite(utility_H) & np.isfinite(safety_H)
-    sensitivity_H = np.full(len(utility_H), np.nan)
-    if measured_H.any():
-        sensitivity_H[measured_H] = functional_sensitivity(utility_H[measured_H], safety_H[measured_H], rank=rank)
-    return sensitivity_H
+def _sensitivity(utility_RH: Floats, safety_RH: Floats, rank: SensitivityRank) -> Floats:
+    measured_RH = np.isfinite(utility_RH) & np.isfinite(safety_RH)
+    if measured_RH.all():
+        return functional_sensitivity(utility_RH, safety_RH, rank=rank)
+    sensitivity_RH = np.full(utility_RH.shape, np.nan)
+    # Heads that could not be measured leave the others fewer to be ranked among.
+    for row, measured_H in enumerate(measured_RH):
+        if measured_H.any():
+            sensitivity_RH[row, measured_H] = functional_sensitivity(
+                utility_RH[row, measured_H], safety_RH[row, measured_H], rank=rank
+            )
+    return sensitivity_RH

@@ -44,6 +44,14 @@ def test_pinned_ranks() -> None:
     np.testing.assert_array_equal(percentile_rank(np.array([0.0, -0.0])), [0.5, 0.5])
 
 
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 10**6))
+def test_rows_are_ranked_and_cut_each_for_itself(n: int, n_rows: int, seed: int) -> None:
+    rows = np.random.default_rng(seed).integers(-3, 4, (n_rows, n)).astype(float)
+    np.testing.assert_array_equal(percentile_rank(rows), [percentile_rank(row) for row in rows])
+    np.testing.assert_array_equal(bucket_numbers(rows, 4), [bucket_numbers(row, 4) for row in rows])
+    assert percentile_rank(rows.reshape(1, n_rows, n)).shape == (1, n_rows, n)
+
+
 @given(VALUES)
 def test_tie_share_counts_heads_with_a_twin(values: list[float]) -> None:
     expected = sum(values.count(v) > 1 for v in values) / len(values)

@@ -56,8 +56,16 @@ def domains(questions: list[Example]) -> dict[str, list[Example]]:
 # -- what the maps are
 
 
-@pytest.mark.parametrize("config", [MARGIN, DECISION], ids=["margin", "decision"])
-@pytest.mark.parametrize("how", ["mean", "worst"])
+@pytest.mark.parametrize(
+    ("how", "config"),
+    [
+        ("mean", DECISION),
+        ("worst", MARGIN),
+        pytest.param("mean", MARGIN, marks=pytest.mark.slow),
+        pytest.param("worst", DECISION, marks=pytest.mark.slow),
+    ],
+    ids=["mean-decision", "worst-margin", "mean-margin", "worst-decision"],
+)
 def test_the_same_domain_twice_is_that_domain(
     diagnosed: Diagnosed, questions: list[Example], config: DiagnoseConfig, how: Any
 ) -> None:
@@ -112,7 +120,7 @@ def test_the_combined_map_is_made_of_the_columns_of_the_domains(
         "functional_sensitivity")).max() > 1e-3, "a mean of products is no product of means"  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["mean", "worst"])
+@pytest.mark.parametrize("how", ["worst", pytest.param("mean", marks=pytest.mark.slow)])
 def test_the_order_of_domains_does_not_matter(
     diagnosed: Diagnosed, domains: dict[str, list[Example]], how: Any
 ) -> None:

@@ -91,8 +91,15 @@ def _paths(layout: UnitLayout) -> list[str]:
     return list(dict.fromkeys(part.path for one in layout.units for part in layout.parts(one)))
 
 
-@pytest.mark.parametrize("measure", ["margin", "decision"])
-@pytest.mark.parametrize("ablation", ["zero", "mean"])
+@pytest.mark.parametrize(
+    ("ablation", "measure"),
+    [
+        ("zero", "decision"),
+        ("mean", "margin"),
+        pytest.param("zero", "margin", marks=pytest.mark.slow),
+        pytest.param("mean", "decision", marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_has_the_rows_of_a_map_of_its_own(
     tiny_model: Callable[..., Any],
     tiny_tokenizer: Any,

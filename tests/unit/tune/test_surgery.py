@@ -550,6 +550,7 @@ if torch.distributed.is_initialized():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @needs_loopback
 def test_two_processes_train_like_one(
