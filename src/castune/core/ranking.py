@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def percentile_rank(values: Floats) -> Floats:
-    """Ranks along the last axis, scaled to [0, 1]; ties share the average of their ranks. A single value has rank 0.5."""
+    """Ranks along the last axis, scaled to [0, 1]; ties share their average rank. A single value has rank 0.5."""
     n = values.shape[-1]
     if n == 1:
         return np.full(values.shape, 0.5)

@@ -104,7 +104,7 @@ def bootstrap(measurements: Measurements, *, n_resamples: int = 400, seed: int) 
 def zone_stability(one_RH: Floats, other_RH: Floats) -> ZoneStability:
     """Overlap of the zones of two maps' C, row by row; the zones are those of `bucket_numbers`."""
     scored_R = (np.isfinite(one_RH) & np.isfinite(other_RH)).all(1)
-    one_RH, other_RH = (bucket_numbers(c_RH[scored_R], _BUCKETS) for c_RH in (one_RH, other_RH))
+    bucket_RH, other_bucket_RH = (bucket_numbers(c_RH[scored_R], _BUCKETS) for c_RH in (one_RH, other_RH))
     n_heads = one_RH.shape[1]
     # Which heads are in a zone does not matter to its size.
     sizes = np.bincount(bucket_numbers(np.zeros(n_heads), _BUCKETS), minlength=_BUCKETS + 1)
@@ -113,7 +113,7 @@ def zone_stability(one_RH: Floats, other_RH: Floats) -> ZoneStability:
         size = int(sizes[zone])
         if not size:
             return None, None
-        shared_R = ((one_RH == zone) & (other_RH == zone)).sum(1)
+        shared_R = ((bucket_RH == zone) & (other_bucket_RH == zone)).sum(1)
         mean = float(np.mean(shared_R / (2 * size - shared_R))) if len(shared_R) else None
         return mean, expected_jaccard(size, n_heads)
 
