@@ -24,7 +24,7 @@ BORDERLINE = ("safety-018", "safety-071")
 
 @pytest.fixture(scope="module")
 def utility() -> list[Example]:
-    return castune.examples("starter-utility")[:2]
+    return castune.examples("starter-utility")[:3]
 
 
 @pytest.fixture(scope="module")
