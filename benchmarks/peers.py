@@ -69,8 +69,7 @@ def the_work(*, heads: int, questions: int, prompts: int, dtype: str) -> Work:
         heads=[(head.layer, head.head) for head in chosen],
         questions=[
             Question(
-                chat.prompt_ids(question)[0],
-                [chat.reply_ids(choice, end_of_turn=False) for choice in question.choices],
+                *chat.choices(question),
                 int(question.answer or 0),
             )
             for question in asked

@@ -65,7 +65,7 @@ def the_data(tokenizer: Any, n: int) -> Data:
     examples = ct.examples("starter-align", limit=n, seed=SEED)
     rows = []
     for example in examples:
-        prompt, reply = chat.prompt_ids(example)[0], chat.reply_ids(str(example.reply))
+        prompt, [reply] = chat.continuations(example, [str(example.reply)])
         rows.append({"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply})
     return Data(examples, rows)
 

@@ -146,11 +146,10 @@ class BruteForce:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def right_reply(self, example: Example) -> list[int]:
-        """Ids of the reply whose loss counts, with the end of the turn."""
+        """Ids of the reply whose loss counts: a letter alone, anything else with the end of the turn."""
         if example.scoring == "letter":
-            reply = "ABCDE"[example.answer]
-        else:
-            reply = example.choices[example.answer] if example.choices else example.reply
+            return self.text_ids("ABCDE"[example.answer])
+        reply = example.choices[example.answer] if example.choices else example.reply
         return [*self.text_ids(reply), self.end]
 
     # Eq. 2.

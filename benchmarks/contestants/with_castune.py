@@ -19,7 +19,7 @@ from castune.core.journal import Journal
 from castune.core.refusals import is_settled, read_by
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
-from castune.diagnose.decode import RefusalMeasure
+from castune.diagnose.decode import ReplyMeasure
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, Measure, sweep
 
@@ -126,7 +126,7 @@ def _safety(
         end_tokens=work.end_tokens,
         batch_tokens=BATCH_TOKENS,
     )
-    measure = RefusalMeasure(
+    measure = ReplyMeasure(
         ablator,
         tokenizer,
         work.prompts,

@@ -29,7 +29,7 @@ from castune.console import (
     show_selections,
     show_surgery,
 )
-from castune.errors import CastuneError, MapUnfinished, of_the_machine
+from castune.errors import CastuneError, MapUnfinished, NothingScored, of_the_machine
 from castune.secrets import redacted
 
 app = typer.Typer(
@@ -68,6 +68,14 @@ JudgeOption = Annotated[
         "(a server; OPENAI_BASE_URL, OPENAI_API_KEY), or a panel of several, joined by +."
     ),
 ]
+ProblemsOption = Annotated[
+    str,
+    typer.Option(
+        help="Utility on problems: margin (log-probability of their worked solutions) or decision (answers worked out "
+        "without every head, far more expensive)."
+    ),
+]
+SolutionTokensOption = Annotated[int, typer.Option(help="Tokens of an answer that is worked out.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
@@ -85,7 +93,7 @@ def main() -> None:
     try:
         app()
     except CastuneError as error:
-        _fail(str(error))
+        _fail(str(error), 1 if isinstance(error, NothingScored) else 2)
     except Exception as error:
         if not (message := of_the_machine(error)):
             raise
@@ -126,6 +134,7 @@ def run(
     found = folder.load_evaluations()
     show_evaluations(found, evaluations.cost_ratios(found))
     say(f"report: {folder.report_file}")
+    evaluations.require_scored(found)
 
 
 @app.command()
@@ -217,6 +226,8 @@ def plan(
     utility_limit: UtilityLimitOption = None,
     max_new_tokens: MaxNewTokensOption = 24,
     margin_tokens: MarginTokensOption = 8,
+    problems: ProblemsOption = "margin",
+    solution_tokens: SolutionTokensOption = 256,
     batch_tokens: Annotated[int, typer.Option(help="Rows x tokens of a forward.")] = 2048,
     units: UnitsOption = "q_heads",
     mlp_groups: MlpGroupsOption = 8,
@@ -248,6 +259,8 @@ def plan(
         diagnose={
             "max_new_tokens": max_new_tokens,
             "margin_tokens": margin_tokens,
+            "problems": problems,
+            "solution_tokens": solution_tokens,
             "batch_tokens": batch_tokens,
             "units": _names(units),
             "mlp_groups": mlp_groups,
@@ -272,6 +285,8 @@ def diagnose(
     ablation: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
     max_new_tokens: MaxNewTokensOption = 24,
     margin_tokens: MarginTokensOption = 8,
+    problems: ProblemsOption = "margin",
+    solution_tokens: SolutionTokensOption = 256,
     sensitivity_rank: Annotated[
         str, typer.Option(help="difference (Eq. 5) or of-difference (Table 7).")
     ] = "difference",
@@ -301,6 +316,8 @@ def diagnose(
         "ablation": ablation,
         "max_new_tokens": max_new_tokens,
         "margin_tokens": margin_tokens,
+        "problems": problems,
+        "solution_tokens": solution_tokens,
         "sensitivity_rank": sensitivity_rank,
         "batch_tokens": int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens,
         "layers": _integers(layers, "--layers"),
@@ -418,6 +435,13 @@ def tune(
     run_directory: RunArgument,
     data: Annotated[str, typer.Option(help="D_align: prompts with replies.")] = "starter-align",
     limit: Annotated[Optional[int], typer.Option(help="Examples to train on; all when absent.")] = None,
+    balance: Annotated[
+        Optional[str], typer.Option(metavar="COLUMN", help="Draw equally many of every value of this column.")
+    ] = None,
+    held_out: Annotated[
+        Optional[str],
+        typer.Option(metavar="SUITES", help="Leave out examples whose prompts are in these suites, comma-separated."),
+    ] = None,
     arm: Annotated[
         Optional[str],
         typer.Option(
@@ -510,7 +534,8 @@ def tune(
         RunDirectory(run_directory),
         arm,
         config,
-        align=DataConfig(source=data, limit=limit),
+        align=DataConfig(source=data, limit=limit, balance=balance),
+        held_out=_names(held_out or ""),
         utility=[DataConfig(source=one, limit=utility_limit) for one in utility or ()],
         overwrite=overwrite,
     )
@@ -711,6 +736,7 @@ def evaluate(
     found = evaluations.evaluate_step(folder, recipe, loaded)
     folder.save_recipe(recipe)
     show_evaluations(found, evaluations.cost_ratios(found))
+    evaluations.require_scored(found)
 
 
 @app.command("judge")
@@ -910,10 +936,10 @@ def _tell_stopped() -> None:
     sys.exit(128 + _stopped_by)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     # One line, whatever a library put into it; and what went wrong may have had a key in it.
     print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _quiet_libraries() -> None:

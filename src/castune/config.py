@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +19,15 @@ from castune.errors import CastuneError
 from castune.judge_name import JudgeName
 from castune.secrets import has_secret
 
+# What chat templates that print the date are told, so that two days, and the two sides of midnight, measure the same.
+TEMPLATE_DATE = "2026-01-01"
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 SurgeryGranularity = Literal["global", "tensor", "head"]
+SensitivityRank = Literal["difference", "of-difference"]
+Measure = Literal["decision", "margin"]
 UnitKind = Literal["q_heads", "k_groups", "v_groups", "o_heads", "mlp_blocks", "mlp_groups"]
 
 
@@ -43,6 +49,8 @@ class DataConfig(_Config):
     """Named source, `name=path`, file, or hub id."""
     limit: Count | None = None
     """Draw this many examples (by the recipe's seed); all when absent."""
+    balance: str | None = None
+    """A column of the source, of whose values equally many examples are drawn each."""
 
 
 def _source(value: Any) -> Any:
@@ -54,7 +62,7 @@ def _data(value: Any) -> DataConfig:
     if isinstance(value, DataConfig):
         return value
     if not isinstance(value, Mapping):
-        raise CastuneError("accepted: a source, or a table with the keys source and limit")
+        raise CastuneError("accepted: a source, or a table with the keys source, limit and balance")
     return DataConfig(**value)
 
 
@@ -92,7 +100,7 @@ def _data_or_domains(value: Any) -> DataConfig | dict[str, DataConfig]:
 class DiagnoseConfig(_Config):
     """How heads are measured (Section 3 of the paper)."""
 
-    measure: Literal["decision", "margin"] = "decision"
+    measure: Measure = "decision"
     """`decision`: accuracy and refusal rate, as in the paper. `margin`: log-prob margins; no generation, no ties."""
     ablation: Literal["zero", "mean"] = "zero"
     """What replaces a head's output: zero, or its mean over the calibration tokens."""
@@ -101,13 +109,19 @@ class DiagnoseConfig(_Config):
     margin_tokens: Count = 8
     """First tokens of the refusal and of the model's own reply that a safety margin compares; at most
     `max_new_tokens`. Whether a reply refuses is settled in its first words."""
+    problems: Measure = "margin"
+    """How utility is measured on problems, whatever `measure` says of the rest. `margin`: the log-probability of their
+    worked solutions. `decision`: accuracy; answers are worked out without every head, which costs far more than
+    anything else (`castune plan`)."""
+    solution_tokens: Count = 256
+    """Tokens that such an answer may have."""
     judge: Literal["prefix", "opening"] = "prefix"
     """Who decides whether a reply refuses: rules, on its first 64 (`prefix`) or 300 characters (`opening`)."""
     batch_tokens: Count | Literal["auto"] = 2048
     """Rows x tokens of one forward. `auto`: what runs fastest on this machine, noted in the map."""
     max_length: Count = 1024
     """Limit of prompt + reply in tokens; prompts are cut on the left."""
-    sensitivity_rank: Literal["difference", "of-difference"] = "difference"
+    sensitivity_rank: SensitivityRank = "difference"
     """`difference`: Eq. 5, exp(rank - rank). `of-difference`: exp(rank of the difference), the scale of Table 7."""
     gradient_chunks: Annotated[int, Field(ge=2)] = 8
     """Parts of each set whose gradients are kept apart for the standard error of O(h)."""
@@ -124,6 +138,10 @@ class DiagnoseConfig(_Config):
     domains: Literal["mean", "worst"] = "mean"
     """How the maps of several utility domains become one. `mean`: of every column. `worst`: a head's row is that of
     the domain in which its C is highest."""
+
+    def measure_of(self, *, problems: bool) -> Measure:
+        """How utility is measured on problems, or on questions."""
+        return self.problems if problems else self.measure
 
     @field_validator("units")
     @classmethod
@@ -276,8 +294,9 @@ class EvaluateConfig(_Config):
     """Limit of a prompt in tokens; longer ones are cut on the left."""
     seed: int = 0
     """Seed of the subsets: the same everywhere."""
-    overlap: Literal["refuse", "allow"] = "refuse"
-    """What to do about prompts of a suite that the training data hold too: such a suite measures memory."""
+    overlap: Literal["refuse", "allow", "drop"] = "refuse"
+    """What to do about prompts of a suite that the training data hold too: such a suite measures memory. `drop` trains
+    without them."""
 
     @model_validator(mode="after")
     def _name_at_the_server(self) -> EvaluateConfig:
@@ -310,8 +329,11 @@ class CalibrationConfig(_Config):
     """D_safe; the recipe's when absent."""
     utility: DataConfig | dict[str, DataConfig] | None = None
     """D_util; the recipe's when absent. Gradient surgery takes it too."""
-    measure: Literal["decision", "margin"] | None = None
+    measure: Measure | None = None
     """How heads are measured; as in the recipe when absent."""
+    sensitivity_rank: SensitivityRank | None = None
+    """Which S(h): see `DiagnoseConfig`; as in the recipe when absent. A map that differs from another one in nothing
+    else is made from what that one measured."""
     arms: tuple[str, ...] = ()
     """Arms to train from this map, by their names; when empty the map is only compared with the main one."""
 
@@ -408,6 +430,8 @@ class Recipe(_Config):
     trust_remote_code: bool = False
     """Run the Python code that comes with the model: for a repository and revision that you have read. Noted in the
     record of the model in every artifact."""
+    template_date: str = TEMPLATE_DATE
+    """The day (year-month-day) that a chat template which prints the date is told: the same for all of a run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     out: str
@@ -431,6 +455,14 @@ class Recipe(_Config):
     @classmethod
     def _plain_source(cls, value: Any) -> Any:
         return _source(value)
+
+    @field_validator("template_date")
+    @classmethod
+    def _a_day(cls, value: str) -> str:
+        try:
+            return date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError('accepted: a day as year-month-day, for example "2026-01-01"') from None
 
     # Before pydantic's own choice between the two kinds, which would tell of both where one is wrong.
     @field_validator("utility", mode="before")

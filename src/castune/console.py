@@ -123,9 +123,12 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
         "utility": "utility sweep",
         "margins": "safety sweep, margins",
         "decisions": "safety sweep, decisions",
+        "solutions": "utility sweep, problems worked out",
     }
     rows = []
     for name, label in names.items():
+        if name not in found.stages:
+            continue
         stage = found.stages[name]
         counts = [f"{stage.forwards:,}", f"{stage.tokens:,}", f"{stage.step_tokens:,}"]
         rows.append([label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _duration(stage.seconds)])
@@ -133,6 +136,9 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
     for measure in ("margin", "decision"):
         flops = sum(map(found.stage_flops, found.parts(measure)))
         say(f"map by {measure}s: {_duration(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
+    if "solutions" in found.stages and not found.solves:
+        seconds = found.stages["solutions"].seconds
+        say(f"with diagnose.problems = decision the utility sweep takes {_duration(seconds)} {where} instead")
     if found.peak_memory:
         by_measure = (f"{_gigabytes(n_bytes)} by {measure}s" for measure, n_bytes in found.peak_memory.items())
         say(f"peak memory: about {', '.join(by_measure)}")

@@ -24,6 +24,10 @@ class DataError(CastuneError):
     """A data source is missing, malformed, empty or lacks a column."""
 
 
+class SourceUnreachable(DataError):
+    """A data source is on the hub, which cannot be reached from here; nothing is wrong with its name."""
+
+
 class ArtifactError(CastuneError):
     """An artifact is missing, damaged, of another schema version, or was made from something else."""
 
@@ -46,6 +50,10 @@ class WeightsChanged(CastuneError):
 
 class AdapterNotApplied(CastuneError):
     """A model does not compute with the adapter it was to be evaluated with."""
+
+
+class NothingScored(CastuneError):
+    """Not one example of a suite could be scored. Nothing is wrong with the input: the exit code is 1."""
 
 
 class MapUnfinished(CastuneError):

@@ -15,7 +15,7 @@ from castune.core.loading import load_config, load_model, model_source
 from castune.core.provenance import model_record
 from castune.data.example import Example, content_hash
 from castune.data.overlap import shared_examples
-from castune.errors import ArtifactError, DataError
+from castune.errors import ArtifactError, DataError, NothingScored
 from castune.evaluate.backend import Host, TransformersHost
 from castune.evaluate.endpoint import Endpoint, require_openai, server_address
 from castune.evaluate.judges import NotJudged, judge
@@ -27,6 +27,7 @@ from castune.evaluate.stats import CostRatio, PairedDifference, Pairs, bootstrap
 from castune.evaluate.suites import Suite
 from castune.evaluate.vllm_engine import VllmEngine, require_vllm
 from castune.judge_name import JudgeName
+from castune.readiness import require_ready, suite_tokens
 from castune.run_directory import BASE, RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,11 @@ def require_held_out(
                 f"{suite.name}: {len(shared)} of {len(suite.examples)} prompts are in the {name} data too, the first "
                 f"is {shared[0]!r}: what is measured there is memory"
             )
-            if config.overlap == "refuse":
-                raise DataError(f'{words}. Take them out of one of the two, or set evaluate.overlap = "allow"')
+            if config.overlap != "allow":
+                raise DataError(
+                    f'{words}. Train without them (evaluate.overlap = "drop", or castune tune --held-out '
+                    f'{suite.name}), or measure them all the same (evaluate.overlap = "allow")'
+                )
             logger.warning("%s", words)
         for name, examples in calibration.items():
             if shared := shared_examples(examples, suite.examples):
@@ -90,6 +94,23 @@ def require_held_out(
                     len(suite.examples),
                     name,
                 )
+
+
+def without_held_out(
+    what: str, examples: Sequence[Example], suites: Sequence[Suite]
+) -> tuple[list[Example], list[str]]:
+    """Training examples without those whose prompt is in a suite, and the ids of these; a warning counts them.
+
+    Raises:
+        DataError: nothing would be left.
+    """
+    shared = {identifier for suite in suites for identifier in shared_examples(suite.examples, examples)}
+    kept = [example for example in examples if example.id not in shared]
+    if not kept:
+        raise DataError(f"{what}: all of its {len(examples)} prompts are in the suites; nothing is left to train on")
+    if shared:
+        logger.warning("%s: %d of %d examples are left out, for the suites hold them", what, len(shared), len(examples))
+    return kept, [example.id for example in examples if example.id in shared]
 
 
 def evaluate_step(
@@ -117,15 +138,14 @@ def evaluate_step(
         loaded = loaded or load_model(recipe)
         identity = model_record(*loaded)
     else:
-        # The model's weights are elsewhere: it is the one of the map by its name.
-        identity = {**folder.load_map().metadata["model"], "dtype": recipe.dtype, "device": config.backend}
-        if config.backend == "openai":
-            identity["server"] = server_address()
+        identity = identity_by_map(folder, recipe)
     adapters, records = _models(folder, identity, only)
-    names = [n for n in adapters if _stored_evaluation(folder.evaluation(n), records[n], config, suites) is None]
+    names = [n for n in adapters if stored_evaluation(folder.evaluation(n), records[n], config, suites) is None]
     for name in adapters.keys() - set(names):
         logger.info("evaluation of %s: already there", name)
     if names:
+        if loaded is not None:
+            require_ready(*loaded, suite_tokens(loaded[1], config, suites))
         host = _host(recipe, loaded, [path for path in adapters.values() if path is not None])
         # An adapter without effect is told by the base model beside it.
         host.check({name: adapter for name, adapter in adapters.items() if name in (*names, BASE)}, suites, config)
@@ -155,6 +175,16 @@ def evaluate_step(
     return stored
 
 
+def identity_by_map(folder: RunDirectory, recipe: Recipe) -> dict[str, Any]:
+    """Identity of a run's model where its weights are not loaded: it is the one of the map, by its name."""
+    identity = dict(folder.load_map().metadata["model"])
+    if recipe.evaluate.backend != "hf":
+        identity |= {"dtype": recipe.dtype, "device": recipe.evaluate.backend}
+    if recipe.evaluate.backend == "openai":
+        identity["server"] = server_address()
+    return identity
+
+
 def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Path]) -> Host:
     """Where the recipe's model and its adapters run."""
     if recipe.evaluate.backend == "openai":
@@ -162,7 +192,12 @@ def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Pat
     if recipe.evaluate.backend == "hf":
         assert loaded is not None
         return TransformersHost(*loaded)
-    _, tokenizer = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    _, tokenizer = load_config(
+        recipe.model,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        template_date=recipe.template_date,
+    )
     return VllmEngine(
         model_source(recipe.model), tokenizer, revision=recipe.revision, dtype=recipe.dtype, adapters=adapters
     )
@@ -184,6 +219,28 @@ def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
             logger.info("evaluation of %s: judged by %s", arm, by.name)
             result.save(folder.evaluation(arm))
     return judged
+
+
+def require_scored(evaluations: Mapping[str, EvalResult]) -> None:
+    """Refuse to end as if all were well where not one example of a suite could be scored.
+
+    Raises:
+        NothingScored: the message names the suite, the arm and what became of its replies.
+    """
+    for arm, result in evaluations.items():
+        for suite in result.suites:
+            if suite.n:
+                continue
+            samples = result.samples_of(suite.suite)
+            n_missing = sum(bool(sample.get("missing")) for sample in samples)
+            n_cut = sum("reply" in s and not s.get("missing") and not s["finished"] for s in samples)
+            reasons = [f"{n_missing} have no reply (see the warnings above)"] if n_missing else []
+            reasons += [f"{n_cut} were cut off (raise max_new_tokens)"] if n_cut else []
+            raise NothingScored(
+                f"{arm}: none of the {len(samples)} examples of suite {suite.suite} could be scored by {suite.judge}"
+                + (f": {', '.join(reasons)}" if reasons else "")
+                + "; the same command asks again for what is missing"
+            )
 
 
 def lm_eval_step(
@@ -312,10 +369,20 @@ def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs | None:
     return ([before[identifier] for identifier in after], list(after.values())) if after else None
 
 
-def _stored_evaluation(
-    folder: Path, model: dict[str, Any], config: EvaluateConfig, suites: Sequence[Suite]
+def stored_evaluation(
+    folder: Path, model: Mapping[str, Any], config: EvaluateConfig, suites: Sequence[Suite]
 ) -> EvalResult | None:
-    """The evaluation in `folder` if it was made so, whoever judged it."""
+    """The evaluation in `folder` if it was made so, whoever judged it; None where it is to be made.
+
+    Args:
+        folder: the evaluation's directory.
+        model: identity of the evaluated model, and `adapter`, the hash of its adapter.
+        config: settings.
+        suites: what is measured.
+
+    Raises:
+        ArtifactError: what is there is damaged.
+    """
     if not (folder / "metrics.json").is_file():
         return None
     found = EvalResult.load(folder)
@@ -330,5 +397,5 @@ def _stored_evaluation(
     return found if is_so else None
 
 
-def _same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in ("fingerprint", "chat_template", "adapter", "dtype", "server"))

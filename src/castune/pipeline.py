@@ -7,6 +7,7 @@ nothing is computed twice, and the same command continues an interrupted run.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 
 from castune.arms import ArmName
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
-from castune.artifacts.files import alone_at, write_json
+from castune.artifacts.files import alone_at, replacing, write_json
 from castune.config import DataConfig, DiagnoseConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.journal import Journal
 from castune.core.loading import device_of, find_default_gguf, load_config, load_model, torch_dtype_of
@@ -29,9 +30,18 @@ from castune.diagnose.domains import Utility, utility_hash, utility_sets
 from castune.diagnose.groups import ablate_groups
 from castune.diagnose.plan import Plan, plan
 from castune.diagnose.run import diagnose
+from castune.diagnose.stored import GRADIENTS_FILE, OUTCOMES_FILE, reranked
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluate.suites import Suite, load_suites
-from castune.evaluations import cost_ratios, differences, evaluate_step, require_evaluation, require_held_out
+from castune.evaluations import (
+    cost_ratios,
+    differences,
+    evaluate_step,
+    require_evaluation,
+    require_held_out,
+    without_held_out,
+)
+from castune.readiness import calibration_tokens, require_ready, suite_tokens, training_tokens
 from castune.remeasure import Remeasure, require_query_heads
 from castune.report.page import write_figures, write_report
 from castune.run_directory import Arm, RunDirectory, arm_name
@@ -52,17 +62,24 @@ def run(recipe: Recipe) -> RunDirectory:
     """
     folder = RunDirectory(Path(recipe.out))
     safety, utility = load_calibration(recipe)
-    align = load_data(recipe.align, recipe.seed)
     suites = load_suites(recipe.evaluate.suites, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
-    require_replies(align, "align", "prompt, completion")
+    align, left_out = load_align(recipe, suites)
+    trained_utility = load_trained_utility(recipe, utility, suites)
     main = ArmName(None if recipe.select.buckets else recipe.select.zone)
     require_trainable(recipe, [main, *map(ArmName.parse, recipe.select.compare)])
     require_evaluation(recipe.evaluate, suites)
-    trained_on = _trained_on(recipe, recipe.select.compare, align, utility)
+    trained_on = _trained_on(recipe, recipe.select.compare, align, trained_utility)
     calibration = named_calibration(safety, utility)
     require_held_out(recipe.evaluate, suites, trained_on=trained_on, calibration=calibration)
     folder.check(recipe)
     model, tokenizer = load_model(recipe)
+    configs = [recipe.tune, *(recipe.tune.changed(**dict(ArmName.parse(n).changes)) for n in recipe.select.compare)]
+    require_ready(
+        model,
+        tokenizer,
+        training_tokens(tokenizer, configs, align),
+        suite_tokens(tokenizer, recipe.evaluate, suites),
+    )
 
     cmap = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
     folder.save_recipe(recipe)
@@ -78,8 +95,9 @@ def run(recipe: Recipe) -> RunDirectory:
             tokenizer,
             align,
             recipe.tune.changed(**dict(name.changes)),
-            recipe.align.source,
-            utility=all_examples(utility),
+            recipe.align,
+            left_out=left_out,
+            utility=trained_utility,
             utility_source=utility_source(recipe),
         )
     if quantised:
@@ -109,7 +127,20 @@ def require_trainable(recipe: Recipe, names: Iterable[ArmName]) -> None:
 
 def load_data(config: DataConfig, seed: int, read: Callable[..., list[Example]] = examples) -> list[Example]:
     """The examples of a recipe's data entry; `read` is called as `examples` is."""
-    return read(config.source, limit=config.limit, seed=seed)
+    return read(config.source, limit=config.limit, seed=seed, balance=config.balance)
+
+
+def load_align(recipe: Recipe, suites: Sequence[Suite]) -> tuple[list[Example], list[str]]:
+    """D_align of a recipe, checked, and the ids of what `evaluate.overlap` leaves out of it."""
+    align = load_data(recipe.align, recipe.seed)
+    require_replies(align, "align", "prompt, completion")
+    return without_held_out("align", align, suites) if recipe.evaluate.overlap == "drop" else (align, [])
+
+
+def load_trained_utility(recipe: Recipe, utility: Utility, suites: Sequence[Suite]) -> list[Example]:
+    """The utility examples that trainings compare with or mix in, without what `evaluate.overlap` leaves out."""
+    examples = all_examples(utility)
+    return without_held_out("utility", examples, suites)[0] if recipe.evaluate.overlap == "drop" else examples
 
 
 def all_examples(utility: Utility) -> list[Example]:
@@ -145,11 +176,11 @@ def check_held_out(
     Data that cannot be read any more are named in a warning.
     """
     try:
-        align, (safety, utility) = load_data(recipe.align, recipe.seed), load_calibration(recipe)
+        (align, _), (safety, utility) = load_align(recipe, suites), load_calibration(recipe)
     except DataError as error:
         logger.warning("suites are not compared with the training data, which are not there: %s", error)
         return
-    trained_on = _trained_on(recipe, arms, align, utility)
+    trained_on = _trained_on(recipe, arms, align, load_trained_utility(recipe, utility, suites))
     known = {content_hash(examples) for examples in trained_on.values()}
     for arm in folder.arms() if folder is not None else ():
         for record in _records_of(TuneResult.load(arm.adapter)) if arm.is_trained else ():
@@ -164,13 +195,13 @@ def check_held_out(
 
 
 def _trained_on(
-    recipe: Recipe, arms: Sequence[str], align: Sequence[Example], utility: Utility
+    recipe: Recipe, arms: Sequence[str], align: Sequence[Example], utility: Sequence[Example]
 ) -> dict[str, Sequence[Example]]:
     """What weights follow in these trainings: D_align, and D_util with data replay or most kinds of surgery."""
     configs = [recipe.tune, *(recipe.tune.changed(**dict(ArmName.parse(name).changes)) for name in arms)]
     found: dict[str, Sequence[Example]] = {"training": align}
     if any(config.trains_on_utility for config in configs):
-        found["utility (which is trained on)"] = all_examples(utility)
+        found["utility (which is trained on)"] = utility
     return found
 
 
@@ -181,18 +212,20 @@ def _records_of(result: TuneResult) -> list[dict[str, Any]]:
 
 
 def recorded_data(record: Mapping[str, Any], seed: int) -> list[Example]:
-    """The examples of a data record: all of the source, or as many as were drawn then, by the same seed.
+    """The examples of a data record: all of the source, or as many as were drawn then, by the same seed; without what
+    was left out.
 
     Raises:
         CastuneError: the source is not known, or not there any more.
     """
     if record["source"] is None:
         raise ArtifactError("data that were given as examples, not by their source, cannot be loaded again")
-    config = DataConfig(source=record["source"])
-    every = load_data(config, seed)
-    if len(every) <= record["n"]:
-        return every
-    return load_data(DataConfig(source=record["source"], limit=record["n"]), seed)
+    left_out = set(record.get("left_out", ()))
+    found = load_data(DataConfig(source=record["source"]), seed)
+    n = record["n"] + len(left_out)
+    if len(found) > n:
+        found = load_data(DataConfig(source=record["source"], limit=n, balance=record.get("balance")), seed)
+    return [example for example in found if example.id not in left_out]
 
 
 def plan_diagnosis(
@@ -229,7 +262,12 @@ def config_and_tokenizer(recipe: Recipe) -> tuple[Any, Any, list[str]]:
     Raises:
         CastuneError: no config, or no tokenizer at all.
     """
-    config, tokenizer = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    config, tokenizer = load_config(
+        recipe.model,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        template_date=recipe.template_date,
+    )
     if tokenizer is not None:
         return config, tokenizer, []
     if find_default_gguf() is None:
@@ -273,6 +311,7 @@ def diagnose_step(
         logger.info("diagnosis: already there")
         Journal.remove_all(folder.path)  # of a command that was killed when the map was just made
         return cmap
+    require_ready(model, tokenizer, calibration_tokens(tokenizer, recipe.diagnose, safety, utility))
     n_questions = sum(len(one.examples) for one in sets)
     logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), n_questions)
     configs = {"utility": recipe.utility} if isinstance(recipe.utility, DataConfig) else recipe.utility
@@ -290,6 +329,19 @@ def diagnose_step(
     if Shard.of(shard).writes:
         folder.record_step("diagnose", cmap.metadata["provenance"])
     return cmap
+
+
+def rerank_step(folder: RunDirectory, recipe: Recipe, source: RunDirectory) -> ConflictMap:
+    """The conflict map of the run from what another run's map was made from: S(h) and C(h) are ranked otherwise."""
+    if not folder.map_file.is_file():
+        cmap = source.load_map()
+        again = f"castune diagnose {recipe.model} --out {source.path}"
+        found = reranked(source.path, cmap, recipe.diagnose.sensitivity_rank, again)
+        for name in (OUTCOMES_FILE, GRADIENTS_FILE):
+            with replacing(folder.path / name) as temporary:
+                shutil.copyfile(source.path / name, temporary)
+        found.save(folder.path)
+    return folder.load_map()
 
 
 def group_step(
@@ -390,13 +442,17 @@ def tune_step(
     tokenizer: Any,
     data: Sequence[Example],
     config: TuneConfig,
-    source: str,
+    align: DataConfig,
     *,
+    left_out: Sequence[str] = (),
     utility: Sequence[Example] | None = None,
     utility_source: str | None = None,
     overwrite: bool = False,
 ) -> TuneResult:
-    """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay."""
+    """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay.
+
+    `align` and `left_out` tell where `data` came from and what of it is not in it, for the record.
+    """
     # The first of several processes speaks for them. It cannot wait: they would begin without it.
     lock = alone_at(arm.folder / ".adapter.lock", wait=Shard.n_processes() == 1)
     with lock if Shard.is_main_process() else nullcontext():
@@ -430,7 +486,9 @@ def tune_step(
             data=data,
             out=arm.adapter,
             config=config,
-            source=source,
+            source=align.source,
+            balance=align.balance,
+            left_out=left_out,
             utility=utility,
             utility_source=utility_source,
             reselect=reselect,
@@ -458,11 +516,13 @@ def tune_arm(
     *,
     align: DataConfig,
     utility: Sequence[DataConfig] = (),
+    held_out: Sequence[str] = (),
     overwrite: bool = False,
 ) -> tuple[Arm, TuneResult]:
     """Train an arm of a run by its name, the main one for None; its selection is made where there is none.
 
-    What the name changes is applied to `config`. The run's recipe notes how its main arm was trained.
+    What the name changes is applied to `config`. The run's recipe notes how its main arm was trained. Examples whose
+    prompts are in the suites `held_out`, or in the recipe's where it drops what overlaps, are not trained on.
 
     Raises:
         CastuneError: name and settings contradict each other, utility data is missing or not used. Nothing has been
@@ -490,12 +550,21 @@ def tune_arm(
         require_query_heads(folder.load_map(), f"{folder.path}: reselect_steps works")
     examples = load_data(align, recipe.seed)
     utility_examples = [example for one in utility for example in load_data(one, recipe.seed)]
+    left_out: list[str] = []
+    if not held_out and recipe.evaluate.overlap == "drop":
+        held_out = recipe.evaluate.suites
+    if held_out:
+        suites = load_suites(held_out, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
+        examples, left_out = without_held_out("training data", examples, suites)
+        if utility_examples:
+            utility_examples, _ = without_held_out("utility", utility_examples, suites)
     if name is None or is_there:
         target = folder.arm(arm)
     else:
         seed = config.seed if recipe.select.seed is None else recipe.select.seed
         target = select_arm(folder, name, recipe.select.model_copy(update={"seed": seed}), folder.load_map())
     model, tokenizer = load_model(recipe, config.quantization)
+    require_ready(model, tokenizer, training_tokens(tokenizer, [config], examples))
     result = tune_step(
         folder,
         target,
@@ -503,7 +572,8 @@ def tune_arm(
         tokenizer,
         examples,
         config,
-        align.source,
+        align,
+        left_out=left_out,
         utility=utility_examples,
         utility_source=", ".join(one.source for one in utility),
         overwrite=overwrite,

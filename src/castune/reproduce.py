@@ -22,7 +22,7 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import write_json
 from castune.artifacts.fingerprints import same_model
 from castune.artifacts.tune_result import adapter_hash
-from castune.config import DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
+from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import load_config, load_model
 from castune.core.provenance import provenance
 from castune.data.example import Example, content_hash
@@ -268,7 +268,8 @@ def _arm_again(
         tokenizer,
         align,
         settings,
-        result.data["source"],
+        DataConfig(source=result.data["source"], balance=result.data.get("balance")),
+        left_out=result.data.get("left_out", ()),
         utility=utility,
         utility_source=None if result.utility is None else result.utility["source"],
     )
@@ -385,9 +386,11 @@ def _reader(cmap: ConflictMap) -> Callable[..., list[Example]]:
     """Reads calibration data as many as the map was made from, where the recipe draws another number by now."""
     by_source = {record["source"]: record for record in cmap.metadata["data"].values()}
 
-    def read(source: str, *, limit: int | None = None, seed: int = 0) -> list[Example]:
+    def read(source: str, *, limit: int | None = None, seed: int = 0, balance: str | None = None) -> list[Example]:
         record: Mapping[str, Any] | None = by_source.get(source)
-        return examples(source, limit=limit, seed=seed) if record is None else pipeline.recorded_data(record, seed)
+        if record is None:
+            return examples(source, limit=limit, seed=seed, balance=balance)
+        return pipeline.recorded_data({**record, "balance": balance}, seed)
 
     return read
 

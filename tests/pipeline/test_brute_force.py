@@ -20,7 +20,7 @@ from castune.core.refusals import decides_by
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
-from castune.diagnose.decode import RefusalMeasure
+from castune.diagnose.decode import ReplyMeasure
 from castune.diagnose.sweep import Ablator, sweep
 
 FAMILIES = ("llama", "qwen2", "gpt2")
@@ -166,7 +166,7 @@ def test_refusal_outcomes_equal_brute_force(
     }  # fmt: skip
     replies = generate_replies(model, tiny_tokenizer, prompts, **options)
     texts = [example.prompt for example in harmful]
-    measure = RefusalMeasure(
+    measure = ReplyMeasure(
         ablator, tiny_tokenizer, prompts, texts, replies, judge=chance_judge, is_settled=lambda _: False, **options
     )
     found = sweep("safety", ablator, measure, journal=Journal.of(None, 0), shard=Shard())

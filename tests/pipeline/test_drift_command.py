@@ -53,7 +53,7 @@ def trained(recipe: Recipe) -> Path:
     folder.save_recipe(recipe)
     [(arm, _)] = select_step(folder, recipe.select.model_copy(update={"compare": ()}), cmap)
     align = load_data(recipe.align, recipe.seed)
-    tune_step(folder, arm, model, tokenizer, align, recipe.tune, recipe.align.source)
+    tune_step(folder, arm, model, tokenizer, align, recipe.tune, recipe.align)
     return folder.path
 
 

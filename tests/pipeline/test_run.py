@@ -222,7 +222,7 @@ def test_a_retrained_arm_is_evaluated_again_and_no_other(finished: tuple[Recipe,
     model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
     config = recipe.tune.model_copy(update={"seed": 99})
     data = load_data(recipe.align, recipe.seed)
-    tune_step(folder, folder.arm("risky"), model, tokenizer, data, config, "own", overwrite=True)
+    tune_step(folder, folder.arm("risky"), model, tokenizer, data, config, DataConfig(source="own"), overwrite=True)
     evaluate_step(folder, recipe, load_suites(recipe.evaluate.suites), (model, tokenizer))
     assert changed(before, path) == {
         "arms/risky/adapter/adapter_model.safetensors", "evaluation/risky/metrics.json", "evaluation/risky/samples.jsonl",

@@ -11,7 +11,7 @@ import pytest
 from command_line import assert_one_error, castune
 
 from castune.artifacts import TuneResult
-from castune.config import Recipe
+from castune.config import DataConfig, Recipe
 from castune.core.loading import load
 from castune.data.example import content_hash
 from castune.data.sources import examples
@@ -38,7 +38,7 @@ def test_a_recipe_takes_all_utility_domains_together(
     for adapter in (folder.path / "adapter", folder.path / "arms" / "risky" / "adapter"):
         found = TuneResult.load(adapter)
         assert found.utility == {
-            "source": f"{sums}, {own_data['utility']}", "n": 7, "hash": content_hash(expected), "cut": 0, "replayed": 0,
+            "source": f"{sums}, {own_data['utility']}", "n": 7, "hash": content_hash(expected), "cut": 0, "replies_cut": 0, "replayed": 0,
         }  # fmt: skip
         assert found.surgery is not None
         assert found.surgery["steps"] == 2
@@ -130,7 +130,7 @@ def test_utility_data_that_changed_is_noticed(
     folder = RunDirectory(finished)
     config = recipe.tune.model_copy(update={"surgery": "pcgrad"})
     data, utility = examples(str(own_data["align"])), examples(str(own_data["utility"]))
-    step = (folder, folder.arm(None), model, tokenizer, data, config, "own")
+    step = (folder, folder.arm(None), model, tokenizer, data, config, DataConfig(source="own"))
     tune_step(*step, utility=utility, overwrite=True)
     tune_step(*step, utility=utility)
     with pytest.raises(ArtifactError, match="utility data"):

@@ -227,10 +227,10 @@ def test_weights_that_are_not_finite_are_neither_diagnosed_nor_trained(
 def test_a_reply_without_tokens_or_that_does_not_fit_is_refused(tiny_tokenizer: Any) -> None:
     chat = ChatFormat(tiny_tokenizer, max_length=24)
     with pytest.raises(DataError, match="no tokens"):
-        chat.reply_row(Example(id="x", prompt="p"), "", end_of_turn=False)
-    # A reply is never cut: a model would be trained to stop in the middle.
+        chat.row(Example(id="x", prompt="p"), [1, 2], [[]])
+    # What is scored is never cut: another reply would be scored.
     with pytest.raises(DataError, match=r"'x': its reply has 41 tokens, the limit .* is 24"):
-        chat.loss_row(Example(id="x", prompt="p", reply="r" * 40))
+        chat.row(Example(id="x", prompt="p"), [1, 2], [[3] * 41])
 
 
 # -- chat templates
@@ -263,7 +263,7 @@ def test_a_template_that_never_ends_a_turn_is_told(
 def test_a_template_that_leaves_replies_out_is_refused(tiny_model: Tiny, tiny_tokenizer: Any, tmp_path: Path) -> None:
     template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}<|im_end|>{% endfor %}"
     path = with_template(tiny_tokenizer, template, tmp_path / "model", tiny_model("llama"))
-    with pytest.raises(CastuneError, match="leaves out what the assistant says"):
+    with pytest.raises(CastuneError, match="leaves out a part of what the assistant says"):
         load(str(path), dtype="float32", device="cpu")
 
 

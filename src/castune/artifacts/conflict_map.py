@@ -24,6 +24,7 @@ from castune.artifacts.files import (
     read_parquet,
     write_parquet,
 )
+from castune.artifacts.rules import warn_of_old_rules
 from castune.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ class ConflictMap:
             raise ArtifactError(
                 f"{path}: damaged: its table has digest {found}, noted is {header['table']}; remove it and run: {again}"
             )
+        warn_of_old_rules(path, _KIND, parsed(path, _KIND, lambda: dict(metadata.get("provenance") or {})))
         return cmap
 
 

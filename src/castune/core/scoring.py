@@ -1,13 +1,14 @@
 """Scoring replies and multiple-choice questions by log-probability.
 
 A question becomes rows (`question_rows`), rows become token log-probabilities (`score_rows`), and those of a
-question become the scores of its choices (`choice_scores`), from which decision and margin follow.
+question become the scores of its choices (`reply_means`), from which decision and margin follow.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,35 +37,37 @@ def question_rows(chat: ChatFormat, example: Example, *, share_prompt: bool) -> 
         example: the question.
         share_prompt: put all choices behind one prompt (see `can_share_prompts`), else a row a choice.
     """
+    prompt, choices = chat.choices(example)
     if example.scoring == "letter":
-        prompt, cut = chat.prompt_ids(example, reserve=1)
-        letters = tuple(chat.letter_token(i) for i in range(len(example.choices)))
-        return [Row(tuple(prompt), (len(prompt) - 1,) * len(letters), letters, cut, float32_logits=True)]
-    choices = [chat.reply_ids(choice, end_of_turn=False) for choice in example.choices]
-    return reply_rows(chat, example, choices, share_prompt=share_prompt)
+        row = chat.row(example, prompt, choices[:1])
+        letters = tuple(token for [token] in choices)
+        return [replace(row, positions=row.positions * len(letters), tokens=letters, float32_logits=True)]
+    return reply_rows(chat, example, prompt, choices, share_prompt=share_prompt)
 
 
 def reply_rows(
-    chat: ChatFormat, example: Example, replies: Sequence[Sequence[int]], *, share_prompt: bool
+    chat: ChatFormat,
+    example: Example,
+    prompt: Sequence[int],
+    replies: Sequence[Sequence[int]],
+    *,
+    share_prompt: bool,
 ) -> list[Row]:
-    """Rows that score several replies to one prompt: one shared row, or a row each."""
+    """Rows that score several replies to one prompt of the example's: one shared row, or a row each."""
     if share_prompt:
-        return [chat.token_row(example, replies)]
-    return [chat.token_row(example, [reply]) for reply in replies]
+        return [chat.row(example, prompt, replies)]
+    return [chat.row(example, prompt, [reply]) for reply in replies]
 
 
-def reply_means(lengths: Sequence[int], values: Sequence[Floats]) -> Floats:
-    """Mean log-probability a token of each reply, from the values of its shared row or its own rows."""
+def reply_means(rows: Sequence[Row], values: Sequence[Floats]) -> Floats:
+    """Mean log-probability a token of each reply, from the values of the rows of one example.
+
+    Of lettered choices a reply is one letter, so that its mean is its own log-probability.
+    """
     flat = np.concatenate(list(values))
+    lengths = [length for row in rows for length in row.reply_lengths]
     ends = np.cumsum(lengths)
     return np.array([flat[end - length : end].mean() for length, end in zip(lengths, ends, strict=True)])
-
-
-def choice_scores(chat: ChatFormat, example: Example, values: Sequence[Floats]) -> Floats:
-    """Scores of the choices from the token log-probabilities of the example's rows."""
-    if example.scoring == "letter":
-        return values[0]
-    return reply_means([len(chat.reply_ids(choice, end_of_turn=False)) for choice in example.choices], values)
 
 
 @torch.no_grad()

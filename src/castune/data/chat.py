@@ -1,30 +1,25 @@
-"""From examples to tokens, through the model's own chat template.
+"""From examples to rows of tokens, through the model's own chat template.
 
-Prompt and reply are tokenised apart, as they are at generation time: no token straddles the border. Labels are
-known by length, never by the padding token, which many models share with the end of a turn.
+Labels are known by place, never by the padding token, which many models share with the end of a turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from castune.data.example import LETTERS, Example
 from castune.data.rows import Row
-from castune.data.said import opens_thought
+from castune.data.template import Template
 from castune.errors import DataError
-
-# Used, with a visible note at load, for models that bring no chat template.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
-)
 
 
 class ChatFormat:
     """Token ids of prompts and replies for one tokenizer.
 
-    Sequences longer than `max_length` are cut from the prompt's left, never from the reply; rows say so in `cut`.
+    What does not fit into `max_length` is cut, and rows say so: of a prompt the left (`cut`), but never below half of
+    the limit; of a reply that is trained on, the end with its end of turn (`reply_cut`).
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
@@ -34,8 +29,10 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, *, max_length: int = 1024) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.end_token = _end_of_turn(tokenizer)
-        self.opens_thought = template_opens_thought(tokenizer)
+        self.template = Template(tokenizer)
+        self.end_token = self.template.end_token
+        self.opens_thought = self.template.opens_thought
+        self.letter_token = lru_cache(self._letter_token)
 
     def end_tokens(self, model: Any) -> list[int]:
         """Tokens that end a reply: the template's end of turn first, then the model's own list."""
@@ -50,77 +47,90 @@ class ChatFormat:
             example: the example.
             reserve: tokens to leave free for the reply.
         """
-        text = self.tokenizer.apply_chat_template(example.messages(), tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        room = self.max_length - reserve
-        if room < 1:
+        ids = self.template.prompt_ids(example.messages(), example.id)
+        room = self._room(example, reserve)
+        return self._right_of(ids, room), len(ids) > room
+
+    def continuations(
+        self, example: Example, replies: Sequence[str], *, end_of_turn: bool = True, after_header: bool = False
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids before replies to the example's prompt, and those of each reply, of whatever length.
+
+        See `Template.continuations`.
+        """
+        return self.template.continuations(
+            example.messages(), replies, example.id, end_of_turn=end_of_turn, after_header=after_header
+        )
+
+    def choices(self, example: Example) -> tuple[list[int], list[list[int]]]:
+        """Ids before the choices of a multiple-choice question, and those of each choice as the reply."""
+        if example.scoring == "letter":
+            prompt, _ = self.continuations(example, LETTERS[:1], end_of_turn=False, after_header=True)
+            return prompt, [[self.letter_token(index)] for index in range(len(example.choices))]
+        return self.continuations(example, example.choices, end_of_turn=False, after_header=True)
+
+    def row(self, example: Example, prompt: Sequence[int], replies: Sequence[Sequence[int]]) -> Row:
+        """The row that scores all tokens of one or more replies after a prompt of the example's.
+
+        Raises:
+            DataError: a reply is empty, or does not fit.
+        """
+        for tokens in replies:
+            if not tokens:
+                raise DataError(f"example {example.id!r}: one of its replies has no tokens")
+        room = self._room(example, max(map(len, replies)))
+        return Row.of_replies(self._right_of(prompt, room), replies, cut=len(prompt) > room)
+
+    def loss_row(self, example: Example) -> Row:
+        """The row whose NLL is the example's loss.
+
+        Of a question with lettered choices it is the letter alone, the next token that the paper predicts: the end of
+        the turn would be half of the loss, and most of its gradient. Anything else ends with the end of the turn.
+        """
+        if example.is_question and example.scoring == "letter":
+            assert example.answer is not None
+            prompt, letters = self.choices(example)
+            return self.row(example, prompt, [letters[example.answer]])
+        reply = example.right_reply
+        if reply is None:
+            raise DataError(f"example {example.id!r} has no reply to compute a loss on")
+        prompt, replies = self.continuations(example, [reply])
+        kept, [tokens] = self.fit(prompt, replies)
+        is_cut, reply_is_cut = len(kept) < len(prompt), len(tokens) < len(replies[0])
+        return Row.of_replies(kept, [tokens], cut=is_cut, reply_cut=reply_is_cut)
+
+    def fit(self, prompt: Sequence[int], replies: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+        """As much of a prompt and its replies as fits into `max_length`.
+
+        The prompt keeps what the longest reply leaves, but never less than half of the limit; then replies lose their
+        ends, as in TRL.
+        """
+        longest = max(map(len, replies))
+        n_prompt = min(len(prompt), max(self.max_length - longest, self.max_length // 2))
+        return self._right_of(prompt, n_prompt), [list(reply[: self.max_length - n_prompt]) for reply in replies]
+
+    def _room(self, example: Example, reserve: int) -> int:
+        if reserve >= self.max_length:
             raise DataError(
                 f"example {example.id!r}: its reply has {reserve} tokens, the limit for prompt and reply together is "
                 f"{self.max_length}; raise max_length or shorten the reply"
             )
-        return ids[-room:], len(ids) > room
+        return self.max_length - reserve
 
-    def reply_ids(self, reply: str, *, end_of_turn: bool = True) -> list[int]:
-        """Ids of a reply, with the end-of-turn token unless told otherwise."""
-        ids = self.tokenizer(reply, add_special_tokens=False)["input_ids"]
-        return [*ids, self.end_token] if end_of_turn else ids
+    def _right_of(self, ids: Sequence[int], n: int) -> list[int]:
+        """The last `n` ids; the token that begins every sequence stays where it is."""
+        if len(ids) <= n:
+            return list(ids)
+        begins = ids[:1] if n > 1 and self.template.begins else ids[:0]
+        return [*begins, *ids[len(ids) - n + len(begins) :]]
 
-    def reply_row(self, example: Example, reply: str, *, end_of_turn: bool = True) -> Row:
-        """The row that scores `reply` after the example's prompt."""
-        return self.token_row(example, [self.reply_ids(reply, end_of_turn=end_of_turn)])
-
-    def token_row(self, example: Example, replies: Sequence[Sequence[int]]) -> Row:
-        """The row that scores the tokens of one or more replies after the example's prompt."""
-        for tokens in replies:
-            if not tokens:
-                raise DataError(f"example {example.id!r}: one of its replies has no tokens")
-        prompt, cut = self.prompt_ids(example, reserve=max(map(len, replies)))
-        return Row.of_replies(prompt, replies, cut=cut)
-
-    def loss_row(self, example: Example) -> Row:
-        """The row whose NLL is the example's loss: its right reply and the end of the turn."""
-        reply = example.right_reply
-        if reply is None:
-            raise DataError(f"example {example.id!r} has no reply to compute a loss on")
-        return self.reply_row(example, reply)
-
-    def letter_token(self, index: int) -> int:
-        """The token of an option letter at the start of a reply."""
-        ids = self.tokenizer(LETTERS[index], add_special_tokens=False)["input_ids"]
+    def _letter_token(self, index: int) -> int:
+        """The token that the model would write for an option letter, at the start of a reply."""
+        example = Example(id="letters", prompt="castune-prompt")
+        _, [ids] = self.continuations(example, [LETTERS[index]], end_of_turn=False, after_header=True)
         if len(ids) != 1:
             raise DataError(
                 f"option letter {LETTERS[index]} is {len(ids)} tokens for this tokenizer; "
                 'use scoring "likelihood" for these questions'
             )
-        return int(ids[0])
-
-
-def text_behind_a_turn(tokenizer: Any) -> tuple[str, int | None]:
-    """What the chat template puts behind an assistant's turn, and the first special token in it, if any."""
-    mark = "castune-reply"
-    turns = [{"role": "user", "content": "castune-prompt"}, {"role": "assistant", "content": mark}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    if mark not in text:
-        raise DataError("the chat template leaves out what the assistant says: nothing could be trained on replies")
-    behind = text[text.rindex(mark) + len(mark) :]
-    tail = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return behind, next((token for token in tail if token in special), None)
-
-
-def template_opens_thought(tokenizer: Any) -> bool:
-    """Whether the chat template begins the reasoning before a reply, which then is reasoning until its end."""
-    mark = "castune-prompt"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-    )
-    return opens_thought(text.rpartition(mark)[2])
-
-
-def _end_of_turn(tokenizer: Any) -> int:
-    """The special token the chat template puts behind an assistant's turn, else the end-of-sequence token."""
-    _, found = text_behind_a_turn(tokenizer)
-    found = tokenizer.eos_token_id if found is None else found
-    if found is None:
-        raise DataError("the tokenizer has neither an end-of-turn token in its chat template nor an eos token")
-    return int(found)
+        return ids[0]

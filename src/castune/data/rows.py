@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,8 @@ class Row:
     """One token sequence and the tokens whose log-probability is wanted.
 
     `tokens[t]` is scored by the logits at `positions[t]`; for a reply the positions are those just before its
-    tokens. `cut` tells that the prompt lost tokens on its left to fit the length limit.
+    tokens. `cut` tells that the prompt lost tokens on its left to fit the length limit, `reply_cut` that a reply lost
+    its end.
 
     Several continuations can share what they have in common, as a tree: `branches` names the branch of each input
     token, `parents` the branch each branch continues (-1: none), and a token sees the earlier tokens of its own
@@ -29,9 +30,17 @@ class Row:
     branches: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     float32_logits: bool = False
+    reply_cut: bool = False
 
     @classmethod
-    def of_replies(cls, prompt: Sequence[int], replies: Sequence[Sequence[int]], *, cut: bool = False) -> Row:
+    def of_replies(
+        cls,
+        prompt: Sequence[int],
+        replies: Sequence[Sequence[int]],
+        *,
+        cut: bool = False,
+        reply_cut: bool = False,
+    ) -> Row:
         """A row that scores every token of each reply after `prompt`, one reply after the other.
 
         The last token of a reply is predicted, never an input.
@@ -43,9 +52,10 @@ class Row:
             ids += reply[:-1]
             branches += [branch] * (len(reply) - 1)
         tokens = tuple(token for reply in replies for token in reply)
+        row = cls(tuple(ids), tuple(positions), tokens, cut, reply_cut=reply_cut)
         if len(replies) == 1:
-            return cls(tuple(ids), tuple(positions), tokens, cut)
-        return cls(tuple(ids), tuple(positions), tokens, cut, tuple(branches), (-1, *(0,) * len(replies)))
+            return row
+        return replace(row, branches=tuple(branches), parents=(-1, *(0,) * len(replies)))
 
     @classmethod
     def packed(cls, rows: Sequence[Row]) -> Row:
@@ -71,7 +81,15 @@ class Row:
             tuple(branches),
             tuple(parents),
             any(row.float32_logits for row in rows),
+            any(row.reply_cut for row in rows),
         )
+
+    @property
+    def reply_lengths(self) -> list[int]:
+        """How many tokens are scored of each reply to the one prompt, in their order."""
+        # The first token of every reply is scored at the last of the prompt.
+        starts = [t for t, position in enumerate(self.positions) if position == self.positions[0]]
+        return [end - start for start, end in pairwise([*starts, len(self.positions)])]
 
     @property
     def places(self) -> list[int]:

@@ -79,6 +79,11 @@ def opens_thought(prompt: str) -> bool:
     return any(lower.rfind(begin) > lower.rfind(end) for begin, end in _MARKS.items())
 
 
+def is_reasoning_mark(text: str) -> bool:
+    """Whether a text is the beginning or the end of reasoning, in any notation."""
+    return text.lower() in _MARKS or text.lower() in _MARKS.values()
+
+
 def _place(text: str) -> int:
     """Where a text begins, behind headers and special tokens."""
     before = _BEFORE.match(text)

@@ -7,32 +7,25 @@ columns) and `examples("owner/name")` all give `list[Example]`.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from castune.data.example import LETTERS, PROBLEM_SCORINGS, QUESTION_SCORINGS, Example, Message
-from castune.errors import DataError
+from castune.data.columns import check_example, example_of
+from castune.data.example import Example
+from castune.data.tables import FILE_FORMATS, Row, is_file, is_table_of_text, one_line, read_rows
+from castune.errors import DataError, SourceUnreachable
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
-
 _STARTER = Path(__file__).parent / "starter"
-_FILE_FORMATS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-
-# Columns that hold a text or a list of turns.
-_TURNS = ("prompt", "completion", "chosen", "rejected")
-COLUMNS = (
-    "multiple choice: prompt, choices, answer; problems: prompt, answer (text); harmful prompts: prompt, target; "
-    "alignment data: prompt, completion, or messages, or instruction, output; preferences: prompt, chosen, rejected; "
-    "prompts alone: prompt"
-)
+_ANNOTATION = re.compile(r"<<[^<>]*>>")
+# WildJailbreak's files are tables of text, in which NA is two letters and an unused cell an empty text; so its card.
+_TEXT_CELLS = {"delimiter": "\t", "keep_default_na": False}
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,7 @@ class NamedSource:
     convert: Callable[[Row], Example | None]
     gated: bool = False
     size: int | None = None  # examples it is known to have; None where nobody here has counted
+    options: Mapping[str, Any] = field(default_factory=dict)  # what its card says to read its files with
 
 
 @dataclass(frozen=True)
@@ -68,22 +62,34 @@ _STARTER_SOURCES = {
 
 
 def _mmlu(row: Row) -> Example:
+    choices, answer = row["choices"], row["answer"]
+    if not isinstance(choices, list):
+        raise DataError(f"choices is {str(choices)[:60]!r}, accepted: a list of texts")
+    if not isinstance(answer, int) or isinstance(answer, bool):
+        raise DataError(f"answer is {answer!r}, accepted: the 0-based index of the right choice")
     return Example(
         id="",
         prompt=row["question"],
-        choices=tuple(row["choices"]),
-        answer=int(row["answer"]),
+        choices=tuple(choices),
+        answer=answer,
         scoring="letter",
         group=row.get("subject"),
     )
 
 
 def _commonsense_qa(row: Row) -> Example:
+    choices, key = row["choices"], row["answerKey"]
+    if not isinstance(choices, dict) or not all(isinstance(choices.get(name), list) for name in ("label", "text")):
+        raise DataError(f"choices is {str(choices)[:60]!r}, accepted: lists of texts under label and text")
+    if key not in choices["label"]:
+        raise DataError(
+            f"answerKey is {key!r}, accepted: one of {', '.join(map(str, choices['label']))}; the test split has none"
+        )
     return Example(
         id=str(row["id"]),
         prompt=row["question"],
-        choices=tuple(row["choices"]["text"]),
-        answer=list(row["choices"]["label"]).index(row["answerKey"]),
+        choices=tuple(choices["text"]),
+        answer=choices["label"].index(key),
         scoring="letter",
         group=row.get("question_concept"),
     )
@@ -92,10 +98,12 @@ def _commonsense_qa(row: Row) -> Example:
 def _gsm8k(row: Row) -> Example:
     solution, marked, target = row["answer"].rpartition("####")
     if not marked:
-        raise ValueError("column answer has no final number after '####'")
-    return Example(
-        id="", prompt=row["question"], reply=solution.strip() or None, target=target.strip(), scoring="number"
-    )
+        raise DataError("column answer has no final number after '####'")
+    # Solutions are annotated for a calculator (48/2 = <<48/2=24>>24), which no model is asked to write; what the prompt
+    # asks for is a box.
+    worked = _ANNOTATION.sub("", solution).strip()
+    reply = f"{worked}\nThe final answer is \\boxed{{{target.strip()}}}." if worked else None
+    return Example(id="", prompt=row["question"], reply=reply, target=target.strip(), scoring="number")
 
 
 def _math(row: Row) -> Example:
@@ -114,7 +122,7 @@ def _prompt_and_category(row: Row) -> Example:
 
 
 def _strong_reject(row: Row) -> Example:
-    return Example(id="", prompt=row.get("forbidden_prompt") or row["prompt"], group=row.get("category"))
+    return Example(id="", prompt=row.get("prompt") or row["forbidden_prompt"], group=row.get("category"))
 
 
 def _advbench(row: Row) -> Example:
@@ -176,7 +184,9 @@ NAMED_SOURCES: dict[str, NamedSource] = {
     "gsm8k": NamedSource("utility", "openai/gsm8k", "main", "test", "MIT", _gsm8k, size=1319),
     "math": NamedSource("utility", "HuggingFaceH4/MATH-500", None, "test", "MIT", _math, size=500),
     "advbench": NamedSource("safety", "walledai/AdvBench", None, "train", "MIT", _advbench, gated=True, size=520),
-    "harmbench": NamedSource("safety", "walledai/HarmBench", "standard", "train", "MIT", _harmbench, gated=True),
+    "harmbench": NamedSource(
+        "safety", "walledai/HarmBench", "standard", "train", "MIT", _harmbench, gated=True, size=200
+    ),
     "strongreject": NamedSource(
         "safety", "walledai/StrongREJECT", None, "train", "MIT", _strong_reject, gated=True, size=313
     ),
@@ -189,8 +199,8 @@ NAMED_SOURCES: dict[str, NamedSource] = {
     "jailbreakbench-benign": NamedSource(
         "over-refusal", "JailbreakBench/JBB-Behaviors", "behaviors", "benign", "MIT", _jailbreakbench, size=100
     ),
-    "xstest": NamedSource("over-refusal", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("safe"), size=250),
-    "xstest-unsafe": NamedSource("safety", "Paul/XSTest", None, "test", "CC BY 4.0", _xstest("unsafe"), size=200),
+    "xstest": NamedSource("over-refusal", "Paul/XSTest", None, "train", "CC BY 4.0", _xstest("safe"), size=250),
+    "xstest-unsafe": NamedSource("safety", "Paul/XSTest", None, "train", "CC BY 4.0", _xstest("unsafe"), size=200),
     "dan": NamedSource(
         "safety",
         "TrustAIRLab/in-the-wild-jailbreak-prompts",
@@ -201,13 +211,37 @@ NAMED_SOURCES: dict[str, NamedSource] = {
         size=1405,
     ),
     "wildjailbreak-train": NamedSource(
-        "alignment", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak, gated=True
+        "alignment",
+        "allenai/wildjailbreak",
+        "train",
+        "train",
+        "ODC-BY",
+        _wildjailbreak,
+        gated=True,
+        size=261_559,
+        options=_TEXT_CELLS,
     ),
     "wildjailbreak-vanilla-harmful": NamedSource(
-        "safety", "allenai/wildjailbreak", "train", "train", "ODC-BY", _wildjailbreak_vanilla_harmful, gated=True
+        "safety",
+        "allenai/wildjailbreak",
+        "train",
+        "train",
+        "ODC-BY",
+        _wildjailbreak_vanilla_harmful,
+        gated=True,
+        size=50_050,
+        options=_TEXT_CELLS,
     ),
     "wildjailbreak": NamedSource(
-        "safety", "allenai/wildjailbreak", "eval", "train", "ODC-BY", _wildjailbreak_eval, gated=True, size=2000
+        "safety",
+        "allenai/wildjailbreak",
+        "eval",
+        "train",
+        "ODC-BY",
+        _wildjailbreak_eval,
+        gated=True,
+        size=2000,
+        options=_TEXT_CELLS,
     ),
     "wildguard": NamedSource(
         "safety", "allenai/wildguardmix", "wildguardtest", "test", "ODC-BY", _wildguard, gated=True, size=754
@@ -217,7 +251,9 @@ NAMED_SOURCES: dict[str, NamedSource] = {
 SOURCE_NAMES = (*_STARTER_SOURCES, *NAMED_SOURCES)
 
 
-def examples(source: str | Path, *, limit: int | None = None, seed: int = 0) -> list[Example]:
+def examples(
+    source: str | Path, *, limit: int | None = None, seed: int = 0, balance: str | None = None
+) -> list[Example]:
     """Examples of a data source.
 
     Args:
@@ -225,21 +261,44 @@ def examples(source: str | Path, *, limit: int | None = None, seed: int = 0) -> 
             `@revision` behind it takes that branch, tag or commit.
         limit: how many to draw; the subset depends on `seed` alone and keeps the source's order.
         seed: seed of the subset.
+        balance: a column of the source, of whose values equally many rows are drawn each: together `limit`, or as many
+            as the rarest value has. Of a value that has fewer there are fewer, and a warning says so.
 
     Raises:
         DataError: the source is unknown, missing, malformed (file and line are named), empty, or lacks columns.
+        SourceUnreachable: it is on the hub, which cannot be reached.
     """
     source = str(source)
-    found = list(_converted(source))
+    found, kinds = [], []
+    for example, kind in _converted(source, balance):
+        found.append(example)
+        kinds.append(kind)
     if not found:
         raise DataError(f"{source}: no examples in it")
-    if limit is not None:
-        if limit < 1:
-            raise DataError(f"{source}: limit is {limit}, accepted: at least 1")
-        if limit < len(found):
-            chosen = random.Random(seed).sample(range(len(found)), limit)
-            found = [found[i] for i in sorted(chosen)]
-    return found
+    if limit is not None and limit < 1:
+        raise DataError(f"{source}: limit is {limit}, accepted: at least 1")
+    if balance is not None:
+        chosen = _balanced(kinds, limit, seed, f"{source}: balanced by {balance}")
+    elif limit is not None and limit < len(found):
+        chosen = random.Random(seed).sample(range(len(found)), limit)
+    else:
+        return found
+    return [found[i] for i in sorted(chosen)]
+
+
+def _balanced(kinds: Sequence[str], limit: int | None, seed: int, what: str) -> list[int]:
+    """Numbers of rows of which every kind has its equal share of `limit`."""
+    rows = {kind: [row for row, found in enumerate(kinds) if found == kind] for kind in sorted(set(kinds))}
+    rarest = min(map(len, rows.values()))
+    total = rarest * len(rows) if limit is None else limit
+    chosen = []
+    for number, (kind, found) in enumerate(rows.items()):
+        share = total // len(rows) + (number < total % len(rows))
+        if share > len(found):
+            logger.warning("%s: %s has %d rows of the %d that are its share", what, kind, len(found), share)
+        # What is drawn of one kind does not depend on the others.
+        chosen += random.Random(f"{seed}/{kind}").sample(found, min(share, len(found)))
+    return chosen
 
 
 def purpose_of(source: str) -> str | None:
@@ -259,21 +318,22 @@ def source_name(source: str) -> str:
     return source
 
 
-def _converted(source: str) -> Iterator[Example]:
+def _converted(source: str, column: str | None) -> Iterator[tuple[Example, str]]:
+    """Examples of a source, each with what its row has in `column`."""
     name, equals, path = source.partition("=")
     on_hub, _, revision = source.partition("@")
-    if _is_file(Path(source)):
-        yield from _own_columns(Path(source))
+    if is_file(Path(source)):
+        yield from _own_columns(Path(source), column)
     elif source in _STARTER_SOURCES:
         for file in _STARTER_SOURCES[source].files:
-            yield from _own_columns(_STARTER / file)
+            yield from _own_columns(_STARTER / file, column)
     elif equals:
         if name not in NAMED_SOURCES:
             raise DataError(f"{source}: unknown named source {name!r}; accepted: {', '.join(NAMED_SOURCES)}")
-        yield from _convert_all(NAMED_SOURCES[name].convert, _read_file(Path(path)), name)
+        yield from _convert_all(NAMED_SOURCES[name].convert, read_rows(Path(path)), name, column)
     elif on_hub in NAMED_SOURCES:
         named = NAMED_SOURCES[on_hub]
-        found = list(_convert_all(named.convert, _read_hub(on_hub, named, revision), on_hub))
+        found = list(_convert_all(named.convert, _read_hub(on_hub, named, revision), on_hub, column))
         if named.size not in (None, len(found)):
             logger.warning(
                 "%s: %d examples on the hub, %d when castune was written: numbers will not compare with older ones",
@@ -282,22 +342,15 @@ def _converted(source: str) -> Iterator[Example]:
                 named.size,
             )
         yield from found
-    elif Path(source).suffix in _FILE_FORMATS or _exists(Path(source)):
-        yield from _own_columns(Path(source))
+    elif Path(source).suffix in FILE_FORMATS or _exists(Path(source)):
+        yield from _own_columns(Path(source), column)
     elif on_hub.count("/") == 1:
-        yield from _convert_all(_example_of, _read_hub(on_hub, None, revision), on_hub)
+        yield from _convert_all(example_of, _read_hub(on_hub, None, revision), on_hub, column)
     else:
         raise DataError(
             f"{source}: no such file and no named source; named sources: {', '.join(SOURCE_NAMES)}; "
             "a hub id has the form owner/name"
         )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # no name a file system takes
-        return False
 
 
 def _exists(path: Path) -> bool:
@@ -307,17 +360,21 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _own_columns(path: Path) -> Iterator[Example]:
-    yield from _convert_all(_example_of, _read_file(path), path.stem)
+def _own_columns(path: Path, column: str | None) -> Iterator[tuple[Example, str]]:
+    rows = read_rows(path)
+    if is_table_of_text(path):
+        rows = ((where, {key: value for key, value in row.items() if value != ""}) for where, row in rows)
+    yield from _convert_all(example_of, rows, path.stem, column)
 
 
 def _convert_all(
-    convert: Callable[[Row], Example | None], rows: Iterator[tuple[str, Row]], name: str
-) -> Iterator[Example]:
+    convert: Callable[[Row], Example | None], rows: Iterator[tuple[str, Row]], name: str, column: str | None
+) -> Iterator[tuple[Example, str]]:
     seen: set[str] = set()
     for index, (where, row) in enumerate(rows):
         try:
             example = convert(row)
+            kind = "" if column is None else row[column]
         except KeyError as error:
             raise DataError(
                 f"{where}: column {error.args[0]!r} is missing; found: {', '.join(map(str, row))}"
@@ -326,178 +383,14 @@ def _convert_all(
             raise DataError(f"{where}: {error}") from None
         if example is None:
             continue
-        _check(example, where)
-        _check_text(example, where)
+        if column is not None and not isinstance(kind, (str, int, bool)):
+            raise DataError(f"{where}: {column} is {kind!r}, and only a text can be balanced by")
+        check_example(example, where)
         identifier = example.id or f"{name}-{index:05d}"
         if identifier in seen:
             raise DataError(f"{where}: id {identifier!r} stands there twice; ids must be unique")
         seen.add(identifier)
-        yield replace(example, id=identifier)
-
-
-def _check(example: Example, where: str) -> None:
-    if not isinstance(example.prompt, str) or not example.prompt.strip():
-        raise DataError(f"{where}: the prompt is empty or not text")
-    if example.reply is not None and (not isinstance(example.reply, str) or not example.reply.strip()):
-        raise DataError(f"{where}: the reply is empty or not text")
-    if example.is_question:
-        if not 2 <= len(example.choices) <= len(LETTERS):
-            raise DataError(f"{where}: {len(example.choices)} choices, accepted: 2 to {len(LETTERS)}")
-        if not all(isinstance(choice, str) and choice.strip() for choice in example.choices):
-            raise DataError(f"{where}: a choice is empty or not text")
-        if example.answer is None or not 0 <= example.answer < len(example.choices):
-            raise DataError(
-                f"{where}: answer is {example.answer!r}, accepted: the 0-based index of a choice, "
-                f"0 to {len(example.choices) - 1}"
-            )
-        if example.scoring not in QUESTION_SCORINGS:
-            raise DataError(f"{where}: scoring is {example.scoring!r}, accepted: {', '.join(QUESTION_SCORINGS)}")
-    if example.is_problem:
-        if not isinstance(example.target, str) or not example.target.strip():
-            raise DataError(f"{where}: the answer is empty or not text")
-        if example.scoring not in PROBLEM_SCORINGS:
-            raise DataError(f"{where}: scoring is {example.scoring!r}, accepted: {', '.join(PROBLEM_SCORINGS)}")
-        if example.scoring == "number" and not re.search(r"\d", example.target):
-            raise DataError(f"{where}: answer is {example.target!r}, and scoring by number needs a number")
-
-
-def _check_text(example: Example, where: str) -> None:
-    """JSON can hold halves of surrogate pairs, which no tokenizer takes and no file can hold."""
-    turns = [text for turn in example.history for text in (turn.role, turn.content)]
-    texts = [example.id, example.prompt, example.reply, example.rejected, example.target, example.group]
-    for text in (*texts, *example.choices, *turns):
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{where}: expected text, found {type(text).__name__}")
-        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(f"{where}: half of a surrogate pair in {text[:40]!a}; the text was cut inside a character")
-
-
-def _example_of(row: Row) -> Example:
-    """An example from castune's own columns, TRL's message lists, or instruction-tuning columns."""
-    # Tables that join several kinds of rows have every column in every row.
-    row = {key: value for key, value in row.items() if value is not None}
-    identifier = str(row.get("id", ""))
-    group = next((str(row[key]) for key in ("subject", "category", "kind") if row.get(key)), None)
-    for column, value in row.items():
-        if column == "messages" or (isinstance(value, list) and column in _TURNS):
-            _check_turns(column, value)
-    if "messages" in row:
-        return _conversation(row["messages"], None, identifier, group)
-    if "instruction" in row:
-        extra = row.get("input") or ""
-        prompt = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
-        return Example(id=identifier, prompt=prompt, reply=row["output"], group=group)
-    if "prompt" not in row:
-        raise DataError(f"column 'prompt' is missing; found: {', '.join(map(str, row))}; accepted columns: {COLUMNS}")
-    if "chosen" in row or "rejected" in row:
-        return _preference(row, identifier, group)
-    if isinstance(row["prompt"], list):
-        return _conversation(row["prompt"], row.get("completion"), identifier, group)
-    if isinstance(row.get("answer"), str) and "choices" not in row:
-        scoring = row.get("scoring") or "boxed"
-        return Example(id=identifier, prompt=row["prompt"], target=row["answer"], scoring=scoring, group=group)
-    if "choices" in row or "answer" in row:
-        answer = row["answer"]
-        if not isinstance(answer, int) or isinstance(answer, bool):
-            raise DataError(f"answer is {answer!r}, accepted: the 0-based index of the right choice")
-        if not isinstance(row["choices"], list) or not row["choices"]:
-            raise DataError(f"choices is {row['choices']!r}, accepted: a list of texts")
-        return Example(
-            id=identifier,
-            prompt=row["prompt"],
-            choices=tuple(row["choices"]),
-            answer=answer,
-            scoring=row.get("scoring") or "letter",
-            group=group,
-        )
-    reply = row.get("completion", row.get("target"))
-    return Example(id=identifier, prompt=row["prompt"], reply=reply, group=group)
-
-
-def _check_turns(column: str, turns: Any) -> None:
-    is_so = isinstance(turns, list) and all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
-    )
-    if not is_so:
-        raise DataError(f"{column} is {str(turns)[:60]!r}, accepted: a list of turns, each with 'role' and 'content'")
-
-
-def _preference(row: Row, identifier: str, group: str | None) -> Example:
-    """A prompt with a chosen and a rejected reply, each as text or as TRL's list of one assistant message."""
-    turns = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-    replies = []
-    for column in ("chosen", "rejected"):
-        value = row[column]
-        if isinstance(value, list):
-            # Some data sets repeat the prompt before the reply.
-            value = value[len(turns) :] if value[: len(turns)] == turns else value
-            if len(value) != 1 or value[0]["role"] != "assistant":
-                raise DataError(f"{column}: accepted is a text, or a list of one assistant message")
-            value = value[0]["content"]
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{column}: the reply is empty or not text")
-        replies.append(value)
-    return replace(_conversation(turns, None, identifier, group), reply=replies[0], rejected=replies[1])
-
-
-def _conversation(turns: list[Row], completion: list[Row] | None, identifier: str, group: str | None) -> Example:
-    messages = [Message(turn["role"], turn["content"]) for turn in [*turns, *(completion or [])]]
-    reply = messages.pop().content if messages and messages[-1].role == "assistant" else None
-    if not messages or messages[-1].role != "user":
-        raise DataError("a conversation must end with a user turn, or a user turn and its assistant reply")
-    prompt = messages.pop().content
-    return Example(id=identifier, prompt=prompt, reply=reply, group=group, history=tuple(messages))
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a file with where each stands, for error messages."""
-    if not _is_file(path):
-        raise DataError(f"{path}: no such file")
-    file_format = _FILE_FORMATS.get(path.suffix)
-    if file_format is None:
-        raise DataError(f"{path}: unknown file type; accepted: {', '.join(_FILE_FORMATS)}")
-    if file_format == "jsonl":
-        yield from _read_jsonl(path)
-        return
-    import datasets
-
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(file_format, data_files=str(path), split="train", **options)
-    except Exception as error:  # datasets raises many kinds for a malformed file
-        raise DataError(f"{path}: not readable as {file_format}: {_one_line(error)}") from error
-    for index, row in enumerate(table):
-        yield f"{path} row {index + 1}", dict(row)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    # Iterating over the file splits at newlines only; str.splitlines would also split inside strings at U+2028.
-    # Editors of some systems begin a file with a byte order mark.
-    with _opened(path) as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path} line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from None
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list in lists
-                    raise DataError(f"{where}: malformed JSON: {_one_line(error)}") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-                yield where, row
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def _opened(path: Path) -> TextIO:
-    try:
-        return path.open(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        yield replace(example, id=identifier), str(kind)
 
 
 def _read_hub(name: str, source: NamedSource | None, revision: str) -> Iterator[tuple[str, Row]]:
@@ -506,17 +399,16 @@ def _read_hub(name: str, source: NamedSource | None, revision: str) -> Iterator[
     hub_id, config, split = (name, None, "train") if source is None else (source.hub_id, source.config, source.split)
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(hub_id, config, split=split, revision=revision or None)
+        options = {} if source is None else source.options
+        table = datasets.load_dataset(hub_id, config, split=split, revision=revision or None, **options)
     except Exception as error:  # network, gating, missing data set: datasets and its clients raise many kinds
+        # A split, configuration or data set that is not there, or closed to this user: it will not be there later.
+        is_refused = isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, ConnectionError)
+        kind = DataError if is_refused else SourceUnreachable
         gated = (
             f" {hub_id} is gated: accept its terms on its hub page and log in first." if source and source.gated else ""
         )
         local = f" Or give a local copy: {name}=PATH." if source else ""
-        raise DataError(f"{name}: could not load {hub_id} from the hub ({_one_line(error)}).{gated}{local}") from error
+        raise kind(f"{name}: could not load {hub_id} from the hub ({one_line(error)}).{gated}{local}") from error
     for index, row in enumerate(table):
         yield f"{hub_id} row {index + 1}", dict(row)
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

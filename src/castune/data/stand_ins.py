@@ -5,10 +5,11 @@ model's tokenizer (SmolLM2), without template and instruction, from the shortest
 longest but what makes the mean right, as between deciles lengths are taken to lie evenly. Tokenizers of larger
 vocabularies make somewhat fewer tokens of the same text; SmolLM2's also splits numbers into digits.
 
-Measured, on the public files: csqa (all 1,221), gsm8k (all 1,319), math (all 500), advbench (520), harmbench (400 text
-behaviours), jailbreakbench (100), xstest (250 and 200); mmlu on 1,500 of the 14,042, dan on 352 of the 1,405. Assumed,
-because the data are gated: everything of wildjailbreak and wildguard (vanilla prompts as those of public instruction
-sets, adversarial ones about ten times as long, refusals shorter than answers), and strongreject and or-bench.
+Measured, on the public files: csqa (all 1,221), gsm8k (all 1,319), math (all 500), advbench (520), harmbench (its 200
+standard behaviours), jailbreakbench (100), xstest (250 and 200); mmlu on 1,500 of the 14,042, dan on 352 of the 1,405.
+Assumed, because the data are gated: everything of wildjailbreak and wildguard (vanilla prompts as those of public
+instruction sets, adversarial ones about ten times as long, refusals shorter than answers), and strongreject and
+or-bench.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from itertools import count
 
 from castune.data.example import Example
 from castune.data.sources import NAMED_SOURCES, examples, source_name
-from castune.errors import DataError
+from castune.errors import DataError, SourceUnreachable
 
 # Common words, each one token of every usual tokenizer when a space is before it.
 _WORDS = tuple("the of and to in is that for it as was with on by at from this be are not".split())  # noqa: SIM905
@@ -72,7 +73,7 @@ TYPICAL_SOURCES: dict[str, TypicalSource] = {
         scoring="boxed",
     ),
     "advbench": TypicalSource(520, (6, 9, 11, 11, 12, 13, 13, 14, 15, 17, 29)),
-    "harmbench": TypicalSource(400, (5, 11, 13, 14, 16, 17, 19, 24, 195, 427, 639)),
+    "harmbench": TypicalSource(200, (5, 10, 12, 13, 14, 15, 17, 18, 20, 24, 32)),
     "strongreject": TypicalSource(313, _VANILLA, is_measured=False),
     "or-bench": TypicalSource(1319, _VANILLA, is_measured=False),
     "jailbreakbench": TypicalSource(100, (5, 10, 11, 13, 14, 15, 15, 17, 18, 21, 30)),
@@ -80,9 +81,9 @@ TYPICAL_SOURCES: dict[str, TypicalSource] = {
     "xstest": TypicalSource(250, (4, 7, 8, 9, 10, 10, 11, 12, 13, 14, 18)),
     "xstest-unsafe": TypicalSource(200, (6, 7, 8, 9, 9, 10, 10, 11, 13, 14, 19)),
     "dan": TypicalSource(1405, (11, 81, 131, 235, 308, 406, 495, 645, 823, 1139, 2835)),
-    # Of the 262,000 training examples the paper takes 10,000, and 500 of the vanilla harmful fifth to diagnose.
-    "wildjailbreak-train": TypicalSource(262_000, _MIXED, _ANSWERS, is_measured=False),
-    "wildjailbreak-vanilla-harmful": TypicalSource(50_000, _VANILLA, _REFUSALS, is_measured=False),
+    # Of the 261,559 training examples the paper takes 10,000, and 500 of the vanilla harmful fifth to diagnose.
+    "wildjailbreak-train": TypicalSource(261_559, _MIXED, _ANSWERS, is_measured=False),
+    "wildjailbreak-vanilla-harmful": TypicalSource(50_050, _VANILLA, _REFUSALS, is_measured=False),
     "wildjailbreak": TypicalSource(2000, _ADVERSARIAL, is_measured=False),
     "wildguard": TypicalSource(754, _MIXED, is_measured=False),
 }
@@ -152,19 +153,21 @@ class DataOrStandIns:
         self.notes: list[str] = []
         self._missing: set[str] = set()  # a hub that cannot be reached is asked once
 
-    def __call__(self, source: str, *, limit: int | None = None, seed: int = 0) -> list[Example]:
-        """The examples of a source, see `examples`.
+    def __call__(
+        self, source: str, *, limit: int | None = None, seed: int = 0, balance: str | None = None
+    ) -> list[Example]:
+        """The examples of a source, see `examples`; stand-ins are of one kind and not balanced.
 
         Raises:
-            DataError: it is no named source, or a local copy that was asked for is not there.
+            DataError: it is no named source, a local copy that was asked for is not there, or the hub refuses it.
         """
         name = source_name(source)
         if source not in self._missing:
             try:
-                return examples(source, limit=limit, seed=seed)
-            except DataError:
-                # A mistyped path of a local copy is for the user to mend.
-                if name not in NAMED_SOURCES or "=" in source:
+                return examples(source, limit=limit, seed=seed, balance=balance)
+            except SourceUnreachable:
+                # What the hub refuses now it will refuse then; that it cannot be reached from here says nothing.
+                if name not in NAMED_SOURCES:
                     raise
                 self._missing.add(source)
         found = stand_ins(name, limit=limit, seed=seed)

@@ -1,4 +1,4 @@
-"""H_safe from replies: which of them refuse once a head is gone (Eq. 4).
+"""Decisions about replies: which of them refuse (Eq. 4), or are right, once a head is gone.
 
 Most heads change few replies, and a refusal announces itself early. So the whole model's reply is verified in one
 teacher-forced forward, as far as the judge needs it, and only replies that diverge are decoded: many heads in one
@@ -46,17 +46,19 @@ class _Diverged:
     context: Context | None
 
 
-class RefusalMeasure:
-    """Whether the reply to each prompt refuses: 1, 0, or NaN where the judge could not tell.
+class ReplyMeasure:
+    """What a judge says of the reply to each prompt: 1, 0, or NaN where it could not tell.
+
+    Of harmful prompts whether it refuses (Eq. 4), of problems whether its final answer is right (Eq. 3).
 
     Args:
         ablator: the model and the heads.
         tokenizer: its tokenizer.
         prompts: token ids of each prompt.
-        texts: text of each prompt, for the judge.
+        texts: what the judge is told of each prompt: its text, say.
         replies: the whole model's greedy replies.
         end_tokens: tokens that end a reply.
-        judge: from texts of prompts and replies to True (refuses), False, or None each.
+        judge: from these and the texts of replies to True, False, or None each.
         is_settled: tells from a reply's beginning that the judge's answer can no longer change.
         max_new_tokens: length limit of a reply.
         batch_tokens: rows x tokens of one forward.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from castune.config import check_domain_names
+from castune.config import DiagnoseConfig, Measure, check_domain_names
 from castune.data.example import Example, content_hash, require_questions, require_solutions
 from castune.errors import CastuneError, DataError
 
@@ -32,8 +32,12 @@ class UtilitySet:
 
     @property
     def is_of_problems(self) -> bool:
-        """Whether these are problems, which are measured by the log-probability of their worked solutions."""
+        """Whether these are problems, which have a measure of their own (`DiagnoseConfig.problems`)."""
         return self.examples[0].is_problem
+
+    def measure(self, config: DiagnoseConfig) -> Measure:
+        """How the set is measured."""
+        return config.measure_of(problems=self.is_of_problems)
 
 
 def utility_sets(utility: Utility) -> list[UtilitySet]:

@@ -27,7 +27,7 @@ from castune.data.example import Example, require_replies
 from castune.diagnose.ablate import ScoredMeasure, mean_replacements
 from castune.diagnose.domains import Utility, utility_sets
 from castune.diagnose.objectives import Objectives
-from castune.diagnose.score import Floats, decision_shift, margin_shift
+from castune.diagnose.score import Floats, shift_of
 from castune.diagnose.sweep import Ablator, place_of
 
 
@@ -69,7 +69,8 @@ def ablate_groups(
     """
     config = config or DiagnoseConfig()
     require_replies(safety, "safety", "prompt, target")
-    sets = [one.examples for one in utility_sets(utility)]
+    domains = utility_sets(utility)
+    sets = [one.examples for one in domains]
     chat, layout = ChatFormat(tokenizer, max_length=config.max_length), HeadLayout.of(model)
     found = [[one if isinstance(one, UnitId) else HeadId(*one) for one in group] for group in groups]
     units = UnitLayout.of(model, layout, config.units, n_mlp_groups=config.mlp_groups, layers=config.layers)
@@ -84,12 +85,20 @@ def ablate_groups(
             filling = mean_replacements(model, sites, rows, batch_tokens=config.batch_tokens)
         ablator = Ablator(model, layout, (), resumable=False, replacements=filling, units=units)
         objectives = Objectives(ablator, tokenizer, chat, config)
-        of_utility, replies = [objectives.utility_measure(examples) for examples in sets], objectives.replies(safety)
+        replies = objectives.replies(safety)
+        # Where answers are worked out there is nothing to be scored in one forward.
+        solves = [one.is_of_problems and one.measure(config) == "decision" for one in domains]
+        of_utility = [None if solved else objectives.utility_measure(x) for x, solved in zip(sets, solves, strict=True)]
         of_margins = objectives.margin_measure(safety, replies) if config.measure == "margin" else None
 
         def measured() -> list[Floats]:
             """Outcomes of every utility set, then those of the safety set."""
-            found = [_outcomes(measure, len(examples)) for measure, examples in zip(of_utility, sets, strict=True)]
+            found = [
+                objectives.right_answers(examples, objectives.solutions(examples))
+                if measure is None
+                else _outcomes(measure, len(examples))
+                for measure, examples in zip(of_utility, sets, strict=True)
+            ]
             if of_margins is not None:
                 return [*found, _outcomes(of_margins, len(safety))]
             return [*found, objectives.refusals(safety, objectives.replies(safety))]
@@ -101,9 +110,9 @@ def ablate_groups(
             with _without(ablator, group):
                 ablated.append(measured())
             advance()
-    shift = margin_shift if config.measure == "margin" else decision_shift
-    pairs = zip(zip(*ablated, strict=True), baseline, strict=True)
-    *of_domains, (safety_shift, safety_se) = [shift(np.array(ablated_GN), whole_N) for ablated_GN, whole_N in pairs]
+    shifts = [shift_of(one.measure(config)) for one in domains] + [shift_of(config.measure)]
+    outcomes = zip(shifts, zip(*ablated, strict=True), baseline, strict=True)
+    *of_domains, (safety_shift, safety_se) = [shift(np.array(some_GN), whole_N) for shift, some_GN, whole_N in outcomes]
     shifts_D2G = np.array(of_domains)
     # Domains are independent samples.
     utility_se = np.sqrt((shifts_D2G[:, 1] ** 2).sum(0)) / len(sets)

@@ -28,9 +28,8 @@ from castune.diagnose.score import (
     conflict_from_gram,
     conflict_score,
     conflict_standard_error,
-    decision_shift,
     functional_sensitivity,
-    margin_shift,
+    shift_of,
 )
 from castune.errors import CastuneError
 
@@ -56,8 +55,11 @@ class Results:
 
     def measurements(self, objectives: Sequence[str], config: DiagnoseConfig) -> Measurements:
         """Those of some domains, with the safety set they have in common."""
+        measures = {one.objective: one.measure(config) for one in self.sets}
         return Measurements(
-            domains=[Domain(self.grams[one].products_HCC, self.utility[one].outcomes) for one in objectives],
+            domains=[
+                Domain(self.grams[one].products_HCC, self.utility[one].outcomes, measures[one]) for one in objectives
+            ],
             n_safety=self.grams[objectives[0]].n_safety,
             safety=self.safety.outcomes,
             measure=config.measure,
@@ -104,9 +106,9 @@ def _map_of_kind(results: Results, config: DiagnoseConfig, metadata: Mapping[str
 def _domain_map(results: Results, objective: str, config: DiagnoseConfig, metadata: Mapping[str, Any]) -> ConflictMap:
     """The map that a diagnosis of this domain alone gives."""
     gram, utility, safety = results.grams[objective], results.utility[objective], results.safety
-    shift = margin_shift if config.measure == "margin" else decision_shift
-    utility_shift, utility_se = shift(utility.outcomes.ablated_HN, utility.outcomes.baseline_N)
-    safety_shift, safety_se = shift(safety.outcomes.ablated_HN, safety.outcomes.baseline_N)
+    measure = next(one.measure(config) for one in results.sets if one.objective == objective)
+    utility_shift, utility_se = shift_of(measure)(utility.outcomes.ablated_HN, utility.outcomes.baseline_N)
+    safety_shift, safety_se = shift_of(config.measure)(safety.outcomes.ablated_HN, safety.outcomes.baseline_N)
     for name, values in ((objective, utility_shift), ("safety", safety_shift)):
         if not np.isfinite(values).all():
             raise CastuneError(
@@ -137,7 +139,7 @@ def _domain_map(results: Results, objective: str, config: DiagnoseConfig, metada
             "refusal_rate": _rate(safety.decisions_N),
         },
     }
-    return _finished(columns, results.measurements([objective], config), {**metadata, **about})
+    return finished(columns, results.measurements([objective], config), {**metadata, **about})
 
 
 def _combined_map(
@@ -175,10 +177,10 @@ def _combined_map(
         "domains": {name: _about(cmap, columns["conflict_score"]) for name, cmap in maps.items()},
     }
     measurements = results.measurements([one.objective for one in results.sets], config)
-    return _finished(columns, measurements, {**metadata, **about}, maps)
+    return finished(columns, measurements, {**metadata, **about}, maps)
 
 
-def _finished(
+def finished(
     columns: dict[str, Any],
     measurements: Measurements,
     metadata: dict[str, Any],
@@ -212,7 +214,7 @@ def _all_data(results: Results) -> dict[str, Any]:
         "source": ", ".join(sources) or None,
         "n": sum(record["n"] for record in records),
         "hash": utility_hash(results.sets),
-        "cut": sum(record["cut"] for record in records),
+        **{key: sum(record[key] for record in records) for key in ("cut", "replies_cut")},
     }
 
 

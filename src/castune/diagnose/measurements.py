@@ -11,12 +11,11 @@ from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
+from castune.config import Measure, SensitivityRank
 from castune.diagnose.score import Floats, combined, conflict_from_gram, conflict_score, functional_sensitivity
 
 COLUMNS = ("optimization_conflict", "utility_shift", "safety_shift", "functional_sensitivity", "conflict_score")
 
-Measure = Literal["decision", "margin"]
-SensitivityRank = Literal["difference", "of-difference"]
 Combination = Literal["mean", "worst"]
 
 
@@ -36,10 +35,12 @@ class Domain(NamedTuple):
     Attributes:
         gram_HCC: inner products of the partial gradients of each head, those of the safety loss first.
         utility: outcomes on the examples.
+        measure: of these outcomes; None: that of the safety set.
     """
 
     gram_HCC: Floats
     utility: PairedOutcomes
+    measure: Measure | None = None
 
 
 class Weights(NamedTuple):
@@ -65,7 +66,8 @@ class Measurements:
         domains: what was measured on each utility set, one of them or several.
         n_safety: how many of the partial gradients belong to the safety loss, the same ones in all domains.
         safety: outcomes on D_safe.
-        measure: `decision` for 0/1 outcomes (NaN: unscored), `margin` for real ones.
+        measure: `decision` for 0/1 outcomes (NaN: unscored), `margin` for real ones; of the safety set, and of
+            domains that name none.
         sensitivity_rank: see `functional_sensitivity`.
         combination: how several domains become one map, see `combined`.
 
@@ -85,21 +87,23 @@ class Measurements:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} {getattr(self, name)!r}; accepted are {', '.join(get_args(kind))}")
         n_heads = len(self.domains[0].gram_HCC)
-        for gram_HCC, _ in self.domains:
+        for gram_HCC, *_ in self.domains:
             n_chunks = gram_HCC.shape[1]
             if gram_HCC.shape != (n_heads, n_chunks, n_chunks) or not 2 <= self.n_safety <= n_chunks - 2:
                 raise ValueError(
                     f"gram_HCC of shape {gram_HCC.shape}, {self.n_safety} of {n_chunks} chunks are of the safety loss; "
                     f"needed are {n_heads} heads and at least 2 chunks of each set"
                 )
-        for name, outcomes in (*(("utility", domain.utility) for domain in self.domains), ("safety", self.safety)):
+        sets = [("utility", domain.utility, domain.measure) for domain in self.domains]
+        for name, outcomes, measure in (*sets, ("safety", self.safety, None)):
             n_examples = len(outcomes.baseline_N)
             if n_examples < 2 or outcomes.ablated_HN.shape != (n_heads, n_examples):
                 raise ValueError(
                     f"{name}: {n_examples} examples, ablated_HN of shape {outcomes.ablated_HN.shape}; needed are at "
                     f"least 2 examples and shape {(n_heads, n_examples)}"
                 )
-            if self.measure == "margin" and not np.isfinite(self._changes(outcomes)).all():
+            is_margin = (measure or self.measure) == "margin"
+            if is_margin and not np.isfinite(self._changes(outcomes, measure)).all():
                 raise ValueError(f"{name}: margins that are not finite; no map is made of them")
 
     @property
@@ -136,7 +140,7 @@ class Measurements:
             self.domains, self._signs(), weights.utility_RN, weights.utility_RC, strict=True
         ):
             conflict_RH = weighted_conflict(domain.gram_HCC, self.n_safety, weights.safety_RC, utility_RC, drawn=drawn)
-            utility_RH = _weighted_mean(self._changes(domain.utility), utility_RN)
+            utility_RH = _weighted_mean(self._changes(domain.utility, domain.measure), utility_RN)
             sensitivity_RH = _sensitivity(np.abs(utility_RH), np.abs(safety_RH), self.sensitivity_rank)
             shifts = (utility_RH * sign_H, safety_RH) if drawn else (np.abs(utility_RH), np.abs(safety_RH))
             score_RH = conflict_score(conflict_RH, sensitivity_RH)
@@ -148,13 +152,13 @@ class Measurements:
 
     def _signs(self) -> list[Floats]:
         """Whether a head's mean change on each domain has the sign of that on the first one: 1 or -1, [H] each."""
-        changes = [self._changes(domain.utility) for domain in self.domains]
+        changes = [self._changes(domain.utility, domain.measure) for domain in self.domains]
         signs = [np.where(_weighted_mean(c_HN, np.ones((1, c_HN.shape[1])))[0] < 0, -1.0, 1.0) for c_HN in changes]
         return [sign_H * signs[0] for sign_H in signs]
 
-    def _changes(self, outcomes: PairedOutcomes) -> Floats:
+    def _changes(self, outcomes: PairedOutcomes, measure: Measure | None = None) -> Floats:
         change_HN = np.asarray(outcomes.ablated_HN - outcomes.baseline_N, dtype=np.float64)
-        return np.abs(change_HN) if self.measure == "margin" else change_HN
+        return np.abs(change_HN) if (measure or self.measure) == "margin" else change_HN
 
 
 def weighted_conflict(

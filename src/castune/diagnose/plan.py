@@ -94,7 +94,8 @@ class Plan:
         weight_bytes: of the whole model, in its dtype.
         dtype: of the weights.
         flops: of a forward of the whole model, by part.
-        stages: `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`.
+        stages: `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`; where there are
+            problems also `solutions`, which is `utility` by decisions on these.
         peak_memory: by measure, bytes at the peak on the device of the model, weights included; empty: not measured.
         gradient_sums: bytes of partial gradients at once, kept in the memory of the CPU.
         slice_layers: depth of the slice that stood for the model.
@@ -115,11 +116,13 @@ class Plan:
     resumable: bool
     what: str = "heads"
     """What `n_heads` counts."""
+    solves: bool = False
+    """Whether utility is measured by decisions on problems: `solutions` in the place of `utility`."""
 
     def parts(self, measure: str) -> dict[str, Stage]:
         """The stages of a diagnosis by `margin` or `decision`."""
-        left_out = "decisions" if measure == "margin" else "margins"
-        return {name: stage for name, stage in self.stages.items() if name != left_out}
+        left_out = {"decisions" if measure == "margin" else "margins", "utility" if self.solves else "solutions"}
+        return {name: stage for name, stage in self.stages.items() if name not in left_out}
 
     def seconds(self, measure: str) -> float | None:
         """Seconds of the whole diagnosis by `margin` or `decision`; None where not predicted."""
@@ -203,6 +206,7 @@ def plan(
         slice_layers=work.ablator.layout.n_layers,
         resumable=work.ablator.resumable,
         what="heads" if settings.units == ("q_heads",) else "units",
+        solves=settings.problems == "decision" and any(one.is_of_problems for one in utility_sets(utility)),
     )
     if accelerator is not None:
         return _on_accelerator(found, ACCELERATORS[accelerator])
@@ -229,12 +233,27 @@ class _Work:
         """Every stage's work."""
         n_tokens = self.config.max_new_tokens
         replies = self._decoding(len(self.safety), n_tokens, n_tokens, self.most_decoded)
-        return {
+        stages = {
             "gradients": self._gradients(),
             "utility": self._swept(self.utility_batches),
             "margins": self._swept(self._margin_batches) + replies,
-            "decisions": self._swept(self._refusal_batches) + replies + self._decoded(),
+            "decisions": self._swept(self._refusal_batches) + replies + self._decoded(self._refusal_batches),
         }
+        if any(one[0].is_problem for one in self.utility):
+            stages["solutions"] = self._solutions()
+        return stages
+
+    def _solutions(self) -> Stage:
+        """Utility by decisions: questions are scored, worked answers to problems decoded to their end."""
+        found, n_tokens = Stage(), self.config.solution_tokens
+        for one in self.utility:
+            if not one[0].is_problem:
+                found += self._swept(self.objectives.utility_measure(one).batches)
+                continue
+            batches = self.objectives.solution_measure(one, self._stand_ins_of(one, n_tokens)).batches
+            found += self._decoding(len(one), n_tokens, n_tokens, self.most_decoded)
+            found += self._swept(batches) + self._decoded(batches)
+        return found
 
     @cached_property
     def objectives(self) -> Objectives:
@@ -282,10 +301,13 @@ class _Work:
     @cached_property
     def _stand_ins(self) -> list[Reply]:
         """The data's safe replies in place of the model's own, repeated to the length limit."""
-        n_tokens, replies = self.config.max_new_tokens, []
-        for example in self.safety:
+        return self._stand_ins_of(self.safety, self.config.max_new_tokens)
+
+    def _stand_ins_of(self, examples: Sequence[Example], n_tokens: int) -> list[Reply]:
+        replies = []
+        for example in examples:
             assert example.reply is not None
-            ids = self.chat.reply_ids(example.reply, end_of_turn=False)
+            _, [ids] = self.chat.continuations(example, [example.reply], end_of_turn=False)
             tokens = (ids * n_tokens)[:n_tokens]
             replies.append(Reply(str(self.chat.tokenizer.decode(tokens)), tuple(tokens), finished=False))
         return replies
@@ -320,10 +342,10 @@ class _Work:
                 found += self._repeated(batch, n_units, first)
         return found
 
-    def _decoded(self) -> Stage:
+    def _decoded(self, batches: Sequence[ExampleBatch]) -> Stage:
         """Replies that change: decoded until the judge's answer is settled, and run again first where they must be."""
         found = Stage()
-        for batch in self._refusal_batches:
+        for batch in batches:
             n_tokens = [n for parts in batch.parts for _, n in parts]
             share = self.decoded_share
             if share is None:

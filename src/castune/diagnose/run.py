@@ -17,6 +17,7 @@ from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.files import locked, write_parquet
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
+from castune.core.answers import require_math_verify
 from castune.core.batching import tuned_batch_tokens
 from castune.core.checksum import unchanged
 from castune.core.heads import HeadId, HeadLayout
@@ -28,7 +29,8 @@ from castune.core.quantisation import is_quantised
 from castune.core.shards import Shard
 from castune.core.units import Unit, UnitLayout
 from castune.data.chat import ChatFormat
-from castune.data.example import Example, content_hash, require_replies
+from castune.data.example import Example, require_replies
+from castune.data.record import data_record
 from castune.data.rows import Row
 from castune.diagnose.ablate import mean_replacements
 from castune.diagnose.domains import Utility, UtilitySet, utility_sets
@@ -107,11 +109,12 @@ def diagnose(
     identity = model_record(model, tokenizer)
     if adapter is not None:
         identity["adapter"] = adapter
-    data = {name: _data_record((sources or {}).get(name), found, rows[name]) for name, found in examples.items()}
+    data = {name: data_record(name, (sources or {}).get(name), found, rows[name]) for name, found in examples.items()}
     settings, record = config.model_dump(mode="json"), provenance(seed)
     # How domains are combined changes nothing that is measured.
     measured_by = {key: value for key, value in settings.items() if key != "domains"}
-    made_by = [identity[key] for key in ("fingerprint", "chat_template", "dtype")] + [record["versions"]["castune"]]
+    made_by = [identity[key] for key in ("fingerprint", "chat_template", "dtype")]
+    made_by += [record["versions"]["castune"], record["rules"]]
     # A fingerprint samples weights: it need not see a small update.
     made_by += [] if adapter is None else [adapter]
     journal = Journal.of(None if out is None else Path(out), [*made_by, measured_by, data])
@@ -136,6 +139,7 @@ def diagnose(
     metadata = {
         "model": identity,
         "settings": settings,
+        "measures": {"safety": config.measure, **{one.objective: one.measure(config) for one in sets}},
         "batch_tokens": config.batch_tokens,
         "resumed": ablator.resumable,
         "replies": _reply_counts(of_safety.outcomes, config),
@@ -195,10 +199,16 @@ def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig
     require_replies(safety, "safety", "prompt, target")
     sets = utility_sets(utility)
     for one in sets:
-        if one.is_of_problems and config.measure == "decision":
-            raise CastuneError(
-                f"{one.objective}: problems are measured by margins, the log-probability of their worked solutions "
-                "without every head: diagnose.measure = margin (--measure margin); or give multiple-choice questions"
+        if one.is_of_problems and one.measure(config) == "decision":
+            if any(example.scoring == "boxed" for example in one.examples):
+                require_math_verify()
+            logger.warning(
+                "%s: %d problems are answered in up to %d tokens without every head, which costs far more than "
+                "anything else (castune plan says how much); diagnose.problems = margin takes the log-probability of "
+                "their worked solutions instead",
+                one.objective,
+                len(one.examples),
+                config.solution_tokens,
             )
     if len(sets) == 1 and config.domains != DiagnoseConfig.model_fields["domains"].default:
         logger.warning("diagnose.domains = %r has no effect: there is one utility set", config.domains)
@@ -249,15 +259,6 @@ def _reply_counts(outcomes: Outcomes, config: DiagnoseConfig) -> dict[str, int] 
     if config.measure == "margin":
         return None
     return {"verified": outcomes.ablated_HN.size, "decoded": outcomes.n_decoded}
-
-
-def _data_record(source: str | None, examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, Any]:
-    return {
-        "source": source,
-        "n": len(examples),
-        "hash": content_hash(examples),
-        "cut": sum(row.cut for row in rows),
-    }
 
 
 def _save_outcomes(

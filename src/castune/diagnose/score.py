@@ -5,11 +5,12 @@ Shape letters: H head (all heads of the model in one axis), N example, C gradien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from castune.config import Measure
 from castune.core.ranking import percentile_rank
 
 Floats = NDArray[np.float64]
@@ -84,6 +85,11 @@ def margin_shift(ablated_HN: Floats, baseline_N: Floats) -> tuple[Floats, Floats
     """
     change_HN = np.abs(ablated_HN - baseline_N)
     return change_HN.mean(1), _standard_error(change_HN)
+
+
+def shift_of(measure: Measure) -> Callable[[Floats, Floats], tuple[Floats, Floats]]:
+    """How outcomes of a measure become a shift with its standard error."""
+    return margin_shift if measure == "margin" else decision_shift
 
 
 def functional_sensitivity(utility_shift: Floats, safety_shift: Floats, *, rank: str = "difference") -> Floats:

@@ -9,7 +9,7 @@ Shape letters: H head (all heads of the model in one axis), N example, C gradien
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from castune.artifacts import ConflictMap
+from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import read_parquet, write_parquet
-from castune.config import DiagnoseConfig
+from castune.config import DiagnoseConfig, SensitivityRank
 from castune.core.heads import HeadId
 from castune.diagnose.grams import Gram
+from castune.diagnose.maps import finished
 from castune.diagnose.measurements import Domain, Measurements
-from castune.diagnose.score import Floats, conflict_from_gram, decision_shift, margin_shift
+from castune.diagnose.score import (
+    Floats,
+    conflict_from_gram,
+    conflict_score,
+    functional_sensitivity,
+    shift_of,
+)
 from castune.errors import ArtifactError
 
 GRADIENTS_FILE = "gradients.parquet"
@@ -72,9 +80,11 @@ def stored_measurements(folder: Path, cmap: ConflictMap, made_by: str) -> Measur
         grams = _grams(path, cmap, [*maps])
         path = folder / OUTCOMES_FILE
         outcomes = _outcomes(path, cmap, [*maps, "safety"])
-        found = {objective: Domain(grams[objective].products_HCC, outcomes[objective]) for objective in maps}
         n_safety = next(iter(grams.values())).n_safety
         settings = DiagnoseConfig(**cmap.metadata["settings"])
+        # Maps from before it was noted have one measure.
+        measures = {one: cmap.metadata.get("measures", {}).get(one, settings.measure) for one in maps}
+        found = {one: Domain(grams[one].products_HCC, outcomes[one], measures[one]) for one in maps}
         measurements = Measurements(
             domains=list(found.values()),
             n_safety=n_safety,
@@ -87,16 +97,12 @@ def stored_measurements(folder: Path, cmap: ConflictMap, made_by: str) -> Measur
         raise ArtifactError(f"{path}: missing; make it with: {made_by}") from None
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged ({error!r}); remove it and run: {made_by}") from None
-    shift = margin_shift if settings.measure == "margin" else decision_shift
+    safety_shift, _ = shift_of(settings.measure)(outcomes["safety"].ablated_HN, outcomes["safety"].baseline_N)
     for objective, domain in found.items():
+        utility_shift, _ = shift_of(measures[objective])(domain.utility.ablated_HN, domain.utility.baseline_N)
         pairs = [
-            (OUTCOMES_FILE, "utility_shift", shift(domain.utility.ablated_HN, domain.utility.baseline_N)[0], 1e-9),
-            (
-                OUTCOMES_FILE,
-                "safety_shift",
-                shift(outcomes["safety"].ablated_HN, outcomes["safety"].baseline_N)[0],
-                1e-9,
-            ),
+            (OUTCOMES_FILE, "utility_shift", utility_shift, 1e-9),
+            (OUTCOMES_FILE, "safety_shift", safety_shift, 1e-9),
             (GRADIENTS_FILE, "optimization_conflict", conflict_from_gram(domain.gram_HCC, n_safety), _SAME_CONFLICT),
         ]
         for file, column, values_H, tolerance in pairs:
@@ -106,6 +112,33 @@ def stored_measurements(folder: Path, cmap: ConflictMap, made_by: str) -> Measur
                     f"remove it and run: {made_by}"
                 )
     return measurements
+
+
+def reranked(folder: Path, cmap: ConflictMap, sensitivity_rank: SensitivityRank, made_by: str) -> ConflictMap:
+    """The map of a folder with S(h) ranked otherwise, and what follows from S(h); nothing is measured.
+
+    Args:
+        folder: where `ablation.parquet` and `gradients.parquet` lie.
+        cmap: its map, of query heads on one utility set.
+        sensitivity_rank: see `functional_sensitivity`.
+        made_by: the command that makes the files again, for the message.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, or does not belong to the map.
+    """
+    measurements = replace(stored_measurements(folder, cmap, made_by), sensitivity_rank=sensitivity_rank)
+    columns: dict[str, Any] = {name: cmap.table[name] for name in SCHEMA.names}
+    sensitivity = functional_sensitivity(
+        cmap.column("utility_shift"), cmap.column("safety_shift"), rank=sensitivity_rank
+    )
+    columns["functional_sensitivity"] = sensitivity
+    columns["conflict_score"] = conflict_score(cmap.column("optimization_conflict"), sensitivity)
+    metadata = {
+        **cmap.metadata,
+        "settings": {**cmap.metadata["settings"], "sensitivity_rank": sensitivity_rank},
+        "reranked_from": cmap.content_hash,
+    }
+    return finished(columns, measurements, metadata)
 
 
 def _grams(path: Path, cmap: ConflictMap, objectives: Sequence[str]) -> dict[str, Gram]:

@@ -19,7 +19,7 @@ from castune.core.generation import Reply, generate_replies
 from castune.core.journal import nullable
 from castune.core.losses import batches_by_length
 from castune.core.modes import evaluation_mode
-from castune.core.scoring import choice_scores, question_rows, score_rows, shared_if_exact
+from castune.core.scoring import question_rows, reply_means, score_rows, shared_if_exact
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
@@ -131,7 +131,7 @@ class TransformersBackend(Backend):
             rows = [row for index in indices for row in rows_of[index]]
             values = iter(score_rows(self.model, rows, batch_tokens=config.batch_tokens))
             return [
-                nullable(choice_scores(chat, suite.examples[index], [next(values) for _ in rows_of[index]]).tolist())
+                nullable(reply_means(rows_of[index], [next(values) for _ in rows_of[index]]).tolist())
                 for index in indices
             ]
 

@@ -6,15 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from castune.core.answers import last_boxed
 from castune.core.refusals import refuses_by_prefix
 from castune.data.said import said
-from castune.evaluate.answers import last_boxed
 
 # Why a worked answer is not right, in the order in which they are asked for.
 FAILURES = ("refusal", "degenerate", "direct answer", "truncated", "no answer found", "wrong reasoning", "wrong answer")
 
 # A worked answer has more words than this beside its final answer ("The answer is 66." has three).
 _DIRECT_WORDS = 12
+# Two numbers and what is done with them; a hyphen between digits may be a range.
+_CALCULATION = re.compile(r"\d\s*(?:[+*×÷]|\\(?:times|cdot|div)\b|/\s*(?=\S+\s*=)|\s[-−]\s)\s*[($\\]*\d")
 # A reply that ends in a unit of at most so many words, repeated so often, over at least this share of it.
 _UNIT_WORDS = 40
 _REPETITIONS = 4
@@ -47,16 +49,19 @@ def failure(sample: Mapping[str, Any]) -> str | None:
 
 
 def is_direct(reply: str) -> bool:
-    """Whether a reply is a final answer without the steps to it: a number or a box, and hardly a word beside."""
+    """Whether a reply is a final answer without the steps to it: a number or a box, and hardly a word beside.
+
+    A calculation is a step, however short: "6 * 7 = 42. The answer is 42."
+    """
     boxed = last_boxed(reply)
     if boxed is None and not re.search(r"\d", reply):
         return False
-    without = reply if boxed is None else reply.replace(boxed, " ")
-    # Numbers and operators of a calculation count as words: "12 / 60 * 50 = 10" is a step.
-    return (
-        len(re.findall(r"[^\W\d_]{2,}|\d[\d.,]*|[=+*/×÷]", re.sub(r"\\(?:boxed|text|fbox)", " ", without)))
-        <= _DIRECT_WORDS
-    )
+    # The box alone: its number may stand in a calculation too.
+    box = "" if boxed is None else rf"\\(?:boxed|fbox)\s*\{{?\s*{re.escape(boxed)}\s*\}}?|"
+    without = re.sub(rf"{box}\\(?:boxed|text|fbox)", " ", reply)
+    if _CALCULATION.search(without):
+        return False
+    return len(re.findall(r"[^\W\d_]{2,}|\d[\d.,]*|[=+*/×÷]", without)) <= _DIRECT_WORDS
 
 
 def is_degenerate(reply: str) -> bool:

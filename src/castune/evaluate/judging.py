@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from castune.artifacts import EvalResult
+from castune.artifacts.rules import RULES
 from castune.data.said import said
 from castune.evaluate.judges import Judge, judge
 from castune.evaluate.metrics import suite_result
@@ -64,7 +65,13 @@ def judge_again(result: EvalResult, by: str | Judge) -> EvalResult:
             )
         )
         samples += of_suite
-    return replace(result, suites=tuple(suites), samples=tuple(samples), settings={**result.settings, "judge": by.name})
+    return replace(
+        result,
+        suites=tuple(suites),
+        samples=tuple(samples),
+        settings={**result.settings, "judge": by.name},
+        provenance={**result.provenance, "rules": RULES},
+    )
 
 
 def _is_judged(samples: Sequence[Mapping[str, Any]]) -> bool:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from castune.core.answers import final_answer, is_right, stated_letter, without_cut_sentence
 from castune.data.example import LETTERS
 from castune.data.said import said
-from castune.evaluate.answers import final_answer, is_right, stated_letter, without_cut_sentence
 from castune.evaluate.failures import failure, is_direct
 
 Sample = dict[str, Any]

@@ -32,11 +32,18 @@ _CODES = {
 }
 _FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")
 _REFUSED = r"(?:unsupported|not support|deprecated)"
+_NOT_WANTED = rf"(?:{_REFUSED}|not permitted|not allowed|forbidden)"
 # "Unsupported value: 'temperature' does not support 0 with this model."
 _REFUSED_NAME = re.compile(
-    rf"{_REFUSED}[^.]{{,40}}?\b(max_tokens|temperature)\b|\b(max_tokens|temperature)\b[^.]{{,40}}?{_REFUSED}",
+    rf"{_NOT_WANTED}[^.]{{,40}}?\b(max_tokens|temperature)\b|\b(max_tokens|temperature)\b[^.]{{,40}}?{_NOT_WANTED}",
     re.IGNORECASE,
 )
+# "`temperature` must be strictly positive", "temperature should be in range (0, 2]": zero is what is not taken.
+_ZERO_REFUSED = re.compile(
+    r"\btemperature\b[^.;]{,60}?(?:positive|greater|larger|above|range|between|>)", re.IGNORECASE | re.DOTALL
+)
+# How servers say that the length limit came first.
+_CUT = ("length", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length", "max_length")
 
 
 @dataclass(frozen=True)
@@ -109,10 +116,16 @@ def _unsupported(error: openai.APIStatusError) -> str | None:
     """The parameter that a server or model does not take; a value of it that is too large is not meant."""
     if error.param:
         refused = re.search(_REFUSED, f"{error.code} {error.message}", re.IGNORECASE)
-        return error.param if refused and error.param in ("max_tokens", "temperature") else None
-    # Compatible servers often tell in words only.
-    found = _REFUSED_NAME.search(error.message)
-    return (found[1] or found[2]).lower() if found else None
+        if refused and error.param in ("max_tokens", "temperature"):
+            return error.param
+        if error.param != "temperature":
+            return None
+    # Compatible servers often tell in words only, and under names of their own.
+    words = f"{error.message} {error.body}"
+    found = _REFUSED_NAME.search(words)
+    if found:
+        return (found[1] or found[2]).lower()
+    return "temperature" if error.param == "temperature" or _ZERO_REFUSED.search(words) else None
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float:
@@ -131,9 +144,11 @@ def _asked_wait(headers: Mapping[str, str]) -> float:
 def completion_of(body: Any) -> Completion:
     """The reply in a response."""
     try:
+        if body.get("error"):
+            raise Failed("an error in the place of an answer")
         choice = body["choices"][0]
         message, ended = choice["message"], choice.get("finish_reason")
-        text = message.get("content") or message.get("refusal") or ""
+        text = _said(message.get("content")) or message.get("refusal") or ""
         counted = (body.get("usage") or {}).get("completion_tokens")
     except (LookupError, TypeError, AttributeError):
         raise Failed("unreadable answer (no choices)") from None
@@ -143,7 +158,18 @@ def completion_of(body: Any) -> Completion:
         raise Failed("unreadable answer (content is no text)")
     # JSON can hold halves of surrogate pairs, which no file can.
     text = text.encode("utf-8", "replace").decode("utf-8")
-    return Completion(text, ended == "stop", counted if type(counted) is int and counted >= 0 else None)
+    finished = str(ended).lower() not in _CUT
+    return Completion(text, finished, counted if type(counted) is int and counted >= 0 else None)
+
+
+def _said(content: Any) -> Any:
+    """The text of a content, which may come in parts; parts of reasoning are not said."""
+    if not isinstance(content, list):
+        return content
+    parts = [
+        part if isinstance(part, str) else part.get("text") if part.get("type") == "text" else "" for part in content
+    ]
+    return "".join(parts)
 
 
 async def bounded(response: httpx2.Response) -> None:

@@ -93,7 +93,7 @@ def evaluate_on(
     hashes = [content_hash(suite.examples) for suite in suites]
     # The judge decides afterwards, on what is kept.
     measured_by = {key: value for key, value in config.model_dump(mode="json").items() if key != "judge"}
-    key = [model_info, measured_by, hashes, record["versions"]["castune"]]
+    key = [model_info, measured_by, hashes, record["versions"]["castune"], record["rules"]]
     journal = Journal.of(None if out is None else Path(out), key)
     results: list[SuiteResult] = []
     samples: list[Sample] = []

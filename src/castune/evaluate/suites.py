@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from castune.config import EvaluateConfig
+from castune.core.answers import require_math_verify
 from castune.data.example import Example
 from castune.data.sources import examples, purpose_of, source_name
 from castune.errors import DataError
-from castune.evaluate.answers import require_math_verify
 
 METRICS = {"utility": "accuracy", "safety": "refusal_rate", "over-refusal": "over_refusal_rate"}
 PURPOSES = tuple(METRICS)

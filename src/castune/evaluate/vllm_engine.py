@@ -174,8 +174,10 @@ class VllmBackend(Backend):
         """Mean log-probability a token of every choice as the reply; of a letter, its one token's."""
         rows, replies = [], []
         for example in examples:
-            for choice in _choices(chat, example):
-                rows.append([*chat.prompt_ids(example, reserve=len(choice))[0], *choice])
+            prompt, choices = chat.choices(example)
+            for choice in choices:
+                # The last token of a row is never an input: here it must be, for vLLM to score it.
+                rows.append([*chat.row(example, prompt, [choice]).ids, choice[-1]])
                 replies.append(choice)
         outputs = self.engine.run(rows, self.request, max_tokens=1, prompt_logprobs=0)
         means = iter(
@@ -183,12 +185,6 @@ class VllmBackend(Backend):
             for reply, output in zip(replies, outputs, strict=True)
         )
         return [nullable([next(means) for _ in example.choices]) for example in examples]
-
-
-def _choices(chat: ChatFormat, example: Example) -> list[list[int]]:
-    if example.scoring == "letter":
-        return [[chat.letter_token(index)] for index in range(len(example.choices))]
-    return [chat.reply_ids(choice, end_of_turn=False) for choice in example.choices]
 
 
 def _last(output: Any, reply: Sequence[int]) -> Sequence[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, SuiteResult, TuneResult
+from castune.report.sections import cut_words
 from castune.report.summary import BASE, CostRatio, Estimate, interval
 
 # A hub id, the only form of `base_model` and `datasets` the hub's metadata knows.
@@ -155,7 +156,7 @@ def _training(tuning: TuneResult | None) -> str:
         return ""
     rows: list[tuple[str, Any]] = [
         ("Data (D_align)", _data(tuning.data)),
-        ("Examples cut to the length limit", tuning.data.get("cut")),
+        ("Cut to the length limit", cut_words(tuning.data) or "none"),
         ("Steps", tuning.steps),
         ("Tokens", tuning.tokens),
         ("Wall time", f"{tuning.seconds:.1f} s"),

@@ -8,7 +8,7 @@ from typing import Any
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
-from castune.report.sections import NOT_RECORDED, duration, figure, known, section
+from castune.report.sections import NOT_RECORDED, cut_words, duration, figure, known, section
 from castune.report.summary import Rate, percent, with_error
 
 
@@ -158,8 +158,8 @@ def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
 def _source(record: Mapping[str, Any] | None) -> str:
     if not record:
         return NOT_RECORDED
-    cut = f", {record['cut']:,} cut" if record.get("cut") else ""
-    return f"{known(record.get('source'))}, n = {known(record.get('n'))}{cut}"
+    cut = cut_words(record)
+    return f"{known(record.get('source'))}, n = {known(record.get('n'))}" + (f", {cut}" if cut else "")
 
 
 def _baseline(record: Mapping[str, Any] | None) -> str:

@@ -19,6 +19,7 @@ _LOSSES = {
     "share_no_answer_found": "No answer found",
     "share_degenerate": "Degenerate",
     "share_wrong_reasoning": "Wrong reasoning",
+    "share_wrong_answer": "Wrong letter",
 }
 
 
@@ -46,23 +47,28 @@ def fates(evaluations: Mapping[str, EvalResult]) -> Markup | str:
 
 
 def losses(evaluations: Mapping[str, EvalResult]) -> Markup | str:
-    """Why problems were lost: a row an arm and suite, shares of its problems that have a reply."""
-    rows = [
-        [arm, suite.suite, _share(1 - sum(suite.extra[key] or 0 for key in _LOSSES)), *_shares(suite)]
-        for suite, arm in _by_suite(evaluations)
-        if set(_LOSSES) <= suite.extra.keys()
-    ]
-    if not rows:
+    """Why answers in words were wrong: a row an arm and suite, shares of its examples that have a reply."""
+    found = [(suite, arm) for suite, arm in _by_suite(evaluations) if "share_refusal" in suite.extra]
+    if not found:
         return ""
+    # Letters are lost for other reasons than worked answers.
+    keys = [key for key in _LOSSES if any(key in suite.extra for suite, _ in found)]
+    rows = []
+    for suite, arm in found:
+        lost = sum(suite.extra.get(key) or 0 for key in keys)
+        shares = [_share(suite.extra[key] or 0) if key in suite.extra else "–" for key in keys]
+        rows.append([arm, suite.suite, _share(1 - lost), *shares])
     rule = (
-        "Shares of the problems of a suite that have a reply; a row adds up to 100 %. An answer without reasoning is "
-        "what the paper calls reasoning collapse, a refusal of a problem its over-refusal (Appendix C). Examples side "
-        "by side, those lost by one arm only first, are among the sample replies."
+        "Shares of the problems and questions of a suite that have a reply; a row adds up to 100 %. All but the right "
+        "ones count as wrong. An answer without reasoning is what the paper calls reasoning collapse, a refusal of a "
+        "problem its over-refusal (Appendix C). Examples side by side, those lost by one arm only first, are among the "
+        "sample replies."
     )
+    columns = ["Arm", "Suite", "Right", *(_LOSSES[key] for key in keys)]
     return tag(
         "div",
-        tag("h3", "Why problems were lost"),
-        table(["Arm", "Suite", "Right", *_LOSSES.values()], rows, label="Why problems were lost", class_="numbers"),
+        tag("h3", "Why answers were wrong"),
+        table(columns, rows, label="Why answers were wrong", class_="numbers"),
         tag("p", rule, class_="small"),
     )
 
@@ -107,10 +113,6 @@ def _by_suite(evaluations: Mapping[str, EvalResult]) -> list[tuple[SuiteResult, 
 def _count(suite: SuiteResult, key: str) -> str:
     count = int(suite.extra[key] or 0)
     return f"{count:,} ({_share(count / max(1, suite.n + suite.unscored))})"
-
-
-def _shares(suite: SuiteResult) -> list[str]:
-    return [_share(suite.extra[key] or 0) for key in _LOSSES]
 
 
 def _share(value: float) -> str:

@@ -62,6 +62,13 @@ def known(value: Any) -> str:
     return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
+def cut_words(record: Mapping[str, Any]) -> str:
+    """How many examples of a data record were cut to the length limit, in words; nothing where none was."""
+    what = {"cut": "prompts", "replies_cut": "replies"}
+    counts = [f"{record[key]:,} {name}" for key, name in what.items() if record.get(key)]
+    return " and ".join(counts) + " cut" if counts else ""
+
+
 def opening(
     cmap: ConflictMap,
     evaluations: Mapping[str, EvalResult],

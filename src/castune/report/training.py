@@ -7,7 +7,7 @@ from typing import Any
 
 from castune.artifacts import HeadSelection, MaskedAdapter, TuneResult
 from castune.report.markup import Markup, table, tag
-from castune.report.sections import NOT_RECORDED, duration, figure, known, section
+from castune.report.sections import NOT_RECORDED, cut_words, duration, figure, known, section
 from castune.report.summary import number
 
 _BUDGET = ("Heads", "Layers", "Query rows", "A matrices", "Trainable parameters", "Effective parameters")
@@ -61,7 +61,8 @@ def _budgets(tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSel
         if result.certificate.units:
             heads = f"{heads} and {len(result.certificate.units):,} other units"
         layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
-        examples = known(result.data.get("n")) + (f" ({result.data['cut']:,} cut)" if result.data.get("cut") else "")
+        cut = cut_words(result.data)
+        examples = known(result.data.get("n")) + (f" ({cut})" if cut else "")
         work = [examples, known(result.steps), known(result.tokens), duration(result.seconds)]
         rows.append([arm, _objective(result), heads, layers, *rest, *work])
     explanation = (

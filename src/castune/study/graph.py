@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from castune.arms import ArmName, heads_name
-from castune.config import CalibrationConfig, Recipe, SelectConfig, StudyConfig, TuneConfig
+from castune.config import CalibrationConfig, DataConfig, Recipe, SelectConfig, StudyConfig, TuneConfig
 from castune.core.ranking import equal_parts
 from castune.errors import CastuneError
 
@@ -193,8 +193,10 @@ class Graph:
     def _map_recipe(self, name: str, calibration: CalibrationConfig) -> Recipe:
         changes: dict[str, Any] = {"study": StudyConfig(), "select": SelectConfig()}
         changes |= {key: value for key in ("safety", "utility") if (value := getattr(calibration, key)) is not None}
-        if calibration.measure is not None:
-            changes["diagnose"] = self.recipe.diagnose.model_copy(update={"measure": calibration.measure})
+        given = {key: getattr(calibration, key) for key in ("measure", "sensitivity_rank")}
+        given = {key: value for key, value in given.items() if value is not None}
+        if given:
+            changes["diagnose"] = self.recipe.diagnose.model_copy(update=given)
         recipe = self.recipe.model_copy(update=changes)
         made_from = _made_from(recipe, {"model", "revision", "dtype", "seed", "safety", "utility", "diagnose"})
         key = _digest([made_from, self.data.get(f"safety:{name}"), self.data.get(f"utility:{name}")])
@@ -262,7 +264,30 @@ class Graph:
             return score, n - count, n
         return name.zone, score, count
 
+    def _measured_by(self, name: str) -> str | None:
+        """An earlier map that measures the same and ranks S(h) otherwise; None where this one has to measure itself."""
+        wanted = self.maps[name]
+        if wanted.diagnose.units != ("q_heads",) or not isinstance(wanted.utility, DataConfig):
+            return None
+
+        def measured(recipe: Recipe) -> Recipe:
+            settings = recipe.diagnose.model_copy(update={"sensitivity_rank": "difference"})
+            return recipe.model_copy(update={"out": "", "diagnose": settings})
+
+        for other, recipe in self.maps.items():
+            if other == name:
+                return None
+            if measured(recipe) == measured(wanted):
+                return other
+        return None
+
     def _map_units(self, name: str, recipe: Recipe) -> Iterator[Unit]:
+        measured_by = self._measured_by(name)
+        if measured_by is not None:
+            source = Path(self.maps[measured_by].out)
+            needs = (f"diagnose {measured_by}",)
+            yield Unit(f"diagnose {name}", "diagnose", recipe, needs, source, self.base_folder)
+            return
         places = Path(recipe.out), self.base_folder
         shares: list[str] = []
         for number in range(1, self.shards + 1) if self.shards > 1 else ():

@@ -257,7 +257,7 @@ def _selections(
 
 
 def _replies(graph: Graph) -> list[object]:
-    """Why problems were lost and sample replies, of the arms of the first seed."""
+    """Why answers were wrong and sample replies, of the arms of the first seed."""
     run = next((run for run in graph.runs if run.calibration == "main"), None)
     if run is None:
         return []

@@ -15,17 +15,17 @@ from castune.artifacts import EvalResult, TuneResult
 from castune.artifacts.drift_result import DRIFT_FILE
 from castune.artifacts.files import locked, write_text
 from castune.artifacts.tune_result import adapter_hash
-from castune.config import EvaluateConfig, Recipe, TuneConfig
+from castune.config import Recipe, TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config, torch_dtype_of
 from castune.core.shards import Shard
 from castune.core.skeleton import skeleton
 from castune.core.units import UnitLayout
-from castune.data.example import content_hash, require_replies
+from castune.data.example import content_hash
 from castune.diagnose.domains import utility_hash, utility_sets
-from castune.errors import ArtifactError, CastuneError
+from castune.errors import CastuneError
 from castune.evaluate.suites import Suite, load_suites
-from castune.evaluations import require_evaluation
+from castune.evaluations import identity_by_map, require_evaluation, stored_evaluation
 from castune.run_directory import BASE, RunDirectory
 from castune.study.executors import Executor, log_file
 from castune.study.findings import Findings, findings
@@ -191,41 +191,33 @@ def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
         # If not, the unit says what differs.
         return TuneConfig(**TuneResult.load(arm.adapter).settings) == wanted
     if unit.stage == "base":
-        return _is_evaluated(folder.evaluation(BASE), unit.recipe.evaluate, suites, None, judged=True)
+        found = _stored(folder, unit.recipe, BASE, suites, None)
+        # It may have been killed before its replies were judged.
+        return found is not None and found.settings["judge"] == unit.recipe.evaluate.judge
     if unit.stage == "evaluate":
         assert unit.arm is not None
-        adapter = folder.side_arm(unit.arm).adapter
-        return _is_evaluated(folder.evaluation(unit.arm), unit.recipe.evaluate, suites, adapter)
+        adapter = adapter_hash(folder.side_arm(unit.arm).adapter)
+        return _stored(folder, unit.recipe, unit.arm, suites, adapter) is not None
     if unit.stage == "drift":
         assert unit.arm is not None
         return (folder.drift(folder.side_arm(unit.arm)) / DRIFT_FILE).is_file()
     return False
 
 
-def _is_evaluated(
-    folder: Path, config: EvaluateConfig, suites: Sequence[Suite], adapter: Path | None, *, judged: bool = False
-) -> bool:
-    if not (folder / "metrics.json").is_file():
-        return False
-    try:
-        found = EvalResult.load(folder)
-    except ArtifactError as error:
-        logger.warning("%s", error)
-        return False
-    if judged and found.settings["judge"] != config.judge:
-        return False  # killed before its replies were judged
-    return (
-        EvaluateConfig(**{**found.settings, "judge": config.judge}) == config
-        and found.model.get("adapter") == (None if adapter is None else adapter_hash(adapter))
-        and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
-        and not any(sample.get("missing") for sample in found.samples)
-    )
+def _stored(
+    folder: RunDirectory, recipe: Recipe, arm: str, suites: Sequence[Suite], adapter: str | None
+) -> EvalResult | None:
+    if not (folder.evaluation(arm) / "metrics.json").is_file():
+        return None
+    model = {**identity_by_map(folder, recipe), "adapter": adapter}
+    return stored_evaluation(folder.evaluation(arm), model, recipe.evaluate, suites)
 
 
 def _checked_data(recipe: Recipe) -> dict[str, str]:
     """Digests of all data of a study, each checked for what it is used for."""
-    align = pipeline.load_data(recipe.align, recipe.seed)
-    require_replies(align, "align", "prompt, completion")
+    config = recipe.evaluate
+    suites = load_suites(config.suites, limit=config.limit, seed=config.seed) if config.overlap == "drop" else []
+    align, _ = pipeline.load_align(recipe, suites)
     hashes = {"align": content_hash(align)}
     for name, calibration in {"main": None, **recipe.study.calibrations}.items():
         changes = {

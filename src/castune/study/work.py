@@ -19,6 +19,7 @@ from castune.data.example import Example
 from castune.diagnose.domains import Utility
 from castune.errors import MapUnfinished
 from castune.evaluate.suites import Suite, load_suites
+from castune.readiness import require_ready, suite_tokens, training_tokens
 from castune.run_directory import BASE, RunDirectory
 from castune.study.graph import Unit
 
@@ -45,7 +46,14 @@ def perform(unit: Unit) -> None:
 def _diagnose(unit: Unit) -> None:
     folder, recipe = RunDirectory(unit.folder), unit.recipe
     folder.save_recipe(recipe)
+    if unit.map_folder != unit.folder:
+        pipeline.rerank_step(folder, recipe, RunDirectory(unit.map_folder))
+        return
     model, tokenizer = _model(_loads(recipe))
+    # What comes after the map is looked at before it.
+    configs = [recipe.tune.changed(**dict(ArmName.parse(name).changes)) for name in recipe.study.main_arms]
+    trained_on = training_tokens(tokenizer, configs, _align(_loads(recipe))[0])
+    require_ready(model, tokenizer, trained_on, suite_tokens(tokenizer, recipe.evaluate, _suites(recipe)))
     try:
         pipeline.diagnose_step(folder, recipe, model, tokenizer, *_calibration(_loads(recipe)), shard=unit.shard)
     except MapUnfinished:
@@ -65,15 +73,19 @@ def _tune(unit: Unit) -> None:
     config = recipe.tune.changed(**dict(name.changes))
     loads = _loads(recipe)
     model, tokenizer = _model(loads, config.quantization)
-    utility = pipeline.all_examples(_calibration(loads)[1]) if config.needs_utility else None
+    utility = None
+    if config.needs_utility:
+        utility = pipeline.load_trained_utility(recipe, _calibration(loads)[1], _suites(recipe))
+    align, left_out = _align(loads)
     pipeline.tune_step(
         folder,
         arm,
         model,
         tokenizer,
-        _align(loads),
+        align,
         config,
-        recipe.align.source,
+        recipe.align,
+        left_out=left_out,
         utility=utility,
         utility_source=pipeline.utility_source(recipe) if utility else None,
     )
@@ -131,7 +143,20 @@ def _share(source: Path, target: Path, *, private: bool = False) -> None:
 
 def _loads(recipe: Recipe) -> str:
     """What is loaded for a recipe, whatever its arms and settings, as a key."""
-    keys = {"model", "revision", "trust_remote_code", "dtype", "device", "seed", "safety", "utility", "align"}
+    keys = {
+        "model",
+        "revision",
+        "trust_remote_code",
+        "template_date",
+        "dtype",
+        "device",
+        "seed",
+        "safety",
+        "utility",
+        "align",
+    }
+    # What is trained on depends on the suites where it is not to overlap with them.
+    keys |= {"evaluate"} if recipe.evaluate.overlap == "drop" else set()
     return recipe.model_copy(update={"out": ""}).model_dump_json(include=keys | {"out"})
 
 
@@ -150,9 +175,9 @@ def _calibration(loads: str) -> tuple[list[Example], Utility]:
 
 
 @lru_cache(maxsize=1)
-def _align(loads: str) -> list[Example]:
+def _align(loads: str) -> tuple[list[Example], list[str]]:
     recipe = Recipe.model_validate_json(loads)
-    return pipeline.load_data(recipe.align, recipe.seed)
+    return pipeline.load_align(recipe, _suites(recipe) if recipe.evaluate.overlap == "drop" else ())
 
 
 def _suites(recipe: Recipe) -> tuple[Suite, ...]:

@@ -32,7 +32,7 @@ from castune.core.provenance import fingerprint, model_record, provenance
 from castune.errors import CastuneError, CertificateError
 from castune.tune.row_lora import lora_layers, projection_mask, query_lora_config
 from castune.tune.targets import check_selection
-from castune.tune.verify import certify, lora_pairs, plain_lora_config
+from castune.tune.verify import certify, check_loaded, lora_pairs, plain_lora_config
 
 COMBINATIONS = ("linear", "ties")
 # Share of the values that TIES keeps where none is asked for.
@@ -103,7 +103,7 @@ def mask_adapter(
         assert weights is not None
         # PEFT puts the scaling of the parts into the matrices: alpha = r.
         pairs, alpha = _combined(base, layout, selection, sources, combination, weights, density), sources[0].rank
-    config = query_lora_config(layout, selection, r=sources[0].rank, alpha=alpha)
+    config = query_lora_config(base, layout, selection, r=sources[0].rank, alpha=alpha)
     config.base_model_name_or_path = sources[0].base_name or getattr(base.config, "_name_or_path", "") or None
     config.inference_mode = True
     unadapted = sorted(set(selection.layers) - adapted)
@@ -165,9 +165,9 @@ def _read(adapter: Path, base: Any, layout: HeadLayout, selection: HeadSelection
     rank = config["r"]
     pairs: dict[int, Pair] = {}
     dropped: Counter[str] = Counter()
-    for path, a, b in lora_pairs(weights):
-        if path not in modules:
-            raise CertificateError(f"{weights}: adapts {path}, which this model does not have: made for another model")
+    found = list(lora_pairs(weights))
+    check_loaded(adapter, config, [path for path, _, _ in found], modules)
+    for path, a, b in found:
         layer = layer_of.get(path)
         if layer is None or layer not in selection.layers:
             dropped[path.rpartition(".")[2]] += 1
@@ -240,7 +240,7 @@ def _combined(
 ) -> dict[int, Pair]:
     """A and B of every selected layer, combined by PEFT with whole rows; an absent layer of a source counts as zero."""
     names = [f"adapter_{number}" for number in range(len(sources))]
-    configs = [query_lora_config(layout, selection, r=one.rank, alpha=one.alpha) for one in sources]
+    configs = [query_lora_config(base, layout, selection, r=one.rank, alpha=one.alpha) for one in sources]
     with _adapted(base, names, configs) as peft_model:
         modules = {path.removeprefix(_PREFIX): module for path, module in lora_layers(peft_model)}
         wanted = {layout.at(layer).query_path: layer for layer in selection.layers}

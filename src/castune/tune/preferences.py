@@ -41,7 +41,7 @@ def require_trl() -> None:
 def preference_pairs(chat: ChatFormat, examples: Sequence[Example]) -> list[Pair]:
     """Token ids of prompt, chosen and rejected reply of every example, as TRL's collator takes them.
 
-    The prompt is cut on the left where it does not fit; both replies keep their end of turn.
+    What does not fit is cut as in `ChatFormat.fit`.
 
     Raises:
         DataError: an example without a rejected reply, or with one that equals the chosen one.
@@ -55,8 +55,8 @@ def preference_pairs(chat: ChatFormat, examples: Sequence[Example]) -> list[Pair
             )
         if example.reply == example.rejected:
             raise DataError(f"training data: example {example.id!r}: chosen and rejected are the same reply")
-        chosen, rejected = chat.reply_ids(example.reply), chat.reply_ids(example.rejected)
-        prompt, _ = chat.prompt_ids(example, reserve=max(len(chosen), len(rejected)))
+        prompt, (chosen, rejected) = chat.continuations(example, [example.reply, example.rejected])
+        prompt, (chosen, rejected) = chat.fit(prompt, [chosen, rejected])
         pairs.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     return pairs
 

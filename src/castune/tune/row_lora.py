@@ -11,8 +11,10 @@ Shape letters: R LoRA rank, D model width.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,18 @@ class MaskedLinear(nn.Linear):
         return functional.linear(input, self.weight * self.unit_mask.to(self.weight.dtype), self.bias)
 
 
-def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: float = 32, freeze_a: bool = False) -> Any:
+def sparse_lora(
+    model: Any,
+    selection: HeadSelection,
+    *,
+    r: int = 32,
+    alpha: float = 32,
+    freeze_a: bool = False,
+    seed: int | None = None,
+) -> Any:
     """Put LoRA on what the selected heads and other units own: a plain `PeftModel`, for any training loop.
 
-    Set the seed before calling: A is initialised at random here.
+    Without `seed` set torch's seed before calling: A is initialised at random here.
 
     Args:
         model: the base model the selection was made for, or it quantised. PEFT wraps its layers in place.
@@ -52,6 +62,8 @@ def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: flo
         alpha: LoRA alpha; updates are scaled by alpha / r.
         freeze_a: train B alone. A (r x hidden) is shared by all heads of a layer, so only then do selections
             with equal head counts have exactly equal budgets. (Units that own columns share B instead.)
+        seed: A of a layer begins with values that this and the layer alone determine, as PEFT draws them, so that
+            selections which share a layer begin alike there.
 
     Raises:
         CastuneError: the selection belongs to another model, or is empty; or the model wears an adapter already.
@@ -62,13 +74,15 @@ def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: flo
     _refuse_adapted(model)
     layout = HeadLayout.of(model)
     wanted = targets(units_for(model, layout, selection), selection)
-    peft_model = get_peft_model(model, lora_config(layout, selection, wanted, r=r, alpha=alpha))
+    peft_model = get_peft_model(model, lora_config(model, layout, selection, wanted, r=r, alpha=alpha))
     wrapped = {name.removeprefix("base_model.model.") for name, _ in lora_layers(peft_model)}
     if wrapped != wanted.keys():
         peft_model.unload()
         raise CastuneError(f"PEFT wrapped {sorted(wrapped ^ wanted.keys())} beside the selected layers of this model")
     for path, target in wanted.items():
         module = peft_model.base_model.model.get_submodule(path)
+        if seed is not None:
+            _draw_a(module.lora_A[ADAPTER_NAME].weight, f"{seed}/{path}")
         _mask(module, target)
         if freeze_a:
             module.lora_A[ADAPTER_NAME].weight.requires_grad_(False)
@@ -76,10 +90,16 @@ def sparse_lora(model: Any, selection: HeadSelection, *, r: int = 32, alpha: flo
 
 
 def lora_config(
-    layout: HeadLayout, selection: HeadSelection, wanted: Mapping[str, Target], *, r: int, alpha: float
+    model: nn.Module,
+    layout: HeadLayout,
+    selection: HeadSelection,
+    wanted: Mapping[str, Target],
+    *,
+    r: int,
+    alpha: float,
 ) -> Any:
     """The `LoraConfig` of plain LoRA on the projections that hold a part of a selected unit, and on no others."""
-    config = query_lora_config(layout, selection, r=r, alpha=alpha)
+    config = query_lora_config(model, layout, selection, r=r, alpha=alpha)
     if selection.units:
         # Names and layers could not tell apart projections that are chosen in different layers.
         config.target_modules = set(wanted)
@@ -88,21 +108,29 @@ def lora_config(
     return config
 
 
-def query_lora_config(layout: HeadLayout, selection: HeadSelection, *, r: int, alpha: float) -> Any:
+def query_lora_config(model: nn.Module, layout: HeadLayout, selection: HeadSelection, *, r: int, alpha: float) -> Any:
     """The `LoraConfig` of plain LoRA on the query projections of the layers that hold a selected head."""
     from peft import LoraConfig
 
     layers = sorted({layer for layer, _ in selection.heads})
+    by_path = _names_others(model, layout, layers)
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules=sorted({layout.at(layer).query_name for layer in layers}),
-        layers_to_transform=layers,
+        target_modules=sorted({layout.at(n).query_path if by_path else layout.at(n).query_name for n in layers}),
+        layers_to_transform=None if by_path else layers,
         fan_in_fan_out=any(layout.at(layer).transposed for layer in layers),
         task_type="CAUSAL_LM",
     )
+
+
+def _names_others(model: nn.Module, layout: HeadLayout, layers: Sequence[int]) -> bool:
+    """Whether other modules are called as the query projections are: those of a vision tower, say."""
+    names = {layout.at(layer).query_name for layer in layers}
+    paths = {layout.at(layer).query_path for layer in layout.layers_with_heads}
+    return any(path.rpartition(".")[2] in names and path not in paths for path, _ in model.named_modules())
 
 
 def _refuse_adapted(model: nn.Module) -> None:
@@ -192,6 +220,15 @@ def budget(peft_model: nn.Module, layout: UnitLayout, selection: HeadSelection) 
         for axis, name in enumerate(("rows", "columns")):
             found[name] = sum(int(target.mask.sum()) for target in wanted.values() if target.axis == axis)
     return found
+
+
+@torch.no_grad()
+def _draw_a(weight: Tensor, key: str) -> None:
+    """PEFT's own distribution of A, from a generator of its own."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6])
+    drawn = torch.empty(weight.shape)
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(number))
+    weight.copy_(drawn)
 
 
 def _mask(module: Any, target: Target) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments, set_seed
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.files import new_directory
+from castune.artifacts.rules import RULES
 from castune.artifacts.tune_result import RESELECTIONS, SNAPSHOTS
 from castune.config import TuneConfig
 from castune.core.checksum import unchanged
@@ -27,7 +28,8 @@ from castune.core.quantisation import dense_weight, require_bitsandbytes
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
-from castune.data.example import Example, content_hash, require_replies
+from castune.data.example import Example, require_replies
+from castune.data.record import data_record
 from castune.data.rows import Row
 from castune.errors import CastuneError, DataError, TrainingError
 from castune.tune.phases import Phases, Reselect, require_reselection
@@ -53,6 +55,8 @@ def tune(
     out: str | Path,
     config: TuneConfig | None = None,
     source: str | None = None,
+    balance: str | None = None,
+    left_out: Sequence[str] = (),
     utility: Sequence[Example] | None = None,
     utility_source: str | None = None,
     reselect: Reselect | None = None,
@@ -71,6 +75,8 @@ def tune(
         out: the adapter directory. It is complete or absent, never half-written.
         config: settings; the paper's Table 3 by default.
         source: name of the data source, for the record.
+        balance: the column by which they were drawn in equal shares, for the record.
+        left_out: ids of what was taken out of the source before, for the record.
         utility: D_util, the reference of gradient surgery and what data replay mixes in: questions, or prompts with
             replies. Not used without.
         utility_source: name of its source, for the record.
@@ -88,10 +94,13 @@ def tune(
     config = config or TuneConfig()
     out = Path(out)
     work = _Work.of(config, ChatFormat(tokenizer, max_length=config.max_length), data, utility)
-    data_record = _data_record(data, work.rows, source)
+    record = data_record("training", source, data, work.rows)
+    record |= {"balance": balance} if balance else {}
+    record |= {"left_out": list(left_out)} if left_out else {}
     utility_record = None
     if utility and config.needs_utility:
-        utility_record = {**_data_record(utility, work.utility_rows, utility_source), "replayed": len(work.replayed)}
+        utility_record = data_record("utility", utility_source, utility, work.utility_rows)
+        utility_record["replayed"] = len(work.replayed)
     require_reselection(config, selection, reselect)
     identity = model_record(model, tokenizer)
     workspace = Workspace.beside(out)
@@ -108,9 +117,10 @@ def tune(
                     # Later selections depend on the settings and the data of the map.
                     **({"map": selection.conflict_map_hash} if config.reselect_steps else {}),
                     "settings": config.model_dump(mode="json"),
-                    "data": data_record,
+                    "data": record,
                     "utility": utility_record,
                     "processes": processes.world_size,
+                    "rules": RULES,
                 }
             )
     try:
@@ -132,7 +142,7 @@ def tune(
                     certificate=run.base.certificate(folder, run.phases.union),
                     budget=run.budget,
                     settings=config.model_dump(mode="json"),
-                    data=data_record,
+                    data=record,
                     losses=run.losses,
                     steps=run.steps,
                     tokens=run.tokens,
@@ -274,12 +284,14 @@ def _phase(
 ) -> _Run:
     """Train the current phase to its end, or from where it was stopped."""
     selection, workspace = phases.selection, phases.workspace
-    # Before the adapter is built: the seed also decides the initial A.
-    set_seed(config.seed + len(phases.selections) - 1)
+    seed = config.seed + len(phases.selections) - 1
+    set_seed(seed)
     layout = units_for(model, HeadLayout.of(model), selection)
     base = _Base.of(model, layout, selection)
     with unchanged(model, "training"), _left_as_it_was(model):
-        peft_model = sparse_lora(model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a)
+        peft_model = sparse_lora(
+            model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a, seed=seed
+        )
         try:
             ledger = budget(peft_model, layout, selection)
             operation = None
@@ -388,10 +400,6 @@ def replayed_rows(utility_rows: Sequence[Row], n_aligned: int, share: float, see
     while len(rows) < n:
         rows += generator.sample(utility_rows, min(len(utility_rows), n - len(rows)))
     return rows
-
-
-def _data_record(data: Sequence[Example], rows: Sequence[Row], source: str | None) -> dict[str, Any]:
-    return {"source": source, "n": len(data), "hash": content_hash(data), "cut": sum(row.cut for row in rows)}
 
 
 def _check_finite(weights: Iterable[Tensor], config: TuneConfig) -> None:

@@ -23,6 +23,7 @@ from castune.errors import CertificateError
 from castune.tune.targets import targets, units_for
 
 PREFIX = "base_model.model."
+_COMPILED = "_orig_mod."
 
 # Settings of an adapter under which more than the selected rows would change, with what castune accepts.
 _REFUSED = {
@@ -89,10 +90,12 @@ def certificate_of(
         modules: paths of all modules of the base.
     """
     config, wanted = plain_lora_config(adapter), targets(layout, selection)
-    if selection.units:
+    names = set() if selection.units else {layout.heads.at(layer).query_name for layer in selection.layers}
+    addressed = config["target_modules"]
+    # A model with other modules of the same name is trained by paths.
+    if selection.units or (isinstance(addressed, list) and set(addressed) == wanted.keys() != names):
         _check_paths(adapter, config, wanted.keys(), modules)
     else:
-        names = {layout.heads.at(layer).query_name for layer in selection.layers}
         _check_scope(adapter, config, names, selection.layers)
     rank, scaling = int(config["r"]), config["lora_alpha"] / config["r"]
     weights = adapter / "adapter_model.safetensors"
@@ -193,6 +196,9 @@ def plain_lora_config(adapter: Path) -> dict[str, Any]:
 def _check_scope(adapter: Path, config: dict[str, Any], names: set[str], layers: tuple[int, ...]) -> None:
     """Refuse an adapter that addresses more than the query projections `names` of `layers`."""
     path, targets = adapter / "adapter_config.json", config["target_modules"]
+    for key in ("layers_pattern", "exclude_modules"):
+        if config.get(key):
+            raise CertificateError(f"{path}: {key} is {config[key]!r}, accepted here: none")
     if not isinstance(targets, list) or set(targets) != names:
         raise CertificateError(f"{path}: target_modules is {targets!r}, accepted for this model: {sorted(names)}")
     adapted = config.get("layers_to_transform")
@@ -217,6 +223,33 @@ def _check_paths(adapter: Path, config: dict[str, Any], wanted: Collection[str],
             if different[0] in addressed
             else f"{path}: target_modules does not address {different[0]}, which holds a selected unit"
         )
+
+
+def check_loaded(adapter: Path, config: Mapping[str, Any], paths: Collection[str], modules: Collection[str]) -> None:
+    """Refuse an adapter with tensors that PEFT leaves out without a word, by its own way of matching.
+
+    Args:
+        adapter: directory of a PEFT adapter.
+        config: its settings.
+        paths: of the modules that its weights file has tensors for.
+        modules: of the base.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    settings = LoraConfig(**{key: config.get(key) for key in keys})
+    for path in paths:
+        if path not in modules:
+            raise CertificateError(
+                f"{adapter / 'adapter_model.safetensors'}: adapts {PREFIX}{path}, which this model does not have: made "
+                "for another model"
+            )
+        if config["target_modules"] != "all-linear" and not check_target_module_exists(settings, path):
+            told = ", ".join(f"{key} = {config[key]!r}" for key in keys if config.get(key))
+            raise CertificateError(
+                f"{adapter / 'adapter_config.json'}: by {told} PEFT would not load the tensors of {PREFIX}{path}"
+            )
 
 
 def merged_rows(rows: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -245,6 +278,16 @@ def lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise CertificateError(f"{weights}: no readable safetensors file ({error})") from None
+    for key in tensors:
+        if not key.startswith(PREFIX) or _COMPILED in key:
+            found = (
+                f"has the prefix {_COMPILED!r} of torch.compile"
+                if _COMPILED in key
+                else f"does not begin with {PREFIX!r}"
+            )
+            raise CertificateError(
+                f"{weights}: {key} {found}: PEFT would not load it, and the model would stay as it is"
+            )
     paths = sorted({key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in tensors})
     known = {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}
     if known != tensors.keys():

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from castune.core.answers import final_answer, is_equal, is_right, last_boxed, stated_letter
 from castune.data.example import LETTERS
 from castune.errors import CastuneError
-from castune.evaluate.answers import final_answer, is_equal, is_right, last_boxed, stated_letter
 
 CASES = [
     json.loads(line)

@@ -13,8 +13,9 @@ import torch
 
 from castune import CastuneError, load
 from castune.core import loading
-from castune.data.chat import PLAIN_TEMPLATE, ChatFormat
+from castune.data.chat import ChatFormat
 from castune.data.example import Example
+from castune.data.template import PLAIN_TEMPLATE
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from castune.core.scoring import (
     answer_margin,
     can_share_prompts,
-    choice_scores,
     is_correct,
     question_rows,
     reply_means,
@@ -44,7 +43,7 @@ def test_choice_scores_equal_each_choice_alone(
     model, chat = tiny_model("llama"), ChatFormat(tiny_tokenizer)
     for question in questions:
         rows = question_rows(chat, question, share_prompt=share)
-        scores = choice_scores(chat, question, score_rows(model, rows, batch_tokens=300))
+        scores = reply_means(rows, score_rows(model, rows, batch_tokens=300))
         turn = [{"role": "user", "content": question.user_text}]
         prompt = tiny_tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
         replies = "ABCD"[: len(question.choices)] if question.scoring == "letter" else question.choices
@@ -116,10 +115,10 @@ def test_long_rows_score_as_alone_whatever_the_family(
         any_tiny_model, lambda share: [question_rows(chat, q, share_prompt=share) for q in likelihood]
     )
     for question, rows in zip(likelihood, rows_of, strict=True):
-        scores = choice_scores(chat, question, score_rows(any_tiny_model, rows, batch_tokens=400))
+        scores = reply_means(rows, score_rows(any_tiny_model, rows, batch_tokens=400))
         prompt = chat.prompt_ids(question)[0]
         expected = [
-            float(log_probs_alone(any_tiny_model, prompt, chat.reply_ids(c, end_of_turn=False)).mean())
+            float(log_probs_alone(any_tiny_model, prompt, tiny_tokenizer.encode(c, add_special_tokens=False)).mean())
             for c in question.choices
         ]
         np.testing.assert_allclose(scores, expected, rtol=0, atol=2e-5)
@@ -149,11 +148,13 @@ def test_score_rows_keeps_the_order_whatever_the_batches(tiny_model: Callable[..
 
 @given(st.lists(st.lists(st.floats(-50, 0), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_reply_means_do_not_depend_on_sharing(replies: list[list[float]]) -> None:
-    lengths = [len(reply) for reply in replies]
+    tokens = [[7] * len(reply) for reply in replies]
     separate = [np.array(reply) for reply in replies]
     expected = [sum(reply) / len(reply) for reply in replies]
-    np.testing.assert_allclose(reply_means(lengths, separate), expected, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(reply_means(lengths, [np.concatenate(separate)]), expected, rtol=1e-9, atol=1e-9)
+    rows = [Row.of_replies([1, 2], [reply]) for reply in tokens]
+    np.testing.assert_allclose(reply_means(rows, separate), expected, rtol=1e-9, atol=1e-9)
+    shared = [Row.of_replies([1, 2], tokens)]
+    np.testing.assert_allclose(reply_means(shared, [np.concatenate(separate)]), expected, rtol=1e-9, atol=1e-9)
 
 
 def _question(n_choices: int, answer: int) -> Example:

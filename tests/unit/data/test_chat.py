@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
-from castune.data.chat import PLAIN_TEMPLATE, ChatFormat
+from castune.data.chat import ChatFormat
 from castune.data.example import Example, Message
 from castune.data.rows import Row
+from castune.data.template import PLAIN_TEMPLATE
 from castune.errors import DataError
 
 IM_END = 257
@@ -62,12 +64,13 @@ def test_end_tokens_start_with_the_end_of_turn_and_hold_the_models_own(tiny_toke
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=TEXT, reply=TEXT)
-def test_prompt_and_reply_are_tokenised_apart(tiny_tokenizer: Any, prompt: str, reply: str) -> None:
+def test_the_reply_is_trained_behind_what_the_model_is_asked_to_continue(
+    tiny_tokenizer: Any, prompt: str, reply: str
+) -> None:
     chat = ChatFormat(tiny_tokenizer, max_length=10_000)
     row = chat.loss_row(example(prompt, reply))
     at_generation, cut = chat.prompt_ids(example(prompt, reply))
     assert not cut
-    # What the model is asked to continue at generation time is exactly what stands before the trained tokens.
     assert list(row.ids[: len(at_generation)]) == at_generation
     assert list(row.tokens) == [*tiny_tokenizer(reply, add_special_tokens=False)["input_ids"], IM_END]
     assert row.positions == tuple(range(len(at_generation) - 1, len(at_generation) - 1 + len(row.tokens)))
@@ -90,26 +93,59 @@ def test_history_stands_before_the_prompt(tiny_tokenizer: Any) -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prompt_length=st.integers(1, 80), reply_length=st.integers(1, 40), limit=st.integers(45, 120))
-def test_only_the_left_of_the_prompt_is_cut(
+@given(prompt_length=st.integers(1, 80), reply_length=st.integers(1, 120), limit=st.integers(4, 120))
+def test_what_is_cut_is_the_left_of_the_prompt_then_the_end_of_the_reply(
     tiny_tokenizer: Any, prompt_length: int, reply_length: int, limit: int
 ) -> None:
     prompt = "".join(chr(ord("a") + i % 26) for i in range(prompt_length))
-    whole = ChatFormat(tiny_tokenizer, max_length=10_000).loss_row(example(prompt, "r" * reply_length))
-    row = ChatFormat(tiny_tokenizer, max_length=limit).loss_row(example(prompt, "r" * reply_length))
-    total = len(whole.ids) + 1  # the last reply token is predicted, never an input
-    assert row.tokens == whole.tokens
-    assert row.cut == (total > limit)
-    assert len(row.ids) + 1 == min(total, limit)
-    assert whole.ids[len(whole.ids) - len(row.ids) :] == row.ids
+    asked = example(prompt, "r" * reply_length)
+    whole = ChatFormat(tiny_tokenizer, max_length=10_000).loss_row(asked)
+    row = ChatFormat(tiny_tokenizer, max_length=limit).loss_row(asked)
+    n_prompt, n_reply = len(whole.ids) + 1 - len(whole.tokens), len(whole.tokens)
+    kept_reply = len(row.tokens)
+    kept_prompt = len(row.ids) + 1 - kept_reply  # the last reply token is predicted, never an input
+    assert kept_prompt + kept_reply == min(n_prompt + n_reply, limit)
+    # Neither is cut for the other's sake beyond the half of the limit that is its own.
+    assert kept_prompt >= min(n_prompt, limit // 2)
+    assert kept_reply >= min(n_reply, limit - limit // 2)
+    assert (row.cut, row.reply_cut) == (kept_prompt < n_prompt, kept_reply < n_reply)
+    assert row.tokens == whole.tokens[:kept_reply]
+    assert row.ids[:kept_prompt] == whole.ids[n_prompt - kept_prompt : n_prompt]
+    # A reply that was cut does not teach the model to stop there.
+    assert (row.tokens[-1] == IM_END) == (not row.reply_cut)
     assert not whole.cut
+    assert not whole.reply_cut
 
 
-def test_a_reply_that_fills_the_limit_leaves_no_prompt_and_is_refused(tiny_tokenizer: Any) -> None:
+def test_the_token_that_begins_a_sequence_stays_when_a_prompt_is_cut(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template.replace("<|im_start|>", "")
+    ids, cut = ChatFormat(tokenizer, max_length=12).prompt_ids(example("a" * 40), reserve=2)
+    assert cut
+    assert len(ids) == 10
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in ids[1:]
+
+
+def test_prompts_leave_room_for_a_reply_or_are_refused(tiny_tokenizer: Any) -> None:
     chat = ChatFormat(tiny_tokenizer, max_length=11)
-    assert len(chat.loss_row(example(reply="r" * 9)).ids) == 10
+    assert len(chat.prompt_ids(example(), reserve=10)[0]) == 1
     with pytest.raises(DataError, match=r"'e'.*11 tokens.*11"):
-        chat.loss_row(example(reply="r" * 10))
+        chat.prompt_ids(example(), reserve=11)
+    with pytest.raises(DataError, match=r"'e'.*12 tokens.*11"):
+        chat.row(example(), [1, 2], [[3] * 12])
+
+
+def test_the_loss_of_a_lettered_question_is_that_of_the_letter(tiny_tokenizer: Any) -> None:
+    """The next token, which the paper predicts: the end of the turn would be half of the loss."""
+    chat = ChatFormat(tiny_tokenizer)
+    question = Example(id="q", prompt="Sky?", choices=("red", "blue"), answer=1, scoring="letter")
+    row = chat.loss_row(question)
+    assert row.tokens == (chat.letter_token(1),)
+    assert row.positions == (len(row.ids) - 1,)
+    assert list(row.ids) == chat.prompt_ids(question)[0]
+    text = chat.loss_row(Example(id="q", prompt="Sky?", choices=("red", "blue"), answer=1, scoring="likelihood"))
+    assert tiny_tokenizer.decode(text.tokens) == "blue<|im_end|>"
 
 
 def test_a_row_needs_a_reply(tiny_tokenizer: Any) -> None:
@@ -119,8 +155,10 @@ def test_a_row_needs_a_reply(tiny_tokenizer: Any) -> None:
 
 def test_choices_are_scored_without_the_end_of_turn(tiny_tokenizer: Any) -> None:
     chat = ChatFormat(tiny_tokenizer)
-    assert IM_END not in chat.reply_row(example(), "blue", end_of_turn=False).tokens
-    assert chat.reply_row(example(), "blue").tokens[-1] == IM_END
+    _, [without] = chat.continuations(example(), ["blue"], end_of_turn=False)
+    _, [with_end] = chat.continuations(example(), ["blue"])
+    assert tiny_tokenizer.decode(without) == "blue"
+    assert with_end == [*without, IM_END]
 
 
 def test_letters_are_single_tokens_or_refused(tiny_tokenizer: Any) -> None:
@@ -128,15 +166,10 @@ def test_letters_are_single_tokens_or_refused(tiny_tokenizer: Any) -> None:
     tokens = [chat.letter_token(i) for i in range(10)]
     assert tiny_tokenizer.convert_ids_to_tokens(tokens) == list("ABCDEFGHIJ")
 
-    class Splitting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(tiny_tokenizer, name)
-
-        def __call__(self, text: str, **options: Any) -> Any:
-            return tiny_tokenizer(f"_{text}", **options)
-
+    splitting = copy.deepcopy(tiny_tokenizer)
+    splitting.backend_tokenizer.normalizer = normalizers.Replace("A", "_A")
     with pytest.raises(DataError, match='letter A is 2 tokens.*"likelihood"'):
-        ChatFormat(Splitting()).letter_token(0)
+        ChatFormat(splitting).letter_token(0)
 
 
 def test_a_row_scores_reply_tokens_at_the_positions_before_them() -> None:
@@ -144,10 +177,12 @@ def test_a_row_scores_reply_tokens_at_the_positions_before_them() -> None:
     assert (row.ids, row.positions, row.tokens, row.cut) == ((10, 11, 12, 20), (2, 3), (20, 21), False)
     assert row.places == [0, 1, 2, 3]
     assert Row.of_replies([10], [[20]], cut=True).cut
+    assert row.reply_lengths == [2]
 
 
 def test_replies_that_share_a_prompt_are_each_scored_behind_it() -> None:
     row = Row.of_replies([10, 11], [[20, 21, 22], [30], [40, 41]])
+    assert row.reply_lengths == [3, 1, 2]
     assert row.tokens == (20, 21, 22, 30, 40, 41)
     # What a scored token follows, seen from its own branch: the prompt's end, then its reply so far.
     before = [row.ids[p] for p in row.positions]
@@ -161,5 +196,7 @@ def test_replies_that_share_a_prompt_are_each_scored_behind_it() -> None:
 
 
 def test_an_empty_reply_has_nothing_to_score(tiny_tokenizer: Any) -> None:
+    chat = ChatFormat(tiny_tokenizer)
+    prompt, replies = chat.continuations(example(), [""], end_of_turn=False)
     with pytest.raises(DataError, match="'e'.*no tokens"):
-        ChatFormat(tiny_tokenizer).reply_row(example(), "", end_of_turn=False)
+        chat.row(example(), prompt, replies)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castune.core.refusals import decides_by, is_settled, read_by
-from castune.data.chat import ChatFormat, template_opens_thought
+from castune.data.chat import ChatFormat
 from castune.data.said import opens_thought, said
 
 # (beginning, end) as models write them, and what a tokenizer leaves that skips special tokens.
@@ -105,7 +105,7 @@ def test_the_time_does_not_explode(piece: str) -> None:
 
 
 def test_a_template_that_opens_the_reasoning_is_known(tiny_tokenizer: Any) -> None:
-    assert not template_opens_thought(tiny_tokenizer)
+    assert not ChatFormat(tiny_tokenizer).opens_thought
     ends = "{% if add_generation_prompt %}<|im_start|>assistant\n"
     assert ends in tiny_tokenizer.chat_template
     try:

@@ -420,7 +420,7 @@ LAYOUTS: dict[str, tuple[list[Row], list[tuple[str, str | None, str | None]]]] =
     "wildguard": (GUARD, [("harm", None, "weapons")]),
     "gsm8k": (
         [{"question": "One and one?", "answer": "It is 1 + 1 = <<1+1=2>>2.\n#### 2"}],
-        [("One and one?", "It is 1 + 1 = <<1+1=2>>2.", None)],
+        [("One and one?", "It is 1 + 1 = 2.\nThe final answer is \\boxed{2}.", None)],
     ),
     "math": (
         [{"problem": "Halve 1.", "solution": r"\boxed{\frac{1}{2}}", "answer": r"\frac{1}{2}", "subject": "Algebra",

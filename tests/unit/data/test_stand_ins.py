@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from castune.core.loading import load_config
 from castune.data.sources import NAMED_SOURCES, examples
 from castune.data.stand_ins import TYPICAL_SOURCES, DataOrStandIns, lengths_of, stand_ins
-from castune.errors import DataError
+from castune.errors import DataError, SourceUnreachable
 
 
 def test_every_named_source_has_a_size_and_lengths() -> None:
@@ -65,7 +65,7 @@ def test_what_is_not_to_be_had_is_stood_in_for_with_a_note(monkeypatch: pytest.M
 
     def unreachable(name: str, *_rest: Any) -> Any:
         asked.append(name)
-        raise DataError(f"{name}: no network")
+        raise SourceUnreachable(f"{name}: no network")
 
     monkeypatch.setattr("castune.data.sources._read_hub", unreachable)
     read = DataOrStandIns()

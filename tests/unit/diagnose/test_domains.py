@@ -298,7 +298,7 @@ def test_what_is_saved_is_what_is_loaded(
     metadata = cmap.metadata
     assert metadata["combined"] == "mean"
     assert metadata["data"]["utility"] == {
-        "source": "mine", "n": 11, "cut": 0, "hash": utility_hash(utility_sets(domains)),
+        "source": "mine", "n": 11, "cut": 0, "replies_cut": 0, "hash": utility_hash(utility_sets(domains)),
     }  # fmt: skip
     assert metadata["data"]["safety"]["source"] == "theirs"
     accuracies = []

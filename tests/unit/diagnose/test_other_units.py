@@ -22,7 +22,7 @@ from castune.core.units import KINDS, UnitLayout, unit
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
-from castune.diagnose.decode import RefusalMeasure
+from castune.diagnose.decode import ReplyMeasure
 from castune.diagnose.gradients import gradient_passes, gram_matrices, partial_gradients
 from castune.diagnose.groups import ablate_groups
 from castune.diagnose.sweep import Ablator, sweep
@@ -221,7 +221,7 @@ def test_replies_without_a_unit_are_those_of_a_model_with_zeroed_weights(
     prompts = [chat.prompt_ids(example)[0] for example in harmful]
     options: dict[str, Any] = {"end_tokens": chat.end_tokens(model), "max_new_tokens": 6, "batch_tokens": 600}
     replies = generate_replies(model, tiny_tokenizer, prompts, **options)
-    measure = RefusalMeasure(
+    measure = ReplyMeasure(
         ablator, tiny_tokenizer, prompts, [e.prompt for e in harmful], replies, judge=chance_judge,
         is_settled=lambda _: False, **options,
     )  # fmt: skip

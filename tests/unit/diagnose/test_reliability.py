@@ -114,7 +114,7 @@ def changed(m: Measurements, *, gram_HCC: Floats | None = None, utility: Pairs |
 def slow_columns(m: Measurements, utility: Any, safety: Any, utility_chunks: Any, safety_chunks: Any) -> list[Floats]:
     """The five columns by the functions of `score.py`, on arrays made of the drawn examples and chunks."""
     shift = margin_shift if m.measure == "margin" else decision_shift
-    ((gram_HCC, pairs),) = m.domains
+    ((gram_HCC, pairs, _),) = m.domains
     utility_H = shift(pairs.ablated_HN[:, utility], pairs.baseline_N[utility])[0]
     safety_H = shift(m.safety.ablated_HN[:, safety], m.safety.baseline_N[safety])[0]
     order = [*safety_chunks, *(m.n_safety + np.asarray(utility_chunks))]
@@ -360,7 +360,7 @@ def together(parts: Sequence[Measurements], combination: Any) -> Measurements:
     shared = first.n_safety
     domains = []
     for part in parts:
-        ((gram_HCC, utility),) = part.domains
+        ((gram_HCC, utility, _),) = part.domains
         # Any Gram matrix will do, as long as the safety chunks are the same in all.
         gram_HCC = gram_HCC.copy()
         gram_HCC[:, :shared, :shared] = first.domains[0].gram_HCC[:, :shared, :shared]
@@ -391,7 +391,7 @@ def test_domains_are_combined_in_every_resample(
         )
         for d, domain in enumerate(m.domains)
     ]
-    whole = [c_HN.ablated_HN - c_HN.baseline_N for _, c_HN in m.domains]
+    whole = [c_HN.ablated_HN - c_HN.baseline_N for _, c_HN, _ in m.domains]
     signs = [np.where(np.nanmean(np.abs(x) if measure == "margin" else x, 1) < 0, -1, 1) for x in whole]
     for name in COLUMNS:
         columns = [one[name] for one in alone]

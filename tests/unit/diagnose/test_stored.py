@@ -17,7 +17,7 @@ from castune.artifacts import ConflictMap
 from castune.data.example import Example
 from castune.diagnose.measurements import COLUMNS
 from castune.diagnose.run import measure_gradients
-from castune.diagnose.stored import stored_measurements
+from castune.diagnose.stored import reranked, stored_measurements
 from castune.errors import ArtifactError
 
 Files = ("gradients.parquet", "ablation.parquet")
@@ -86,3 +86,25 @@ def check(source: Path, folder: Path, cmap: ConflictMap, name: str, spoil: Calla
         stored_measurements(folder, cmap, "castune drift RUN")
     assert str(folder / name) in str(error.value)
     assert "castune drift RUN" in str(error.value)
+
+
+@pytest.mark.parametrize("measure", ["margin", "decision"])
+def test_a_map_ranked_otherwise_is_the_one_a_diagnosis_would_give(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    questions: list[Example],
+    harmful: list[Example],
+    tmp_path: Path,
+    measure: Any,
+) -> None:
+    config = DiagnoseConfig(measure=measure, max_new_tokens=4, gradient_chunks=2)
+    model, data = tiny_model("llama"), {"safety": harmful, "utility": questions}
+    cmap = castune.diagnose(model, tiny_tokenizer, **data, config=config, out=tmp_path, seed=3)
+    other = config.model_copy(update={"sensitivity_rank": "of-difference"})
+    expected = castune.diagnose(model, tiny_tokenizer, **data, config=other, seed=3)
+    found = reranked(tmp_path, cmap, "of-difference", "again")
+    assert found.table.equals(expected.table)
+    assert not found.table.equals(cmap.table)
+    for key in ("settings", "ties", "reliability", "baseline", "data"):
+        assert found.metadata[key] == expected.metadata[key], key
+    assert found.metadata["reranked_from"] == cmap.content_hash

@@ -242,7 +242,20 @@ def test_a_running_event_loop_is_no_obstacle(server: Server) -> None:
         (lambda e: e.reply(None, finish_reason="length", tokens=5), Completion("", False, 5)),
         (lambda e: e.reply(""), Completion("", True, 3)),
         (lambda e: e.reply(None, refusal="I'm sorry."), Completion("I'm sorry.", True, 3)),
-        (lambda e: e.reply("a", finish_reason=None), Completion("a", False, 3)),
+        # That it was cut off has to be said.
+        (lambda e: e.reply("a", finish_reason=None), Completion("a", True, 3)),
+        (lambda e: e.reply("a", finish_reason="eos_token"), Completion("a", True, 3)),
+        (lambda e: e.reply("a", finish_reason="MAX_TOKENS"), Completion("a", False, 3)),
+        (
+            lambda e: e.reply(
+                [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "I cannot help."}]},
+                    {"type": "text", "text": "a"},
+                    {"type": "text", "text": "b"},
+                ]
+            ),
+            Completion("ab", True, 3),
+        ),
         (lambda e: e.reply("a", tokens=None), Completion("a", True, None)),
         (lambda e: e.reply("a", tokens="many"), Completion("a", True, None)),
         (lambda e: e.reply("a", finish_reason="content_filter"), None),
@@ -250,7 +263,7 @@ def test_a_running_event_loop_is_no_obstacle(server: Server) -> None:
         (lambda e: e.reply("a\ud83d"), Completion("a?", True, 3)),
         # Valid JSON under another content type is a reply.
         (lambda e: e.send(200, '{"choices": [{"message": {"content": "a"}}]}', Content_Type="text/plain"),
-         Completion("a", False, None)),
+         Completion("a", True, None)),
     ],
 )  # fmt: skip
 def test_every_kind_of_reply(server: Server, response: Response, completion: Completion | None) -> None:
@@ -492,6 +505,40 @@ NO_MAX_TOKENS = (
 NO_TEMPERATURE = (
     "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
 )
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (422, {"error": "Input validation error: `temperature` must be strictly positive", "error_type": "validation"}),
+        (400, {"error": {"message": "temperature should be in range (0, 2]", "param": None, "code": "1210"}}),
+        (422, {"status": 422, "message": "Invalid params: temperature must be in range (0, +inf)"}),
+        (400, {"error": {"message": "Invalid value", "param": "temperature", "code": "invalid_value"}}),
+        (422, {"detail": [{"loc": ["body", "temperature"], "msg": "Input should be greater than 0"}]}),
+        (400, {"error": {"message": "temperature is not allowed for this model"}}),
+    ],
+)
+def test_a_server_without_temperature_0_is_asked_without_it(
+    server: Server, status: int, body: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def strict(e: Exchange) -> None:
+        if "temperature" in e.body:
+            e.send(status, json.dumps(body))
+        else:
+            e.reply("said")
+
+    server.respond = strict
+    assert texts(ask(Endpoint("m", base_url=server.url), "a", "b")) == ["said", "said"]
+    assert "its replies are sampled" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"error": {"message": "Provider returned error", "code": 429}}, {"choices": None}, {"choices": []}, {}, [], None],
+)
+def test_an_answer_without_a_reply_is_no_reply(server: Server, body: Any) -> None:
+    server.respond = lambda e: e.send(200, json.dumps(body))
+    assert ask(Endpoint("m", base_url=server.url, attempts=1), "a") == [None]
 
 
 @pytest.mark.parametrize("structured", [True, False])

@@ -1,4 +1,4 @@
-"""Why problems were lost: the paper's own examples (Tables 5 and 6), and replies that say nothing."""
+"""Why answers were wrong: the paper's own examples (Tables 5 and 6), and replies that say nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from castune.evaluate.failures import FAILURES, failure, is_degenerate
+from castune.evaluate.failures import FAILURES, failure, is_degenerate, is_direct
 
 STEPS = (
     "To find out how much Weng earned, we first calculate her earnings per minute. Hourly rate: $12 for 60 minutes. "
@@ -37,6 +37,28 @@ def test_every_lost_problem_has_one_reason(reply: str, answer: str | None, finis
     found = failure(sample(reply, answer, finished))
     assert found == why
     assert found is None or found in FAILURES
+
+
+@pytest.mark.parametrize(
+    ("reply", "direct"),
+    [
+        ("66", True),
+        ("$66", True),
+        ("The answer is 66 frogs.", True),
+        (r"\boxed{6 * 7}", True),
+        (r"The final answer is \boxed 7.", True),
+        ("2-3", True),
+        ("6 * 7 = 42. The answer is 42.", False),
+        (r"0 + 0 = 0. The final answer is \boxed{0}.", False),
+        (r"$6 \times 7 = 42$, so \boxed{42}", False),
+        ("48 / 2 = 24", False),
+        ("50 - 8 = 42", False),
+        ("I cannot answer that.", False),
+        (STEPS, False),
+    ],
+)
+def test_a_calculation_is_a_step_however_short(reply: str, direct: bool) -> None:
+    assert is_direct(reply) is direct
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,9 @@ def test_the_papers_recipe_is_told_from_a_config_alone(
     tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*_arguments: Any) -> Any:
-        from castune.errors import DataError
+        from castune.errors import SourceUnreachable
 
-        raise DataError("no network")
+        raise SourceUnreachable("no network")
 
     monkeypatch.setattr("castune.data.sources._read_hub", unreachable)
     tiny_model("mistral", vocab_size=50_000, max_position_embeddings=4096).config.save_pretrained(tmp_path)

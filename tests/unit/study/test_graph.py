@@ -65,7 +65,7 @@ def test_the_default_study_is_that_of_the_paper() -> None:
 def test_units_come_behind_what_they_need_and_have_names_of_their_own() -> None:
     calibrations = {
         "small": {"utility": {"source": "starter-utility", "limit": 10}, "arms": ["bucket-1-of-4"]},
-        "map": {},
+        "map": {"measure": "margin"},
     }
     graph = Graph(recipe_of(random_draws=2, calibrations=calibrations), n_heads=270, shards=3)
     seen: set[str] = set()
@@ -84,6 +84,28 @@ def test_units_come_behind_what_they_need_and_have_names_of_their_own() -> None:
     assert [run.trained for run in graph.runs if run.is_draw] == [("random",), ("random",)]
     folders = [run.folder for run in graph.runs]
     assert len(set(folders)) == len(folders)
+
+
+def test_a_map_that_ranks_otherwise_is_made_of_what_another_measured() -> None:
+    calibrations = {
+        "one-rank": {"sensitivity_rank": "of-difference", "arms": ["safe"]},
+        "other-data": {"sensitivity_rank": "of-difference", "utility": {"source": "starter-utility", "limit": 10}},
+    }
+    graph = Graph(recipe_of(calibrations=calibrations), n_heads=270, shards=2)
+    diagnoses = {unit.name: unit for unit in graph.units if unit.stage == "diagnose"}
+    assert list(diagnoses) == [
+        "diagnose main, share 1 of 2",
+        "diagnose main, share 2 of 2",
+        "diagnose main",
+        "diagnose one-rank",
+        "diagnose other-data, share 1 of 2",
+        "diagnose other-data, share 2 of 2",
+        "diagnose other-data",
+    ]
+    made = diagnoses["diagnose one-rank"]
+    assert made.needs == ("diagnose main",)
+    assert made.map_folder == diagnoses["diagnose main"].folder != made.folder
+    assert made.recipe.diagnose.sensitivity_rank == "of-difference"
 
 
 @pytest.mark.slow

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from castune.artifacts import HeadSelection
 from castune.core.heads import HeadLayout
 from castune.errors import CastuneError, CertificateError
+from castune.tune.mask import mask_adapter
 from castune.tune.row_lora import sparse_lora
 from castune.tune.verify import certify
 
@@ -296,3 +297,85 @@ def test_transposed_storage_is_taken_from_the_model_not_from_the_file(
     edit_config(tmp_path / "a", fan_in_fan_out=stored)
     assert certify(model, tmp_path / "a", chosen).selected_rows == 24
     assert HeadLayout.of(model).at(0).transposed
+
+
+# -- tensors that PEFT would not load
+
+
+@pytest.mark.parametrize(
+    ("rename", "named"),
+    [
+        (lambda key: key.removeprefix("base_model.model."), "does not begin with 'base_model.model.'"),
+        (lambda key: f"_orig_mod.{key}", "_orig_mod"),
+        (lambda key: key.replace("base_model.model.", "base_model.model._orig_mod.", 1), "_orig_mod"),
+    ],
+    ids=["bare", "compiled", "compiled inside"],
+)
+def test_keys_that_peft_does_not_know_are_refused(
+    model: Any, adapter: Path, selection: HeadSelection, tmp_path: Path, rename: Callable[[str], str], named: str
+) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    edit_tensors(adapter, lambda found: (found.clear(), found.update({rename(k): t for k, t in tensors.items()})))
+    for refused in (
+        lambda: certify(model, adapter, selection),
+        lambda: mask_adapter(model, adapter, selection, tmp_path / "out"),
+    ):
+        with pytest.raises(CertificateError, match=f"{named}.*PEFT would not load it"):
+            refused()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["layers.2.self_attn.q_proj"]},
+        {"target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": None},
+        {"target_modules": r".*layers\.0\.self_attn\.q_proj", "layers_to_transform": None},
+        {"layers_pattern": "blocks"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_layers_that_an_adapters_own_settings_leave_out_are_refused(
+    model: Any, adapter: Path, selection: HeadSelection, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    edit_config(adapter, **changes)
+    with pytest.raises(CertificateError):
+        certify(model, adapter, selection)
+    with pytest.raises(CertificateError, match=rf"{next(iter(changes))}.*PEFT would not load.*layers\.[02]\."):
+        mask_adapter(model, adapter, selection, tmp_path / "out")
+
+
+def test_what_the_check_of_settings_passes_is_what_peft_loads(
+    tiny_model: Callable[..., Any], adapter: Path, selection: HeadSelection
+) -> None:
+    """The truth is what PEFT computes with: with its settings changed, layer 2 stays as it was."""
+    edit_config(adapter, layers_to_transform=[0])
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), adapter)
+    wrapped = {name for name, module in loaded.named_modules() if hasattr(module, "lora_B")}
+    assert wrapped == {"base_model.model.model.layers.0.self_attn.q_proj"}
+
+
+def test_a_model_with_other_modules_of_the_same_name_is_trained_by_paths(
+    tiny_model: Callable[..., Any], selection_of: SelectionOf, tmp_path: Path
+) -> None:
+    """As a language model inside a vision-language one, whose tower has a q_proj in layers of the same numbers."""
+
+    def model_with_tower() -> Any:
+        model = tiny_model("llama")
+        model.vision_tower = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([tower_layer(), tower_layer()])})
+        return model
+
+    def tower_layer() -> Any:
+        return torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})})
+
+    torch.manual_seed(0)
+    model = model_with_tower()
+    selection = selection_of(model, SOME)
+    peft_model = sparse_lora(model, selection, r=4)
+    assert {name for name, module in peft_model.named_modules() if hasattr(module, "lora_B")} == {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 2)
+    }
+    peft_model.save_pretrained(tmp_path / "adapter")
+    peft_model.unload()
+    assert certify(model, tmp_path / "adapter", selection).checked_rows == 40

@@ -49,7 +49,7 @@ def with_trainer(peft_model: Any, tokenizer: Any, data: Sequence[Example], tmp_p
     chat = ChatFormat(tokenizer)
     rows = [
         {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
-        for prompt, reply in ((chat.prompt_ids(e)[0], chat.reply_ids(str(e.reply))) for e in data)
+        for prompt, [reply] in (chat.continuations(e, [str(e.reply)]) for e in data)
     ]
     return Trainer(
         model=peft_model,

@@ -1,0 +1,255 @@
+"""Fields of rows and turns: what means something is used or refused by its name, whatever file it stands in."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from castune.data.example import Example, Message
+from castune.data.sources import examples
+from castune.errors import DataError
+
+Row = dict[str, Any]
+PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+def read(folder: Path, *rows: Row) -> list[Example]:
+    path = folder / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return examples(path)
+
+
+def talk(**fields: Any) -> Row:
+    return {"messages": [PLAIN[0], {**PLAIN[1], **fields}]}
+
+
+# -- used
+
+
+def test_system_and_history_of_instruction_rows_are_turns(tmp_path: Path) -> None:
+    row = {"instruction": "And then?", "input": "", "output": "Venus.", "system": "One sentence."}
+    [example] = read(tmp_path, {**row, "history": [["Which first?", "Mercury."]]})
+    assert example.history == (
+        Message("system", "One sentence."),
+        Message("user", "Which first?"),
+        Message("assistant", "Mercury."),
+    )
+    assert (example.prompt, example.reply) == ("And then?", "Venus.")
+    [same] = read(tmp_path, {**row, "history": [{"role": "user", "content": "Which first?"}, {"role": "assistant", "content": "Mercury."}]})  # fmt: skip
+    assert same == example
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "How are you?", "chosen": "Arr!", "rejected": "Fine."},
+        {"prompt": "How are you?", "completion": "Arr!"},
+        {"prompt": [{"role": "user", "content": "How are you?"}], "completion": "Arr!"},
+        {"prompt": "How are you?", "completion": [{"role": "assistant", "content": "Arr!"}]},
+        {"messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Arr!"}]},
+        {"instruction": "How are you?", "chosen": "Arr!", "rejected": "Fine."},
+    ],
+)
+def test_a_system_column_stands_before_the_prompt(tmp_path: Path, row: Row) -> None:
+    [example] = read(tmp_path, {**row, "system": "As a pirate."})
+    assert example.messages() == [
+        {"role": "system", "content": "As a pirate."},
+        {"role": "user", "content": "How are you?"},
+    ]
+    assert example.reply == "Arr!"
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_what_is_absent_counts_as_absent(tmp_path: Path, nothing: Any) -> None:
+    row = {"instruction": "Name a colour.", "input": nothing, "output": "Blue.", "system": nothing, "history": nothing}
+    [example] = read(tmp_path, {**row, "tools": nothing, "images": nothing, "id": "a"})
+    assert example == Example(id="a", prompt="Name a colour.", reply="Blue.")
+    [example] = read(tmp_path, talk(tool_calls=nothing, weight=1, reasoning_content=nothing, name=nothing))
+    assert (example.prompt, example.reply, example.history) == ("Hi", "Hello.", ())
+
+
+def test_parts_of_text_are_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo."}]
+    assert read(tmp_path, talk(content=parts))[0].reply == "Hello."
+
+
+# -- refused by name
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (talk(tool_calls=[{"id": "c", "function": {"name": "weather"}}], content=None), "turn 2.*'tool_calls'"),
+        ({"messages": [{"role": "tool", "content": "9 degrees"}, *PLAIN]}, "turn 1.*'tool'"),
+        (talk(function_call={"name": "f"}), "'function_call'"),
+        (talk(reasoning_content="They greet me."), "'reasoning_content'"),
+        (talk(thinking="They greet me."), "'thinking'"),
+        (talk(refusal="No.", content=None), "'refusal'"),
+        (talk(weight=0), "'weight'"),
+        (talk(train=False), "'train'"),
+        (talk(prefix=True), "'prefix'"),
+        (talk(content=None), "turn 2: content is None, accepted: text"),
+        (talk(content=[{"type": "image_url", "image_url": "x"}]), "image_url.*accepted: text"),
+        ({**talk(), "tools": [{"name": "weather"}]}, "column 'tools'"),
+        ({**talk(), "images": ["cat.png"]}, "column 'images'"),
+        ({**talk(), "chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kwargs'"),
+        ({**talk(), "system": "Be brief.", "messages": [{"role": "system", "content": "No."}, *PLAIN]}, "'system'"),
+        ({**talk(), "history": [["a", "b"]], "messages": [*PLAIN, *PLAIN]}, "'history'"),
+        ({"prompt": "Hi", "completion": "A", "messages": PLAIN}, "'messages' and 'prompt'"),
+        ({"prompt": "Hi", "completion": "A", "target": "B"}, "'completion' and 'target'"),
+        ({"prompt": "Hi", "completion": "A", "label": False}, "'label'"),
+        ({"prompt": "Hi", "completion": "A", "weight": 0.5}, "weight"),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "'conversations'"),
+        ({"prompt": PLAIN, "chosen": "A", "rejected": "B"}, "prompt ends with an assistant's turn"),
+        ({"instruction": "a", "output": "b", "history": [["only one"]]}, "history.*pairs"),
+        ({"instruction": "a", "output": "b", "system": ["x"]}, "system"),
+        ({"prompt": "Q", "choices": ["a", "b"], "answer": "B"}, "answer is 'B', accepted: the 0-based index"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_its_name_and_line(tmp_path: Path, row: Row, named: str) -> None:
+    with pytest.raises(DataError, match=rf"own\.jsonl line 2: .*({named})") as caught:
+        read(tmp_path, {"messages": PLAIN}, row)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_earlier_reply_need_not_be_trained(tmp_path: Path) -> None:
+    [example] = read(tmp_path, {"messages": [PLAIN[0], {**PLAIN[1], "weight": 0}, *PLAIN]})
+    assert len(example.history) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "row", "said"),
+    [
+        ("mmlu", {"question": "Q", "choices": ["a", "b"], "answer": "B"}, "answer is 'B', accepted"),
+        ("mmlu", {"question": "Q", "choices": "['a', 'b', 'c', 'd']", "answer": 1}, "choices is .*accepted: a list"),
+        ("csqa", {"id": "1", "question": "Q", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": ""}, "answerKey is ''"),
+        ("csqa", {"id": "1", "question": "Q", "choices": ["x", "y"], "answerKey": "A"}, "choices is .*label and text"),
+        ("gsm8k", {"question": "Q", "answer": "It is 2."}, "'####'"),
+    ],
+)  # fmt: skip
+def test_named_sources_say_what_they_accept(tmp_path: Path, source: str, row: Row, said: str) -> None:
+    path = tmp_path / "copy.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(DataError, match=rf"copy\.jsonl line 1: .*{said}"):
+        examples(f"{source}={path}")
+
+
+# -- tables
+
+
+def as_file(rows: list[Row], path: Path) -> Path:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".parquet":
+        # Of a list of rows pyarrow takes the columns of the first.
+        pa.parquet.write_table(pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]), path)
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writerow(columns)
+            for row in rows:
+                cells = [row.get(name, "") for name in columns]
+                table.writerow([json.dumps(cell) if isinstance(cell, list) else cell for cell in cells])
+    return path
+
+
+CELLS = ["NA", "None", "null", "nan", "007", "1e5", "3.10", "True", "  two spaces ", 'a "quote", a comma', "a\nline", "1,000", "-", "2020-01-01"]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".csv", ".tsv"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"id": f"0{n}", "prompt": text, "completion": text} for n, text in enumerate(CELLS)],
+        [{"id": text, "prompt": "p", "completion": "c"} for text in ("1", "01", "1.0", "NA", "None")],
+        [{"prompt": "Q", "choices": ["NA", "None", "1.0"], "answer": 2, "scoring": "likelihood"}],
+        [{"prompt": "Code?", "answer": "007", "scoring": "number"}, {"prompt": "V?", "answer": "3.10", "scoring": "number"}],
+        [{"messages": PLAIN}],
+        [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "input": "NA", "output": "d"}],
+        [{"prompt": "a", "target": "No."}, {"prompt": "b", "completion": "Yes."}],
+    ],
+    ids=["cells", "ids", "choices", "answers", "turns", "instructions", "two kinds"],
+)  # fmt: skip
+def test_the_same_rows_give_the_same_examples_in_every_format(tmp_path: Path, rows: list[Row], suffix: str) -> None:
+    expected = examples(as_file(rows, tmp_path / "same.jsonl"))
+    assert examples(as_file(rows, tmp_path / f"same{suffix}")) == expected
+    assert len(expected) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,completion\na,b\nc,d,e\n", "line 3: 3 cells for 2 columns"),
+        ("prompt,completion\na,b\nc\n", "line 3: 1 cells for 2 columns"),
+        ("prompt,completion,completion\na,b,c\n", "line 1: column 'completion' is there twice"),
+        ('prompt,completion\na,b\n"c,d\ne,f\n', "line 3: malformed table"),
+        ('prompt,completion\n"a"b,c\n', "line 2: malformed table"),
+    ],
+)
+def test_a_table_that_does_not_add_up_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=rf"t\.csv {said}"):
+        examples(tmp_path / "t.csv")
+
+
+def test_a_missing_column_of_turns_in_a_table_of_many_rows_blames_its_row(tmp_path: Path) -> None:
+    """Parquet gives every row every field: the null ones of others mean nothing."""
+    rows = [talk(), talk(reasoning_content="They greet me.")]
+    with pytest.raises(DataError, match="row 2: .*'reasoning_content'"):
+        examples(as_file(rows, tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"prompt": "a"}\n{"prompt": "b"}\n', '[{"prompt": "a"},\n {"prompt": "b"}]', '{"data": [{"prompt": "a"}, {"prompt": "b"}]}']
+)  # fmt: skip
+def test_layouts_of_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    assert [example.prompt for example in examples(tmp_path / "t.json")] == ["a", "b"]
+
+
+# -- balance
+
+
+@pytest.fixture
+def kinds(tmp_path: Path) -> Callable[..., Path]:
+    def write(**counts: int) -> Path:
+        rows = [
+            {"prompt": f"{kind} {n}", "completion": "x", "kind": kind} for kind, k in counts.items() for n in range(k)
+        ]
+        return as_file(rows, tmp_path / "kinds.jsonl")
+
+    return write
+
+
+def counted(found: list[Example]) -> dict[str, int]:
+    return {kind: sum(e.group == kind for e in found) for kind in sorted({str(e.group) for e in found})}
+
+
+def test_a_balanced_draw_takes_equally_many_of_each_kind(
+    kinds: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = kinds(a=50, b=9, c=30, d=20)
+    assert counted(examples(path, limit=32, balance="kind")) == {"a": 8, "b": 8, "c": 8, "d": 8}
+    assert counted(examples(path, limit=10, balance="kind")) == {"a": 3, "b": 3, "c": 2, "d": 2}
+    assert counted(examples(path, balance="kind")) == dict.fromkeys("abcd", 9)
+    assert not caplog.text
+    assert counted(examples(path, limit=48, balance="kind")) == {"a": 12, "b": 9, "c": 12, "d": 12}
+    assert "b has 9 rows of the 12 that are its share" in caplog.text
+    one, same, other = (examples(path, limit=16, seed=seed, balance="kind") for seed in (1, 1, 2))
+    assert one == same != other
+    assert [e.id for e in one] == sorted(e.id for e in one)
+
+
+def test_a_column_that_is_not_there_cannot_be_balanced_by(kinds: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match="line 1: column 'sort' is missing; found: .*kind"):
+        examples(kinds(a=2), balance="sort")
