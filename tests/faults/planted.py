@@ -41,7 +41,7 @@ FAULTS = [
     ),
     Fault(
         "ranks without the average of ties", "core/ranking.py",
-        "(first + (counts - 1) / 2)[inverse]", "first[inverse]",
+        "(first + last) / 2 / (n - 1)", "first / (n - 1)",
         "unit/core/test_ranking.py",
     ),
     Fault(
@@ -107,14 +107,41 @@ FAULTS = [
     ),
     Fault(
         "labels on the prompt", "data/rows.py",
-        "return cls(tuple(ids), tuple(positions), tokens, cut)\n",
-        "return cls(tuple(ids), (0, *positions), (ids[1], *tokens), cut)\n",
+        "row = cls(tuple(ids), tuple(positions), tokens, cut, reply_cut=reply_cut)\n",
+        "row = cls(tuple(ids), (0, *positions), (ids[1], *tokens), cut, reply_cut=reply_cut)\n",
         "unit/core/test_losses.py unit/data/test_chat.py",
     ),
     Fault(
-        "the end of turn is not trained", "data/chat.py",
-        "return [*ids, self.end_token] if end_of_turn else ids", "return ids",
+        "the end of turn is not trained", "data/template.py",
+        "if not end_of_turn:", "if True:",
         "unit/data/test_chat.py",
+    ),
+    Fault(
+        "the end of turn in the loss of a letter", "data/chat.py",
+        "return self.row(example, prompt, [letters[example.answer]])",
+        "return self.row(example, prompt, [[*letters[example.answer], self.end_token]])",
+        "unit/data/test_chat.py",
+    ),
+    Fault(
+        "special tokens of a user's text are tokens", "data/template.py",
+        "ids += self._tokens(special[0]) + self._tokens(special[1:])", "ids += self._tokens(special)",
+        "unit/data/test_template.py",
+    ),
+    Fault(
+        "a refused problem leaves the rate", "evaluate/reading.py",
+        "outcome = None if is_missing else right", "outcome = None if is_missing or found is None else right",
+        "unit/evaluate/test_evaluate.py",
+    ),
+    Fault(
+        "tensors that PEFT leaves out are certified", "tune/verify.py",
+        "if not key.startswith(PREFIX) or _COMPILED in key:", "if False:",
+        "unit/tune/test_certify.py",
+    ),
+    Fault(
+        "cells of a table are numbers", "data/tables.py",
+        'yield where, _with_lists(dict(zip(columns, cells, strict=True)))',
+        'yield where, _with_lists({k: v.lstrip("0") for k, v in zip(columns, cells, strict=True)})',
+        "unit/data/test_columns.py",
     ),
     Fault(
         "the safe zone begins one head too early", "select.py",

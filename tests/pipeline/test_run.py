@@ -216,6 +216,66 @@ def test_suites_are_held_out_from_what_every_arm_was_trained_on(
         check_held_out(recipe, utility, arms=("safe+replay-50",))
 
 
+def test_training_rows_that_a_suite_holds_are_left_out_counted_and_named(
+    models: Models, recipe_of: RecipeOf, own_data: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    align = [json.loads(line) for line in own_data["align"].read_text().splitlines()]
+    suite = tmp_path / "suite.jsonl"
+    rows = [{"prompt": align[1]["prompt"].upper(), "target": "No."}, {"prompt": "Something else", "target": "No."}]
+    suite.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"evaluate__suites": [f"safety:{suite}"], "select__compare": []}
+    with pytest.raises(DataError, match=r"castune tune --held-out.*evaluate\.overlap"):
+        run(recipe_of(models(), out="refused", **changes))
+    folder = run(recipe_of(models(), **changes, evaluate__overlap="drop"))
+    assert f"1 of {len(align)} examples are left out" in caplog.text
+    record = TuneResult.load(folder.main_arm(folder.main_selection()).adapter).data  # type: ignore[arg-type]
+    assert (record["n"], record["left_out"]) == (len(align) - 1, ["a1"])
+    # The same again does nothing, and knows what the arm was trained on.
+    weights = folder.path / "adapter" / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    run(recipe_of(models(), **changes, evaluate__overlap="drop"))
+    assert weights.stat().st_mtime_ns == before
+    recipe = recipe_of(models(), **changes)
+    check_held_out(recipe.model_copy(update={"align": DataConfig(source=str(own_data["benign"]))}),
+                   load_suites((f"safety:{suite}",)), folder=folder)  # fmt: skip
+    # By hand, for an arm beside it.
+    tune_arm(folder, "risky", recipe.tune, align=recipe.align, held_out=(f"safety:{suite}",))
+    assert TuneResult.load(folder.side_arm("risky").adapter).data["left_out"] == ["a1"]
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        tune_arm(folder, "all", recipe.tune, align=recipe.align, held_out=(f"safety:{own_data['align']}",))
+
+
+def test_what_a_training_cannot_take_is_refused_before_the_map_is_measured(
+    models: Models, recipe_of: RecipeOf, tmp_path: Path
+) -> None:
+    """A template that refuses system turns, and a training row with one; the same in a suite."""
+    path = models()
+    template = path / "chat_template.jinja"
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system turns') }}{% endif %}"
+    template.write_text(refuse + template.read_text())
+    rows = [{"prompt": "Hi", "completion": "Hello."}, {"prompt": "Hi", "completion": "Hello.", "system": "Be brief."}]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for changes in ({"align": str(bad)}, {"evaluate__suites": [f"over-refusal:{bad}"]}):
+        recipe = recipe_of(path, **changes)
+        with pytest.raises(DataError, match="'bad-00001'.*No system turns"):
+            run(recipe)
+        assert not (Path(recipe.out) / "conflict_map.parquet").exists()
+
+
+def test_a_long_reply_loses_its_end_and_stops_no_training(
+    models: Models, recipe_of: RecipeOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"Say {n}", "completion": "word " * (5 if n else 100)} for n in range(4)]
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = run(recipe_of(models(), align=str(long), tune__max_length=100, select__compare=[]))
+    record = TuneResult.load(folder.main_arm(folder.main_selection()).adapter).data  # type: ignore[arg-type]
+    assert (record["n"], record["cut"], record["replies_cut"]) == (4, 0, 1)
+    assert "1 of 4 replies are longer than max_length allows" in caplog.text
+    assert "1 replies cut" in folder.report_file.read_text(encoding="utf-8")
+
+
 def test_a_retrained_arm_is_evaluated_again_and_no_other(finished: tuple[Recipe, Path]) -> None:
     recipe, path = finished
     folder, before = RunDirectory(path), stamps(path)

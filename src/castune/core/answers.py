@@ -21,7 +21,16 @@ _LONGEST = 400
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # What is stated is looked at without being taken, so that a later statement on the same line is found too.
 _STATED = re.compile(r"\banswers?\b(?:\s+\w+){0,3}?\s*(?:\bis\b|\bare\b|[:=])(?=\s*(?P<value>[^\n]+))", re.IGNORECASE)
-_NUMBER = re.compile(r"[-+−–]?\s?(?:\\?\$)?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d[\d,]*)?")
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = re.compile(
+    r"[-+−–]?\s?(?:\\?\$)?\s?"
+    rf"(?:(?:{_DIGITS} )?{_DIGITS}(?:\.\d+)?\s?/\s?{_DIGITS}|{_DIGITS}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}\b)?|\.\d+)"
+)
+# What makes a number the beginning of something else: "1,2,3", "10:30", "12,34", "3.1.2".
+_GOES_ON = re.compile(r"[,.:]\d|\d")
+_TIMES = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_NEGATED = re.compile(r"\s*(?:not|never|neither)\b", re.IGNORECASE)
 # A sentence that concludes, where nothing is stated as the answer in so many words.
 _CONCLUDES = re.compile(
     r"[\s*_]*(?:thus|therefore|hence|so|consequently|in total|in conclusion|altogether|finally)\b", re.IGNORECASE
@@ -34,8 +43,10 @@ _CALCULATES = re.compile(r"\s*(?:[^\W\d_]+\s*)?(?:[+*×÷^]|\\times|\\cdot|[-−
 _ANOTHER = re.compile(r"\s*(?:[^\W\d_]+\s*)?(?:\bor\b|\band\b|\bto\b|[-–—])\s*(?:\\?\$)?\d")
 _BETWEEN = re.compile(r"\b(?:between|either)\s*$", re.IGNORECASE)
 # A letter with what may stand around it, and the letters that go with it: "B", "**(b)**", "A or C", "A/B".
-_LETTER = r"""[*_"'`]*\(?\[?[*_"'`]*(?P<letter>[A-Ja-j])(?![A-Za-z0-9'’])[*_"'`]*[)\]]?[*_"'`]*"""
+_LETTER = r"""[*_"'`]*\(?\[?[*_"'`]*(?P<letter>[A-Ja-j])(?![A-Za-z0-9'’+#]|-[A-Za-z])[*_"'`]*[)\]]?[*_"'`]*"""
 _MORE_LETTERS = re.compile(
+    # "C, D is a distractor" speaks of another option.
+    r"(?!\s*,\s*[*_\"'`]*\(?[A-J]\)?[*_\"'`]*\s+(?:is|isn['’]t|was|are|does|would|can|cannot|could)\b)"
     r"[.:]?\s*(?:,|/|&|\+|\band\b|\bor\b)+\s*(?:(?:either|option|choice|also)\s+)*"
     r"[*_\"'`]*\(?(?:[A-J](?![A-Za-z0-9'’])|[b-h](?:\W*$|\)|[.,;]\s))"
 )
@@ -185,7 +196,8 @@ def stated_number(reply: str) -> Fraction | None:
     _, marked, after = reply.rpartition("####")
     if marked:
         return _number(after.strip().partition("\n")[0])
-    stated = [match["value"] for match in _STATED.finditer(reply) if re.search(r"\d", match["value"])]
+    values = [match["value"] for match in _STATED.finditer(reply)]
+    stated = [value for value in values if re.search(r"\d", value) and not _NEGATED.match(value)]
     if stated:
         return _number(stated[-1])
     if _BOX.search(reply):
@@ -205,7 +217,7 @@ def without_cut_sentence(reply: str) -> str:
 def _without_separators(text: str) -> str:
     """Numbers as they are read: fractions with a slash, thousands together, no emphasis."""
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
-    return re.sub(r"\{,\}|\\[,!;: ]|(?<=\d) (?=\d{3}\b)|[*_](?!\s)|(?<!\s)[*_]", "", text)
+    return re.sub(r"\{,\}|\\[,!;: ]|(?<=\d)[ \u2009\u202f\u00a0](?=\d{3}\b)|[*_](?!\s)|(?<!\s)[*_]", "", text)
 
 
 def _result(text: str) -> str:
@@ -227,11 +239,25 @@ def _number(text: str) -> Fraction | None:
     match = _NUMBER.search(text)
     if match is None or _ANOTHER.match(text, match.end()) or _BETWEEN.search(text[: match.start()]):
         return None
-    digits = re.sub(r"[\s,$\\]", "", match[0]).replace("−", "-").replace("–", "-")
-    if len(digits) > _LONGEST:
+    if _GOES_ON.match(text, match.end()):
+        return None
+    times = _TIMES.match(text, match.end())
+    if times is not None and times[1].lower() not in _POWERS:
+        return None
+    value = _value(match[0])
+    return value if value is None or times is None else value * 10 ** _POWERS[times[1].lower()]
+
+
+def _value(text: str) -> Fraction | None:
+    """The value of what `_NUMBER` matches: "-1,234.5", "3/4", "3 1/2", "3.0e2"."""
+    text = re.sub(r"[,$\\]", "", text).replace("−", "-").replace("–", "-").strip()
+    sign = -1 if text.startswith("-") else 1
+    whole, mixed, part = re.sub(r"\s*/\s*", "/", text.lstrip("+-").strip()).rpartition(" ")
+    if len(text) > _LONGEST:
         return None
     try:
-        return Fraction(*map(Fraction, digits.split("/")))
+        value = Fraction(*map(Fraction, part.split("/")))
+        return sign * (value + int(whole) if mixed else value)
     except (ValueError, ZeroDivisionError):
         return None
 
@@ -275,7 +301,7 @@ def stated_letter(reply: str, n_choices: int) -> str | None:
     ]
     boxed = last_boxed(reply)
     if boxed is not None:
-        letter = re.fullmatch(r"(?:\\text\s*\{)?\s*\(?([A-Za-z])\)?\.?\s*\}?", boxed)
+        letter = re.fullmatch(r"(?:\\[a-z]+\s*\{?\s*)*\(?([A-Za-z])\)?\.?[\s}]*", boxed)
         stated += [] if letter is None else [(reply.rfind(boxed), letter[1])]
     called = [match["letter"] for match in _CALLED_CORRECT.finditer(reply)]
     if stated:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from castune.core.losses import batches_by_length, run_batches
 from castune.core.progress import Advance, no_progress
+from castune.data.said import notation
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def generate_replies(
         advance: called with the number of replies of each finished batch.
     """
     replies: list[Reply | None] = [None] * len(prompts)
+    text_of = ReplyText(tokenizer)
     device = next(model.parameters()).device
     end, pad = set(end_tokens), end_tokens[0]
     begun = begun or [()] * len(prompts)
@@ -74,12 +76,12 @@ def generate_replies(
         tokens = tokens[:max_new_tokens]
         stop = next((t for t, token in enumerate(tokens) if token in end), None)
         kept = tuple(tokens if stop is None else tokens[:stop])
-        if is_settled is not None and is_settled(_text(tokenizer, kept)):
-            first = next(n for n in range(len(begun[index]), len(kept) + 1) if is_settled(_text(tokenizer, kept[:n])))
+        if is_settled is not None and is_settled(text_of(kept)):
+            first = next(n for n in range(len(begun[index]), len(kept) + 1) if is_settled(text_of(kept[:n])))
             stop, kept = None, kept[:first]
         elif stop is None and len(tokens) < max_new_tokens:
             return None
-        return Reply(_text(tokenizer, kept), kept, stop is not None)
+        return Reply(text_of(kept), kept, stop is not None)
 
     def generate(indices: list[int]) -> dict[int, Reply]:
         done: dict[int, Reply] = {}
@@ -123,8 +125,26 @@ def generate_replies(
     return [reply for reply in replies if reply is not None]
 
 
-def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+class ReplyText:
+    """The text of reply tokens: without special tokens, but for those that tell reasoning from what is said.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        special = {
+            token: str(added.content) for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        }
+        kept = notation(special.values())
+        self._dropped = {token for token, text in special.items() if text not in kept} if kept else None
+
+    def __call__(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens."""
+        if self._dropped is None:
+            return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return str(self.tokenizer.decode([token for token in tokens if token not in self._dropped]))
 
 
 def _takes_rows_out(cache: Cache) -> bool:

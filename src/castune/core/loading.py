@@ -94,7 +94,9 @@ def load(
         )
     except _NOT_LOADABLE as error:
         raise CastuneError(f"could not load {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
-    return model.eval(), _with_template(tokenizer, name, template_date)
+    tokenizer = _with_template(tokenizer, name, template_date)
+    _check_embeddings(model, tokenizer, name)
+    return model.eval(), tokenizer
 
 
 def load_model(recipe: Recipe, quantization: str = "none") -> tuple[Any, Any]:
@@ -242,6 +244,18 @@ def _with_template(tokenizer: Any, name: str | Path, day: str) -> Any:
             tokenizer.eos_token,
         )
     return tokenizer
+
+
+def _check_embeddings(model: Any, tokenizer: Any, name: str | Path) -> None:
+    """Refuse a tokenizer whose turns are made of tokens that the model has no embedding for."""
+    n_rows = int(model.get_input_embeddings().weight.shape[0])
+    template = Template(tokenizer)
+    largest = max(template.end_token, *template.prompt_ids([{"role": "user", "content": "a"}]))
+    if largest >= n_rows:
+        raise CastuneError(
+            f"{name}: its chat template makes turns with the token {tokenizer.convert_ids_to_tokens(largest)!r} of "
+            f"number {largest}, and the model has embeddings for {n_rows}; its tokenizer is another model's"
+        )
 
 
 def _reason(error: Exception) -> str:

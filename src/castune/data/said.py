@@ -8,9 +8,10 @@ option.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Beginning and end of reasoning, in lower case: DeepSeek, Qwen and many more; others in XML; Seed; Magistral; Kimi;
-# Cohere; OpenThoughts; MedGemma; Gemma.
+# Cohere; OpenThoughts; MedGemma; Gemma; Granite, in words.
 _MARKS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
@@ -26,6 +27,8 @@ _MARKS = {
     "<|begin_of_thought|>": "<|end_of_thought|>",
     "<unused94>": "<unused95>",
     "<|channel>thought": "<channel|>",
+    "here is my thought process:": "here is my response:",
+    "here's my thought process:": "here's my response:",
 }
 # Headers of a turn, and special tokens that mark no reasoning, may precede it.
 _BEFORE = re.compile(
@@ -38,6 +41,9 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(?P<name>\w+)[^<]*(?:<\|constrain\|>[^<]
 _BARE_CHANNEL = re.compile(r"(?:analysis|commentary)(?=[^\W_])")
 _BARE_FINAL = "assistantfinal"
 _END_OF_MESSAGE = re.compile(r"<\|(?:return|end|call|start)\|>")
+_HARMONY = {"<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"}
+# Tokens of which a mark is made with the word behind them.
+_HALF_MARKS = {"<|channel>", "<channel|>"}
 # Some models wrap what they say as well.
 _ANSWER = re.compile(r"\s*<answer>(?P<said>.*?)(?:</answer>\s*)?", re.DOTALL | re.IGNORECASE)
 
@@ -64,10 +70,11 @@ def said(reply: str, *, in_thought: bool | None = None) -> str:
         text = reply[end or 0 :]
     while begins := _begins(text):
         place, mark = begins
-        end_at = text.lower().find(mark, place)
-        if end_at < 0:
+        end = _end_of(text, place, mark)
+        if end is None:
             return ""
-        text = text[end_at + len(mark) :]
+        # A model that marks its reasoning may go back to it: what it said before and after is said.
+        text = _without_thoughts(text[end:], mark)
     answer = _ANSWER.fullmatch(text)
     # Without reasoning it is the reply itself, in every character.
     return answer["said"].strip() if answer else text if text is reply else text.strip()
@@ -84,6 +91,13 @@ def is_reasoning_mark(text: str) -> bool:
     return text.lower() in _MARKS or text.lower() in _MARKS.values()
 
 
+def notation(tokens: Iterable[str]) -> set[str]:
+    """Those of a tokenizer's special tokens that tell reasoning from what is said; `said` needs them in a reply."""
+    known = set(tokens)
+    found = {token for token in known if is_reasoning_mark(token) or token in _HALF_MARKS}
+    return found | (_HARMONY & known if "<|channel|>" in known else set())
+
+
 def _place(text: str) -> int:
     """Where a text begins, behind headers and special tokens."""
     before = _BEFORE.match(text)
@@ -91,10 +105,30 @@ def _place(text: str) -> int:
 
 
 def _begins(text: str) -> tuple[int, str] | None:
-    """Where the reasoning that a text begins with starts, behind its mark, and what ends it; None without."""
+    """Where the reasoning that a text begins with starts, behind its mark, and that mark; None without."""
     place = _place(text)
     lower = text[place : place + 32].lower()
-    return next(((place + len(begin), end) for begin, end in _MARKS.items() if lower.startswith(begin)), None)
+    return next(((place + len(begin), begin) for begin in _MARKS if lower.startswith(begin)), None)
+
+
+def _end_of(text: str, place: int, begin: str) -> int | None:
+    """Behind the end of reasoning that begins before `place`; a thought within it has an end of its own."""
+    lower, end, depth = text.lower(), _MARKS[begin], 1
+    for found in re.finditer(f"({re.escape(begin)})|{re.escape(end)}", lower[place:]):
+        depth += 1 if found[1] else -1
+        if not depth:
+            return place + found.end()
+    return None
+
+
+def _without_thoughts(text: str, begin: str) -> str:
+    """What follows a thought, without further ones in the same marks; the last may have no end."""
+    said = ""
+    while (place := text.lower().find(begin)) >= 0 and _begins(text) is None:
+        end = _end_of(text, place + len(begin), begin)
+        said += text[:place]
+        text = "" if end is None else text[end:]
+    return said + text
 
 
 def _lone_end(text: str) -> int | None:

@@ -13,6 +13,8 @@ from datetime import date, datetime, time
 from itertools import takewhile
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from castune.config import TEMPLATE_DATE
 from castune.data.said import is_reasoning_mark, opens_thought
 from castune.errors import DataError
@@ -183,22 +185,23 @@ class Template:
             raise DataError(f"example {name!r}: its text has characters of all private blocks, which castune needs one")
         if any(opening in text for text in contents for opening in self._openings):
             turns = [{**turn, "content": self._held(turn, first)} for turn in turns]
+        of = f"example {name!r}: " if name else ""
         try:
             text = self.tokenizer.apply_chat_template(list(turns), tokenize=False, **self._options, **options)
+        except TemplateSyntaxError as error:
+            raise DataError(f"the model's chat template is malformed (line {error.lineno}): {error.message}") from error
         except Exception as error:  # a template is a program of others
             words = " ".join(str(error).split()) or type(error).__name__
+            roles = ", ".join(str(turn["role"]) for turn in turns)
             raise DataError(
-                f"example {name!r}: the model's chat template refuses this conversation (turns: "
-                f"{', '.join(str(turn['role']) for turn in turns)}): {words[:200]}"
+                f"{of}the model's chat template refuses this conversation (turns: {roles}): {words[:200]}"
             ) from error
         written = "".join(str(text).split())
         for turn in turns:
             # Templates trim what is said, and set reasoning on lines of its own.
             is_earlier_reply = turn["role"] == "assistant" and turn is not turns[-1]
             if not is_earlier_reply and "".join(turn["content"].split()) not in written:
-                raise DataError(
-                    f"example {name!r}: the model's chat template leaves out a part of what the {turn['role']} says"
-                )
+                raise DataError(f"{of}the model's chat template leaves out a part of what the {turn['role']} says")
         return _Text(str(text), first)
 
     def _held(self, turn: Mapping[str, str], first: int) -> str:

@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache
 
 from castune.core.batching import ExampleBatch, example_batches
 from castune.core.continuation import Context, KeysValues, cache_of, can_continue, context_of, read_keys_values
-from castune.core.generation import Reply, generate_replies
+from castune.core.generation import Reply, ReplyText, generate_replies
 from castune.core.losses import RowBatch, scored_logits
 from castune.core.units import Unit
 from castune.data.rows import Row
@@ -84,7 +84,7 @@ class ReplyMeasure:
         self.ablator, self.tokenizer = ablator, tokenizer
         self.prompts, self.texts, self.replies = prompts, texts, replies
         self.end_tokens, self.max_new_tokens, self.batch_tokens = end_tokens, max_new_tokens, batch_tokens
-        self._judge, self._is_settled = judge, is_settled
+        self._judge, self._is_settled, self._text_of = judge, is_settled, ReplyText(tokenizer)
         self._continues = can_continue(ablator.model, ablator.layout)
         self._expected = [self._needed(reply) for reply in replies]
         rows = [Row.of_replies(prompt, [tokens]) for prompt, tokens in zip(prompts, self._expected, strict=True)]
@@ -211,4 +211,4 @@ class ReplyMeasure:
         return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return self._text_of(tokens)

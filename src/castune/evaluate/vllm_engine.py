@@ -15,7 +15,7 @@ from typing import Any, final
 import numpy as np
 
 from castune.config import EvaluateConfig
-from castune.core.generation import Reply
+from castune.core.generation import Reply, ReplyText
 from castune.core.journal import nullable
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
@@ -155,7 +155,7 @@ class VllmBackend(Backend):
         return Work(batches, choices if suite.is_scored(config) else replies)
 
     def _replies(self, chat: ChatFormat, examples: Sequence[Example], max_new_tokens: int) -> list[Any]:
-        end = chat.end_tokens(self.engine)
+        end, text_of = chat.end_tokens(self.engine), ReplyText(self.engine.tokenizer)
         prompts = [chat.prompt_ids(example) for example in examples]
         outputs = self.engine.run(
             [ids for ids, _ in prompts], self.request, max_tokens=max_new_tokens, stop_token_ids=end
@@ -166,8 +166,7 @@ class VllmBackend(Backend):
             # The token that stopped it may be among them, and is not part of the reply.
             stop = next((n for n, token in enumerate(tokens) if token in end), None)
             kept = tuple(tokens[:stop])
-            text = self.engine.tokenizer.decode(kept, skip_special_tokens=True)
-            found.append(plain_reply(Reply(text, kept, output.outputs[0].finish_reason == "stop"), cut, chat))
+            found.append(plain_reply(Reply(text_of(kept), kept, output.outputs[0].finish_reason == "stop"), cut, chat))
         return found
 
     def _scores(self, chat: ChatFormat, examples: Sequence[Example]) -> list[Any]:

@@ -104,7 +104,7 @@ def certificate_of(
     largest = 0.0
     for path, a, b in lora_pairs(weights):
         if path not in missing:
-            raise CertificateError(f"{weights}: the adapter changes {path}, which holds no selected head")
+            raise CertificateError(f"{weights}: the adapter changes {PREFIX}{path}, which holds no selected head")
         target = missing.pop(path)
         rows = target.rows_of(projections[path].cpu())
         if a.shape != (rank, rows.shape[1]) or b.shape != (rows.shape[0], rank):

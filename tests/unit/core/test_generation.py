@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from castune.core.generation import Reply, generate_replies
+from castune.core.generation import Reply, ReplyText, generate_replies
+from castune.data.said import said
 
 END = 257
 # Unsorted lengths, some beyond the sliding windows of 16.
@@ -180,3 +182,26 @@ def test_every_batch_runs_inside_its_context(tiny_model: Callable[..., Any], tin
     replies_of(tiny_model("llama"), tiny_tokenizer, around=around, batch_tokens=60)
     assert len(inside) > 1
     assert sorted(i for batch in inside for i in batch) == list(range(len(PROMPTS)))
+
+
+@pytest.mark.parametrize(
+    ("special", "reply", "said_of_it"),
+    [
+        (["[THINK]", "[/THINK]"], "[THINK]I cannot help? I can.[/THINK]Sure.<|im_end|>", "Sure."),
+        (["<|START_THINKING|>", "<|END_THINKING|>"], "<|START_THINKING|>No.<|END_THINKING|>Yes.", "Yes."),
+        (["<|channel|>", "<|message|>", "<|end|>", "<|start|>"],
+         "<|channel|>analysis<|message|>No.<|end|><|start|>assistant<|channel|>final<|message|>Yes.", "Yes."),
+        (["[THINK]", "[/THINK]"], "[THINK]I cannot help", ""),
+        (["<|pad|>"], "<|pad|>Yes.<|pad|>", "Yes."),
+    ],
+)  # fmt: skip
+def test_marks_of_reasoning_that_are_special_tokens_stay_in_the_text(
+    tiny_tokenizer: Any, special: list[str], reply: str, said_of_it: str
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+    assert set(tokenizer.convert_tokens_to_ids(special)) & set(ids)
+    text = ReplyText(tokenizer)(ids)
+    assert said(text, in_thought=False) == said_of_it
+    assert "<|im_end|>" not in text

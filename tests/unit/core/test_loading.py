@@ -165,3 +165,24 @@ def test_two_processes_may_convert_at_once(cache: Path, gguf: Path, monkeypatch:
     entry = loading._converted(gguf)
     assert (entry / "config.json").read_text() == "theirs"
     assert list(cache.iterdir()) == [entry]
+
+
+def test_the_same_file_under_another_name_is_not_converted_again(
+    cache: Path, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_convert", lambda source, target: (target / "config.json").write_text("{}"))
+    first = loading._converted(gguf)
+    assert loading.display_name(str(first)) == "a"
+    (tmp_path / "Other Name.gguf").write_bytes(gguf.read_bytes())
+    monkeypatch.setattr(loading, "_convert", lambda source, target: pytest.fail("converted again"))
+    assert loading._converted(tmp_path / "Other Name.gguf") == first
+
+
+@pytest.mark.real
+def test_the_default_models_file_by_path_is_the_default_model() -> None:
+    file = loading.find_default_gguf()
+    assert file is not None
+    assert loading.model_source(file) == loading.model_source("default")
+    _, tokenizer = loading.load_config(file)
+    # Digits one by one, behind two lines too.
+    assert tokenizer.tokenize("\n\n12.") == ["ĊĊ", "1", "2", "."]

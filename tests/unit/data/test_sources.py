@@ -15,7 +15,8 @@ import pytest
 
 from castune.data.example import Message, content_hash
 from castune.data.sources import NAMED_SOURCES, SOURCE_NAMES, examples, purpose_of
-from castune.errors import DataError
+from castune.data.stand_ins import DataOrStandIns
+from castune.errors import DataError, SourceUnreachable
 
 Row = dict[str, Any]
 Write = Callable[..., Path]
@@ -295,6 +296,55 @@ def test_unreachable_hub_source_says_how_to_give_a_local_copy() -> None:
     with pytest.raises(DataError, match="csqa=PATH") as caught:
         examples("csqa")
     assert "\n" not in str(caught.value)
+
+
+class Hub:
+    """What `datasets.load_dataset` is asked for, and what it answers with."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.asked = answer, []  # type: ignore[var-annotated]
+
+    def __call__(self, *place: Any, **options: Any) -> Any:
+        self.asked.append((place, options))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("error", "is_there_later"),
+    [
+        (ConnectionError("Couldn't reach 'Paul/XSTest' on the Hub (OfflineModeIsEnabled)"), True),
+        (TimeoutError("timed out"), True),
+        (RuntimeError("HTTP 503"), True),
+        (ValueError("Unknown split \"test\". Should be one of ['train']."), False),
+        (ValueError("BuilderConfig 'x' not found. Available: ['behaviors']"), False),
+        (FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), False),
+    ],
+)
+def test_what_the_hub_refuses_a_dry_run_refuses_too(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, is_there_later: bool
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", Hub(error))
+    with pytest.raises(DataError) as caught:
+        examples("xstest")
+    assert isinstance(caught.value, SourceUnreachable) is is_there_later
+    if is_there_later:
+        assert len(DataOrStandIns()("xstest", limit=5)) == 5
+    else:
+        with pytest.raises(DataError, match="could not load Paul/XSTest"):
+            DataOrStandIns()("xstest", limit=5)
+
+
+def test_xstest_is_asked_for_its_one_split_and_wildjailbreak_for_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub([{"id": 1, "prompt": "Kill a process?", "type": "homonyms", "label": "safe"}])
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    examples("xstest")
+    assert hub.asked == [(("Paul/XSTest", None), {"split": "train", "revision": None})]
+    hub.answer = [{"vanilla": "NA", "adversarial": "", "completion": "None", "data_type": "vanilla_harmful"}]
+    [example] = examples("wildjailbreak-train")
+    assert (example.prompt, example.reply) == ("NA", "None")
+    assert hub.asked[1][1] == {"split": "train", "revision": None, "delimiter": "\t", "keep_default_na": False}
 
 
 # -- subsets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -241,3 +241,22 @@ def test_a_model_that_wears_an_adapter_already_is_refused(
     # Its own base, which PEFT wrapped in place, wears it too.
     with pytest.raises(CastuneError, match=r"adapter.*(unload|merge)"):
         sparse_lora(model, selection, r=4)
+
+
+def test_selections_that_share_a_layer_begin_alike_there(
+    tiny_model: Callable[..., Any], selection_of: Callable[..., HeadSelection]
+) -> None:
+    def first_values(heads: Sequence[tuple[int, int]], seed: int | None) -> dict[str, Tensor]:
+        model = tiny_model("llama")
+        peft_model = sparse_lora(model, selection_of(model, heads), r=4, seed=seed)
+        return {name: p.detach() for name, p in peft_model.named_parameters() if "lora_A" in name}
+
+    one, other = first_values([(0, 1), (2, 0)], 7), first_values([(1, 0), (2, 3)], 7)
+    [shared] = one.keys() & other.keys()
+    assert torch.equal(one[shared], other[shared])
+    layers = list(one.values())
+    assert not torch.equal(layers[0], layers[1])
+    assert not torch.equal(one[shared], first_values([(2, 0)], 8)[shared])
+    # PEFT's own distribution: uniform within 1 / sqrt(inputs).
+    bound = 1 / layers[0].shape[1] ** 0.5
+    assert 0.9 * bound < layers[0].abs().max() <= bound

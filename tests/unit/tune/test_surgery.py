@@ -500,6 +500,37 @@ def test_b_alone_with_fused_and_transposed_projections(
         assert result.certificate.changed_rows == 24
 
 
+def test_the_reference_of_lettered_questions_is_the_gradient_of_the_letter(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    aligned: list[Example],
+    questions: list[Example],
+    selection_of: SelectionOf,
+    tmp_path: Path,
+) -> None:
+    """By brute force: a question at a time, the log-probability of its letter behind its prompt, and nothing else."""
+    letters = [q for q in questions if q.scoring == "letter"]
+    model = tiny_model("llama")
+    selection = selection_of(model, SOME)
+    config = changed_config(max_steps=1, batch_size=8, accumulation=1, surgery="pcgrad", max_length=1024)
+    result = tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "a", config=config, utility=letters)
+
+    peft_model = sparse_lora(tiny_model("llama"), selection, r=4, alpha=8, seed=config.seed)
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    losses = []
+    for question in letters:
+        turns = [{"role": "user", "content": question.user_text}]
+        ids = tiny_tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        letter = tiny_tokenizer.encode("ABCD"[question.answer or 0], add_special_tokens=False)[0]
+        losses.append(-peft_model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[letter])
+    u = torch.cat([part.flatten() for part in torch.autograd.grad(torch.stack(losses).mean(), trained)])
+    g = torch.cat([part.flatten() for part in gradient_of(peft_model, tiny_tokenizer, aligned)])
+    cosine = float(torch.nn.functional.cosine_similarity(g, u, dim=0))
+    assert result.surgery is not None
+    assert result.surgery["mean_cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert abs(cosine) > 1e-3
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_groups_hold_every_trained_row_once(
     tiny_model: Callable[..., Any], selection_of: SelectionOf, family: str
