@@ -83,9 +83,14 @@ def _example(row: Row) -> Example:
     if isinstance(reply, list):
         return _conversation([{"role": "user", "content": row["prompt"]}, *reply])
     if isinstance(row.get("answer"), str) and "choices" not in row:
-        return Example(id="", prompt=row["prompt"], target=row["answer"], scoring=row.get("scoring") or "boxed")
+        scoring = row.get("scoring") or "boxed"
+        return Example(id="", prompt=row["prompt"], reply=reply, target=row["answer"], scoring=scoring)
     if "choices" in row or "answer" in row:
+        if reply is not None:
+            raise DataError("a question is replied to by its answer: take its completion or target out")
         return _question(row)
+    if not _is_nothing(row.get("scoring")):
+        raise DataError(f"scoring is {row['scoring']!r}, and there is neither an answer nor choices to score")
     return Example(id="", prompt=row["prompt"], reply=reply)
 
 

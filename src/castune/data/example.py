@@ -109,7 +109,7 @@ def require_solutions(examples: Sequence[Example], name: str) -> None:
         if not example.is_problem or example.reply is None:
             raise DataError(
                 f"{name}: example {example.id!r} is no problem with a worked solution, as the first one is; the "
-                "sources gsm8k and math have such"
+                "columns needed are prompt, completion and answer (text), and the sources gsm8k and math have them"
             )
 
 

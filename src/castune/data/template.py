@@ -30,7 +30,9 @@ Turns = Sequence[Mapping[str, str]]
 _REPLY = "castune-reply"
 _SAMPLE = ({"role": "user", "content": "castune-prompt"},)
 # Blocks of private characters that stand for what must stay text while the template is rendered.
+_BLOCK = 0x8000
 _STAND_INS = (0x100000, 0x108000, 0xF0000, 0xF8000)
+_PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 _DIRECTIVES = "aAbBcdeDfFgGhHIjklmMnprRSsTuUVwWxXyYzZ"
 # Tokens of the text that asks for a reply by which a conversation may differ from it, beyond what a template always
 # does: a reply may begin with a character that joins the one before it.
@@ -74,8 +76,6 @@ class Template:
         self._openings: set[str] = set()
         asked = self._rendered(_SAMPLE, add_generation_prompt=True).text
         whole = self._rendered([*_SAMPLE, _assistant(_REPLY)]).text
-        if _REPLY not in whole:
-            raise DataError("the chat template leaves out what the assistant says: nothing could be trained on replies")
         place = whole.rindex(_REPLY)
         self.behind = whole[place + len(_REPLY) :]
         self.header = whole[len(asked) : place] if whole.startswith(asked) else ""
@@ -177,12 +177,10 @@ class Template:
     def _rendered(self, turns: Turns, name: str = "", **options: Any) -> _Text:
         """The text of a conversation, with a stand-in for everything that must stay text in it."""
         contents = [str(turn["content"]) for turn in turns]
-        first = next(
-            (one for one in _STAND_INS if not any(one <= ord(c) < one + 0x8000 for text in contents for c in text)),
-            None,
-        )
+        private = {ord(character) for text in contents for character in _PRIVATE.findall(text)}
+        first = next((one for one in _STAND_INS if not any(one <= c < one + _BLOCK for c in private)), None)
         if first is None:
-            raise DataError(f"example {name!r}: its text has characters of all private blocks, which castune needs one")
+            raise DataError(f"example {name!r}: its text has characters of all private blocks, one of which is needed")
         if any(opening in text for text in contents for opening in self._openings):
             turns = [{**turn, "content": self._held(turn, first)} for turn in turns]
         of = f"example {name!r}: " if name else ""

@@ -30,6 +30,9 @@ _FIRST_DRAW = 1_000
 
 Stage = Literal["diagnose", "base", "tune", "evaluate", "judge", "drift"]
 
+# Keys of a recipe that decide about the model and its prompts.
+_OF_MODEL = ("model", "revision", "template_date", "dtype")
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -198,7 +201,7 @@ class Graph:
         if given:
             changes["diagnose"] = self.recipe.diagnose.model_copy(update=given)
         recipe = self.recipe.model_copy(update=changes)
-        made_from = _made_from(recipe, {"model", "revision", "dtype", "seed", "safety", "utility", "diagnose"})
+        made_from = _made_from(recipe, {*_OF_MODEL, "seed", "safety", "utility", "diagnose"})
         key = _digest([made_from, self.data.get(f"safety:{name}"), self.data.get(f"utility:{name}")])
         return recipe.model_copy(update={"out": str(self.folder / "maps" / f"{name}-{key}")})
 

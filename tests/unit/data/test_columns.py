@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from castune.data.example import Example, Message
+from castune.data.example import Example, Message, require_solutions
 from castune.data.sources import examples
 from castune.errors import DataError
 
@@ -66,6 +66,13 @@ def test_a_system_column_stands_before_the_prompt(tmp_path: Path, row: Row) -> N
     assert example.reply == "Arr!"
 
 
+def test_a_problem_may_bring_its_worked_solution(tmp_path: Path) -> None:
+    row = {"prompt": "2 + 2?", "completion": r"2 + 2 = 4, so \boxed{4}.", "answer": "4", "scoring": "number"}
+    [example] = read(tmp_path, row)
+    assert (example.reply, example.target, example.scoring) == (row["completion"], "4", "number")
+    require_solutions([example], "utility")
+
+
 @pytest.mark.parametrize("nothing", [None, float("nan")])
 def test_what_is_absent_counts_as_absent(tmp_path: Path, nothing: Any) -> None:
     row = {"instruction": "Name a colour.", "input": nothing, "output": "Blue.", "system": nothing, "history": nothing}
@@ -111,6 +118,8 @@ def test_parts_of_text_are_joined(tmp_path: Path) -> None:
         ({"instruction": "a", "output": "b", "history": [["only one"]]}, "history.*pairs"),
         ({"instruction": "a", "output": "b", "system": ["x"]}, "system"),
         ({"prompt": "Q", "choices": ["a", "b"], "answer": "B"}, "answer is 'B', accepted: the 0-based index"),
+        ({"prompt": "Q", "choices": ["a", "b"], "answer": 1, "completion": "b, for ..."}, "completion or target"),
+        ({"prompt": "Q", "target": "42", "scoring": "number"}, "scoring is 'number'"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_name_and_line(tmp_path: Path, row: Row, named: str) -> None:
