@@ -13,9 +13,8 @@ import pytest
 from command_line import castune
 
 from castune.artifacts import EvalResult
-from castune.config import Recipe
 from castune.evaluations import cost_ratios, differences
-from castune.pipeline import run
+from castune.run_directory import RunDirectory
 
 pytest.importorskip("openai")
 
@@ -92,20 +91,21 @@ def problems(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def served(
-    models: Callable[..., Path], recipe_of: Callable[..., Recipe], problems: Path, own_data: dict[str, Path]
-) -> Recipe:
-    return recipe_of(
-        models(),
-        select__compare=[],
-        evaluate__backend="openai",
-        evaluate__served_model="model",
-        evaluate__suites=[f"utility:{problems}", f"safety:{own_data['held-out']}"],
-    )
+def options(problems: Path, own_data: dict[str, Path]) -> dict[str, Any]:
+    return {
+        "select__compare": [],
+        "evaluate__backend": "openai",
+        "evaluate__served_model": "model",
+        "evaluate__suites": [f"utility:{problems}", f"safety:{own_data['held-out']}"],
+    }
 
 
-def test_refusals_and_bare_numbers_count_from_the_server_to_the_report(server: dict[str, Any], served: Recipe) -> None:
-    folder = run(served)
+@pytest.fixture
+def folder(server: dict[str, Any], finished_run: Callable[..., Path], options: dict[str, Any]) -> RunDirectory:
+    return RunDirectory(finished_run(**options))
+
+
+def test_refusals_and_bare_numbers_count_from_the_server_to_the_report(folder: RunDirectory) -> None:
     found = folder.load_evaluations()
     base, tuned = (found[name].suites[0] for name in ("base", "safe"))
     assert [(suite.value, suite.n, suite.unscored) for suite in (base, tuned)] == [(0.87, N, 0), (0.21, N, 0)]
@@ -124,10 +124,9 @@ def test_refusals_and_bare_numbers_count_from_the_server_to_the_report(server: d
 
 
 def test_stored_evaluations_of_older_rules_are_read_again_and_not_generated(
-    server: dict[str, Any], served: Recipe, caplog: pytest.LogCaptureFixture
+    server: dict[str, Any], folder: RunDirectory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As castune stored them before: what was refused or bare was unscored, and the arm seemed to lose nothing."""
-    folder = run(served)
     path = folder.evaluation("safe")
     result = EvalResult.load(path)
     older = [{**s, "outcome": None if s.get("failure") else s["outcome"]} for s in result.samples]
@@ -152,12 +151,13 @@ def test_stored_evaluations_of_older_rules_are_read_again_and_not_generated(
     assert not caplog.text
 
 
-def test_a_suite_of_which_nothing_could_be_scored_is_an_error(server: dict[str, Any], served: Recipe) -> None:
-    folder = run(served)
+def test_a_suite_of_which_nothing_could_be_scored_is_an_error(
+    server: dict[str, Any], folder: RunDirectory, options: dict[str, Any]
+) -> None:
     server["filtered"] = True
-    suites = ",".join(served.evaluate.suites)
-    options = ("--backend", "openai", "--served-model", "model", "--suites", suites, "--max-new-tokens", "5")
-    done = castune("evaluate", folder.path, *options, cwd=folder.path)
+    suites = ",".join(options["evaluate__suites"])
+    given = ("--backend", "openai", "--served-model", "model", "--suites", suites, "--max-new-tokens", "5")
+    done = castune("evaluate", folder.path, *given, cwd=folder.path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "none of the" in done.stderr.splitlines()[-1]
@@ -165,4 +165,4 @@ def test_a_suite_of_which_nothing_could_be_scored_is_an_error(server: dict[str, 
     # What could be scored is there, and what is missing is asked for again.
     assert folder.load_evaluations()["safe"].suites[0].value == 0.21
     server["filtered"] = False
-    assert castune("evaluate", folder.path, *options, cwd=folder.path).returncode == 0
+    assert castune("evaluate", folder.path, *given, cwd=folder.path).returncode == 0

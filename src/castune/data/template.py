@@ -7,7 +7,7 @@ where the text that asks for a reply ends. Text of users stays text, whatever sp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from itertools import takewhile
@@ -40,11 +40,68 @@ _JOINED = 2
 
 
 @dataclass(frozen=True)
-class _Text:
-    """Rendered text; `first` is the stand-in of the first special text."""
+class Text:
+    """A text in which stand-ins hold the places of spelled tokens; `first` is that of the first of them."""
 
     text: str
     first: int
+
+
+class SpelledTokens:
+    """Keeps text that spells a special token from becoming that token, wherever it is put into a format.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        tokens: the texts of the tokens that must not be forged.
+    """
+
+    def __init__(self, tokenizer: Any, tokens: Iterable[str]) -> None:
+        self.tokenizer = tokenizer
+        # Longer ones first: one may begin as another does.
+        self.tokens = sorted({token for token in tokens if token.strip()}, key=lambda token: (-len(token), token))
+        self._openings = {token[:2] for token in self.tokens}
+
+    @classmethod
+    def special(cls, tokenizer: Any) -> SpelledTokens:
+        """All special tokens of a tokenizer."""
+        return cls(
+            tokenizer, (str(added.content) for added in tokenizer.added_tokens_decoder.values() if added.special)
+        )
+
+    def first_for(self, texts: Sequence[str]) -> int:
+        """The first of a block of private characters that none of the texts has."""
+        private = {ord(character) for text in texts for character in _PRIVATE.findall(text)}
+        first = next((one for one in _STAND_INS if not any(one <= c < one + _BLOCK for c in private)), None)
+        if first is None:
+            raise DataError("a text has characters of all private blocks of Unicode, one of which is needed")
+        return first
+
+    def held(self, text: str, first: int, *, all_but: Callable[[str], bool] = lambda _: False) -> str:
+        """The text with a stand-in for every token that it spells, but for some."""
+        if any(opening in text for opening in self._openings):
+            for number, token in enumerate(self.tokens):
+                if not all_but(token):
+                    text = text.replace(token, chr(first + number))
+        return text
+
+    def ids(self, found: Text) -> list[int]:
+        """Token ids: what a stand-in holds the place of is tokenised as text."""
+        if not self.tokens:
+            return self.plain(found.text)
+        stand_in = re.compile(f"([{chr(found.first)}-{chr(found.first + len(self.tokens) - 1)}])")
+        ids: list[int] = []
+        for number, piece in enumerate(stand_in.split(found.text)):
+            if number % 2:
+                # Its first character for itself: the rest is no special token.
+                token = self.tokens[ord(piece) - found.first]
+                ids += self.plain(token[0]) + self.plain(token[1:])
+            else:
+                ids += self.plain(piece)
+        return ids
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are what they spell."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 class Template:
@@ -72,8 +129,7 @@ class Template:
         self._options = {"chat_template": _dated(tokenizer, template_date(tokenizer))} if prints_date(tokenizer) else {}
         self._leading = _leading_tokens(tokenizer) if tokenizer.chat_template == PLAIN_TEMPLATE else []
         # The sample spells none.
-        self._special: list[str] = []
-        self._openings: set[str] = set()
+        self._spelled = SpelledTokens(tokenizer, ())
         asked = self._rendered(_SAMPLE, add_generation_prompt=True).text
         whole = self._rendered([*_SAMPLE, _assistant(_REPLY)]).text
         place = whole.rindex(_REPLY)
@@ -82,7 +138,8 @@ class Template:
         self.asked = asked.rpartition(_SAMPLE[0]["content"])[2]
         self.opens_thought = opens_thought(self.asked)
         added = tokenizer.added_tokens_decoder
-        tail = self._tokens(self.behind)
+        plain = self._spelled.plain
+        tail = plain(self.behind)
         end = next((token for token in tail if token in added and added[token].special), None)
         self.ends_turns = end is not None
         end = tokenizer.eos_token_id if end is None else end
@@ -92,11 +149,10 @@ class Template:
         self._end_text = str(added[self.end_token].content) if self.end_token in added else ""
         # What is special, or makes turns: spelled in a user's text it would forge a turn. Words are neither, nor are
         # the runs of spaces and lines that some vocabularies add.
-        structure = {*self._tokens(asked), *tail}
+        structure = {*plain(asked), *tail}
         marks = {str(entry.content) for token, entry in added.items() if entry.special or token in structure}
-        self._special = sorted((mark for mark in marks if not mark.strip().isalnum() and mark.strip()), key=_longest)
-        self._openings = {mark[:2] for mark in self._special}
-        before, after = ([*self._leading, *self._tokens(text)] for text in (asked, whole))
+        self._spelled = SpelledTokens(tokenizer, (mark for mark in marks if not mark.strip().isalnum()))
+        before, after = ([*self._leading, *plain(text)] for text in (asked, whole))
         self.dropped = len(before) - _n_common(before, after)
         # Of ChatML it may be what begins a turn.
         self.begins = before[0] == tokenizer.bos_token_id and after.count(before[0]) == 1
@@ -146,7 +202,7 @@ class Template:
             )
         if after_header and self.header:
             # The header's last character may have joined the reply.
-            behind = self._ids(_Text(asked.text + self.header, asked.first))
+            behind = self._ids(Text(asked.text + self.header, asked.first))
             n_before = max(n_before, min(_n_common(behind, whole) for whole in wholes))
         return wholes[0][:n_before], [whole[n_before:] for whole in wholes]
 
@@ -154,11 +210,11 @@ class Template:
         found = self._rendered([*turns, _assistant(self._without_end(reply))], name)
         text = self._without_behind(found.text)
         if not end_of_turn:
-            return self._ids(_Text(text, found.first))
+            return self._ids(Text(text, found.first))
         if not self.ends_turns:
-            return [*self._ids(_Text(text, found.first)), self.end_token]
+            return [*self._ids(Text(text, found.first)), self.end_token]
         end = self.behind.index(self._end_text) + len(self._end_text)
-        return self._ids(_Text(text + self.behind[:end], found.first))
+        return self._ids(Text(text + self.behind[:end], found.first))
 
     def _without_behind(self, text: str) -> str:
         if text.endswith(self.behind):
@@ -174,15 +230,10 @@ class Template:
             shorter = shorter.rstrip().removesuffix(self._end_text)
         return shorter
 
-    def _rendered(self, turns: Turns, name: str = "", **options: Any) -> _Text:
+    def _rendered(self, turns: Turns, name: str = "", **options: Any) -> Text:
         """The text of a conversation, with a stand-in for everything that must stay text in it."""
-        contents = [str(turn["content"]) for turn in turns]
-        private = {ord(character) for text in contents for character in _PRIVATE.findall(text)}
-        first = next((one for one in _STAND_INS if not any(one <= c < one + _BLOCK for c in private)), None)
-        if first is None:
-            raise DataError(f"example {name!r}: its text has characters of all private blocks, one of which is needed")
-        if any(opening in text for text in contents for opening in self._openings):
-            turns = [{**turn, "content": self._held(turn, first)} for turn in turns]
+        first = self._spelled.first_for([turn["content"] for turn in turns])
+        turns = [{**turn, "content": self._held(turn, first)} for turn in turns]
         of = f"example {name!r}: " if name else ""
         try:
             text = self.tokenizer.apply_chat_template(list(turns), tokenize=False, **self._options, **options)
@@ -200,32 +251,15 @@ class Template:
             is_earlier_reply = turn["role"] == "assistant" and turn is not turns[-1]
             if not is_earlier_reply and "".join(turn["content"].split()) not in written:
                 raise DataError(f"{of}the model's chat template leaves out a part of what the {turn['role']} says")
-        return _Text(str(text), first)
+        return Text(str(text), first)
 
     def _held(self, turn: Mapping[str, str], first: int) -> str:
-        text = turn["content"]
-        for number, special in enumerate(self._special):
-            # A reply may hold its reasoning in the marks that its model writes.
-            if turn["role"] != "assistant" or not is_reasoning_mark(special):
-                text = text.replace(special, chr(first + number))
-        return text
+        # A reply may hold its reasoning in the marks that its model writes.
+        is_reply = turn["role"] == "assistant"
+        return self._spelled.held(turn["content"], first, all_but=lambda mark: is_reply and is_reasoning_mark(mark))
 
-    def _ids(self, found: _Text) -> list[int]:
-        if not self._special:
-            return [*self._leading, *self._tokens(found.text)]
-        held = re.compile(f"([{chr(found.first)}-{chr(found.first + len(self._special) - 1)}])")
-        ids = list(self._leading)
-        for number, piece in enumerate(held.split(found.text)):
-            if number % 2:
-                # Its first character for itself: the rest is no special token.
-                special = self._special[ord(piece) - found.first]
-                ids += self._tokens(special[0]) + self._tokens(special[1:])
-            elif piece:
-                ids += self._tokens(piece)
-        return ids
-
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def _ids(self, found: Text) -> list[int]:
+        return [*self._leading, *self._spelled.ids(found)]
 
 
 def template_date(tokenizer: Any) -> date:
@@ -264,10 +298,6 @@ def _dated(tokenizer: Any, day: date, tools: Any = None) -> str:
     replaced = "".join(f" | replace('{directive}', '{value}')" for directive, value in {**values, "%%": "%"}.items())
     macro = "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro -%}"
     return macro + str(tokenizer.get_chat_template(None, tools))
-
-
-def _longest(text: str) -> tuple[int, str]:
-    return -len(text), text
 
 
 def _assistant(content: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from castune.core.loading import cache_home, load
 from castune.core.progress import progress
 from castune.core.refusals import read_by
 from castune.data.said import said
+from castune.data.template import SpelledTokens, Text
 from castune.evaluate.endpoint import Endpoint
 from castune.judge_name import JudgeName
 
@@ -171,6 +172,7 @@ class WildGuard(Judge):
     def __init__(self, name: JudgeName) -> None:
         self.name = str(name)
         self.model, self.tokenizer = load(name.model)
+        self._spelled = SpelledTokens.special(self.tokenizer)
 
     def verdicts(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
         """A verdict a reply; an empty reply is not shown to the model and unscored."""
@@ -190,17 +192,22 @@ class WildGuard(Judge):
 
     def prompt_ids(self, prompt: str, reply: str) -> list[int]:
         """Tokens of the classifier's own format; it has no chat template."""
+        first = self._spelled.first_for([prompt, reply])
+        # What was said must not forge an answer of the classifier's.
+        prompt, reply = self._spelled.held(prompt, first), self._spelled.held(reply, first)
+
+        def ids(text: str) -> list[int]:
+            return self._spelled.ids(Text(text, first))
+
         before, after = _WILDGUARD_PROMPT.split("{reply}")
         # Not str.format on the whole: what the user wrote may hold braces.
-        head, tail = self._ids(before.replace("{prompt}", prompt)), self._ids(after)
-        whole = self._ids(before.replace("{prompt}", prompt) + reply + after)
+        before = before.replace("{prompt}", prompt)
+        whole = ids(before + reply + after)
         if len(whole) <= _WILDGUARD_LONGEST:
             return whole
+        head, tail = ids(before), ids(after)
         room = max(_WILDGUARD_LONGEST - len(head) - len(tail), _WILDGUARD_LONGEST // 2)
-        return [*head, *self._ids(reply)[:room], *tail]
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [*head, *ids(reply)[:room], *tail]
 
 
 def wildguard_verdict(answer: str) -> Verdict:
