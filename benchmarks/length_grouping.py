@@ -1,9 +1,9 @@
 """Steps of similar lengths against shuffled ones: what is in a step, how much is padding, and what a training comes to.
 
-    python benchmarks/length_grouping.py [--steps 40] [--train]
+    python benchmarks/length_grouping.py [--data SOURCE] [--train] [--steps 40]
 
-On the starter training data (harmful, benign and borderline prompts) and the default model's tokenizer; `--train` also
-trains a safe quarter by each order and prints seconds and refusals.
+On the starter training data, or a source whose column `kind` says `harmful` of some rows, with the default model's
+tokenizer; `--train` also trains a quarter of the heads in each order and prints seconds and losses.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ def steps_of(lengths: list[int], seed: int, *, grouped: bool) -> list[list[int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--data", default="starter-align")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--train", action="store_true")
     options = parser.parse_args()
     _, tokenizer = load_config("default")
-    data = ct.examples("starter-align")
+    data = ct.examples(options.data)
     chat = ChatFormat(tokenizer)
     lengths = [len(chat.loss_row(example).ids) for example in data]
-    harmful = np.array([example.group == "harmful" for example in data])
+    harmful = np.array([example.group == "harmful" or example.id.startswith("align-harmful") for example in data])
     print(f"{len(data)} rows, {harmful.mean():.0%} harmful; {len(SEEDS)} orders of steps of {SIZE}")
     print("| order | one-sided steps | variance of harmful rows a step | tokens with padding |")
     print("|---|---|---|---|")

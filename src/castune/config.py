@@ -213,7 +213,8 @@ class TuneConfig(_Config):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
     group_by_length: bool = True
-    """Steps of examples of similar lengths, in random order: far less padding."""
+    """Steps of examples of similar lengths, in random order: far less padding, and steps that are often nearly of one
+    kind, as refusals are shorter than answers (docs/method.md)."""
     quantization: Literal["none", "nf4"] = "none"
     """How the base's linear layers are stored while it is trained (bitsandbytes, extra `qlora`): `nf4` takes a quarter
     of bfloat16's memory (QLoRA). The adapter belongs to the full model, on which it is evaluated and merged."""

@@ -46,7 +46,10 @@ STUDY = {
     "buckets": [4],
     "scores": ["conflict"],
     "shares": [50],
-    "calibrations": {"margins": {"measure": "margin"}, "few": {"arms": ["bucket-1-of-4"]}},
+    "calibrations": {
+        "margins": {"measure": "margin"},
+        "one-rank": {"sensitivity_rank": "of-difference", "arms": ["bucket-1-of-4"]},
+    },
     "drift": ["safe"],
 }
 FEW = {
@@ -160,7 +163,13 @@ def test_a_study_and_what_its_tables_say(study_of: Callable[..., Path], tmp_path
         "safe",
         "safe-50",
     ]
-    assert {row["calibration"] for row in rows(folder, "table_10_11_calibrations")} == {"few"}
+    assert {row["calibration"] for row in rows(folder, "table_10_11_calibrations")} == {"one-rank"}
+    # The map that ranks otherwise was made of what the main one measured.
+    main, one_rank = (ConflictMap.load(graph.maps[name].out) for name in ("main", "one-rank"))
+    assert one_rank.metadata["reranked_from"] == main.content_hash
+    for column in ("optimization_conflict", "utility_shift", "safety_shift"):
+        assert main.table[column].equals(one_rank.table[column])
+    assert not main.table["functional_sensitivity"].equals(one_rank.table["functional_sensitivity"])
     assert "Conflict drift" in (folder / "report.html").read_text(encoding="utf-8")
     assert (folder / "figures" / "drift_safe.svg").is_file()
     # An arm with the heads of another is trained once.
