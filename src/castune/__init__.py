@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from castune.errors import UnsupportedArchitecture as UnsupportedArchitecture
     from castune.evaluate.judges import judge as judge
     from castune.evaluate.run import evaluate as evaluate
-    from castune.evaluate.stats import correlation as correlation
-    from castune.evaluate.stats import utility_cost_ratio as utility_cost_ratio
     from castune.export import export as export
     from castune.pipeline import run as run
     from castune.select import select as select
+    from castune.stats.estimates import correlation as correlation
+    from castune.stats.estimates import utility_cost_ratio as utility_cost_ratio
     from castune.tune.mask import mask_adapter as mask_adapter
     from castune.tune.row_lora import sparse_lora as sparse_lora
     from castune.tune.train import tune as tune
@@ -62,8 +62,8 @@ _PUBLIC = {
     "CastuneError": "castune.errors",
     "UnsupportedArchitecture": "castune.errors",
     "evaluate": "castune.evaluate.run",
-    "correlation": "castune.evaluate.stats",
-    "utility_cost_ratio": "castune.evaluate.stats",
+    "correlation": "castune.stats.estimates",
+    "utility_cost_ratio": "castune.stats.estimates",
     "export": "castune.export",
     "run": "castune.pipeline",
     "select": "castune.select",

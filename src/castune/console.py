@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
     from castune.diagnose.plan import Plan
-    from castune.evaluate.stats import CostRatio
     from castune.reproduce import Difference, Reproduction
+    from castune.stats.estimates import CostRatio
 
 
 def say(text: str) -> None:

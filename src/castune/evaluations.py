@@ -23,12 +23,12 @@ from castune.evaluate.judging import judge_again
 from castune.evaluate.lm_eval import lm_eval_results, require_lm_eval
 from castune.evaluate.run import evaluate_on
 from castune.evaluate.server import ServerHost, require_replies_only
-from castune.evaluate.stats import CostRatio, PairedDifference, Pairs, bootstrap_cost_ratio, paired_difference
 from castune.evaluate.suites import Suite
 from castune.evaluate.vllm_engine import VllmEngine, require_vllm
 from castune.judge_name import JudgeName
 from castune.readiness import require_ready, suite_tokens
 from castune.run_directory import BASE, RunDirectory
+from castune.stats.estimates import CostRatio, PairedDifference, Pairs, bootstrap_cost_ratio, paired_difference
 
 logger = logging.getLogger(__name__)
 

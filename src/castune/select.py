@@ -8,8 +8,8 @@ from collections import Counter
 
 from castune.arms import SEEDED_ZONES, ZONES
 from castune.artifacts import ConflictMap, HeadSelection
-from castune.core.ranking import by_descending, equal_parts
 from castune.errors import CastuneError
+from castune.stats.ranking import by_descending, equal_parts
 
 Unit = tuple[str, int, int]
 """Kind, layer, number."""

@@ -40,9 +40,9 @@ FAULTS = [
         "unit/diagnose/test_score.py",
     ),
     Fault(
-        "ranks without the average of ties", "core/ranking.py",
+        "ranks without the average of ties", "stats/ranking.py",
         "(first + last) / 2 / (n - 1)", "first / (n - 1)",
-        "unit/core/test_ranking.py",
+        "unit/stats/test_ranking.py",
     ),
     Fault(
         "S(h) with its ranks exchanged", "diagnose/score.py",
@@ -124,7 +124,7 @@ FAULTS = [
     ),
     Fault(
         "special tokens of a user's text are tokens", "data/template.py",
-        "ids += self._tokens(special[0]) + self._tokens(special[1:])", "ids += self._tokens(special)",
+        "ids += self.plain(token[0]) + self.plain(token[1:])", "ids += self.plain(token)",
         "unit/data/test_template.py",
     ),
     Fault(
@@ -154,19 +154,19 @@ FAULTS = [
         "unit/test_select.py",
     ),
     Fault(
-        "McNemar's test on examples that are not paired", "evaluate/stats.py",
+        "McNemar's test on examples that are not paired", "stats/estimates.py",
         "pairs = zip(before, after, strict=True)", "pairs = zip(sorted(before, key=str), sorted(after, key=str), strict=True)",
-        "unit/evaluate/test_stats.py",
+        "unit/stats/test_estimates.py",
     ),
     Fault(
-        "Wilson's interval with n - 1", "evaluate/stats.py",
+        "Wilson's interval with n - 1", "stats/estimates.py",
         "    rate, z2 = successes / n, _Z**2\n", "    rate, z2 = successes / n, _Z**2\n    n = max(1, n - 1)\n",
-        "unit/evaluate/test_stats.py",
+        "unit/stats/test_estimates.py",
     ),
     Fault(
-        "a cost ratio without a safety gain is zero", "evaluate/stats.py",
+        "a cost ratio without a safety gain is zero", "stats/estimates.py",
         "        return None\n    return max(0.0,", "        return 0.0\n    return max(0.0,",
-        "unit/evaluate/test_stats.py",
+        "unit/stats/test_estimates.py",
     ),
     Fault(
         "a journal's line is read whatever its checksum", "core/journal.py",

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from castune.core.heads import Call, HeadLayout, features, recorded_calls
 from castune.core.modes import evaluation_mode
-from castune.core.ranking import equal_parts
 from castune.errors import UnsupportedArchitecture
+from castune.stats.ranking import equal_parts
 
 # Names of the projections into the neurons, then of the one out of them.
 _SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (

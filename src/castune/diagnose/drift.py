@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from castune.artifacts.drift_result import ColumnDrift, HeadChange, ZoneOverlap
-from castune.core.ranking import bucket_numbers
 from castune.diagnose.measurements import COLUMNS, Measurements, Weights
 from castune.diagnose.reliability import random_halves, spearman, spearman_brown, zone_stability
 from castune.diagnose.score import Floats
+from castune.stats.ranking import bucket_numbers
 
 N_SPLITS = 50
 N_RESAMPLES = 200

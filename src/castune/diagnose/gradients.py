@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from castune.core.losses import RowBatch, batches_by_length, reply_nll, run_batches
 from castune.core.memory import return_freed_memory
 from castune.core.progress import Advance, no_progress
-from castune.core.ranking import equal_parts
 from castune.core.units import Part, Unit, UnitLayout
 from castune.data.rows import Row
 from castune.diagnose.score import Floats
 from castune.errors import CastuneError
+from castune.stats.ranking import equal_parts
 
 # Elements of partial gradients that are copied at once for their inner products, 3 GB with the copy in float64.
 _MOST_ELEMENTS = 1 << 28

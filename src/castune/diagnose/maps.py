@@ -15,7 +15,6 @@ import pyarrow as pa
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import SCHEMA
 from castune.config import DiagnoseConfig
-from castune.core.ranking import bucket_numbers, percentile_rank, tie_share
 from castune.core.units import Unit
 from castune.diagnose.domains import UtilitySet, utility_hash
 from castune.diagnose.grams import Gram
@@ -32,6 +31,7 @@ from castune.diagnose.score import (
     shift_of,
 )
 from castune.errors import CastuneError
+from castune.stats.ranking import bucket_numbers, percentile_rank, tie_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ from castune.core.generation import ROUND, Reply
 from castune.core.heads import HeadLayout
 from castune.core.losses import batches_by_length
 from castune.core.memory import resident_memory
-from castune.core.ranking import equal_parts
 from castune.core.skeleton import random_slice, skeleton
 from castune.core.units import Unit, UnitLayout
 from castune.data.chat import ChatFormat
@@ -41,6 +40,7 @@ from castune.diagnose.gradients import gradient_passes
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, distinct, part_size, place_of, units_of
 from castune.errors import CastuneError
+from castune.stats.ranking import equal_parts
 
 # Of the replies that are still the whole model's, the share that changes at the next token once a head is gone. Of the
 # default model's, which is small and unsure, 89 % had changed after 48 tokens, 43 % after the 15 or so that the prefix

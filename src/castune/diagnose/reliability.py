@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from castune.core.ranking import bucket_numbers, percentile_rank, tie_share
 from castune.diagnose.measurements import COLUMNS, Measurements, Weights
 from castune.diagnose.score import Floats
+from castune.stats.ranking import bucket_numbers, percentile_rank, tie_share
 
 # Reliability is the share of the variance over heads that another set of examples would reproduce. Below one half the
 # order of the heads is more noise than signal.

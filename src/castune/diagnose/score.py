@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castune.config import Measure
-from castune.core.ranking import percentile_rank
+from castune.stats.ranking import percentile_rank
 
 Floats = NDArray[np.float64]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from castune.artifacts import SuiteResult
 from castune.evaluate.failures import FAILURES, is_degenerate
-from castune.evaluate.stats import estimate, wilson_interval
 from castune.evaluate.suites import METRICS
+from castune.stats.estimates import estimate, wilson_interval
 
 Sample = Mapping[str, Any]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.conflict_map import SCHEMA
-from castune.core.ranking import by_descending
 from castune.report.maps import SCORES
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.theme import LOW_TO_HIGH
+from castune.stats.ranking import by_descending
 
 # Short names for the heads of columns, and what `castune select --score` calls the score where it sorts by it.
 _SYMBOLS = {

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.evaluate.stats import Correlation, correlation
-from castune.study.distributions import Interval, Z
-from castune.study.shrinkage import true_scores
+from castune.stats.distributions import Interval, Z
+from castune.stats.estimates import Correlation, correlation
+from castune.stats.shrinkage import true_scores
 
 Floats = NDArray[np.float64]
 # Of an anchor's error on a curve without a band.
@@ -140,7 +140,7 @@ def cost_curve(
     """Predicted cost of every budget from the scores of a map.
 
     With errors the prediction is that of the expected true scores, given the measured ones and how those of all heads
-    are distributed (`study.shrinkage`): such a band holds although the heads were chosen by the same scores; one around
+    are distributed (`stats.shrinkage`): such a band holds although the heads were chosen by the same scores; one around
     the measured sum would not. It is the envelope of two, with true scores of any distribution and normal ones. In
     simulations with errors of known size it held the truth of a tenth, quarter and half of 60 to 1,024 heads in 92 to
     100 % of cases. It held it less often in two: in 81 % for the lowest tenth where errors are in proportion to the

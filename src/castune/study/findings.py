@@ -13,12 +13,12 @@ import numpy as np
 from castune.artifacts import ConflictMap
 from castune.config import StudyConfig, method_suffix
 from castune.select import SCORE_COLUMNS
+from castune.stats.comparisons import Comparison, Outcomes, compare, holm
+from castune.stats.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
+from castune.stats.nulls import NullPosition, OrderNull, null_position, order_null
+from castune.stats.validity import Point, Validity, arm_means, predictive_validity
 from castune.study.budget import Check, CostCurve, check_against, cost_curve, predicted_cost, standard_errors
-from castune.study.comparisons import Comparison, Outcomes, compare, holm
-from castune.study.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
-from castune.study.nulls import NullPosition, OrderNull, null_position, order_null
 from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
-from castune.study.validity import Point, Validity, arm_means, predictive_validity
 from castune.study.verdicts import comparison_verdict, is_seen, null_verdict, unseen_verdict, verdict
 
 # The arm that every other one is compared with: what the method recommends.

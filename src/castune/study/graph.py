@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from castune.arms import ArmName, heads_name
 from castune.config import CalibrationConfig, DataConfig, Recipe, SelectConfig, StudyConfig, TuneConfig
-from castune.core.ranking import equal_parts
 from castune.errors import CastuneError
+from castune.stats.ranking import equal_parts
 
 MAIN = "main"
 # Seeds of the further random selections follow on these, far from those a user would choose.

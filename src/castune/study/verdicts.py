@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from castune.study.comparisons import Comparison
-from castune.study.distributions import Interval
-from castune.study.nulls import NullPosition
-from castune.study.validity import Validity
+from castune.stats.comparisons import Comparison
+from castune.stats.distributions import Interval
+from castune.stats.nulls import NullPosition
+from castune.stats.validity import Validity
 
 
 def verdict(
@@ -31,7 +31,7 @@ def verdict(
     seed, no errors) nothing is claimed.
 
     Args:
-        found: see `castune.study.validity.predictive_validity`.
+        found: see `castune.stats.validity.predictive_validity`.
         score: name of the score.
         cost: name of the cost.
         why_undefined: why a cost is undefined where it is.
@@ -79,7 +79,7 @@ def comparison_verdict(
     """What the comparison of two arms says.
 
     Args:
-        found: see `castune.study.comparisons.compare`; its sign is first minus second.
+        found: see `castune.stats.comparisons.compare`; its sign is first minus second.
         first: name of the first arm.
         second: name of the second.
         metric: what the outcomes count.
@@ -149,7 +149,7 @@ def null_verdict(
     """What the place of a zone among random selections says.
 
     Args:
-        found: see `castune.study.nulls.null_position`.
+        found: see `castune.stats.nulls.null_position`.
         zone: name of the zone.
         cost: name of the cost.
         p_adjusted: the two-sided p-value after `holm`, where several zones or costs were tried.

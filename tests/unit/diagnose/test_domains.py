@@ -16,12 +16,12 @@ import torch
 import castune
 from castune import CastuneError, ConflictMap, DiagnoseConfig
 from castune.core.journal import Journal
-from castune.core.ranking import bucket_numbers
 from castune.data.example import Example
 from castune.diagnose import grams
 from castune.diagnose.domains import utility_hash, utility_sets
 from castune.diagnose.reliability import spearman
 from castune.errors import ArtifactError, MapUnfinished
+from castune.stats.ranking import bucket_numbers
 
 MARGIN = DiagnoseConfig(measure="margin", max_new_tokens=4, gradient_chunks=3)
 DECISION = DiagnoseConfig(measure="decision", max_new_tokens=4, gradient_chunks=3)

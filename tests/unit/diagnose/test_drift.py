@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from castune.core.ranking import bucket_numbers
 from castune.diagnose.drift import drift, kept_heads, noise_ceiling, zone_changes, zone_of
 from castune.diagnose.measurements import COLUMNS, Domain, Measurements
 from castune.diagnose.reliability import random_halves, reliability
 from castune.diagnose.score import conflict_from_gram, conflict_score, functional_sensitivity, margin_shift
+from castune.stats.ranking import bucket_numbers
 
 Floats = NDArray[np.float64]
 

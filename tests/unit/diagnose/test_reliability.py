@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from castune.core.ranking import bucket_numbers
 from castune.diagnose.measurements import COLUMNS, Domain, Measurements, Weights, weighted_conflict
 from castune.diagnose.reliability import (
     RELIABLE,
@@ -36,6 +35,7 @@ from castune.diagnose.score import (
     functional_sensitivity,
     margin_shift,
 )
+from castune.stats.ranking import bucket_numbers
 
 Floats = NDArray[np.float64]
 NAN = math.nan

@@ -21,8 +21,8 @@ from castune.evaluate.judges import Judge, Panel, Verdict, judge
 from castune.evaluate.judging import judge_again
 from castune.evaluate.reading import read
 from castune.evaluate.run import evaluate, evaluate_on
-from castune.evaluate.stats import paired_difference, wilson_interval
 from castune.evaluate.suites import Suite
+from castune.stats.estimates import paired_difference, wilson_interval
 
 CONFIG = EvaluateConfig(max_new_tokens=6, batch_tokens=300, max_length=600)
 

@@ -23,8 +23,8 @@ from castune.artifacts import (
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
-from castune.evaluate.stats import CostRatio, PairedDifference
 from castune.report.page import write_report
+from castune.stats.estimates import CostRatio, PairedDifference
 
 MODEL = {
     "name": "SmolLM2-135M-Instruct",

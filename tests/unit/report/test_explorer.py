@@ -14,10 +14,10 @@ from browser import CHROMIUM, Browser
 from fake_run import Run, make_domains, make_map, make_run, make_selection
 
 from castune.artifacts import ConflictMap
-from castune.core.ranking import bucket_numbers, by_descending
 from castune.report.explorer import explorer
 from castune.report.maps import SCORES
 from castune.select import SCORE_COLUMNS, select
+from castune.stats.ranking import bucket_numbers, by_descending
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 READY = "document.querySelector('.explorer')?.dataset.ready === 'true'"

@@ -11,9 +11,9 @@ import pytest
 from fake_run import MODEL, Run, make_domains, make_evaluation, make_map, make_masked, make_run, make_suite
 
 from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
-from castune.evaluate.stats import CostRatio, PairedDifference
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.summary import NOT_MEASURED
+from castune.stats.estimates import CostRatio, PairedDifference
 
 ATTACKS = [
     "<script>alert(1)</script>",

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 from fake_run import Run, make_evaluation, make_suite
 
-from castune.evaluate.stats import PairedDifference
 from castune.report.summary import (
     NO_DIFFERENCE,
     NOT_MEASURED,
@@ -18,6 +17,7 @@ from castune.report.summary import (
     verdict,
     with_error,
 )
+from castune.stats.estimates import PairedDifference
 
 
 def test_mean_rate_averages_suites_without_weights_and_their_errors_as_independent() -> None:

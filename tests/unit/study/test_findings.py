@@ -16,9 +16,9 @@ import pytest
 from castune.artifacts import ConflictMap, HeadSelection, SuiteResult
 from castune.artifacts.conflict_map import SCHEMA
 from castune.config import StudyConfig
-from castune.evaluate.stats import CostRatio, correlation
 from castune.select import select
-from castune.study.comparisons import holm
+from castune.stats.comparisons import holm
+from castune.stats.estimates import CostRatio, correlation
 from castune.study.figures import charts
 from castune.study.findings import findings
 from castune.study.tables import finding_tables, over_seeds, tables

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from one_suite import compare
 
-from castune.study.comparisons import Comparison
-from castune.study.distributions import Interval
-from castune.study.nulls import null_position
-from castune.study.validity import Point, Validity, predictive_validity
+from castune.stats.comparisons import Comparison
+from castune.stats.distributions import Interval
+from castune.stats.nulls import null_position
+from castune.stats.validity import Point, Validity, predictive_validity
 from castune.study.verdicts import comparison_verdict, null_verdict, verdict
 
 

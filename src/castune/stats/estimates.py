@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.core.ranking import percentile_rank
+from castune.stats.ranking import percentile_rank
 
 # At most this many permutations are enumerated; beyond, as many are drawn at random.
 _PERMUTATIONS = 10_000

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castune.core.ranking import bucket_numbers, by_descending, equal_parts, percentile_rank, tie_share
+from castune.stats.ranking import bucket_numbers, by_descending, equal_parts, percentile_rank, tie_share
 
 # Few distinct values (ties), and any finite float.
 VALUES = st.one_of(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from castune.study.distributions import Interval, clopper_pearson
+from castune.stats.distributions import Interval, clopper_pearson
 
 # At most this many orders are enumerated (7! = 5,040); beyond, as many are drawn at random.
 _ORDERS = 10_000

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.core.ranking import percentile_rank
-from castune.study.distributions import Interval, Z
+from castune.stats.distributions import Interval, Z
+from castune.stats.ranking import percentile_rank
 
 Floats = NDArray[np.float64]
-# At most this many permutations are enumerated; beyond, as many are drawn at random (as in `evaluate.stats`).
+# At most this many permutations are enumerated; beyond, as many are drawn at random (as in `stats.estimates`).
 _PERMUTATIONS = 10_000
 # What is left of a column after depth was taken out counts as nothing below this share of it.
 _NOTHING = 1e-9

@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from castune.evaluate.stats import (
+from castune.stats.estimates import (
     CostRatio,
     Pairs,
     bootstrap_cost_ratio,

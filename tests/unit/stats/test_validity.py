@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_suite import compare
 
-from castune.evaluate.stats import utility_cost_ratio
-from castune.study.comparisons import Outcomes, holm
-from castune.study.comparisons import compare as compare_suites
-from castune.study.correlations import fisher_interval, map_agreement, partial_correlation
-from castune.study.distributions import clopper_pearson, incomplete_beta, student_p, student_quantile
-from castune.study.nulls import null_position, order_null
-from castune.study.validity import Point, arm_means, predictive_validity
+from castune.stats.comparisons import Outcomes, holm
+from castune.stats.comparisons import compare as compare_suites
+from castune.stats.correlations import fisher_interval, map_agreement, partial_correlation
+from castune.stats.distributions import clopper_pearson, incomplete_beta, student_p, student_quantile
+from castune.stats.estimates import utility_cost_ratio
+from castune.stats.nulls import null_position, order_null
+from castune.stats.validity import Point, arm_means, predictive_validity
 
 TABLE_7 = json.loads((Path(__file__).parents[2] / "data" / "published_table7.json").read_text())
 ROWS: list[dict[str, Any]] = [dict(zip(TABLE_7["columns"], row, strict=True)) for row in TABLE_7["rows"]]

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.core.ranking import percentile_rank
-from castune.evaluate.stats import Correlation, correlation
-from castune.study.correlations import correlations, fisher_interval
-from castune.study.distributions import Interval
+from castune.stats.correlations import correlations, fisher_interval
+from castune.stats.distributions import Interval
+from castune.stats.estimates import Correlation, correlation
+from castune.stats.ranking import percentile_rank
 
 Floats = NDArray[np.float64]
 

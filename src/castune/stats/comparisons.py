@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.study.distributions import Interval, student_p, student_quantile
+from castune.stats.distributions import Interval, student_p, student_quantile
 
 Floats = NDArray[np.float64]
 # Of every seed and suite, the outcome of every example by its id: 1, 0, or None where unscored.

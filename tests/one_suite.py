@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from castune.study import comparisons
-from castune.study.comparisons import Comparison, Outcomes
+from castune.stats import comparisons
+from castune.stats.comparisons import Comparison, Outcomes
 
 
 def compare(first: Mapping[int, Sequence[Any]], second: Mapping[int, Sequence[Any]]) -> Comparison:
-    """`castune.study.comparisons.compare` of arms `{seed: outcomes}`."""
+    """`castune.stats.comparisons.compare` of arms `{seed: outcomes}`."""
     return comparisons.compare(_suite(first), _suite(second))
 
 

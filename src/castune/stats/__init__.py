@@ -1,0 +1,1 @@
+"""Pure statistics: estimates, ranks, comparisons, correlations, nulls, validity. Nothing of ours but errors."""
