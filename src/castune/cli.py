@@ -750,6 +750,7 @@ def judge_again(
 
     found = evaluations.judge_step(RunDirectory(run_directory), judge)
     show_evaluations(found, evaluations.cost_ratios(found))
+    evaluations.require_scored(found)
 
 
 @app.command("lm-eval")

@@ -133,7 +133,12 @@ def run(recipe: Recipe, options: Options) -> bool:
         say(f"missing: {name}")
     say(f"tables: {graph.folder / 'tables'}")
     say(f"report: {done.report}")
-    return done.is_finished
+    measured = {} if done.results.base is None else {"base": done.results.base}
+    measured |= {f"{trial.calibration}/{trial.seed}/{trial.arm}": trial.measured for trial in done.results.trials}
+    unscored = [(name, suite.suite) for name, one in measured.items() for suite in one.suites if not suite.n]
+    for name, suite in unscored:
+        say(f"{name}: none of the examples of suite {suite} could be scored")
+    return done.is_finished and not unscored
 
 
 def dry_run(recipe: Recipe, *, accelerator: str | None) -> None:
