@@ -244,8 +244,8 @@ def plan(
     device: DeviceOption = "auto",
 ) -> None:
     """What a diagnosis will cost, before anything is spent: from the config alone, and half a minute of measuring."""
-    from castune import pipeline
     from castune.config import Recipe
+    from castune.plan.diagnosis import plan_diagnosis
 
     recipe = Recipe.of(
         model=model,
@@ -266,7 +266,7 @@ def plan(
             "mlp_groups": mlp_groups,
         },
     )
-    found, notes = pipeline.plan_diagnosis(recipe, accelerator=accelerator, decoded_share=decoded_share)
+    found, notes = plan_diagnosis(recipe, accelerator=accelerator, decoded_share=decoded_share)
     show_plan(found, notes, accelerator)
 
 

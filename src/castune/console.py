@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
     from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
-    from castune.diagnose.plan import Plan
+    from castune.plan.diagnosis import Plan
     from castune.reproduce import Difference, Reproduction
     from castune.stats.estimates import CostRatio
 

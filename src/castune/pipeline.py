@@ -20,7 +20,7 @@ from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.files import alone_at, replacing, write_json
 from castune.config import DataConfig, DiagnoseConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.journal import Journal
-from castune.core.loading import device_of, find_default_gguf, load_config, load_model, torch_dtype_of
+from castune.core.loading import find_default_gguf, load_config, load_model
 from castune.core.provenance import chat_template_digest, fingerprint, provenance
 from castune.core.shards import Shard
 from castune.core.units import unit
@@ -28,7 +28,6 @@ from castune.data.example import Example, content_hash, require_replies
 from castune.data.sources import examples
 from castune.diagnose.domains import Utility, utility_hash, utility_sets
 from castune.diagnose.groups import ablate_groups
-from castune.diagnose.plan import Plan, plan
 from castune.diagnose.run import diagnose
 from castune.diagnose.stored import GRADIENTS_FILE, OUTCOMES_FILE, reranked
 from castune.errors import ArtifactError, CastuneError, DataError
@@ -226,34 +225,6 @@ def recorded_data(record: Mapping[str, Any], seed: int) -> list[Example]:
     if len(found) > n:
         found = load_data(DataConfig(source=record["source"], limit=n, balance=record.get("balance")), seed)
     return [example for example in found if example.id not in left_out]
-
-
-def plan_diagnosis(
-    recipe: Recipe,
-    *,
-    accelerator: str | None = None,
-    decoded_share: float | None = None,
-    read: Callable[..., list[Example]] = examples,
-) -> tuple[Plan, list[str]]:
-    """What the recipe's diagnosis will cost, from the model's config and the data; no weights are loaded.
-
-    Returns:
-        The plan, and what the user should know about it.
-    """
-    safety, utility = load_calibration(recipe, read)
-    config, tokenizer, notes = config_and_tokenizer(recipe)
-    found = plan(
-        config,
-        tokenizer,
-        safety=safety,
-        utility=utility,
-        settings=recipe.diagnose,
-        dtype=torch_dtype_of(recipe.dtype, recipe.device),
-        device=device_of(recipe.device),
-        accelerator=accelerator,
-        decoded_share=decoded_share,
-    )
-    return found, notes
 
 
 def config_and_tokenizer(recipe: Recipe) -> tuple[Any, Any, list[str]]:

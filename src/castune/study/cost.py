@@ -1,278 +1,119 @@
-"""What a recipe's diagnosis, trainings and evaluations cost, from the model's config and the data: nothing is run.
-
-Work is counted (`work.py`). Seconds come from an accelerator's data sheet, or from a slice of the model that is timed
-on this machine (`diagnose/calibrate.py`). They leave out loading models, writing results and judging replies.
-"""
+"""What a study costs: the cost of its recipes, unit by unit of its graph."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any
 
-import torch
-
-from castune import pipeline
 from castune.arms import ArmName
-from castune.config import DiagnoseConfig, Recipe
-from castune.core.accelerators import ACCELERATORS, Accelerator
-from castune.core.batching import ExampleBatch
-from castune.core.heads import HeadLayout
-from castune.core.loading import device_of, torch_dtype_of
-from castune.core.skeleton import skeleton
-from castune.data.chat import ChatFormat
-from castune.data.rows import Row
-from castune.data.stand_ins import DataOrStandIns
-from castune.diagnose.calibrate import GRADIENT_PASSES, decoding_steps, gradient_speed, sweep_speed
-from castune.diagnose.plan import Plan, Stage, slice_ablator
-from castune.errors import CastuneError
-from castune.evaluate.suites import Suite, load_suites
-from castune.study.makespan import Unit, makespan
-from castune.study.workload import ModelShape, SuiteWork, Training, suite_work, training_work
-from castune.tune.preferences import preference_pairs
-
-# What the paper's diagnosis takes a head on an H800 (Appendix F.5, 100 examples): utility, and safety.
-PAPER_HEAD_SECONDS = 7 + 60
-# Keys and values of a decoding step are read for attention, and copied (read and written) to append the new ones.
-_CACHE_PASSES = 3
-# Tokens of keys and values of the batch with which decoding is timed here.
-_TIMED_CONTEXT = 8192
-
-
-def paper_hours(n_heads: int) -> float:
-    """GPU-hours of a diagnosis of so many heads as the paper does it: 19.1 for Llama-3.1-8B's 1,024."""
-    return n_heads * PAPER_HEAD_SECONDS / 3600
-
-
-class Clock(ABC):
-    """How long work takes somewhere."""
-
-    @abstractmethod
-    def training(self, work: Training, rows: Sequence[Row]) -> float:
-        """Seconds of a training.
-
-        Args:
-            work: its work.
-            rows: a micro-batch of middle length.
-        """
-
-    @abstractmethod
-    def suite(self, work: SuiteWork) -> float:
-        """Seconds of a suite."""
-
-
-@final
-class OnAccelerator(Clock):
-    """By a roofline over an accelerator's data sheet."""
-
-    def __init__(self, accelerator: Accelerator, shape: ModelShape) -> None:
-        self.accelerator, self.shape = accelerator, shape
-
-    def training(self, work: Training, rows: Sequence[Row] = ()) -> float:
-        """Seconds of forwards and backwards; the optimiser's own are nothing beside them."""
-        return self._passes(work.stage)
-
-    def suite(self, work: SuiteWork) -> float:
-        """Seconds of forwards and of decoding steps."""
-        stage, shape = work.stage, self.shape
-        n_bytes = stage.steps * shape.weight_bytes + _CACHE_PASSES * stage.context * shape.key_bytes
-        steps = self.accelerator.decoding_seconds(stage.steps, shape.n_layers, decoding_flops(shape, stage), n_bytes)
-        return self._passes(stage) + steps
-
-    def _passes(self, stage: Stage) -> float:
-        flops = stage.layer_flops + stage.n_scored * self.shape.flops.scored
-        return self.accelerator.seconds(flops, stage.weight_reads * self.shape.weight_bytes)
-
-
-@final
-class Here(Clock):
-    """By timing a slice of the model, with random weights, on this machine.
-
-    Args:
-        config: the model's config.
-        shape: the model's shape.
-        chat: its tokenizer and template.
-        dtype: of the weights.
-        device: where it runs.
-        batch_tokens: rows x tokens of a forward.
-    """
-
-    def __init__(
-        self,
-        config: Any,
-        shape: ModelShape,
-        chat: ChatFormat,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        batch_tokens: int,
-    ) -> None:
-        self.shape, self.chat, self.batch_tokens = shape, chat, batch_tokens
-        model = skeleton(config, dtype)
-        self.ablator = slice_ablator(config, model, HeadLayout.unproven(model), DiagnoseConfig(), dtype, device)
-
-    def training(self, work: Training, rows: Sequence[Row]) -> float:
-        """Seconds of forwards and backwards, as of the diagnosis' gradients of those rows."""
-        # A micro-batch is one forward, however long.
-        room = len(rows) * max(len(row.ids) for row in rows)
-        speed, *_ = gradient_speed(self.ablator, rows, room)
-        return speed.seconds(work.stage.layer_flops, work.stage.n_scored / GRADIENT_PASSES)
-
-    def suite(self, work: SuiteWork) -> float:
-        """Seconds of forwards, and of decoding steps at a reply's middle."""
-        stage = work.stage
-        rows = work.rows or [Row.of_replies(work.prompt, [work.prompt[-1:]])]
-        parts = [[(n, len(row.tokens))] for n, row in enumerate(rows)]
-        speed, _ = sweep_speed(
-            self.ablator, [ExampleBatch(list(range(len(rows))), list(rows), parts)], self.batch_tokens
-        )
-        forwards = speed.seconds(stage.layer_flops, stage.n_scored)
-        if not stage.steps:
-            return forwards
-        context = (list(work.prompt) * (1 + work.reply // len(work.prompt)))[: len(work.prompt) + work.reply // 2]
-        n_replies = max(2, min(work.n_replies, _TIMED_CONTEXT // len(context)))
-        steps = decoding_steps(self.ablator, self.chat, context, n_replies, self.shape.n_layers, continues=False)
-        return forwards + steps.seconds(stage.steps, stage.step_tokens)
-
-
-def decoding_flops(shape: ModelShape, stage: Stage) -> float:
-    """FLOPs of a stage's decoding steps."""
-    a_token = sum(shape.flops.token_L) + shape.flops.scored
-    return stage.step_tokens * a_token + stage.context * sum(shape.flops.pair_L)
-
-
-def stage_flops(shape: ModelShape, stage: Stage) -> float:
-    """All FLOPs of a stage of a training or an evaluation."""
-    return stage.layer_flops + stage.n_scored * shape.flops.scored + decoding_flops(shape, stage)
+from castune.config import SelectConfig
+from castune.plan import makespan
+from castune.plan.diagnosis import Stage, plan_diagnosis
+from castune.plan.recipe import RecipeCost, recipe_cost
+from castune.plan.stand_ins import DataOrStandIns
+from castune.study.graph import MAIN, Graph, Unit
+from castune.tune.snapshots import snapshot_steps
 
 
 @dataclass(frozen=True)
-class ArmCost:
-    """Cost of one training. `peak_memory` (bytes) is an estimate."""
-
-    training: Training
-    seconds: float
-    peak_memory: int
-
-
-@dataclass(frozen=True)
-class RecipeCost:
-    """Cost of a recipe.
+class StudyCost:
+    """Cost of a study.
 
     Attributes:
-        shape: of the model.
-        diagnosis: the plan of its diagnosis.
-        measure: `decision` or `margin`, as the recipe has it.
-        arms: cost of each arm's training, by name; the main one is `main`.
-        suites: work and seconds of each suite on one model, by name.
+        units: the graph's, with seconds on one device.
+        work: of all units of a stage.
+        diagnosis_hours: of the main map, on one device.
         notes: what the user should know.
     """
 
-    shape: ModelShape
-    diagnosis: Plan
-    measure: str
-    arms: Mapping[str, ArmCost]
-    suites: Mapping[str, Stage]
+    units: Sequence[makespan.Unit]
+    work: Mapping[str, Stage]
+    diagnosis_hours: float
     notes: Sequence[str]
 
-    @property
-    def diagnosis_seconds(self) -> float:
-        """Seconds of the diagnosis."""
-        return self.diagnosis.seconds(self.measure) or 0.0
+    def hours(self, n_devices: int) -> float:
+        """Hours on so many devices; each does a unit at a time, and they share diagnoses."""
+        return makespan.makespan(self.units, n_devices) / 3600
 
-    @property
-    def evaluation_seconds(self) -> float:
-        """Seconds of all suites on one model."""
-        return sum(stage.seconds or 0.0 for stage in self.suites.values())
-
-    @property
-    def evaluation(self) -> Stage:
-        """Work of all suites on one model."""
-        return replace(sum(self.suites.values(), Stage()), seconds=self.evaluation_seconds)
-
-    def units(self, prefix: str = "") -> list[Unit]:
-        """The recipe's work in pieces for `makespan`: diagnosis, a training an arm, an evaluation an arm and the base.
-
-        Args:
-            prefix: before all names, where units of several recipes come together.
-        """
-        units = [
-            Unit(f"{prefix}diagnose", self.diagnosis_seconds, is_divisible=True),
-            Unit(f"{prefix}evaluate base", self.evaluation_seconds),
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a stage."""
+        counts: dict[str, int] = {}
+        for unit in self.units:
+            stage = unit.name.partition(" ")[0]
+            counts[stage] = counts.get(stage, 0) + 1
+        return [
+            {
+                "stage": name,
+                "units": counts[name],
+                "forwards": f"{stage.forwards:,}",
+                "tokens": f"{stage.tokens:,}",
+                "decoded": f"{stage.step_tokens:,}",
+                "hours on one device": (stage.seconds or 0.0) / 3600,
+            }
+            for name, stage in self.work.items()
+            if name in counts
         ]
-        for name, arm in self.arms.items():
-            units.append(Unit(f"{prefix}tune {name}", arm.seconds, (f"{prefix}diagnose",)))
-            units.append(Unit(f"{prefix}evaluate {name}", self.evaluation_seconds, (f"{prefix}tune {name}",)))
-        return units
-
-    def hours(self, n_devices: int = 1) -> float:
-        """Hours of the whole recipe on so many devices."""
-        return makespan(self.units(), n_devices) / 3600
 
 
-def recipe_cost(
-    recipe: Recipe, *, accelerator: str | None = None, reply: Mapping[str, int] | None = None
-) -> RecipeCost:
-    """What a recipe costs, from configs alone: no weights are loaded. Data that are not here are stood in for.
-
-    Args:
-        recipe: the recipe; `model` may be a directory that holds a config.json alone.
-        accelerator: take seconds from this one's data sheet (`ACCELERATORS`) instead of timing a slice here.
-        reply: mean tokens of replies by suite, where they are known.
-
-    Raises:
-        CastuneError: an unknown accelerator, no config, data that are neither here nor known, or settings that a plan
-            refuses.
-    """
-    if accelerator is not None and accelerator not in ACCELERATORS:
-        raise CastuneError(f"accelerator {accelerator!r}: accepted are {', '.join(ACCELERATORS)}")
-    read = DataOrStandIns()
-    diagnosis, notes = pipeline.plan_diagnosis(recipe, accelerator=accelerator, read=read)
-    config, tokenizer, _ = pipeline.config_and_tokenizer(recipe)
-    dtype, device = torch_dtype_of(recipe.dtype, recipe.device), device_of(recipe.device)
-    shape = ModelShape.of(config, dtype)
-    chat = ChatFormat(tokenizer, max_length=recipe.evaluate.max_length)
-    clock: Clock
-    if accelerator is not None:
-        clock = OnAccelerator(ACCELERATORS[accelerator], shape)
-    else:
-        clock = Here(config, shape, chat, dtype=dtype, device=device, batch_tokens=recipe.evaluate.batch_tokens)
-    arms = _arms(recipe, shape, tokenizer, clock, read)
-    settings = recipe.evaluate
-    suites = load_suites(settings.suites, limit=settings.limit, seed=settings.seed, read=read)
-    return RecipeCost(
-        shape=shape,
-        diagnosis=diagnosis,
-        measure=recipe.diagnose.measure,
-        arms=arms,
-        suites={
-            suite.name: _suite(recipe, shape, chat, suite, clock, (reply or {}).get(suite.name)) for suite in suites
-        },
-        notes=[*notes, *read.notes],
-    )
+def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
+    """What a study costs, from configs alone; see `recipe_cost`. Judging is not counted."""
+    main = _cost(graph, MAIN, accelerator)
+    of_map = {name: main if name == MAIN else _of_calibration(graph, name, main, accelerator) for name in graph.maps}
+    calibration_of = {recipe.out: name for name, recipe in graph.maps.items()}
+    evaluation = main.evaluation
+    units, work = [], dict.fromkeys(("diagnose", "tune", "evaluate", "drift"), Stage(seconds=0.0))
+    names = {unit.name for unit in graph.units if unit.stage != "judge"}
+    for unit in graph.units:
+        if unit.stage == "judge":
+            continue
+        cost = of_map[calibration_of[str(unit.map_folder)]]
+        done = _of_unit(unit, cost, evaluation)
+        stage = unit.name.partition(" ")[0]
+        work[stage] = _sum(work[stage], done)
+        needs = tuple(name for name in unit.needs if name in names)
+        units.append(makespan.Unit(unit.name, done.seconds or 0.0, needs, is_divisible=unit.stage == "diagnose"))
+    notes = list(dict.fromkeys(note for cost in of_map.values() for note in cost.notes))
+    return StudyCost(units, work, main.diagnosis_seconds / 3600, notes)
 
 
-def _arms(recipe: Recipe, shape: ModelShape, tokenizer: Any, clock: Clock, read: DataOrStandIns) -> dict[str, ArmCost]:
-    chat = ChatFormat(tokenizer, max_length=recipe.tune.max_length)
-    align = pipeline.load_data(recipe.align, recipe.seed, read)
-    utility = pipeline.all_examples(pipeline.load_calibration(recipe, read)[1])
-    rows = [chat.loss_row(example) for example in align]
-    utility_rows = [chat.loss_row(example) for example in utility]
-    middle = sorted(rows, key=lambda row: len(row.ids))[len(rows) // 2 :][: recipe.tune.batch_size]
-    costs: dict[str, ArmCost] = {}
-    known: dict[str, ArmCost] = {}  # arms that differ in their heads alone cost the same
-    for text, name in (("main", ArmName()), *((text, ArmName.parse(text)) for text in recipe.select.compare)):
-        config = recipe.tune.changed(**dict(name.changes))
-        key = config.model_dump_json()
-        if key not in known:
-            pairs = preference_pairs(chat, align) if config.method == "dpo" else []
-            work = training_work(shape, rows, config, utility_rows=utility_rows, pairs=pairs)
-            known[key] = ArmCost(work, clock.training(work, middle), work.peak_memory(shape, config))
-        costs[text] = known[key]
-    return costs
+def _cost(graph: Graph, calibration: str, accelerator: str | None) -> RecipeCost:
+    """The cost of a map and of all arms that any of its runs trains."""
+    arms = dict.fromkeys(arm for run in graph.runs if run.calibration == calibration for arm in run.trained)
+    select = SelectConfig(zone="all", fraction=1.0, compare=tuple(arm for arm in arms if arm != "all"), seed=0)
+    return recipe_cost(graph.maps[calibration].model_copy(update={"select": select}), accelerator=accelerator)
 
 
-def _suite(recipe: Recipe, shape: ModelShape, chat: ChatFormat, suite: Suite, clock: Clock, reply: int | None) -> Stage:
-    work = suite_work(shape, chat, suite, recipe.evaluate, reply=reply)
-    return replace(work.stage, seconds=clock.suite(work))
+def _of_calibration(graph: Graph, name: str, main: RecipeCost, accelerator: str | None) -> RecipeCost:
+    """The cost of another map: its trainings cost what the main map's do, where no utility data take part in them."""
+    arms = [ArmName.parse(arm) for run in graph.runs if run.calibration == name for arm in run.trained]
+    if any(arm.changes for arm in arms):
+        return _cost(graph, name, accelerator)
+    recipe, read = graph.maps[name], DataOrStandIns()
+    diagnosis, notes = plan_diagnosis(recipe, accelerator=accelerator, read=read)
+    return replace(main, diagnosis=diagnosis, measure=recipe.diagnose.measure, notes=[*notes, *read.notes])
+
+
+def _of_unit(unit: Unit, cost: RecipeCost, evaluation: Stage) -> Stage:
+    if unit.stage == "diagnose":
+        return _diagnosis(cost)
+    if unit.stage == "tune":
+        assert unit.arm is not None
+        arm = cost.arms.get(unit.arm, cost.arms["main"])
+        return Stage(**{**vars(arm.training.stage), "seconds": arm.seconds})
+    if unit.stage == "drift":
+        assert unit.arm is not None
+        n_maps = len(snapshot_steps(unit.recipe.tune, cost.arms[unit.arm].training.steps)) + 1
+        one = _diagnosis(cost)
+        return Stage(**{name: value * n_maps for name, value in vars(one).items()})
+    return evaluation
+
+
+def _diagnosis(cost: RecipeCost) -> Stage:
+    parts = cost.diagnosis.parts(cost.measure).values()
+    total = sum(parts, Stage())
+    return Stage(**{**vars(total), "seconds": cost.diagnosis_seconds})
+
+
+def _sum(one: Stage, other: Stage) -> Stage:
+    return Stage(**{**vars(one + other), "seconds": (one.seconds or 0.0) + (other.seconds or 0.0)})

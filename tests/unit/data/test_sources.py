@@ -15,8 +15,8 @@ import pytest
 
 from castune.data.example import Message, content_hash
 from castune.data.sources import NAMED_SOURCES, SOURCE_NAMES, examples, purpose_of
-from castune.data.stand_ins import DataOrStandIns
 from castune.errors import DataError, SourceUnreachable
+from castune.plan.stand_ins import DataOrStandIns
 
 Row = dict[str, Any]
 Write = Callable[..., Path]

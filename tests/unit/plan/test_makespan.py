@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castune.errors import CastuneError
-from castune.study.makespan import Unit, longest_chain, makespan
+from castune.plan.makespan import Unit, longest_chain, makespan
 
 
 @st.composite

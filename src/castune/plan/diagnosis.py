@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from castune.config import DiagnoseConfig
+from castune import pipeline
+from castune.config import DiagnoseConfig, Recipe
 from castune.core.ablation import can_resume
-from castune.core.accelerators import ACCELERATORS, Accelerator
 from castune.core.batching import ExampleBatch
 from castune.core.continuation import can_continue
 from castune.core.flops import ForwardFlops
 from castune.core.generation import ROUND, Reply
 from castune.core.heads import HeadLayout
+from castune.core.loading import device_of, torch_dtype_of
 from castune.core.losses import batches_by_length
 from castune.core.memory import resident_memory
 from castune.core.skeleton import random_slice, skeleton
@@ -33,13 +34,15 @@ from castune.core.units import Unit, UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
-from castune.diagnose.calibrate import GRADIENT_PASSES, Calibration, calibrate
+from castune.data.sources import examples
 from castune.diagnose.decode import DECODED_TOKENS
 from castune.diagnose.domains import Utility, utility_sets
 from castune.diagnose.gradients import gradient_passes
 from castune.diagnose.objectives import Objectives
 from castune.diagnose.sweep import Ablator, distinct, part_size, place_of, units_of
 from castune.errors import CastuneError
+from castune.plan.accelerators import ACCELERATORS, Accelerator
+from castune.plan.calibrate import GRADIENT_PASSES, Calibration, calibrate
 from castune.stats.ranking import equal_parts
 
 # Of the replies that are still the whole model's, the share that changes at the next token once a head is gone. Of the
@@ -211,6 +214,34 @@ def plan(
     if accelerator is not None:
         return _on_accelerator(found, ACCELERATORS[accelerator])
     return _as_calibrated(found, work, own_memory if device.type == "cpu" else 0)
+
+
+def plan_diagnosis(
+    recipe: Recipe,
+    *,
+    accelerator: str | None = None,
+    decoded_share: float | None = None,
+    read: Callable[..., list[Example]] = examples,
+) -> tuple[Plan, list[str]]:
+    """What the recipe's diagnosis will cost, from the model's config and the data; no weights are loaded.
+
+    Returns:
+        The plan, and what the user should know about it.
+    """
+    safety, utility = pipeline.load_calibration(recipe, read)
+    config, tokenizer, notes = pipeline.config_and_tokenizer(recipe)
+    found = plan(
+        config,
+        tokenizer,
+        safety=safety,
+        utility=utility,
+        settings=recipe.diagnose,
+        dtype=torch_dtype_of(recipe.dtype, recipe.device),
+        device=device_of(recipe.device),
+        accelerator=accelerator,
+        decoded_share=decoded_share,
+    )
+    return found, notes
 
 
 @dataclass(frozen=True)

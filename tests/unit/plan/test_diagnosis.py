@@ -17,11 +17,11 @@ from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
-from castune.diagnose import calibrate
 from castune.diagnose.objectives import Objectives
-from castune.diagnose.plan import ACCELERATORS, Plan, Stage, plan
 from castune.diagnose.sweep import Ablator, Measure, sweep
 from castune.errors import CastuneError, UnsupportedArchitecture
+from castune.plan import calibrate
+from castune.plan.diagnosis import ACCELERATORS, Plan, Stage, plan
 
 SETTINGS = DiagnoseConfig(max_new_tokens=8, batch_tokens=300, gradient_chunks=2)
 FAMILIES = ["llama", "gpt2", "qwen3_next", "bloom", "mixtral"]

@@ -27,10 +27,10 @@ from castune.core.scoring import question_rows
 from castune.core.skeleton import skeleton
 from castune.data.chat import ChatFormat
 from castune.data.rows import Row
-from castune.diagnose.plan import Stage
 from castune.errors import CastuneError
 from castune.evaluate.backend import DECODED, choice_batches, reply_batches
 from castune.evaluate.suites import Suite
+from castune.plan.diagnosis import Stage
 from castune.tune.preferences import Pair
 from castune.tune.surgery import utility_batches
 from castune.tune.train import replayed_rows

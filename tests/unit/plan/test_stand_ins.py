@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from castune.core.loading import load_config
 from castune.data.sources import NAMED_SOURCES, examples
-from castune.data.stand_ins import TYPICAL_SOURCES, DataOrStandIns, lengths_of, stand_ins
 from castune.errors import DataError, SourceUnreachable
+from castune.plan.stand_ins import TYPICAL_SOURCES, DataOrStandIns, lengths_of, stand_ins
 
 
 def test_every_named_source_has_a_size_and_lengths() -> None:

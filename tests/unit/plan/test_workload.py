@@ -23,7 +23,7 @@ from castune.data.rows import Row
 from castune.errors import CastuneError
 from castune.evaluate.run import evaluate
 from castune.evaluate.suites import Suite
-from castune.study.workload import ModelShape, suite_work, training_work
+from castune.plan.workload import ModelShape, suite_work, training_work
 from castune.tune.row_lora import sparse_lora
 from castune.tune.train import tune
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from castune.config import EvaluateConfig, Recipe, TuneConfig
-from castune.core.accelerators import ACCELERATORS, LAUNCH_SECONDS
 from castune.core.loading import load_config
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
-from castune.diagnose import calibrate
-from castune.diagnose.plan import Stage
 from castune.errors import CastuneError
 from castune.evaluate.suites import Suite
-from castune.study.cost import Here, OnAccelerator, RecipeCost, paper_hours, recipe_cost, stage_flops
-from castune.study.makespan import longest_chain, makespan
-from castune.study.workload import ModelShape, SuiteWork, Training, suite_work, training_work
+from castune.plan import calibrate
+from castune.plan.accelerators import ACCELERATORS, LAUNCH_SECONDS
+from castune.plan.diagnosis import Stage
+from castune.plan.makespan import longest_chain, makespan
+from castune.plan.recipe import Here, OnAccelerator, RecipeCost, paper_hours, recipe_cost, stage_flops
+from castune.plan.workload import ModelShape, SuiteWork, Training, suite_work, training_work
 
 CONFIGS = Path(__file__).parents[3] / "recipes" / "configs"
 ROWS = [Row.of_replies(range(60), [range(20)])] * 8
