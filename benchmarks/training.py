@@ -78,7 +78,7 @@ def a_quarter_of_the_heads(model: Any) -> HeadSelection:
 
 def with_castune(model: Any, tokenizer: Any, data: Data, out: Path) -> tuple[float, float]:
     from castune.config import TuneConfig
-    from castune.tune.train import tune
+    from castune.tuning.train import tune
 
     config = TuneConfig(
         rank=RANK,

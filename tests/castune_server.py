@@ -69,9 +69,9 @@ def main() -> None:
     import transformers.trainer  # noqa: F401
 
     import castune.cli
-    import castune.evaluations
     import castune.pipeline
-    import castune.reproduce  # noqa: F401
+    import castune.steps.evaluate
+    import castune.steps.reproduce  # noqa: F401
 
     client = folder / ".castune"
     client.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Signs of how castune is built, of the working tree or of commits side by side: `make structure REVISIONS="v0.1 HEAD"`.
+"""Signs of how castune is built, of commits and of the working tree side by side: `make structure REVISIONS=HEAD~9`.
 
 Signs, not aims: a number that gets worse wants a reason, not a trick.
 """
@@ -45,7 +45,8 @@ def code_lines(text: str, tree: ast.Module) -> int:
     of_docstrings = {
         line
         for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(node)
         for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
     }
     return sum(bool(line.strip()) and number not in of_docstrings for number, line in enumerate(text.splitlines(), 1))
@@ -54,9 +55,9 @@ def code_lines(text: str, tree: ast.Module) -> int:
 def long_functions(tree: ast.Module) -> Iterator[str]:
     """Functions of more lines than fit on a screen, from `def` to the last line."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if (node.end_lineno or 0) - node.lineno + 1 > LONG_FUNCTION:
-                yield node.name
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_function and (node.end_lineno or 0) - node.lineno + 1 > LONG_FUNCTION:
+            yield node.name
 
 
 def imported(path: str, tree: ast.Module) -> set[str]:

@@ -19,9 +19,9 @@ from castune.core.journal import Journal
 from castune.core.refusals import is_settled, read_by
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
-from castune.diagnose.decode import ReplyMeasure
-from castune.diagnose.objectives import Objectives
-from castune.diagnose.sweep import Ablator, Measure, sweep
+from castune.diagnosis.decode import ReplyMeasure
+from castune.diagnosis.objectives import Objectives
+from castune.diagnosis.sweep import Ablator, Measure, sweep
 
 Loaded = tuple[Any, Any]
 

@@ -6,8 +6,6 @@ The public names below are loaded at first use, so that `import castune` and `ca
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -27,20 +25,20 @@ if TYPE_CHECKING:
     from castune.core.loading import load as load
     from castune.data.example import Example as Example
     from castune.data.sources import examples as examples
-    from castune.diagnose.run import diagnose as diagnose
+    from castune.diagnosis.run import diagnose as diagnose
     from castune.errors import CastuneError as CastuneError
     from castune.errors import UnsupportedArchitecture as UnsupportedArchitecture
-    from castune.evaluate.judges import judge as judge
-    from castune.evaluate.run import evaluate as evaluate
-    from castune.export import export as export
+    from castune.evaluation.judges import judge as judge
+    from castune.evaluation.run import evaluate as evaluate
     from castune.pipeline import run as run
-    from castune.select import select as select
+    from castune.selection import select as select
     from castune.stats.estimates import correlation as correlation
     from castune.stats.estimates import utility_cost_ratio as utility_cost_ratio
-    from castune.tune.mask import mask_adapter as mask_adapter
-    from castune.tune.row_lora import sparse_lora as sparse_lora
-    from castune.tune.train import tune as tune
-    from castune.tune.verify import certify as certify
+    from castune.steps.export import export as export
+    from castune.tuning.mask import mask_adapter as mask_adapter
+    from castune.tuning.row_lora import sparse_lora as sparse_lora
+    from castune.tuning.train import tune as tune
+    from castune.tuning.verify import certify as certify
 
 _PUBLIC = {
     "Certificate": "castune.artifacts",
@@ -54,23 +52,23 @@ _PUBLIC = {
     "TuneConfig": "castune.config",
     "HeadId": "castune.core.heads",
     "HeadLayout": "castune.core.heads",
-    "judge": "castune.evaluate.judges",
+    "judge": "castune.evaluation.judges",
     "load": "castune.core.loading",
     "Example": "castune.data.example",
     "examples": "castune.data.sources",
-    "diagnose": "castune.diagnose.run",
+    "diagnose": "castune.diagnosis.run",
     "CastuneError": "castune.errors",
     "UnsupportedArchitecture": "castune.errors",
-    "evaluate": "castune.evaluate.run",
+    "evaluate": "castune.evaluation.run",
     "correlation": "castune.stats.estimates",
     "utility_cost_ratio": "castune.stats.estimates",
-    "export": "castune.export",
+    "export": "castune.steps.export",
     "run": "castune.pipeline",
-    "select": "castune.select",
-    "mask_adapter": "castune.tune.mask",
-    "sparse_lora": "castune.tune.row_lora",
-    "tune": "castune.tune.train",
-    "certify": "castune.tune.verify",
+    "select": "castune.selection",
+    "mask_adapter": "castune.tuning.mask",
+    "sparse_lora": "castune.tuning.row_lora",
+    "tune": "castune.tuning.train",
+    "certify": "castune.tuning.verify",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])
@@ -84,19 +82,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(types.ModuleType):
-    """`castune.diagnose` is a function and also the package it lives in; the function wins as an attribute.
-
-    The import system binds a subpackage on its parent when it is first imported. For names that are public
-    functions that binding is dropped; `from castune.diagnose import score` works as ever, through sys.modules.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, types.ModuleType) and name in _PUBLIC:
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

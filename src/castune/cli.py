@@ -116,8 +116,10 @@ def run(
     out: Annotated[Optional[str], typer.Option(help="Run directory, instead of the recipe's.")] = None,
 ) -> None:
     """The whole job: diagnose, select, tune, evaluate, report. Continues an interrupted run."""
-    from castune import evaluations, pipeline
+    from castune import pipeline
     from castune.config import Recipe
+    from castune.steps.changes import cost_ratios
+    from castune.steps.evaluate import require_scored
 
     changes = list(overrides or [])
     if out is not None:
@@ -132,9 +134,9 @@ def run(
             show_surgery(arm.name, result)
             show_selections(arm.name, result)
     found = folder.load_evaluations()
-    show_evaluations(found, evaluations.cost_ratios(found))
+    show_evaluations(found, cost_ratios(found))
     say(f"report: {folder.report_file}")
-    evaluations.require_scored(found)
+    require_scored(found)
 
 
 @app.command()
@@ -211,7 +213,7 @@ def budget(
     ] = None,
 ) -> None:
     """How many heads to train: the predicted cost of every share of the safest, and the largest within a loss."""
-    from castune.run_directory import RunDirectory
+    from castune.steps.directory import RunDirectory
     from castune.study import budgeting
 
     budgeting.show_budget(RunDirectory(run_directory), max_loss=max_loss, anchor=anchor)
@@ -306,10 +308,12 @@ def diagnose(
     ] = False,
 ) -> None:
     """Measure every head: the conflict map, before any training."""
-    from castune import pipeline
     from castune.config import Recipe
+    from castune.core.loading import load_model
     from castune.core.shards import Shard
-    from castune.run_directory import RunDirectory
+    from castune.steps.diagnose import diagnose_step
+    from castune.steps.directory import RunDirectory
+    from castune.steps.inputs import load_calibration
 
     settings: dict[str, Any] = {
         "measure": measure,
@@ -340,11 +344,11 @@ def diagnose(
     share = Shard.of(shard)
     folder = RunDirectory(Path(out))
     folder.check(recipe)
-    calibration = pipeline.load_calibration(recipe)
-    loaded, tokenizer = pipeline.load_model(recipe)
+    calibration = load_calibration(recipe)
+    loaded, tokenizer = load_model(recipe)
     made_before = folder.map_file.is_file()
     try:
-        cmap = pipeline.diagnose_step(folder, recipe, loaded, tokenizer, *calibration, shard=shard)
+        cmap = diagnose_step(folder, recipe, loaded, tokenizer, *calibration, shard=shard)
     except MapUnfinished as unfinished:
         say(str(unfinished))
         return
@@ -372,8 +376,8 @@ def select(
     ] = False,
 ) -> None:
     """Choose the heads to train."""
-    from castune.run_directory import RunDirectory, arm_name
-    from castune.select import select as choose
+    from castune.selection import select as choose
+    from castune.steps.directory import RunDirectory, arm_name
 
     folder = RunDirectory(run_directory)
     chosen = choose(
@@ -408,17 +412,19 @@ def group(
 
     With several utility domains the utility shifts are means over the domains.
     """
-    from castune import pipeline
-    from castune.run_directory import RunDirectory
+    from castune.core.loading import load_model
+    from castune.steps.diagnose import group_step
+    from castune.steps.directory import RunDirectory
+    from castune.steps.inputs import load_calibration
 
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
     cmap = folder.load_map()
     if not 1 <= buckets <= len(cmap):
         raise CastuneError(f"--buckets {buckets}: accepted are 1 to {len(cmap)}, the number of heads")
-    calibration = pipeline.load_calibration(recipe)
-    model, tokenizer = pipeline.load_model(recipe)
-    for record in pipeline.group_step(folder, recipe, model, tokenizer, *calibration, buckets=buckets):
+    calibration = load_calibration(recipe)
+    model, tokenizer = load_model(recipe)
+    for record in group_step(folder, recipe, model, tokenizer, *calibration, buckets=buckets):
         parts = []
         for name in ("utility", "safety"):
             error = record[f"{name}_shift_se"]
@@ -497,10 +503,10 @@ def tune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
 ) -> None:
     """Train the selected heads; write a PEFT adapter and its certificate. Continues an interrupted training."""
-    from castune import pipeline
     from castune.config import DataConfig, TuneConfig
     from castune.core.shards import Shard
-    from castune.run_directory import RunDirectory
+    from castune.steps.directory import RunDirectory
+    from castune.steps.tune import tune_arm
 
     # Plain text here; the config knows what is accepted.
     plain_options: dict[str, Any] = {
@@ -530,7 +536,7 @@ def tune(
         seed=seed,
         **plain_options,
     )
-    trained, result = pipeline.tune_arm(
+    trained, result = tune_arm(
         RunDirectory(run_directory),
         arm,
         config,
@@ -561,12 +567,12 @@ def drift(
     ] = None,
 ) -> None:
     """Measure the map again at every adapter a training kept: does it change beyond measurement noise?"""
-    from castune import drifts
-    from castune.run_directory import RunDirectory
+    from castune.steps.directory import RunDirectory
+    from castune.steps.drift import drift_step
 
     folder = RunDirectory(run_directory)
     try:
-        result = drifts.drift_step(folder, arm, shard=shard)
+        result = drift_step(folder, arm, shard=shard)
     except MapUnfinished as unfinished:
         say(str(unfinished))
         return
@@ -610,8 +616,8 @@ def mask(
     from castune.artifacts.files import check_vacant
     from castune.artifacts.masked_adapter import MASK_FILE
     from castune.core.loading import load, load_model
-    from castune.run_directory import RunDirectory
-    from castune.tune.mask import every_head, mask_adapter
+    from castune.steps.directory import RunDirectory
+    from castune.tuning.mask import every_head, mask_adapter
 
     if (run is None) == (base is None):
         raise CastuneError("give the heads and their model by --run RUN, or --base MODEL to keep all heads")
@@ -658,7 +664,7 @@ def export(
     ] = "auto",
 ) -> None:
     """Write an adapter, or the model merged with it, as a directory to publish, with a model card."""
-    from castune.export import export as write
+    from castune.steps.export import export as write
 
     done = write(source, out, merged=merged, arm=arm, base=base, dtype=dtype)
     if done.merging is not None:
@@ -708,10 +714,12 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure the base model and every tuned arm on the same examples."""
-    from castune import evaluations, pipeline
     from castune.config import EvaluateConfig, Recipe
-    from castune.evaluate.suites import load_suites
-    from castune.run_directory import RunDirectory
+    from castune.evaluation.suites import load_suites
+    from castune.steps.changes import cost_ratios
+    from castune.steps.directory import RunDirectory
+    from castune.steps.evaluate import evaluate_step, require_scored
+    from castune.steps.inputs import check_held_out
 
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
@@ -732,11 +740,11 @@ def evaluate(
     config = EvaluateConfig(**options)
     recipe = Recipe(**{**dict(recipe), "evaluate": config})
     loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
-    pipeline.check_held_out(recipe, loaded, folder=folder)
-    found = evaluations.evaluate_step(folder, recipe, loaded)
+    check_held_out(recipe, loaded, folder=folder)
+    found = evaluate_step(folder, recipe, loaded)
     folder.save_recipe(recipe)
-    show_evaluations(found, evaluations.cost_ratios(found))
-    evaluations.require_scored(found)
+    show_evaluations(found, cost_ratios(found))
+    require_scored(found)
 
 
 @app.command("judge")
@@ -745,12 +753,13 @@ def judge_again(
     judge: JudgeOption = "opening",
 ) -> None:
     """Judge the stored replies of all evaluations again; nothing is generated."""
-    from castune import evaluations
-    from castune.run_directory import RunDirectory
+    from castune.steps.changes import cost_ratios
+    from castune.steps.directory import RunDirectory
+    from castune.steps.evaluate import judge_step, require_scored
 
-    found = evaluations.judge_step(RunDirectory(run_directory), judge)
-    show_evaluations(found, evaluations.cost_ratios(found))
-    evaluations.require_scored(found)
+    found = judge_step(RunDirectory(run_directory), judge)
+    show_evaluations(found, cost_ratios(found))
+    require_scored(found)
 
 
 @app.command("lm-eval")
@@ -772,8 +781,8 @@ def lm_eval(
     ] = False,
 ) -> None:
     """lm-evaluation-harness's own tasks on the same models: its protocol beside castune's."""
-    from castune import evaluations
-    from castune.run_directory import RunDirectory
+    from castune.steps.directory import RunDirectory
+    from castune.steps.lm_eval import lm_eval_step
 
     folder = RunDirectory(run_directory)
     options = {
@@ -785,16 +794,16 @@ def lm_eval(
         "seed": seed,
     }
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    show_lm_eval(evaluations.lm_eval_step(folder, folder.load_recipe(), names, overwrite=overwrite, **options))
+    show_lm_eval(lm_eval_step(folder, folder.load_recipe(), names, overwrite=overwrite, **options))
 
 
 @app.command()
 def report(run_directory: RunArgument) -> None:
     """Write report.html and the figures from what the run directory holds."""
-    from castune import pipeline
-    from castune.run_directory import RunDirectory
+    from castune.steps.directory import RunDirectory
+    from castune.steps.report import report_step
 
-    say(f"report: {pipeline.report_step(RunDirectory(run_directory))}")
+    say(f"report: {report_step(RunDirectory(run_directory))}")
 
 
 @app.command()
@@ -808,8 +817,8 @@ def reproduce(
     ] = False,
 ) -> None:
     """Make a run again from its records, and compare every result. Exit code 1 where one decides otherwise."""
-    from castune import reproduce as again
-    from castune.run_directory import RunDirectory
+    from castune.steps import reproduce as again
+    from castune.steps.directory import RunDirectory
 
     if check:
         show_conditions(again.conditions(RunDirectory(run_directory)))

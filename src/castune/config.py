@@ -14,9 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from castune.arms import SEEDED_ZONES, ArmName, Score, SurgeryMethod, TuneMethod, Zone
 from castune.errors import CastuneError
-from castune.judge_name import JudgeName
+from castune.names import SEEDED_ZONES, ArmName, JudgeName, Score, SurgeryMethod, TuneMethod, Zone
 from castune.secrets import has_secret
 
 # What chat templates that print the date are told, so that two days, and the two sides of midnight, measure the same.
@@ -167,7 +166,7 @@ class SelectConfig(_Config):
     seed: int | None = None
     """Seed of a random selection."""
     compare: tuple[str, ...] = ()
-    """More arms to train beside this one, for comparison, by their names (`castune.arms`): `risky`, `random`,
+    """More arms to train beside this one, for comparison, by their names (`castune.names`): `risky`, `random`,
     `safe-50`, `bucket-2-of-4`, `safe-gradient`, `safe+pcgrad`, ...; of the same size unless a name says another."""
 
     @model_validator(mode="after")
@@ -278,7 +277,7 @@ class EvaluateConfig(_Config):
     """Examples a suite; all when absent."""
     judge: str = "opening"
     """Who decides whether a reply refuses: `prefix`, `opening`, `wildguard`, `openai=MODEL`, or several joined by `+`
-    (`castune.judge_name`)."""
+    (`castune.names`)."""
     backend: Literal["hf", "vllm", "openai"] = "hf"
     """Where models run: transformers here, a vLLM engine here, or an OpenAI-compatible server (`OPENAI_BASE_URL`)."""
     served_model: str | None = None
@@ -358,7 +357,7 @@ class StudyConfig(_Config):
     """What `castune study` trains and compares; the paper's study by default."""
 
     arms: tuple[str, ...] = ("all", "random", "risky", "safe")
-    """Arms of Tables 1 and 2, by their names (`castune.arms`)."""
+    """Arms of Tables 1 and 2, by their names (`castune.names`)."""
     methods: tuple[str, ...] = ("sft", "pcgrad")
     """How every one of these arms is trained: `sft` as the recipe says, else a change of it: `pcgrad`, `cagrad`, `dpo`,
     `replay-10`, ..."""

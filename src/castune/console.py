@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
     from castune.plan.diagnosis import Plan
-    from castune.reproduce import Difference, Reproduction
     from castune.stats.estimates import CostRatio
+    from castune.steps.reproduce import Difference, Reproduction
 
 
 def say(text: str) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import castune.cli
-import castune.drifts
-import castune.evaluations
-import castune.export
 import castune.pipeline
 import castune.report.page
-import castune.tune.mask
+import castune.steps.drift
+import castune.steps.evaluate
+import castune.steps.export
+import castune.tuning.mask
 
 Before = Callable[[], None]
 

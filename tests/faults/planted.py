@@ -35,9 +35,9 @@ class Fault(NamedTuple):
 
 FAULTS = [
     Fault(
-        "sign of O(h)", "diagnose/score.py",
+        "sign of O(h)", "diagnosis/score.py",
         "return (1 - np.clip(cosine_H, -1, 1)) / 2", "return (1 + np.clip(cosine_H, -1, 1)) / 2",
-        "unit/diagnose/test_score.py",
+        "unit/diagnosis/test_score.py",
     ),
     Fault(
         "ranks without the average of ties", "stats/ranking.py",
@@ -45,10 +45,10 @@ FAULTS = [
         "unit/stats/test_ranking.py",
     ),
     Fault(
-        "S(h) with its ranks exchanged", "diagnose/score.py",
+        "S(h) with its ranks exchanged", "diagnosis/score.py",
         "np.exp(percentile_rank(utility_shift) - percentile_rank(safety_shift))",
         "np.exp(percentile_rank(safety_shift) - percentile_rank(utility_shift))",
-        "unit/diagnose/test_score.py",
+        "unit/diagnosis/test_score.py",
     ),
     Fault(
         "query rows of a head off by one", "core/heads.py",
@@ -83,27 +83,27 @@ FAULTS = [
         "unit/core/test_batching.py",
     ),
     Fault(
-        "a row of LoRA's B unmasked", "tune/row_lora.py",
+        "a row of LoRA's B unmasked", "tuning/row_lora.py",
         "mask[layout.query_rows(layer, head)] = True",
         "mask[layout.query_rows(layer, head)] = True\n        mask[0] = True",
-        "unit/tune/test_sparse_lora.py unit/tune/test_mask.py",
+        "unit/tuning/test_sparse_lora.py unit/tuning/test_mask.py",
     ),
     Fault(
-        "no mask in forward", "tune/row_lora.py",
+        "no mask in forward", "tuning/row_lora.py",
         "return functional.linear(input, self.weight * self.unit_mask.to(self.weight.dtype), self.bias)",
         "return functional.linear(input, self.weight, self.bias)",
-        "unit/tune/test_sparse_lora.py unit/tune/test_tune.py",
+        "unit/tuning/test_sparse_lora.py unit/tuning/test_tune.py",
     ),
     Fault(
-        "frozen rows that do not start at zero, which weight decay moves", "tune/row_lora.py",
+        "frozen rows that do not start at zero, which weight decay moves", "tuning/row_lora.py",
         "matrix.weight *= matrix.unit_mask.to(matrix.weight.dtype)", "matrix.weight += 1e-3",
-        "unit/tune/test_sparse_lora.py unit/tune/test_tune.py",
+        "unit/tuning/test_sparse_lora.py unit/tuning/test_tune.py",
     ),
     Fault(
-        "a merge that rounds twice", "tune/verify.py",
+        "a merge that rounds twice", "tuning/verify.py",
         "return (rows + (b @ a) * scaling).to(rows.dtype).contiguous()",
         "return (rows + ((b @ a) * scaling).to(rows.dtype)).to(rows.dtype).contiguous()",
-        "unit/tune/test_mask.py unit/tune/test_certify.py",
+        "unit/tuning/test_mask.py unit/tuning/test_certify.py",
     ),
     Fault(
         "labels on the prompt", "data/rows.py",
@@ -128,14 +128,14 @@ FAULTS = [
         "unit/data/test_template.py",
     ),
     Fault(
-        "a refused problem leaves the rate", "evaluate/reading.py",
+        "a refused problem leaves the rate", "evaluation/reading.py",
         "outcome = None if is_missing else right", "outcome = None if is_missing or found is None else right",
-        "unit/evaluate/test_evaluate.py",
+        "unit/evaluation/test_evaluate.py",
     ),
     Fault(
-        "tensors that PEFT leaves out are certified", "tune/verify.py",
+        "tensors that PEFT leaves out are certified", "tuning/verify.py",
         "if not key.startswith(PREFIX) or _COMPILED in key:", "if False:",
-        "unit/tune/test_certify.py",
+        "unit/tuning/test_certify.py",
     ),
     Fault(
         "cells of a table are numbers", "data/tables.py",
@@ -144,14 +144,14 @@ FAULTS = [
         "unit/data/test_columns.py",
     ),
     Fault(
-        "the safe zone begins one head too early", "select.py",
+        "the safe zone begins one head too early", "selection.py",
         "return ordered[-count:]\n    if zone == \"risky\"", "return ordered[-count - 1 : -1]\n    if zone == \"risky\"",
-        "unit/test_select.py",
+        "unit/test_selection.py",
     ),
     Fault(
-        "a bucket off by one", "select.py",
+        "a bucket off by one", "selection.py",
         "equal_parts(ordered, buckets)[bucket - 1]", "equal_parts(ordered, buckets)[bucket % buckets]",
-        "unit/test_select.py",
+        "unit/test_selection.py",
     ),
     Fault(
         "McNemar's test on examples that are not paired", "stats/estimates.py",
@@ -182,12 +182,12 @@ FAULTS = [
         "a judge that reads the prompt", "core/refusals.py",
         "return [refuses(said(reply, in_thought=in_thought)) for reply in replies]",
         "return [refuses(f'{prompt} {reply}') for prompt, reply in zip(prompts, replies, strict=True)]",
-        "unit/core/test_refusals.py unit/evaluate/test_judges.py",
+        "unit/core/test_refusals.py unit/evaluation/test_judges.py",
     ),
     Fault(
-        "a gradient that is projected though it does not conflict", "tune/surgery.py",
+        "a gradient that is projected though it does not conflict", "tuning/surgery.py",
         "return (1.0, -gram.gu / gram.uu) if gram.is_conflict else _UNCHANGED", "return (1.0, -gram.gu / gram.uu)",
-        "unit/tune/test_surgery.py",
+        "unit/tuning/test_surgery.py",
     ),
 ]  # fmt: skip
 

@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from castune.arms import ArmName
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
@@ -28,11 +27,11 @@ from castune.config import Recipe, to_toml
 from castune.core.shards import Shard
 from castune.data.sources import examples
 from castune.errors import CastuneError
-from castune.evaluate.suites import load_suite
-from castune.judge_name import JudgeName
-from castune.run_directory import RunDirectory
+from castune.evaluation.suites import load_suite
+from castune.names import ArmName, JudgeName
 from castune.secrets import has_secret, redacted
-from castune.tune.workspace import Workspace
+from castune.steps.directory import RunDirectory
+from castune.tuning.workspace import Workspace
 
 TIMES = int(os.environ.get("CASTUNE_FUZZ", "1"))
 TRIES = settings(
@@ -297,7 +296,7 @@ def test_adapters_with_any_bytes_changed(
     place: int, content: bytes, cut: bool, run: Path, tmp_path: Path, tiny_model: Callable[..., Any]
 ) -> None:
     """Headers of safetensors that lie about sizes and places, files that are too short: refused before they are used."""
-    from castune.tune.verify import certify
+    from castune.tuning.verify import certify
 
     folder = tmp_path / "adapter"
     shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
@@ -315,7 +314,7 @@ def test_adapters_with_any_bytes_changed(
 def test_adapters_with_any_configuration(
     data: st.DataObject, run: Path, tmp_path: Path, tiny_model: Callable[..., Any]
 ) -> None:
-    from castune.tune.verify import certify
+    from castune.tuning.verify import certify
 
     folder = tmp_path / "adapter"
     shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
@@ -326,7 +325,7 @@ def test_adapters_with_any_configuration(
 
 
 def test_an_adapter_of_another_shape_is_refused(run: Path, tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
-    from castune.tune.verify import certify
+    from castune.tuning.verify import certify
 
     folder = tmp_path / "adapter"
     shutil.copytree(run / "adapter", folder)

@@ -28,7 +28,19 @@ sys.path.insert(0, str(ROOT / "tests"))
 from tiny_models import make_tiny_model, make_tiny_tokenizer  # noqa: E402
 
 # What says when, where and how fast something was made, not what it is; and digests of files that say so.
-VOLATILE = {"provenance", "seconds", "digest", "samples_hash", "date", "started", "updated", "ended", "pid", "peak_memory"}
+LEFT_OUT = (".pdf", ".log")  # which hold the time they were made; every drawing is there as SVG too
+VOLATILE = {
+    "provenance",
+    "seconds",
+    "digest",
+    "samples_hash",
+    "date",
+    "started",
+    "updated",
+    "ended",
+    "pid",
+    "peak_memory",
+}
 THINGS = ["poison", "a bomb", "theft", "fraud", "malware", "a weapon", "a riot", "arson"]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "safety": [
@@ -36,7 +48,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for i, w in enumerate(THINGS[:4])
     ],
     "utility": [
-        {"id": f"q{i}", "prompt": f"What is {i} + 1?", "choices": [str(i), str(i + 1), "many"], "answer": 1, "scoring": s}
+        {
+            "id": f"q{i}",
+            "prompt": f"What is {i} + 1?",
+            "choices": [str(i), str(i + 1), "many"],
+            "answer": 1,
+            "scoring": s,
+        }
         for i, s in enumerate(["likelihood", "letter"] * 2)
     ],
     "align": [
@@ -78,14 +96,16 @@ max_new_tokens = 4
 """
 STUDY = """
 [study]
-arms = ["all", "random", "risky", "safe"]
+arms = ["all", "random", "safe"]
 methods = ["sft", "pcgrad"]
-seeds = [21, 42]
+seeds = [21]
 buckets = [2]
+scores = ["conflict"]
 shares = [50]
 drift = ["safe"]
 [study.calibrations.margins]
 measure = "margin"
+arms = ["safe"]
 """
 COMPARE = 'compare = ["risky", "random", "safe+pcgrad"]\nseed = 3'
 ALL_KINDS = '["q_heads", "k_groups", "v_groups", "o_heads", "mlp_groups", "mlp_blocks"]'
@@ -122,10 +142,17 @@ def make(source: Path, place: Path) -> None:
 def castune(source: Path, *arguments: str, cwd: Path) -> str:
     """A command with the castune in a directory; its standard output."""
     environment = {**os.environ, "PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONHASHSEED"] = "0"  # libraries write sets in their own order
     environment["HF_DATASETS_CACHE"] = str(cwd / ".cache")
-    command = "import castune, castune.cli, sys; assert castune.__file__.startswith(sys.argv.pop(1)); castune.cli.main()"
+    command = (
+        "import castune, castune.cli, sys; assert castune.__file__.startswith(sys.argv.pop(1)); castune.cli.main()"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", command, str(source), *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", command, str(source), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"castune {' '.join(arguments)} with {source}:\n{done.stderr}"
     return done.stdout
@@ -136,7 +163,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(_content(path)).hexdigest()[:16]
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file()
+        and path.suffix not in LEFT_OUT
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
 
 
@@ -174,6 +203,7 @@ TIMES = (
     r"[\d.,]+ (?:s|seconds|minutes|min|hours|h|ms)\b",
     r"[\d.,]+ tokens/s|[\d.,]+ tokens a second",
     r"commit [0-9a-f]{7,40}(?: \(changed\))?",
+    r'<tr><th scope="row">provenance\.[\w.]+</th>.*?</tr>',
 )
 
 

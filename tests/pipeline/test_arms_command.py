@@ -12,7 +12,7 @@ from command_line import assert_one_error, castune
 from castune.artifacts import HeadSelection, TuneResult
 from castune.config import Recipe
 from castune.pipeline import run
-from castune.run_directory import RunDirectory
+from castune.steps.directory import RunDirectory
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]

@@ -20,8 +20,8 @@ from castune.core.refusals import decides_by
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
-from castune.diagnose.decode import ReplyMeasure
-from castune.diagnose.sweep import Ablator, sweep
+from castune.diagnosis.decode import ReplyMeasure
+from castune.diagnosis.sweep import Ablator, sweep
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 # Of random weights by which some head changes a decision.
@@ -141,7 +141,7 @@ def test_full_forwards_and_resumed_forwards_agree(
     resumed = castune.diagnose(model, tiny_tokenizer, **arguments)
     import sys
 
-    monkeypatch.setattr(sys.modules["castune.diagnose.run"], "can_resume", lambda *_: False)
+    monkeypatch.setattr(sys.modules["castune.diagnosis.run"], "can_resume", lambda *_: False)
     full = castune.diagnose(model, tiny_tokenizer, **arguments)
     assert resumed.metadata["resumed"]
     assert not full.metadata["resumed"]

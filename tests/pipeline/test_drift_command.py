@@ -25,10 +25,14 @@ from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.tune_result import snapshots_of
 from castune.config import Recipe
 from castune.core.loading import load, load_model
-from castune.diagnose.run import diagnose
-from castune.drifts import drift_step
-from castune.pipeline import diagnose_step, load_calibration, load_data, run, select_step, tune_step
-from castune.run_directory import RunDirectory
+from castune.diagnosis.run import diagnose
+from castune.pipeline import run
+from castune.steps.diagnose import diagnose_step
+from castune.steps.directory import RunDirectory
+from castune.steps.drift import drift_step
+from castune.steps.inputs import load_calibration, load_data
+from castune.steps.select import select_step
+from castune.steps.tune import tune_step
 
 CASTUNE = str(Path(sys.executable).with_name("castune"))
 Models = Callable[..., Path]
@@ -155,7 +159,7 @@ def test_the_model_is_left_as_it_was(finished: Path, monkeypatch: pytest.MonkeyP
     recipe = Recipe.load(finished / "recipe.toml")
     loaded = load(recipe.model, dtype="float32", device="cpu")
     before = {name: tensor.clone() for name, tensor in loaded[0].state_dict().items()}
-    monkeypatch.setattr("castune.drifts.load_model", lambda _recipe: loaded)
+    monkeypatch.setattr("castune.steps.drift.load_model", lambda _recipe: loaded)
     drifted(finished)
     after = loaded[0].state_dict()
     assert all(torch.equal(after[name].view(torch.int32), tensor.view(torch.int32)) for name, tensor in before.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from castune.cli import app
 from castune.config import Recipe
 from castune.core.heads import HeadLayout
 from castune.errors import CastuneError
-from castune.evaluate.run import evaluate
-from castune.evaluate.suites import load_suites
-from castune.export import export
+from castune.evaluation.run import evaluate
+from castune.evaluation.suites import load_suites
 from castune.pipeline import run
 from castune.report.card import CardFacts, Merging, model_card
-from castune.tune.row_lora import projection_mask
+from castune.steps.export import export
+from castune.tuning.row_lora import projection_mask
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]
@@ -357,8 +356,7 @@ def test_a_write_that_fails_leaves_nothing(finished: Path, tmp_path: Path, monke
     def broken(facts: CardFacts) -> str:
         raise CastuneError("disk full")
 
-    # The attribute `castune.export` is the function.
-    monkeypatch.setattr(sys.modules["castune.export"], "model_card", broken)
+    monkeypatch.setattr("castune.steps.export.model_card", broken)
     for merged in (False, True):
         with pytest.raises(CastuneError, match="disk full"):
             export(finished, tmp_path / "made" / "out", merged=merged)

@@ -12,9 +12,9 @@ from command_line import assert_one_error, castune
 
 from castune.config import Recipe
 from castune.errors import ArtifactError
-from castune.evaluations import lm_eval_step
-from castune.pipeline import report_step
-from castune.run_directory import RunDirectory
+from castune.steps.directory import RunDirectory
+from castune.steps.lm_eval import lm_eval_step
+from castune.steps.report import report_step
 
 pytest.importorskip("lm_eval")
 

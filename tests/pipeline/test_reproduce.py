@@ -14,7 +14,8 @@ from command_line import command, refused
 from castune.artifacts import ConflictMap, EvalResult, TuneResult
 from castune.config import Recipe
 from castune.core.loading import load_model
-from castune.reproduce import (
+from castune.steps.directory import RunDirectory
+from castune.steps.reproduce import (
     REPRODUCTION_FILE,
     Reproduction,
     compare_adapters,
@@ -23,8 +24,7 @@ from castune.reproduce import (
     conditions,
     reproduce,
 )
-from castune.run_directory import RunDirectory
-from castune.tune.mask import mask_adapter
+from castune.tuning.mask import mask_adapter
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]
@@ -68,7 +68,7 @@ def test_records_decide_and_not_the_recipe_that_lies_there_now(finished: Path, t
 
 
 def test_an_interrupted_reproduction_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import castune.reproduce as module
+    import castune.steps.reproduce as module
 
     plain, seen = module.evaluate_step, []
 

@@ -25,12 +25,15 @@ from castune.artifacts import ConflictMap, HeadSelection, TuneResult
 from castune.artifacts.drift_result import DriftResult
 from castune.config import Recipe
 from castune.core.loading import load, load_model
-from castune.diagnose.run import diagnose
+from castune.diagnosis.run import diagnose
 from castune.errors import ArtifactError, CastuneError
-from castune.pipeline import diagnose_step, load_calibration, run, select_step
-from castune.run_directory import RunDirectory
-from castune.select import select
-from castune.tune.verify import certify
+from castune.pipeline import run
+from castune.selection import select
+from castune.steps.diagnose import diagnose_step
+from castune.steps.directory import RunDirectory
+from castune.steps.inputs import load_calibration
+from castune.steps.select import select_step
+from castune.tuning.verify import certify
 
 CASTUNE = str(Path(sys.executable).with_name("castune"))
 Models = Callable[..., Path]

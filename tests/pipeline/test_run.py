@@ -20,22 +20,18 @@ from castune.config import DataConfig, Recipe, SelectConfig
 from castune.core.loading import load
 from castune.core.provenance import fingerprint
 from castune.errors import ArtifactError, CastuneError, DataError
-from castune.evaluate.judging import judge_again
-from castune.evaluate.run import evaluate
-from castune.evaluate.suites import load_suites
-from castune.evaluations import cost_ratios, differences, evaluate_step, judge_step
-from castune.pipeline import (
-    check_held_out,
-    group_step,
-    load_calibration,
-    load_data,
-    run,
-    select_step,
-    tune_arm,
-    tune_step,
-)
-from castune.run_directory import RunDirectory
-from castune.select import select
+from castune.evaluation.judging import judge_again
+from castune.evaluation.run import evaluate
+from castune.evaluation.suites import load_suites
+from castune.pipeline import run
+from castune.selection import select
+from castune.steps.changes import cost_ratios, differences
+from castune.steps.diagnose import group_step
+from castune.steps.directory import RunDirectory
+from castune.steps.evaluate import evaluate_step, judge_step
+from castune.steps.inputs import check_held_out, load_calibration, load_data
+from castune.steps.select import select_step
+from castune.steps.tune import tune_arm, tune_step
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]

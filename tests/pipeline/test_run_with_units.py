@@ -14,8 +14,10 @@ from castune.artifacts.files import read_json
 from castune.config import Recipe
 from castune.core.loading import load_model
 from castune.errors import CastuneError
-from castune.pipeline import group_step, load_calibration, run
-from castune.run_directory import RunDirectory
+from castune.pipeline import run
+from castune.steps.diagnose import group_step
+from castune.steps.directory import RunDirectory
+from castune.steps.inputs import load_calibration
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]

@@ -24,8 +24,8 @@ from castune.config import Recipe
 from castune.core.loading import load
 from castune.core.provenance import model_record, provenance
 from castune.errors import CastuneError
-from castune.evaluate.reply_cache import ReplyCache
-from castune.evaluate.responses import Completion
+from castune.evaluation.reply_cache import ReplyCache
+from castune.evaluation.responses import Completion
 from castune.pipeline import run
 from castune.secrets import has_secret, redacted
 

@@ -13,8 +13,8 @@ import pytest
 from command_line import castune
 
 from castune.artifacts import EvalResult
-from castune.evaluations import cost_ratios, differences
-from castune.run_directory import RunDirectory
+from castune.steps.changes import cost_ratios, differences
+from castune.steps.directory import RunDirectory
 
 pytest.importorskip("openai")
 

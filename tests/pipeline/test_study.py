@@ -25,10 +25,10 @@ from castune.artifacts import ConflictMap, EvalResult, TuneResult
 from castune.config import Recipe
 from castune.core.loading import load_config
 from castune.data.chat import ChatFormat
-from castune.pipeline import load_data
-from castune.run_directory import RunDirectory
-from castune.select import select
+from castune.selection import select
 from castune.stats.estimates import utility_cost_ratio
+from castune.steps.directory import RunDirectory
+from castune.steps.inputs import load_data
 from castune.study.findings import findings
 from castune.study.graph import Graph
 from castune.study.run import study_graph

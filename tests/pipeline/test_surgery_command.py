@@ -16,9 +16,10 @@ from castune.core.loading import load
 from castune.data.example import content_hash
 from castune.data.sources import examples
 from castune.errors import ArtifactError, CastuneError
-from castune.pipeline import run, tune_step
-from castune.run_directory import RunDirectory
-from castune.tune import surgery as surgery_module
+from castune.pipeline import run
+from castune.steps.directory import RunDirectory
+from castune.steps.tune import tune_step
+from castune.tuning import surgery as surgery_module
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]

@@ -15,8 +15,10 @@ from castune.artifacts import ConflictMap
 from castune.config import Recipe
 from castune.core.loading import load
 from castune.errors import ArtifactError, DataError
-from castune.pipeline import diagnose_step, group_step, load_calibration, run
-from castune.run_directory import RunDirectory
+from castune.pipeline import run
+from castune.steps.diagnose import diagnose_step, group_step
+from castune.steps.directory import RunDirectory
+from castune.steps.inputs import load_calibration
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]

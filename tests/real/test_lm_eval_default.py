@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 import castune
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.data.example import LETTERS, Example
-from castune.evaluate.lm_eval import lm_eval_results
-from castune.evaluate.suites import Suite
+from castune.evaluation.lm_eval import lm_eval_results
+from castune.evaluation.suites import Suite
 
 pytest.importorskip("lm_eval")
 

@@ -14,7 +14,7 @@ import pytest
 import castune
 from castune.data.example import Example
 from castune.data.sources import examples
-from castune.evaluate.judges import judge
+from castune.evaluation.judges import judge
 
 FOLDER = Path(castune.__file__).parent / "data" / "starter"
 HELD_OUT = ("starter-safety-eval", "starter-overrefusal-eval", "starter-utility-eval")

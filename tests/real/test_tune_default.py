@@ -19,8 +19,8 @@ from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
 from castune.data.sources import examples
-from castune.tune.train import tune
-from castune.tune.verify import certify
+from castune.tuning.train import tune
+from castune.tuning.verify import certify
 
 pytestmark = pytest.mark.real
 

@@ -23,13 +23,13 @@ from castune.core.provenance import fingerprint
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.overlap import shared_examples
-from castune.diagnose.run import diagnose
+from castune.diagnosis.run import diagnose
 from castune.errors import AdapterNotApplied, CastuneError, DataError, TrainingError, WeightsChanged
-from castune.evaluate.applied import require_applied
-from castune.evaluate.backend import TransformersHost
-from castune.evaluate.suites import Suite
-from castune.evaluations import require_held_out
-from castune.tune.train import tune
+from castune.evaluation.applied import require_applied
+from castune.evaluation.backend import TransformersHost
+from castune.evaluation.suites import Suite
+from castune.steps.inputs import require_held_out
+from castune.tuning.train import tune
 
 Tiny = Callable[..., Any]
 QUICK = DiagnoseConfig(measure="margin", max_new_tokens=2, gradient_chunks=2)

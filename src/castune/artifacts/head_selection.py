@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.arms import SCORES, ZONES
 from castune.artifacts.files import read_json, typed, write_json
 from castune.errors import ArtifactError
+from castune.names import SCORES, ZONES
 
 _KIND = "head selection"
 # Fields that only selections with units of other kinds than query heads have.

@@ -25,8 +25,8 @@ from castune.core.skeleton import at_depth
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.rows import Row
-from castune.diagnose.gradients import partial_gradients
-from castune.diagnose.sweep import Ablator, RecordedBatch
+from castune.diagnosis.gradients import partial_gradients
+from castune.diagnosis.sweep import Ablator, RecordedBatch
 
 T = TypeVar("T")
 

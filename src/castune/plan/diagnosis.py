@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from castune import pipeline
 from castune.config import DiagnoseConfig, Recipe
 from castune.core.ablation import can_resume
 from castune.core.batching import ExampleBatch
@@ -35,15 +34,17 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 from castune.data.sources import examples
-from castune.diagnose.decode import DECODED_TOKENS
-from castune.diagnose.domains import Utility, utility_sets
-from castune.diagnose.gradients import gradient_passes
-from castune.diagnose.objectives import Objectives
-from castune.diagnose.sweep import Ablator, distinct, part_size, place_of, units_of
+from castune.diagnosis.decode import DECODED_TOKENS
+from castune.diagnosis.domains import Utility, utility_sets
+from castune.diagnosis.gradients import gradient_passes
+from castune.diagnosis.objectives import Objectives
+from castune.diagnosis.sweep import Ablator, distinct, part_size, place_of, units_of
 from castune.errors import CastuneError
 from castune.plan.accelerators import ACCELERATORS, Accelerator
 from castune.plan.calibrate import GRADIENT_PASSES, Calibration, calibrate
+from castune.plan.inputs import config_and_tokenizer
 from castune.stats.ranking import equal_parts
+from castune.steps.inputs import load_calibration
 
 # Of the replies that are still the whole model's, the share that changes at the next token once a head is gone. Of the
 # default model's, which is small and unsure, 89 % had changed after 48 tokens, 43 % after the 15 or so that the prefix
@@ -228,8 +229,8 @@ def plan_diagnosis(
     Returns:
         The plan, and what the user should know about it.
     """
-    safety, utility = pipeline.load_calibration(recipe, read)
-    config, tokenizer, notes = pipeline.config_and_tokenizer(recipe)
+    safety, utility = load_calibration(recipe, read)
+    config, tokenizer, notes = config_and_tokenizer(recipe)
     found = plan(
         config,
         tokenizer,

@@ -13,8 +13,6 @@ from typing import Any, final
 
 import torch
 
-from castune import pipeline
-from castune.arms import ArmName
 from castune.config import DiagnoseConfig, Recipe
 from castune.core.batching import ExampleBatch
 from castune.core.heads import HeadLayout
@@ -23,14 +21,17 @@ from castune.core.skeleton import skeleton
 from castune.data.chat import ChatFormat
 from castune.data.rows import Row
 from castune.errors import CastuneError
-from castune.evaluate.suites import Suite, load_suites
+from castune.evaluation.suites import Suite, load_suites
+from castune.names import ArmName
 from castune.plan.accelerators import ACCELERATORS, Accelerator
 from castune.plan.calibrate import GRADIENT_PASSES, decoding_steps, gradient_speed, sweep_speed
 from castune.plan.diagnosis import Plan, Stage, plan_diagnosis, slice_ablator
+from castune.plan.inputs import config_and_tokenizer
 from castune.plan.makespan import Unit, makespan
 from castune.plan.stand_ins import DataOrStandIns
 from castune.plan.workload import ModelShape, SuiteWork, Training, suite_work, training_work
-from castune.tune.preferences import preference_pairs
+from castune.steps.inputs import all_examples, load_calibration, load_data
+from castune.tuning.preferences import preference_pairs
 
 # What the paper's diagnosis takes a head on an H800 (Appendix F.5, 100 examples): utility, and safety.
 PAPER_HEAD_SECONDS = 7 + 60
@@ -229,7 +230,7 @@ def recipe_cost(
         raise CastuneError(f"accelerator {accelerator!r}: accepted are {', '.join(ACCELERATORS)}")
     read = DataOrStandIns()
     diagnosis, notes = plan_diagnosis(recipe, accelerator=accelerator, read=read)
-    config, tokenizer, _ = pipeline.config_and_tokenizer(recipe)
+    config, tokenizer, _ = config_and_tokenizer(recipe)
     dtype, device = torch_dtype_of(recipe.dtype, recipe.device), device_of(recipe.device)
     shape = ModelShape.of(config, dtype)
     chat = ChatFormat(tokenizer, max_length=recipe.evaluate.max_length)
@@ -255,8 +256,8 @@ def recipe_cost(
 
 def _arms(recipe: Recipe, shape: ModelShape, tokenizer: Any, clock: Clock, read: DataOrStandIns) -> dict[str, ArmCost]:
     chat = ChatFormat(tokenizer, max_length=recipe.tune.max_length)
-    align = pipeline.load_data(recipe.align, recipe.seed, read)
-    utility = pipeline.all_examples(pipeline.load_calibration(recipe, read)[1])
+    align = load_data(recipe.align, recipe.seed, read)
+    utility = all_examples(load_calibration(recipe, read)[1])
     rows = [chat.loss_row(example) for example in align]
     utility_rows = [chat.loss_row(example) for example in utility]
     middle = sorted(rows, key=lambda row: len(row.ids))[len(rows) // 2 :][: recipe.tune.batch_size]

@@ -28,13 +28,13 @@ from castune.core.skeleton import skeleton
 from castune.data.chat import ChatFormat
 from castune.data.rows import Row
 from castune.errors import CastuneError
-from castune.evaluate.backend import DECODED, choice_batches, reply_batches
-from castune.evaluate.suites import Suite
+from castune.evaluation.backend import DECODED, choice_batches, reply_batches
+from castune.evaluation.suites import Suite
 from castune.plan.diagnosis import Stage
-from castune.tune.preferences import Pair
-from castune.tune.surgery import utility_batches
-from castune.tune.train import replayed_rows
-from castune.tune.trainer import ByLength
+from castune.tuning.preferences import Pair
+from castune.tuning.surgery import utility_batches
+from castune.tuning.train import replayed_rows
+from castune.tuning.trainer import ByLength
 
 # Assumed mean lengths of replies, within their limit: worked answers of a model of 7 to 8 billion parameters about
 # twice as long as the data's own solutions; letters with a sentence around them; refusals and answers to prompts.

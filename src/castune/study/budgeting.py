@@ -5,7 +5,7 @@ from __future__ import annotations
 from castune.artifacts import ConflictMap
 from castune.console import say, show_rows
 from castune.errors import ArtifactError, CastuneError
-from castune.run_directory import BASE, RunDirectory
+from castune.steps.directory import BASE, RunDirectory
 from castune.study.budget import Anchor, CostCurve, largest_budget
 from castune.study.findings import map_curve
 from castune.study.trials import Measured, utility_lost

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from castune.arms import ArmName
 from castune.config import SelectConfig
+from castune.names import ArmName
 from castune.plan import makespan
 from castune.plan.diagnosis import Stage, plan_diagnosis
 from castune.plan.recipe import RecipeCost, recipe_cost
 from castune.plan.stand_ins import DataOrStandIns
 from castune.study.graph import MAIN, Graph, Unit
-from castune.tune.snapshots import snapshot_steps
+from castune.tuning.snapshots import snapshot_steps
 
 
 @dataclass(frozen=True)

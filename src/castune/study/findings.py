@@ -12,7 +12,7 @@ import numpy as np
 
 from castune.artifacts import ConflictMap
 from castune.config import StudyConfig, method_suffix
-from castune.select import SCORE_COLUMNS
+from castune.selection import SCORE_COLUMNS
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
 from castune.stats.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
 from castune.stats.nulls import NullPosition, OrderNull, null_position, order_null

@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from castune.arms import ArmName, heads_name
 from castune.config import CalibrationConfig, DataConfig, Recipe, SelectConfig, StudyConfig, TuneConfig
 from castune.errors import CastuneError
+from castune.names import ArmName, heads_name
 from castune.stats.ranking import equal_parts
 
 MAIN = "main"

@@ -18,7 +18,7 @@ from castune.report.outcomes import losses
 from castune.report.samples import samples
 from castune.report.sections import duration, figure, known, section
 from castune.report.summary import NOT_MEASURED
-from castune.run_directory import BASE, RunDirectory
+from castune.steps.directory import BASE, RunDirectory
 from castune.study.figures import charts, method_figures
 from castune.study.findings import COSTS, SYMBOLS, Findings
 from castune.study.graph import Graph

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from castune import pipeline
-from castune.arms import ArmName
 from castune.artifacts import EvalResult, TuneResult
 from castune.artifacts.drift_result import DRIFT_FILE
 from castune.artifacts.files import locked, write_text
@@ -22,11 +20,14 @@ from castune.core.shards import Shard
 from castune.core.skeleton import skeleton
 from castune.core.units import UnitLayout
 from castune.data.example import content_hash
-from castune.diagnose.domains import utility_hash, utility_sets
+from castune.diagnosis.domains import utility_hash, utility_sets
 from castune.errors import CastuneError
-from castune.evaluate.suites import Suite, load_suites
-from castune.evaluations import identity_by_map, require_evaluation, stored_evaluation
-from castune.run_directory import BASE, RunDirectory
+from castune.evaluation.suites import Suite, load_suites
+from castune.names import ArmName
+from castune.steps.directory import BASE, RunDirectory
+from castune.steps.evaluate import identity_by_map, require_evaluation, stored_evaluation
+from castune.steps.inputs import check_held_out, load_align, load_calibration
+from castune.steps.tune import require_trainable
 from castune.study.executors import Executor, log_file
 from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, Unit
@@ -62,7 +63,7 @@ def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
     hashes = _checked_data(recipe) if data else {}
     graph = Graph(recipe, n_heads, hashes, shards)
     for run in graph.runs:
-        pipeline.require_trainable(recipe, map(ArmName.parse, run.trained))
+        require_trainable(recipe, map(ArmName.parse, run.trained))
     return graph
 
 
@@ -156,7 +157,7 @@ def load_study_suites(recipe: Recipe) -> list[Suite]:
     config = recipe.evaluate
     suites = load_suites(config.suites, limit=config.limit, seed=config.seed)
     require_evaluation(config, suites)
-    pipeline.check_held_out(recipe, suites, arms=recipe.study.main_arms)
+    check_held_out(recipe, suites, arms=recipe.study.main_arms)
     return suites
 
 
@@ -217,7 +218,7 @@ def _checked_data(recipe: Recipe) -> dict[str, str]:
     """Digests of all data of a study, each checked for what it is used for."""
     config = recipe.evaluate
     suites = load_suites(config.suites, limit=config.limit, seed=config.seed) if config.overlap == "drop" else []
-    align, _ = pipeline.load_align(recipe, suites)
+    align, _ = load_align(recipe, suites)
     hashes = {"align": content_hash(align)}
     for name, calibration in {"main": None, **recipe.study.calibrations}.items():
         changes = {
@@ -225,7 +226,7 @@ def _checked_data(recipe: Recipe) -> dict[str, str]:
             for key in ("safety", "utility")
             if calibration is not None and (value := getattr(calibration, key)) is not None
         }
-        safety, utility = pipeline.load_calibration(recipe.model_copy(update=changes))
+        safety, utility = load_calibration(recipe.model_copy(update=changes))
         hashes |= {f"safety:{name}": content_hash(safety), f"utility:{name}": utility_hash(utility_sets(utility))}
     return hashes
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult
-from castune.evaluations import cost_ratios
-from castune.run_directory import BASE, RunDirectory
-from castune.select import SCORE_COLUMNS
+from castune.selection import SCORE_COLUMNS
 from castune.stats.estimates import CostRatio
+from castune.steps.changes import cost_ratios
+from castune.steps.directory import BASE, RunDirectory
 from castune.study.graph import Graph, Run
 
 PURPOSES = ("utility", "safety", "over-refusal")

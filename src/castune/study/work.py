@@ -8,19 +8,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from castune import drifts, evaluations, pipeline
-from castune.arms import ArmName
 from castune.artifacts import EvalResult
 from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.files import locked, replacing
 from castune.config import Recipe
 from castune.core.loading import load_model
 from castune.data.example import Example
-from castune.diagnose.domains import Utility
+from castune.diagnosis.domains import Utility
 from castune.errors import MapUnfinished
-from castune.evaluate.suites import Suite, load_suites
-from castune.readiness import require_ready, suite_tokens, training_tokens
-from castune.run_directory import BASE, RunDirectory
+from castune.evaluation.suites import Suite, load_suites
+from castune.names import ArmName
+from castune.steps.diagnose import diagnose_step, rerank_step
+from castune.steps.directory import BASE, RunDirectory
+from castune.steps.drift import drift_step
+from castune.steps.evaluate import evaluate_step, judge_step
+from castune.steps.inputs import load_align, load_calibration, load_trained_utility, utility_source
+from castune.steps.readiness import require_ready, suite_tokens, training_tokens
+from castune.steps.select import select_arm
+from castune.steps.tune import tune_step
 from castune.study.graph import Unit
 
 # What lies beside a map and is needed to tell its noise from drift.
@@ -47,7 +52,7 @@ def _diagnose(unit: Unit) -> None:
     folder, recipe = RunDirectory(unit.folder), unit.recipe
     folder.save_recipe(recipe)
     if unit.map_folder != unit.folder:
-        pipeline.rerank_step(folder, recipe, RunDirectory(unit.map_folder))
+        rerank_step(folder, recipe, RunDirectory(unit.map_folder))
         return
     model, tokenizer = _model(_loads(recipe))
     # What comes after the map is looked at before it.
@@ -55,29 +60,29 @@ def _diagnose(unit: Unit) -> None:
     trained_on = training_tokens(tokenizer, configs, _align(_loads(recipe))[0])
     require_ready(model, tokenizer, trained_on, suite_tokens(tokenizer, recipe.evaluate, _suites(recipe)))
     try:
-        pipeline.diagnose_step(folder, recipe, model, tokenizer, *_calibration(_loads(recipe)), shard=unit.shard)
+        diagnose_step(folder, recipe, model, tokenizer, *_calibration(_loads(recipe)), shard=unit.shard)
     except MapUnfinished:
         if unit.shard is None:
             raise
 
 
 def _evaluate_base(unit: Unit) -> None:
-    evaluations.evaluate_step(RunDirectory(unit.folder), unit.recipe, _suites(unit.recipe), _evaluated(unit.recipe))
+    evaluate_step(RunDirectory(unit.folder), unit.recipe, _suites(unit.recipe), _evaluated(unit.recipe))
 
 
 def _tune(unit: Unit) -> None:
     assert unit.arm is not None
     folder, recipe = _opened(unit), unit.recipe
     name = ArmName.parse(unit.arm)
-    arm = pipeline.select_arm(folder, name, recipe.select, folder.load_map())
+    arm = select_arm(folder, name, recipe.select, folder.load_map())
     config = recipe.tune.changed(**dict(name.changes))
     loads = _loads(recipe)
     model, tokenizer = _model(loads, config.quantization)
     utility = None
     if config.needs_utility:
-        utility = pipeline.load_trained_utility(recipe, _calibration(loads)[1], _suites(recipe))
+        utility = load_trained_utility(recipe, _calibration(loads)[1], _suites(recipe))
     align, left_out = _align(loads)
-    pipeline.tune_step(
+    tune_step(
         folder,
         arm,
         model,
@@ -87,21 +92,21 @@ def _tune(unit: Unit) -> None:
         recipe.align,
         left_out=left_out,
         utility=utility,
-        utility_source=pipeline.utility_source(recipe) if utility else None,
+        utility_source=utility_source(recipe) if utility else None,
     )
 
 
 def _evaluate(unit: Unit) -> None:
     folder = _opened(unit)
-    evaluations.evaluate_step(folder, unit.recipe, _suites(unit.recipe), _evaluated(unit.recipe), only=unit.arm)
+    evaluate_step(folder, unit.recipe, _suites(unit.recipe), _evaluated(unit.recipe), only=unit.arm)
 
 
 def _judge(unit: Unit) -> None:
-    evaluations.judge_step(_opened(unit), unit.recipe.evaluate.judge)
+    judge_step(_opened(unit), unit.recipe.evaluate.judge)
 
 
 def _drift(unit: Unit) -> None:
-    drifts.drift_step(_opened(unit), unit.arm)
+    drift_step(_opened(unit), unit.arm)
 
 
 def _opened(unit: Unit) -> RunDirectory:
@@ -171,13 +176,13 @@ def _model(loads: str, quantization: str = "none") -> tuple[Any, Any]:
 
 @lru_cache(maxsize=2)
 def _calibration(loads: str) -> tuple[list[Example], Utility]:
-    return pipeline.load_calibration(Recipe.model_validate_json(loads))
+    return load_calibration(Recipe.model_validate_json(loads))
 
 
 @lru_cache(maxsize=1)
 def _align(loads: str) -> tuple[list[Example], list[str]]:
     recipe = Recipe.model_validate_json(loads)
-    return pipeline.load_align(recipe, _suites(recipe) if recipe.evaluate.overlap == "drop" else ())
+    return load_align(recipe, _suites(recipe) if recipe.evaluate.overlap == "drop" else ())
 
 
 def _suites(recipe: Recipe) -> tuple[Suite, ...]:

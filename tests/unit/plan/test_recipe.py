@@ -16,7 +16,7 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 from castune.errors import CastuneError
-from castune.evaluate.suites import Suite
+from castune.evaluation.suites import Suite
 from castune.plan import calibrate
 from castune.plan.accelerators import ACCELERATORS, LAUNCH_SECONDS
 from castune.plan.diagnosis import Stage

@@ -21,11 +21,11 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 from castune.errors import CastuneError
-from castune.evaluate.run import evaluate
-from castune.evaluate.suites import Suite
+from castune.evaluation.run import evaluate
+from castune.evaluation.suites import Suite
 from castune.plan.workload import ModelShape, suite_work, training_work
-from castune.tune.row_lora import sparse_lora
-from castune.tune.train import tune
+from castune.tuning.row_lora import sparse_lora
+from castune.tuning.train import tune
 
 CONFIG = TuneConfig(rank=4, batch_size=2, accumulation=2, epochs=2)
 ROWS = [Row.of_replies(range(10 + n), [range(3 + n % 4)]) for n in range(11)]

@@ -16,7 +16,7 @@ from fake_run import Run, make_domains, make_map, make_run, make_selection
 from castune.artifacts import ConflictMap
 from castune.report.explorer import explorer
 from castune.report.maps import SCORES
-from castune.select import SCORE_COLUMNS, select
+from castune.selection import SCORE_COLUMNS, select
 from castune.stats.ranking import bucket_numbers, by_descending
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -22,7 +22,7 @@ from castune.artifacts import ConflictMap
 from castune.report import figures
 from castune.report.labels import place_labels
 from castune.report.page import write_figures
-from castune.select import select
+from castune.selection import select
 
 NAMES = {
     "conflict_map",

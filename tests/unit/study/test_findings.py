@@ -16,7 +16,7 @@ import pytest
 from castune.artifacts import ConflictMap, HeadSelection, SuiteResult
 from castune.artifacts.conflict_map import SCHEMA
 from castune.config import StudyConfig
-from castune.select import select
+from castune.selection import select
 from castune.stats.comparisons import holm
 from castune.stats.estimates import CostRatio, correlation
 from castune.study.figures import charts

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castune.arms import ArmName
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import SCHEMA
 from castune.config import Recipe, StudyConfig
 from castune.errors import CastuneError
-from castune.select import select
+from castune.names import ArmName
+from castune.selection import select
 from castune.study.graph import Graph, Unit
 
 

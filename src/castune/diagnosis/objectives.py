@@ -1,0 +1,221 @@
+"""The two sweeps of a diagnosis: what is measured on D_util and on D_safe, by decisions or by margins (Eqs. 3-4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from castune.config import DiagnoseConfig
+from castune.core.answers import is_right, without_cut_sentence
+from castune.core.generation import Reply, generate_replies
+from castune.core.journal import Journal
+from castune.core.refusals import decides_by, is_settled
+from castune.core.scoring import (
+    answer_margin,
+    is_correct,
+    question_rows,
+    reply_means,
+    reply_rows,
+    shared_if_exact,
+)
+from castune.core.shards import Shard
+from castune.data.chat import ChatFormat
+from castune.data.example import Example
+from castune.data.said import said
+from castune.diagnosis.ablate import ScoredMeasure
+from castune.diagnosis.decode import ReplyMeasure
+from castune.diagnosis.domains import UtilitySet
+from castune.diagnosis.score import Floats
+from castune.diagnosis.sweep import Ablator, Outcomes, sweep
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Outcomes of one set, and the whole model's decisions (NaN: unscored) on it."""
+
+    outcomes: Outcomes
+    decisions_N: Floats
+
+    def of(self, heads: Sequence[int]) -> Measured:
+        """Outcomes without these heads only, by their numbers."""
+        return replace(self, outcomes=replace(self.outcomes, ablated_HN=self.outcomes.ablated_HN[list(heads)]))
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What is measured on D_util and on D_safe, and the sweeps over the heads."""
+
+    ablator: Ablator
+    tokenizer: Any
+    chat: ChatFormat
+    config: DiagnoseConfig
+
+    @property
+    def _batch_tokens(self) -> int:
+        assert self.config.batch_tokens != "auto"
+        return self.config.batch_tokens
+
+    def utility(self, one: UtilitySet, journal: Journal, shard: Shard) -> Measured | None:
+        """Right answers (Eq. 3), or the margins of the right answers; None while other shares are missing.
+
+        Margins of problems are the log-probabilities of the worked solutions.
+        """
+        by_margin = one.measure(self.config) == "margin"
+        measure: ScoredMeasure | ReplyMeasure
+        if one.is_of_problems and not by_margin:
+            # Answers are worked out, not scored.
+            measure = self.solution_measure(one.examples, self.solutions(one.examples))
+        else:
+            measure = self.utility_measure(one.examples)
+        outcomes = sweep(one.objective, self.ablator, measure, journal=journal, shard=shard)
+        if outcomes is None:
+            return None
+        decisions_N = outcomes.baseline_N
+        if one.is_of_problems and by_margin:
+            return Measured(outcomes, np.full(len(one.examples), np.nan))  # nothing was answered
+        return Measured(outcomes, _positive(decisions_N) if by_margin else decisions_N)
+
+    def safety(self, examples: Sequence[Example], journal: Journal, shard: Shard) -> Measured | None:
+        """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing."""
+        replies = self.replies(examples)
+        by_margin = self.config.measure == "margin"
+        measure = self.margin_measure(examples, replies) if by_margin else self.refusal_measure(examples, replies)
+        outcomes = sweep("safety", self.ablator, measure, journal=journal, shard=shard)
+        if outcomes is None:
+            return None
+        return Measured(outcomes, self.refusals(examples, replies) if by_margin else outcomes.baseline_N)
+
+    def utility_measure(self, examples: Sequence[Example]) -> ScoredMeasure:
+        """Decisions on questions, or the margins of their right answers; of problems see `_likelihood_measure`."""
+        if examples[0].is_problem:
+            return self._likelihood_measure(examples)
+        rows_of = shared_if_exact(
+            self.ablator.model, lambda share: [question_rows(self.chat, e, share_prompt=share) for e in examples]
+        )
+        by_margin = self.config.measure == "margin"
+
+        def outcome(n: int, values: Sequence[Floats]) -> float:
+            scores = reply_means(rows_of[n], values)
+            if not np.isfinite(scores).all():
+                return np.nan
+            return answer_margin(examples[n], scores) if by_margin else is_correct(examples[n], scores)
+
+        return ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self._batch_tokens)
+
+    def _likelihood_measure(self, examples: Sequence[Example]) -> ScoredMeasure:
+        """Mean log-probability a token of every problem's worked solution."""
+        rows_of = [[self.chat.loss_row(example)] for example in examples]
+
+        def mean(_: int, values: Sequence[Floats]) -> float:
+            return float(values[0].mean())
+
+        return ScoredMeasure(self.ablator, rows_of, mean, batch_tokens=self._batch_tokens)
+
+    def solutions(self, examples: Sequence[Example]) -> list[Reply]:
+        """Greedy worked answers of the model as it is now."""
+        return self._generated(examples, self.config.solution_tokens)
+
+    def solution_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ReplyMeasure:
+        """Right final answers of problems, by verifying and decoding worked answers to their end."""
+        by_id = {example.id: example for example in examples}
+
+        def judged(ids: Sequence[str], texts: Sequence[str]) -> list[bool | None]:
+            return [self._is_right(by_id[i], text) for i, text in zip(ids, texts, strict=True)]
+
+        return ReplyMeasure(
+            self.ablator,
+            self.tokenizer,
+            self._prompts(examples, self.config.solution_tokens),
+            list(by_id),
+            replies,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            judge=judged,
+            # Whatever has been said may be taken back.
+            is_settled=lambda _: False,
+            max_new_tokens=self.config.solution_tokens,
+            batch_tokens=self._batch_tokens,
+        )
+
+    def right_answers(self, problems: Sequence[Example], replies: Sequence[Reply]) -> Floats:
+        """Whether the final answers of worked answers are right, 1 or 0."""
+        return np.array([float(self._is_right(p, r.text)) for p, r in zip(problems, replies, strict=True)])
+
+    def _is_right(self, problem: Example, text: str) -> bool:
+        assert problem.target is not None
+        assert problem.scoring is not None
+        answer = said(text, in_thought=self.chat.opens_thought)
+        # What reaches the limit was cut off, and the sentence it was cut in is no answer.
+        if len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) >= self.config.solution_tokens:
+            answer = without_cut_sentence(answer)
+        return is_right(answer, problem.target, problem.scoring)
+
+    def margin_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ScoredMeasure:
+        """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
+        n_tokens = min(self.config.margin_tokens, self.config.max_new_tokens)
+        parts = []
+        for example, reply in zip(examples, replies, strict=True):
+            assert example.reply is not None
+            prompt, [refusal] = self.chat.continuations(example, [example.reply])
+            # Where the template says more when it asks for a reply, that belongs to the model's own.
+            asked, _ = self.chat.prompt_ids(example, reserve=n_tokens)
+            own = [*asked[len(prompt) :], *reply.tokens, *([self.chat.end_token] if reply.finished else [])]
+            parts.append((example, prompt, [refusal[:n_tokens], own[:n_tokens]]))
+        rows_of = shared_if_exact(
+            self.ablator.model,
+            lambda share: [reply_rows(self.chat, e, prompt, pair, share_prompt=share) for e, prompt, pair in parts],
+        )
+
+        def margin(n: int, values: Sequence[Floats]) -> float:
+            refusal, own = reply_means(rows_of[n], values)
+            return float(refusal - own)
+
+        return ScoredMeasure(self.ablator, rows_of, margin, batch_tokens=self._batch_tokens)
+
+    def replies(self, examples: Sequence[Example]) -> list[Reply]:
+        """Greedy replies of the model as it is now."""
+        return self._generated(examples, self.config.max_new_tokens)
+
+    def _generated(self, examples: Sequence[Example], max_new_tokens: int) -> list[Reply]:
+        return generate_replies(
+            self.ablator.model,
+            self.tokenizer,
+            self._prompts(examples, max_new_tokens),
+            max_new_tokens=max_new_tokens,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            batch_tokens=self._batch_tokens,
+        )
+
+    def refusals(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Floats:
+        """The judge's verdicts on replies: 1, 0, or NaN where it could not tell."""
+        verdicts = self._judge([e.prompt for e in examples], [reply.text for reply in replies])
+        return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
+
+    def refusal_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ReplyMeasure:
+        """Refusals, by verifying and decoding replies."""
+        return ReplyMeasure(
+            self.ablator,
+            self.tokenizer,
+            self._prompts(examples, self.config.max_new_tokens),
+            [example.prompt for example in examples],
+            replies,
+            end_tokens=self.chat.end_tokens(self.ablator.model),
+            judge=self._judge,
+            is_settled=partial(is_settled, self.config.judge, in_thought=self.chat.opens_thought),
+            max_new_tokens=self.config.max_new_tokens,
+            batch_tokens=self._batch_tokens,
+        )
+
+    @property
+    def _judge(self) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
+        return decides_by(self.config.judge, in_thought=self.chat.opens_thought)
+
+    def _prompts(self, examples: Sequence[Example], reserve: int) -> list[list[int]]:
+        return [self.chat.prompt_ids(example, reserve=reserve)[0] for example in examples]
+
+
+def _positive(margins_N: Floats) -> Floats:
+    return np.where(np.isfinite(margins_N), margins_N > 0, np.nan)

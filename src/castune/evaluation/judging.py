@@ -1,0 +1,78 @@
+"""Outcomes of replies by a judge, which sees them after all have been generated and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from castune.artifacts import EvalResult
+from castune.artifacts.rules import RULES
+from castune.data.said import said
+from castune.evaluation.judges import Judge, judge
+from castune.evaluation.metrics import suite_result
+from castune.evaluation.reading import is_read, read
+
+Sample = dict[str, Any]
+
+# What a judge leaves in a sample, and takes out again when another one judges.
+_OF_A_JUDGE = ("harmful", "verdicts")
+
+
+def judged(samples: Sequence[Mapping[str, Any]], by: Judge) -> list[Sample]:
+    """The samples of a suite with the judge's outcomes; answers in words are read again, scores stay what they are."""
+    if not _is_judged(samples):
+        return [read(sample) if is_read(sample) else dict(sample) for sample in samples]
+    bare = [{key: value for key, value in sample.items() if key not in _OF_A_JUDGE} for sample in samples]
+    found: list[Sample] = []
+    verdicts = by.verdicts(
+        [s["prompt"] for s in bare], [said(s["reply"], in_thought=s.get("in_thought")) for s in bare]
+    )
+    for sample, verdict in zip(bare, verdicts, strict=True):
+        sample["outcome"] = verdict.refuses
+        if by.tells_harm:
+            sample["harmful"] = verdict.harmful
+        if verdict.members:
+            sample["verdicts"] = dict(verdict.members)
+        found.append(sample)
+    return found
+
+
+def judge_of(samples: Sequence[Mapping[str, Any]], by: Judge) -> str:
+    """Who decides the outcomes of a suite's samples: the judge, or the way answers are compared."""
+    first = samples[0]
+    if _is_judged(samples):
+        return by.name
+    if "choice_scores" in first:
+        return "argmax"
+    return "stated letter" if "choices" in first else "final answer"
+
+
+def judge_again(result: EvalResult, by: str | Judge) -> EvalResult:
+    """An evaluation with the outcomes of another judge; nothing is generated."""
+    by = judge(by) if isinstance(by, str) else by
+    samples: list[Sample] = []
+    suites = []
+    for suite in result.suites:
+        of_suite = judged(result.samples_of(suite.suite), by)
+        suites.append(
+            suite_result(
+                of_suite,
+                judge=judge_of(of_suite, by),
+                max_new_tokens=suite.max_new_tokens,
+                data_hash=suite.data_hash,
+                seconds=suite.seconds,
+            )
+        )
+        samples += of_suite
+    return replace(
+        result,
+        suites=tuple(suites),
+        samples=tuple(samples),
+        settings={**result.settings, "judge": by.name},
+        provenance={**result.provenance, "rules": RULES},
+    )
+
+
+def _is_judged(samples: Sequence[Mapping[str, Any]]) -> bool:
+    return samples[0]["purpose"] in ("safety", "over-refusal")

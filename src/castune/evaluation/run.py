@@ -1,0 +1,175 @@
+"""`evaluate`: accuracy, refusals and over-refusals of one model. A run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from castune.artifacts import EvalResult, SuiteResult
+from castune.config import EvaluateConfig
+from castune.core.journal import Journal
+from castune.core.progress import progress
+from castune.core.provenance import model_record, provenance
+from castune.core.scoring import answer_margin, is_correct
+from castune.data.example import Example, content_hash
+from castune.evaluation.backend import Backend, TransformersHost
+from castune.evaluation.judges import Judge, judge
+from castune.evaluation.judging import judge_of, judged
+from castune.evaluation.measure import answers, finite
+from castune.evaluation.metrics import suite_result
+from castune.evaluation.reading import read
+from castune.evaluation.suites import Suite, check_names, load_suite
+
+logger = logging.getLogger(__name__)
+
+Sample = dict[str, Any]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    suites: Sequence[str | Suite] | None = None,
+    config: EvaluateConfig | None = None,
+    name: str = "base",
+    out: str | Path | None = None,
+    model_info: dict[str, Any] | None = None,
+) -> EvalResult:
+    """Evaluate a model, 0-shot and greedy, through its own chat template.
+
+    Args:
+        model: a transformers or PEFT model.
+        tokenizer: its tokenizer, with a chat template.
+        suites: sources or loaded suites; `config.suites` when absent.
+        config: settings.
+        name: name of this arm, for the record.
+        out: directory to write `samples.jsonl` and `metrics.json` into.
+        model_info: identity of the model, for the record; computed when absent.
+
+    Returns:
+        Every rate with n, standard error, unscored count and judge, and all samples.
+    """
+    config = config or EvaluateConfig()
+    with TransformersHost(model, tokenizer).backend(name, None) as backend:
+        return evaluate_on(
+            backend,
+            suites=[
+                load_suite(suite, limit=config.limit, seed=config.seed) if isinstance(suite, str) else suite
+                for suite in (config.suites if suites is None else suites)
+            ],
+            config=config,
+            by=judge(config.judge),
+            name=name,
+            out=out,
+            model_info=model_info or model_record(model, tokenizer),
+        )
+
+
+def evaluate_on(
+    backend: Backend,
+    *,
+    suites: Sequence[Suite],
+    config: EvaluateConfig,
+    by: Judge,
+    name: str,
+    model_info: dict[str, Any],
+    out: str | Path | None = None,
+) -> EvalResult:
+    """Evaluate a model wherever it runs.
+
+    Args:
+        backend: where it runs.
+        suites: loaded suites.
+        config: settings.
+        by: the judge, whatever `config` names.
+        name: name of this arm, for the record.
+        model_info: identity of the model, for the record.
+        out: directory to write `samples.jsonl` and `metrics.json` into.
+    """
+    check_names(suites)
+    record = provenance(config.seed)
+    hashes = [content_hash(suite.examples) for suite in suites]
+    # The judge decides afterwards, on what is kept.
+    measured_by = {key: value for key, value in config.model_dump(mode="json").items() if key != "judge"}
+    key = [model_info, measured_by, hashes, record["versions"]["castune"], record["rules"]]
+    journal = Journal.of(None if out is None else Path(out), key)
+    results: list[SuiteResult] = []
+    samples: list[Sample] = []
+    cost = sum(len(suite.examples) * suite.cost(config) for suite in suites)
+    with progress(f"evaluating {name}", cost) as advance:
+        found = [answers(backend, suite, config, journal, advance) for suite in suites]
+    for suite, given, data_hash in zip(suites, found, hashes, strict=True):
+        of_suite = judged(_samples(suite, given.values, config), by)
+        results.append(
+            suite_result(
+                of_suite,
+                judge=judge_of(of_suite, by),
+                max_new_tokens=None if suite.is_scored(config) else suite.reply_tokens(config),
+                data_hash=data_hash,
+                seconds=given.seconds,
+            )
+        )
+        samples += of_suite
+    n_missing = sum(bool(sample.get("missing")) for sample in samples)
+    if n_missing:
+        logger.warning("%s: %d replies are missing and unscored; the same command asks for them again", name, n_missing)
+    result = EvalResult(
+        name=name,
+        suites=tuple(results),
+        samples=tuple(samples),
+        settings={**config.model_dump(mode="json"), "judge": by.name},
+        model=model_info,
+        provenance=record,
+    )
+    if out is not None:
+        result.save(out)
+        if not n_missing:
+            journal.remove()
+    return result
+
+
+def _samples(suite: Suite, answers: Sequence[Any], config: EvaluateConfig) -> list[Sample]:
+    """A plain record an example; of prompts without an outcome, which is the judge's."""
+    make = _choice_sample if suite.is_scored(config) else _reply_sample
+    return [
+        {
+            "suite": suite.name,
+            "id": example.id,
+            "purpose": suite.purpose,
+            "group": example.group,
+            "prompt": example.prompt,
+            **make(example, answer),
+        }
+        for example, answer in zip(suite.examples, answers, strict=True)
+    ]
+
+
+def _choice_sample(example: Example, found: list[float | None] | None) -> Sample:
+    scores = finite(found)
+    return {
+        "choices": list(example.choices),
+        "choice_scores": [None if score is None else round(score, 6) for score in found or []],
+        "answer": example.answer,
+        # Scores that are not finite decide nothing: the example is unscored.
+        "margin": None if scores is None else answer_margin(example, scores),
+        "outcome": None if scores is None else is_correct(example, scores),
+    }
+
+
+def _reply_sample(example: Example, found: dict[str, Any] | None) -> Sample:
+    reply = "" if found is None else found["text"]
+    sample: Sample = {"reply": reply, "finished": False, "tokens": None}
+    if found is None:
+        # A server gave none: nothing is known of what the model would have said.
+        sample["missing"] = True
+    else:
+        sample |= {"finished": found["finished"], "tokens": found["tokens"]}
+        # Where it is not known whether the chat template opened the reasoning (a server's), the key is absent.
+        sample |= {key: True for key in ("cut", "in_thought") if found.get(key)}
+    if example.is_question:
+        return read({**sample, "choices": list(example.choices), "answer": example.answer})
+    if example.is_problem:
+        return read({**sample, "target": str(example.target), "scoring": str(example.scoring)})
+    return {**sample, "outcome": None}

@@ -1,0 +1,178 @@
+"""Names of arms: which heads an arm trains, and how.
+
+    safe  risky-50  random  layer-matched  all  bucket-2-of-4  safe-gradient  risky-sensitivity  safe+pcgrad  all+dpo
+
+HEADS[-PERCENT][-SCORE][+CHANGE]...: a zone or a bucket, the share of all heads, what heads are sorted by, and what is
+trained differently from the recipe: a method of gradient surgery, `dpo`, or `replay-PERCENT`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from castune.errors import CastuneError
+
+Zone = Literal["safe", "risky", "random", "layer-matched", "all"]
+Score = Literal["conflict", "gradient", "sensitivity"]
+TuneMethod = Literal["sft", "dpo"]
+SurgeryMethod = Literal[
+    "none", "pcgrad", "pcgrad-symmetric", "cagrad", "upgrad", "mgda", "gradvac", "alignedmtl", "imtlg"
+]
+ZONES: tuple[str, ...] = get_args(Zone)
+SCORES: tuple[str, ...] = get_args(Score)
+# Zones that are drawn at random, and need a seed.
+SEEDED_ZONES = ("random", "layer-matched")
+
+_HEADS = re.compile(
+    rf"(?:(?P<zone>{'|'.join(ZONES)})(?:-(?P<percent>\d+(?:\.\d+)?))?|bucket-(?P<bucket>\d+)-of-(?P<buckets>\d+))"
+    rf"(?:-(?P<score>{'|'.join(SCORES)}))?"
+)
+_REPLAY = re.compile(r"replay-(\d+(?:\.\d+)?)")
+_USUAL_PERCENT = 25.0
+
+
+@dataclass(frozen=True)
+class ArmName:
+    """What the name of an arm says; None: as the recipe has it.
+
+    Attributes:
+        zone: the zone; None for a bucket.
+        fraction: share of all heads.
+        bucket: number of the bucket, 1 (highest scores) to `buckets`.
+        buckets: how many buckets there are.
+        score: what heads are sorted by.
+        changes: settings of the training, by their names in `TuneConfig`.
+    """
+
+    zone: str | None = None
+    fraction: float | None = None
+    bucket: int | None = None
+    buckets: int | None = None
+    score: str | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> ArmName:
+        """Read a name.
+
+        Raises:
+            CastuneError: no name of an arm; the message says what is accepted.
+        """
+        heads, *changes = text.split("+")
+        match = _HEADS.fullmatch(heads)
+        if match is None:
+            raise CastuneError(
+                f"arm {text!r}: accepted are {', '.join(ZONES)}, each with an optional share (safe-50: half of all "
+                f"heads), or bucket-1-of-4; then optionally -gradient or -sensitivity, what heads are sorted by; "
+                "then +pcgrad and the like, +dpo or +replay-10, what is trained differently"
+            )
+        fraction = None if match["percent"] is None else float(match["percent"]) / 100
+        if fraction is not None and not 0 < fraction <= 1:
+            raise CastuneError(f"arm {text!r}: a share is above 0 and at most 100 percent")
+        bucket, buckets = (None if match[key] is None else int(match[key]) for key in ("bucket", "buckets"))
+        if bucket is not None and buckets is not None and not 1 <= bucket <= buckets:
+            raise CastuneError(f"arm {text!r}: buckets are numbered 1 (highest conflict) to {buckets}")
+        found = [_change(text, change) for change in changes]
+        if len({key for key, _ in found}) != len(found):
+            raise CastuneError(f"arm {text!r}: one setting is changed twice")
+        return cls(match["zone"], fraction, bucket, buckets, match["score"], tuple(sorted(found)))
+
+    @classmethod
+    def is_name(cls, text: str) -> bool:
+        """Whether `parse` can read it."""
+        try:
+            cls.parse(text)
+        except CastuneError:
+            return False
+        return True
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether its heads are drawn at random."""
+        return self.zone in SEEDED_ZONES
+
+    @property
+    def suffix(self) -> str:
+        """The changes as they stand in a name."""
+        return "".join(f"+{_change_name(key, value)}" for key, value in self.changes)
+
+
+def heads_name(zone: str, fraction: float | None, bucket: int | None, buckets: int | None, score: str) -> str:
+    """The name of a selection of heads; a share of a quarter and the score C(h) are usual and not named."""
+    if zone == "bucket":
+        name = f"bucket-{bucket}-of-{buckets}"
+    else:
+        percent = _USUAL_PERCENT if fraction is None or zone == "all" else round(100 * fraction, 1)
+        # 68 of 270 heads are a quarter too.
+        name = zone if round(percent) == _USUAL_PERCENT else f"{zone}-{percent:g}"
+    return name if score == "conflict" or zone in ("random", "all") else f"{name}-{score}"
+
+
+def _change(text: str, change: str) -> tuple[str, Any]:
+    if change in get_args(SurgeryMethod):
+        return "surgery", change
+    if change in get_args(TuneMethod):
+        return "method", change
+    replay = _REPLAY.fullmatch(change)
+    if replay is not None and 0 < float(replay[1]) < 100:
+        return "replay", float(replay[1]) / 100
+    methods = ", ".join(f"+{method}" for method in (*get_args(SurgeryMethod), *get_args(TuneMethod)))
+    raise CastuneError(f"arm {text!r}: +{change}: accepted are {methods} and +replay-PERCENT, above 0 and below 100")
+
+
+def _change_name(key: str, value: Any) -> str:
+    return f"replay-{round(100 * value, 6):g}" if key == "replay" else str(value)
+
+
+# The kinds, and what stands after the equals sign where none is given; "" needs none, None needs one.
+RULES = ("prefix", "opening")
+_KINDS: dict[str, str | None] = {"prefix": "", "opening": "", "wildguard": "allenai/wildguard", "openai": None}
+
+ACCEPTED = (
+    "prefix, opening, wildguard (or wildguard=MODEL_OR_DIRECTORY), openai=MODEL (any compatible server; address and "
+    "key from OPENAI_BASE_URL and OPENAI_API_KEY), or several joined by +, for example prefix+opening"
+)
+
+
+@dataclass(frozen=True)
+class JudgeName:
+    """One judge.
+
+    Attributes:
+        kind: `prefix` and `opening`: rules, on the first 64 or 300 characters of a reply; `wildguard`: a classifier
+            that runs here; `openai`: a model behind an OpenAI-compatible server.
+        model: the model that judges; empty for rules.
+    """
+
+    kind: str
+    model: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> list[JudgeName]:
+        """The judges that a name stands for: one, or the members of a panel.
+
+        Raises:
+            CastuneError: not the name of a judge; the message says what is accepted.
+        """
+        members = [cls._one(part.strip(), text) for part in text.split("+")]
+        if len(set(members)) != len(members):
+            raise CastuneError(f"judge {text!r}: a panel has a judge twice")
+        return members
+
+    @classmethod
+    def _one(cls, part: str, whole: str) -> JudgeName:
+        kind, equals, model = part.partition("=")
+        default = _KINDS.get(kind)
+        if kind not in _KINDS or (equals and (default == "" or not model.strip())) or (default is None and not equals):
+            raise CastuneError(f"unknown judge {whole!r}; accepted: {ACCEPTED}")
+        return cls(kind, model.strip() or default or "")
+
+    @property
+    def is_rule(self) -> bool:
+        """Whether it needs no model."""
+        return self.kind in RULES
+
+    def __str__(self) -> str:
+        return self.kind if self.model == (_KINDS[self.kind] or "") else f"{self.kind}={self.model}"

@@ -1,0 +1,63 @@
+"""What a training changed: every arm against the base model, on the same examples."""
+
+from __future__ import annotations
+
+from castune.artifacts import EvalResult
+from castune.stats.estimates import CostRatio, PairedDifference, Pairs, bootstrap_cost_ratio, paired_difference
+from castune.steps.directory import BASE
+
+
+def cost_ratios(evaluations: dict[str, EvalResult], utility: str | None = None) -> dict[str, CostRatio]:
+    """The utility cost ratio of every tuned arm against the base model, with intervals over the examples.
+
+    Arms that cannot be compared are left out: a suite is missing on one side, was measured otherwise, or has nothing
+    scored.
+
+    Args:
+        evaluations: by arm.
+        utility: the one suite whose accuracy is the utility (`mmlu`: MMLU-CR, Eq. 8); all utility suites when absent.
+    """
+    base = evaluations.get(BASE)
+    ratios: dict[str, CostRatio] = {}
+    for name, result in evaluations.items():
+        if base is None or name == BASE:
+            continue
+        groups: dict[str, list[Pairs | None]] = {"utility": [], "safety": []}
+        for suite in result.suites:
+            if suite.purpose in groups and (utility in (None, suite.suite) or suite.purpose != "utility"):
+                groups[suite.purpose].append(_pairs(base, result, suite.suite))
+        utility_pairs, safety_pairs = ([pairs for pairs in group if pairs is not None] for group in groups.values())
+        if not all(groups.values()) or None in (*groups["utility"], *groups["safety"]):
+            continue
+        ratio = bootstrap_cost_ratio(utility_pairs, safety_pairs)
+        if ratio is not None:
+            ratios[name] = ratio
+    return ratios
+
+
+def differences(evaluations: dict[str, EvalResult]) -> dict[str, dict[str, PairedDifference]]:
+    """Change of every suite against the base model, paired by example: `{arm: {suite: difference}}`.
+
+    Suites that were measured or judged otherwise than the base model's are left out.
+    """
+    base = evaluations.get(BASE)
+    found: dict[str, dict[str, PairedDifference]] = {}
+    for name, result in evaluations.items():
+        if base is None or name == BASE:
+            continue
+        pairs = {suite.suite: _pairs(base, result, suite.suite) for suite in result.suites}
+        found[name] = {suite: paired_difference(*both) for suite, both in pairs.items() if both is not None}
+    return found
+
+
+def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs | None:
+    """Outcomes of the examples of a suite that both evaluations have; None where the two cannot be compared."""
+    mine = next(found for found in result.suites if found.suite == suite)
+    other = next((found for found in base.suites if found.suite == suite), None)
+    alike = other is not None and (mine.judge, mine.max_new_tokens) == (other.judge, other.max_new_tokens)
+    where = [evaluation.settings.get("backend", "hf") for evaluation in (base, result)]
+    if not alike or where[0] != where[1]:
+        return None
+    before = {sample["id"]: sample["outcome"] for sample in base.samples_of(suite)}
+    after = {sample["id"]: sample["outcome"] for sample in result.samples_of(suite) if sample["id"] in before}
+    return ([before[identifier] for identifier in after], list(after.values())) if after else None

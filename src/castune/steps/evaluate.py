@@ -1,0 +1,229 @@
+"""Evaluations of a run: the base model and every arm with an adapter, on the same examples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from castune.artifacts import EvalResult
+from castune.config import EvaluateConfig, Recipe
+from castune.core.loading import load_config, load_model, model_source
+from castune.core.provenance import model_record
+from castune.data.example import content_hash
+from castune.errors import ArtifactError, NothingScored
+from castune.evaluation.backend import Host, TransformersHost
+from castune.evaluation.endpoint import Endpoint, require_openai, server_address
+from castune.evaluation.judges import NotJudged, judge
+from castune.evaluation.judging import judge_again
+from castune.evaluation.run import evaluate_on
+from castune.evaluation.server import ServerHost, require_replies_only
+from castune.evaluation.suites import Suite
+from castune.evaluation.vllm_engine import VllmEngine, require_vllm
+from castune.names import JudgeName
+from castune.steps.directory import BASE, RunDirectory
+from castune.steps.readiness import require_ready, suite_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
+    """Refuse settings whose judge or backend cannot be had, before hours are spent on what is evaluated.
+
+    Raises:
+        CastuneError: a package, a model, a key or a server is missing, or a suite cannot be measured there.
+    """
+    for name in JudgeName.parse(config.judge):
+        if name.kind == "openai":
+            Endpoint(name.model).check()
+        elif name.kind == "wildguard":
+            load_config(name.model)
+    if config.backend == "vllm":
+        require_vllm()
+    if config.backend == "openai":
+        require_openai()
+        require_replies_only(suites, config)
+
+
+def evaluate_step(
+    folder: RunDirectory,
+    recipe: Recipe,
+    suites: Sequence[Suite],
+    loaded: tuple[Any, Any] | None = None,
+    *,
+    only: str | None = None,
+) -> dict[str, EvalResult]:
+    """Evaluations of the base model and every arm with an adapter, made where missing or older than the adapter.
+
+    What is stored is judged again where its judge is another one, or its rules have changed.
+
+    Args:
+        folder: the run.
+        recipe: its recipe, with the settings of the evaluation.
+        suites: what is measured.
+        loaded: the recipe's model and tokenizer, if they are loaded already; for the backend `hf`.
+        only: evaluate this arm, and leave its replies to be judged by `judge_step`: other processes evaluate others.
+    """
+    config = recipe.evaluate
+    require_evaluation(config, suites)
+    if config.backend == "hf":
+        loaded = loaded or load_model(recipe)
+        identity = model_record(*loaded)
+    else:
+        identity = identity_by_map(folder, recipe)
+    adapters, records = models_of(folder, identity, only)
+    names = [n for n in adapters if stored_evaluation(folder.evaluation(n), records[n], config, suites) is None]
+    for name in adapters.keys() - set(names):
+        logger.info("evaluation of %s: already there", name)
+    if names:
+        if loaded is not None:
+            require_ready(*loaded, suite_tokens(loaded[1], config, suites))
+        host = _host(recipe, loaded, [path for path in adapters.values() if path is not None])
+        # An adapter without effect is told by the base model beside it.
+        host.check({name: adapter for name, adapter in adapters.items() if name in (*names, BASE)}, suites, config)
+        for name in names:
+            logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in suites))
+            with host.backend(name, adapters[name]) as backend:
+                result = evaluate_on(
+                    backend,
+                    suites=suites,
+                    config=config,
+                    by=NotJudged(),
+                    name=name,
+                    out=folder.evaluation(name),
+                    model_info=records[name],
+                )
+            folder.record_step(f"evaluate {name}", result.provenance)
+        # There need not be room for a judge's model beside it.
+        del host, backend
+    del loaded
+    if only is not None:  # others may be writing theirs
+        return {name: EvalResult.load(folder.evaluation(name)) for name in adapters if name in (BASE, only)}
+    stored = folder.load_evaluations()
+    # Rules cost nothing, and those of another version may have said something else.
+    is_rule = all(part.is_rule for part in JudgeName.parse(config.judge))
+    if is_rule or any(result.settings["judge"] != config.judge for result in stored.values()):
+        return judge_step(folder, config.judge)
+    return stored
+
+
+def identity_by_map(folder: RunDirectory, recipe: Recipe) -> dict[str, Any]:
+    """Identity of a run's model where its weights are not loaded: it is the one of the map, by its name."""
+    identity = dict(folder.load_map().metadata["model"])
+    if recipe.evaluate.backend != "hf":
+        identity |= {"dtype": recipe.dtype, "device": recipe.evaluate.backend}
+    if recipe.evaluate.backend == "openai":
+        identity["server"] = server_address()
+    return identity
+
+
+def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Path]) -> Host:
+    """Where the recipe's model and its adapters run."""
+    if recipe.evaluate.backend == "openai":
+        return ServerHost(recipe.evaluate.served_model or recipe.model)
+    if recipe.evaluate.backend == "hf":
+        assert loaded is not None
+        return TransformersHost(*loaded)
+    _, tokenizer = load_config(
+        recipe.model,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        template_date=recipe.template_date,
+    )
+    return VllmEngine(
+        model_source(recipe.model), tokenizer, revision=recipe.revision, dtype=recipe.dtype, adapters=adapters
+    )
+
+
+def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
+    """All evaluations of the run with the outcomes of a judge, from the replies that are stored.
+
+    What the same judge could not tell before is asked again.
+    """
+    evaluations = folder.load_evaluations()
+    if not evaluations:
+        raise ArtifactError(f"{folder.path}: nothing has been evaluated; run: castune evaluate {folder.path}")
+    by = judge(name)
+    # All of them before the first is replaced: arms that are judged differently cannot be compared.
+    judged = {arm: judge_again(result, by) for arm, result in evaluations.items()}
+    for arm, result in judged.items():
+        if result != evaluations[arm]:
+            logger.info("evaluation of %s: judged by %s", arm, by.name)
+            result.save(folder.evaluation(arm))
+    return judged
+
+
+def require_scored(evaluations: Mapping[str, EvalResult]) -> None:
+    """Refuse to end as if all were well where not one example of a suite could be scored.
+
+    Raises:
+        NothingScored: the message names the suite, the arm and what became of its replies.
+    """
+    for arm, result in evaluations.items():
+        for suite in result.suites:
+            if suite.n:
+                continue
+            samples = result.samples_of(suite.suite)
+            n_missing = sum(bool(sample.get("missing")) for sample in samples)
+            n_cut = sum("reply" in s and not s.get("missing") and not s["finished"] for s in samples)
+            reasons = [f"{n_missing} have no reply (see the warnings above)"] if n_missing else []
+            reasons += [f"{n_cut} were cut off (raise max_new_tokens)"] if n_cut else []
+            raise NothingScored(
+                f"{arm}: none of the {len(samples)} examples of suite {suite.suite} could be scored by {suite.judge}"
+                + (f": {', '.join(reasons)}" if reasons else "")
+                + "; the same command asks again for what is missing"
+            )
+
+
+def models_of(
+    folder: RunDirectory, identity: dict[str, Any], only: str | None = None
+) -> tuple[dict[str, Path | None], dict[str, dict[str, Any]]]:
+    """Adapter directories and identities of the base model and every arm (or `only` one) that has an adapter, by name.
+
+    Every adapter is checked against its certificate here, before anything is measured or replaced.
+    """
+    cmap = folder.load_map(identity["fingerprint"])
+    adapters: dict[str, Path | None] = {BASE: None}
+    records = {BASE: {**identity, "adapter": None}}
+    for arm in folder.arms():
+        if only not in (None, arm.name):
+            continue
+        made = folder.load_adapter(arm, folder.load_selection(arm, cmap))
+        if made is not None:
+            adapters[arm.name] = arm.adapter
+            records[arm.name] = {**identity, "adapter": made.certificate.adapter_hash}
+    return adapters, records
+
+
+def stored_evaluation(
+    folder: Path, model: Mapping[str, Any], config: EvaluateConfig, suites: Sequence[Suite]
+) -> EvalResult | None:
+    """The evaluation in `folder` if it was made so, whoever judged it; None where it is to be made.
+
+    Args:
+        folder: the evaluation's directory.
+        model: identity of the evaluated model, and `adapter`, the hash of its adapter.
+        config: settings.
+        suites: what is measured.
+
+    Raises:
+        ArtifactError: what is there is damaged.
+    """
+    if not (folder / "metrics.json").is_file():
+        return None
+    found = EvalResult.load(folder)
+    # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
+    settings = EvaluateConfig(**{**found.settings, "judge": config.judge})
+    is_so = (
+        same_model_identity(found.model, model)
+        and settings == config
+        and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
+        and not any(sample.get("missing") for sample in found.samples)
+    )
+    return found if is_so else None
+
+
+def same_model_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are of one model with one adapter, in one precision, behind one template."""
+    return all(one.get(key) == other.get(key) for key in ("fingerprint", "chat_template", "adapter", "dtype", "server"))

@@ -1,0 +1,188 @@
+"""Export: an adapter, or the base model with it merged in, as a directory to publish, with a model card.
+
+Like `pipeline.py` this sees all stages: the card is made from everything a run has.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts.files import check_vacant, new_directory, write_text
+from castune.artifacts.masked_adapter import MASK_FILE
+from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
+from castune.core.loading import display_name, load, load_config
+from castune.errors import ArtifactError
+from castune.report.card import CardFacts, Merging, model_card
+from castune.steps.changes import cost_ratios, differences
+from castune.steps.directory import BASE, RunDirectory
+from castune.tuning.merge import write_merged
+
+# What an exported adapter consists of; the model card is written beside. Other files of the directory stay behind.
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "certificate.json")
+_RECORDS = (TUNE_FILE, MASK_FILE, "selection.json")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where an export is, and for a merged model what was compared."""
+
+    path: Path
+    certificate: Certificate
+    merging: Merging | None
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    merged: bool = False,
+    arm: str | None = None,
+    base: str | None = None,
+    dtype: str = "auto",
+) -> Exported:
+    """Write a directory to publish: the adapter, or the base model with the adapter merged in; and a model card.
+
+    Args:
+        source: a run directory, or an adapter directory with a certificate.
+        out: the directory to write; it must be empty or absent, and is complete or absent afterwards.
+        merged: the whole model in transformers format; only the selected rows and columns differ from the base.
+        arm: the arm of a run; the main one when absent.
+        base: the base model; the run's, or the one the adapter names, when absent.
+        dtype: of the merged model; `auto` is the dtype the base is stored in.
+
+    Raises:
+        CastuneError: no run or adapter there, an adapter without a certificate or changed since, another base
+            model, or `out` holds something.
+    """
+    source, out = Path(source), Path(out)
+    check_vacant(out)
+    if (source / "adapter_config.json").is_file():
+        if arm is not None:
+            raise ArtifactError(f"{source} is an adapter, which has no arms; give the run directory with --arm")
+        adapter, selection, facts = source, *_adapter_facts(source)
+        model, revision = base or _named_base(source), None
+    else:
+        adapter, selection, facts, recipe = _run_facts(source, arm)
+        model, revision = base or recipe.model, None if base else recipe.revision
+    if not merged:
+        with new_directory(out) as aside:
+            for name in (*_ADAPTER_FILES, *_RECORDS):
+                if (adapter / name).is_file():
+                    shutil.copyfile(adapter / name, aside / name)
+            write_text(aside / "README.md", model_card(facts))
+        return Exported(out, facts.certificate, None)
+    if model is None:
+        raise ArtifactError(f"{source}: the adapter does not name its base model; name it with --base")
+    loaded, tokenizer = load(model, dtype=_stored_dtype(model, revision, dtype), device="cpu", revision=revision)
+    with new_directory(out) as aside:
+        done = write_merged(loaded, tokenizer, adapter, selection, aside)
+        merging = Merging(done.dtype, done.identical_tensors, done.identical_rows, done.identical_columns)
+        facts = replace(facts, certificate=done.certificate, merging=merging)
+        write_text(aside / "README.md", model_card(facts))
+        # The record of what the certificate in the card says, in the dtype of the merged model.
+        done.certificate.save(aside)
+    return Exported(out, done.certificate, merging)
+
+
+def _run_facts(path: Path, name: str | None) -> tuple[Path, HeadSelection, CardFacts, Any]:
+    """An arm of a run: adapter, selection, what the card says, and the recipe."""
+    folder = RunDirectory(path)
+    recipe = folder.load_recipe()
+    arm = folder.arm(name)
+    cmap = folder.load_map()
+    selection = folder.load_selection(arm, cmap)
+    # Without an adapter the missing tune result says what to do.
+    made = folder.load_adapter(arm, selection) or folder.load_tuning(arm, selection)
+    # An evaluation older than the adapter is none of it.
+    wanted = {BASE: None, arm.name: made.certificate.adapter_hash}
+    evaluations = {
+        key: result
+        for key, result in folder.load_evaluations().items()
+        if key in wanted
+        and result.model.get("adapter") == wanted[key]
+        and result.model.get("fingerprint") == made.certificate.model_fingerprint
+    }
+    if isinstance(made, TuneResult):
+        selection = made.trained(selection)
+    facts = CardFacts(
+        model=made.model,
+        certificate=made.certificate,
+        zone=arm.name,
+        n_total=selection.n_total,
+        cmap=cmap,
+        tuning=made if isinstance(made, TuneResult) else None,
+        masked=made if isinstance(made, MaskedAdapter) else None,
+        evaluations=evaluations,
+        arm=arm.name,
+        differences=differences(evaluations).get(arm.name),
+        cost_ratio=cost_ratios(evaluations).get(arm.name),
+    )
+    return arm.adapter, selection, facts, recipe
+
+
+def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
+    """An adapter on its own: the heads of its certificate, and what its records say."""
+    if not (adapter / "certificate.json").is_file():
+        raise ArtifactError(
+            f"{adapter}: an adapter without certificate.json; make one of chosen heads with: castune mask {adapter} "
+            "--out DIR"
+        )
+    certificate = Certificate.load(adapter)
+    try:
+        found = adapter_hash(adapter)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{error.filename}: missing; the adapter is not complete") from None
+    if found != certificate.adapter_hash:
+        raise ArtifactError(
+            f"{adapter}: the adapter ({found}) is not the one its certificate was made for ({certificate.adapter_hash})"
+        )
+    tuning = TuneResult.load(adapter) if (adapter / TUNE_FILE).is_file() else None
+    masked = MaskedAdapter.load(adapter) if (adapter / MASK_FILE).is_file() else None
+    record = tuning or masked
+    model = record.model if record else {"name": display_name(_named_base(adapter) or "") or "unknown"}
+    selection = HeadSelection(
+        heads=certificate.selection,
+        zone=masked.zone if masked else "custom",
+        fraction=None,
+        buckets=None,
+        bucket=None,
+        score="conflict",
+        seed=None,
+        n_total=masked.n_total if masked else len(certificate.selection) + len(certificate.units),
+        model_fingerprint=certificate.model_fingerprint,
+        conflict_map_hash=None,
+        units=certificate.units,
+        mlp_groups=certificate.mlp_groups,
+    )
+    facts = CardFacts(
+        model=model,
+        certificate=certificate,
+        zone=masked.zone if masked else None,
+        n_total=masked.n_total if masked else None,
+        tuning=tuning,
+        masked=masked,
+    )
+    return selection, facts
+
+
+def _named_base(adapter: Path) -> str | None:
+    """The base model an adapter's configuration names."""
+    path = adapter / "adapter_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: damaged: {error!r}") from None
+    return str(name) if name else None
+
+
+def _stored_dtype(model: str, revision: str | None, dtype: str) -> Any:
+    """The dtype to merge in: as asked, else as the base is stored, so that its weights are not rounded."""
+    if dtype != "auto":
+        return dtype
+    config, _ = load_config(model, revision=revision)
+    return getattr(config, "dtype", None) or "auto"

@@ -1,0 +1,52 @@
+"""Figures and the report, from what a run directory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from castune.artifacts import EvalResult, TuneResult
+from castune.report.page import write_figures, write_report
+from castune.steps.changes import cost_ratios, differences
+from castune.steps.directory import RunDirectory
+
+
+def report_step(folder: RunDirectory) -> Path:
+    """Write figures and `report.html` from what the run directory holds."""
+    cmap = folder.load_map()
+    selections, tunings, masked = {}, {}, {}
+    for arm in folder.arms():
+        selections[arm.name] = folder.load_selection(arm, cmap)
+        made = folder.load_adapter(arm, selections[arm.name])
+        if isinstance(made, TuneResult):
+            tunings[arm.name] = made
+        elif made is not None:
+            masked[arm.name] = made
+    evaluations = folder.load_evaluations()
+    drifts = folder.load_drifts(cmap)
+    write_figures(
+        folder.path / "figures",
+        cmap=cmap,
+        selections=selections,
+        tunings=tunings,
+        evaluations=evaluations,
+        drifts=drifts,
+    )
+    return write_report(
+        folder.report_file,
+        cmap=cmap,
+        selections=selections,
+        tunings=tunings,
+        masked=masked,
+        evaluations=evaluations,
+        lm_eval=folder.load_lm_eval(),
+        cost_ratios=cost_ratios(evaluations),
+        mmlu_cost_ratios=cost_ratios(evaluations, "mmlu") if _has_suite(evaluations, "mmlu") else None,
+        differences=differences(evaluations),
+        drifts=drifts,
+        recipe_text=folder.recipe_file.read_text(encoding="utf-8") if folder.recipe_file.is_file() else "",
+    )
+
+
+def _has_suite(evaluations: Mapping[str, EvalResult], name: str) -> bool:
+    return any(suite.suite == name for result in evaluations.values() for suite in result.suites)

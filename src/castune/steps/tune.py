@@ -1,0 +1,198 @@
+"""The adapters of a run, an arm at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from castune.artifacts import HeadSelection, TuneResult
+from castune.artifacts.files import alone_at
+from castune.config import DataConfig, Recipe, TuneConfig
+from castune.core.loading import load_model
+from castune.core.provenance import fingerprint
+from castune.core.shards import Shard
+from castune.data.example import Example, content_hash
+from castune.errors import ArtifactError, CastuneError
+from castune.evaluation.suites import load_suites
+from castune.names import ArmName
+from castune.selection import require_rule
+from castune.steps.diagnose import diagnose_step
+from castune.steps.directory import Arm, RunDirectory
+from castune.steps.inputs import load_calibration, load_data, without_held_out
+from castune.steps.readiness import require_ready, training_tokens
+from castune.steps.remeasure import Remeasure, require_query_heads
+from castune.steps.same import check_same, check_template
+from castune.steps.select import select_arm
+from castune.tuning.phases import Reselect
+from castune.tuning.train import require_extras, require_utility, tune
+from castune.tuning.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+def require_trainable(recipe: Recipe, names: Iterable[ArmName]) -> None:
+    """Refuse arms that need what is not there, or are to be selected again and cannot: before anything is loaded.
+
+    Raises:
+        CastuneError: the message says what to install or to leave out.
+    """
+    for name in names:
+        config = recipe.tune.changed(**dict(name.changes))
+        require_extras(config)
+        if config.reselect_steps is not None:
+            require_rule(name.zone or "bucket")
+    if recipe.tune.reselect_steps is not None and recipe.diagnose.units != ("q_heads",):
+        raise CastuneError(
+            f"tune.reselect_steps is for query heads; diagnose.units has {', '.join(recipe.diagnose.units)}"
+        )
+
+
+def tune_step(
+    folder: RunDirectory,
+    arm: Arm,
+    model: Any,
+    tokenizer: Any,
+    data: Sequence[Example],
+    config: TuneConfig,
+    align: DataConfig,
+    *,
+    left_out: Sequence[str] = (),
+    utility: Sequence[Example] | None = None,
+    utility_source: str | None = None,
+    overwrite: bool = False,
+) -> TuneResult:
+    """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay.
+
+    `align` and `left_out` tell where `data` came from and what of it is not in it, for the record.
+    """
+    # The first of several processes speaks for them. It cannot wait: they would begin without it.
+    lock = alone_at(arm.folder / ".adapter.lock", wait=Shard.n_processes() == 1)
+    with lock if Shard.is_main_process() else nullcontext():
+        selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
+        if arm.is_masked:
+            raise ArtifactError(
+                f"{arm.adapter} was made of other adapters by castune mask; train an arm of another name"
+            )
+        if arm.is_trained and not overwrite:
+            result = folder.load_tuning(arm, selection)
+            # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
+            found = TuneConfig(**result.settings).model_dump(mode="json")
+            check_same(f"{arm.adapter}", found, config.model_dump(mode="json"), folder)
+            check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data), folder)
+            if result.utility is not None and utility is not None:
+                check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
+            check_template(f"{arm.adapter}", result.model, tokenizer, folder)
+            logger.info("tuning %s: already there", arm.name)
+            if Shard.is_main_process():  # it was killed when its adapter was in place
+                Workspace.beside(arm.adapter).remove_of(result.settings, result.data)
+            return result
+        reselect = None
+        if config.reselect_steps is not None:
+            require_rule(selection.zone)
+            reselect = _reselection(folder, arm, selection, model, tokenizer)
+        logger.info("tuning %s: %s, %d examples", arm.name, selection.counted, len(data))
+        result = tune(
+            model,
+            tokenizer,
+            selection,
+            data=data,
+            out=arm.adapter,
+            config=config,
+            source=align.source,
+            balance=align.balance,
+            left_out=left_out,
+            utility=utility,
+            utility_source=utility_source,
+            reselect=reselect,
+        )
+        if Shard.is_main_process():
+            folder.record_step(f"tune {arm.name}", result.provenance)
+        return result
+
+
+def _reselection(folder: RunDirectory, arm: Arm, selection: HeadSelection, model: Any, tokenizer: Any) -> Reselect:
+    """How the heads of an arm are chosen again: from the run's map, measured again on the model as it is then."""
+    recipe = folder.load_recipe()
+    require_query_heads(folder.load_map(), f"{folder.path}: reselect_steps works")
+    safety, utility = load_calibration(recipe)
+    # It is there: this compares model, data and settings with it.
+    first = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
+    remeasure = Remeasure(model, tokenizer, safety, utility, recipe, first, arm.name)
+    return partial(remeasure.select, selection)
+
+
+def tune_arm(
+    folder: RunDirectory,
+    arm: str | None,
+    config: TuneConfig,
+    *,
+    align: DataConfig,
+    utility: Sequence[DataConfig] = (),
+    held_out: Sequence[str] = (),
+    overwrite: bool = False,
+) -> tuple[Arm, TuneResult]:
+    """Train an arm of a run by its name, the main one for None; its selection is made where there is none.
+
+    What the name changes is applied to `config`. The run's recipe notes how its main arm was trained. Examples whose
+    prompts are in the suites `held_out`, or in the recipe's where it drops what overlaps, are not trained on.
+
+    Raises:
+        CastuneError: name and settings contradict each other, utility data is missing or not used. Nothing has been
+            loaded or written then.
+    """
+    recipe = folder.load_recipe()
+    is_there = arm is not None and folder.has_arm(arm)
+    # A selection made by other means may have any name.
+    name = ArmName.parse(arm) if arm is not None and (ArmName.is_name(arm) or not is_there) else None
+    for key, value in () if name is None else name.changes:
+        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default):
+            raise CastuneError(
+                f"--arm {arm} and --{key} {getattr(config, key)} contradict each other: give one of them"
+            )
+        config = config.changed(**{key: value})
+    if utility and not config.needs_utility:
+        raise CastuneError(
+            "--utility is for gradient surgery and data replay: add --surgery, for example pcgrad, or --replay"
+        )
+    require_utility(config, utility)
+    require_extras(config)
+    if config.reselect_steps is not None:
+        chosen = None if name is not None and not is_there else HeadSelection.load(folder.arm(arm).folder)
+        require_rule(chosen.zone if chosen else (name and name.zone) or "bucket")
+        require_query_heads(folder.load_map(), f"{folder.path}: reselect_steps works")
+    examples = load_data(align, recipe.seed)
+    utility_examples = [example for one in utility for example in load_data(one, recipe.seed)]
+    left_out: list[str] = []
+    if not held_out and recipe.evaluate.overlap == "drop":
+        held_out = recipe.evaluate.suites
+    if held_out:
+        suites = load_suites(held_out, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
+        examples, left_out = without_held_out("training data", examples, suites)
+        if utility_examples:
+            utility_examples, _ = without_held_out("utility", utility_examples, suites)
+    if name is None or is_there:
+        target = folder.arm(arm)
+    else:
+        seed = config.seed if recipe.select.seed is None else recipe.select.seed
+        target = select_arm(folder, name, recipe.select.model_copy(update={"seed": seed}), folder.load_map())
+    model, tokenizer = load_model(recipe, config.quantization)
+    require_ready(model, tokenizer, training_tokens(tokenizer, [config], examples))
+    result = tune_step(
+        folder,
+        target,
+        model,
+        tokenizer,
+        examples,
+        config,
+        align,
+        left_out=left_out,
+        utility=utility_examples,
+        utility_source=", ".join(one.source for one in utility),
+        overwrite=overwrite,
+    )
+    if target.folder == folder.path and Shard.is_main_process():
+        folder.save_recipe(Recipe(**{**dict(recipe), "align": align, "tune": config}))
+    return target, result
