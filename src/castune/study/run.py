@@ -12,6 +12,7 @@ from typing import NamedTuple
 from castune.artifacts import EvalResult, TuneResult
 from castune.artifacts.drift_result import DRIFT_FILE
 from castune.artifacts.files import locked, write_text
+from castune.artifacts.records import ModelRecord
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import Recipe, TuneConfig
 from castune.core.heads import HeadLayout
@@ -210,7 +211,7 @@ def _stored(
 ) -> EvalResult | None:
     if not (folder.evaluation(arm) / "metrics.json").is_file():
         return None
-    model = {**identity_by_map(folder, recipe), "adapter": adapter}
+    model: ModelRecord = {**identity_by_map(folder, recipe), "adapter": adapter}
     return stored_evaluation(folder.evaluation(arm), model, recipe.evaluate, suites)
 
 

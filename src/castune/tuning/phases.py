@@ -16,10 +16,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts import HeadSelection
 from castune.artifacts.files import new_directory
+from castune.artifacts.records import Phase
 from castune.config import TuneConfig
 from castune.errors import CastuneError
 from castune.tuning.stacking import stack
@@ -125,7 +125,7 @@ class Phases:
         """Where the map is that every phase but the first was selected from, by step."""
         return {start: self._folder(start) / "map" for start in self.starts[1:]}
 
-    def record(self) -> tuple[dict[str, Any], ...]:
+    def record(self) -> tuple[Phase, ...]:
         """For `TuneResult.selections`."""
         if self.every is None:
             return ()
