@@ -345,10 +345,10 @@ def diagnose(
     folder = RunDirectory(Path(out))
     folder.check(recipe)
     calibration = load_calibration(recipe)
-    loaded, tokenizer = load_model(recipe)
+    loaded = load_model(recipe)
     made_before = folder.map_file.is_file()
     try:
-        cmap = diagnose_step(folder, recipe, loaded, tokenizer, *calibration, shard=shard)
+        cmap = diagnose_step(folder, recipe, loaded, calibration, shard=shard)
     except MapUnfinished as unfinished:
         say(str(unfinished))
         return
@@ -423,8 +423,7 @@ def group(
     if not 1 <= buckets <= len(cmap):
         raise CastuneError(f"--buckets {buckets}: accepted are 1 to {len(cmap)}, the number of heads")
     calibration = load_calibration(recipe)
-    model, tokenizer = load_model(recipe)
-    for record in group_step(folder, recipe, model, tokenizer, *calibration, buckets=buckets):
+    for record in group_step(folder, recipe, load_model(recipe), calibration, buckets=buckets):
         parts = []
         for name in ("utility", "safety"):
             error = record[f"{name}_shift_se"]
@@ -719,7 +718,7 @@ def evaluate(
     from castune.steps.changes import cost_ratios
     from castune.steps.directory import RunDirectory
     from castune.steps.evaluate import evaluate_step, require_scored
-    from castune.steps.inputs import check_held_out
+    from castune.steps.held_out import check_held_out
 
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()

@@ -1,7 +1,7 @@
 """The whole of castune in one file: data -> diagnose -> select -> tune -> evaluate -> report.
 
-Read this first. Each step is one call of a stage's public function, skipped when its artifact is already there;
-nothing is computed twice, and the same command continues an interrupted run.
+Read this first. Each step is a call, skipped when its artifact is already there; nothing is computed twice, and the
+same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -10,24 +10,16 @@ from pathlib import Path
 
 from castune.config import Recipe
 from castune.core.loading import load_model
-from castune.evaluation.suites import load_suites
-from castune.names import ArmName
+from castune.steps.arms import planned_arms, require_trainable, training_configs
 from castune.steps.diagnose import diagnose_step
 from castune.steps.directory import RunDirectory
 from castune.steps.evaluate import evaluate_step, require_evaluation
-from castune.steps.inputs import (
-    load_align,
-    load_calibration,
-    load_trained_utility,
-    named_calibration,
-    require_held_out,
-    trained_on_by,
-    utility_source,
-)
+from castune.steps.held_out import require_held_out, trained_on_by
+from castune.steps.inputs import load_inputs
 from castune.steps.readiness import require_ready, suite_tokens, training_tokens
 from castune.steps.report import report_step
 from castune.steps.select import select_step
-from castune.steps.tune import require_trainable, tune_step
+from castune.steps.tune import tune_step
 
 
 def run(recipe: Recipe) -> RunDirectory:
@@ -38,48 +30,43 @@ def run(recipe: Recipe) -> RunDirectory:
             checked before the model is loaded.
     """
     folder = RunDirectory(Path(recipe.out))
-    safety, utility = load_calibration(recipe)
-    suites = load_suites(recipe.evaluate.suites, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)
-    align, left_out = load_align(recipe, suites)
-    trained_utility = load_trained_utility(recipe, utility, suites)
-    main = ArmName(None if recipe.select.buckets else recipe.select.zone)
-    require_trainable(recipe, [main, *map(ArmName.parse, recipe.select.compare)])
-    require_evaluation(recipe.evaluate, suites)
-    trained_on = trained_on_by(recipe, recipe.select.compare, align, trained_utility)
-    calibration = named_calibration(safety, utility)
-    require_held_out(recipe.evaluate, suites, trained_on=trained_on, calibration=calibration)
+
+    # D_safe and D_util to measure heads on, D_align to train on, suites to evaluate on. What would stop a later step
+    # is refused now: a map costs hours.
+    inputs, planned = load_inputs(recipe), planned_arms(recipe)
+    require_trainable(recipe, planned)
+    require_evaluation(recipe.evaluate, inputs.suites)
+    require_held_out(
+        recipe.evaluate,
+        inputs.suites,
+        trained_on=trained_on_by(recipe, planned, inputs.training),
+        calibration=inputs.calibration.by_name,
+    )
     folder.check(recipe)
-    model, tokenizer = load_model(recipe)
-    configs = [recipe.tune, *(recipe.tune.changed(**dict(ArmName.parse(n).changes)) for n in recipe.select.compare)]
+    loaded = load_model(recipe)
     require_ready(
-        model,
-        tokenizer,
-        training_tokens(tokenizer, configs, align),
-        suite_tokens(tokenizer, recipe.evaluate, suites),
+        loaded,
+        training_tokens(loaded.tokenizer, training_configs(recipe, planned), inputs.training.align),
+        suite_tokens(loaded.tokenizer, recipe.evaluate, inputs.suites),
     )
 
-    cmap = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
+    # O(h), H(h), S(h) and C(h) of every head (Sections 3.2 to 3.4).
+    cmap = diagnose_step(folder, recipe, loaded, inputs.calibration)
     folder.save_recipe(recipe)
-    quantised = recipe.tune.quantization != "none"
-    if quantised:
-        del model  # there need not be room for both
-        model, _ = load_model(recipe, recipe.tune.quantization)
-    for arm, name in select_step(folder, recipe.select, cmap):
-        tune_step(
-            folder,
-            arm,
-            model,
-            tokenizer,
-            align,
-            recipe.tune.changed(**dict(name.changes)),
-            recipe.align,
-            left_out=left_out,
-            utility=trained_utility,
-            utility_source=utility_source(recipe),
-        )
-    if quantised:
-        del model
-        model, _ = load_model(recipe)
-    evaluate_step(folder, recipe, suites, (model, tokenizer) if recipe.evaluate.backend == "hf" else None)
+
+    # The heads of the main arm and of those it is compared with (Section 3.5), and a training of each that touches
+    # nothing else.
+    arms = select_step(folder, recipe.select, cmap)
+    if recipe.tune.quantization != "none":
+        del loaded  # there need not be room for both
+        loaded = load_model(recipe, recipe.tune.quantization)
+    for arm, name in arms:
+        tune_step(folder, arm, loaded, inputs.training, recipe.tune.changed(**dict(name.changes)))
+    if recipe.tune.quantization != "none":
+        del loaded
+        loaded = load_model(recipe)
+
+    # What was gained and what was lost, base and arms on the same examples (Section 4).
+    evaluate_step(folder, recipe, inputs.suites, loaded if recipe.evaluate.backend == "hf" else None)
     report_step(folder)
     return folder

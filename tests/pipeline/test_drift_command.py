@@ -30,7 +30,7 @@ from castune.pipeline import run
 from castune.steps.diagnose import diagnose_step
 from castune.steps.directory import RunDirectory
 from castune.steps.drift import drift_step
-from castune.steps.inputs import load_calibration, load_data
+from castune.steps.inputs import TrainingData, load_calibration, load_data
 from castune.steps.select import select_step
 from castune.steps.tune import tune_step
 
@@ -51,13 +51,12 @@ def finished(models: Models, recipe_of: RecipeOf, made: Made) -> Path:
 def trained(recipe: Recipe) -> Path:
     """The steps of a run up to its main arm's adapter."""
     folder = RunDirectory(Path(recipe.out))
-    safety, utility = load_calibration(recipe)
-    model, tokenizer = load_model(recipe)
-    cmap = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
+    loaded = load_model(recipe)
+    cmap = diagnose_step(folder, recipe, loaded, load_calibration(recipe))
     folder.save_recipe(recipe)
     [(arm, _)] = select_step(folder, recipe.select.model_copy(update={"compare": ()}), cmap)
-    align = load_data(recipe.align, recipe.seed)
-    tune_step(folder, arm, model, tokenizer, align, recipe.tune, recipe.align)
+    data = TrainingData(load_data(recipe.align, recipe.seed), recipe.align)
+    tune_step(folder, arm, loaded, data, recipe.tune)
     return folder.path
 
 

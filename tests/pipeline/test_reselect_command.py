@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from castune.artifacts import ConflictMap, HeadSelection, TuneResult
 from castune.artifacts.drift_result import DriftResult
 from castune.config import Recipe
-from castune.core.loading import load, load_model
+from castune.core.loading import LoadedModel, load, load_model
 from castune.diagnosis.run import diagnose
 from castune.errors import ArtifactError, CastuneError
 from castune.pipeline import run
@@ -59,7 +59,7 @@ def selected(models: Models, recipe_of: RecipeOf) -> Path:
 def diagnosed(recipe: Recipe) -> Path:
     folder = RunDirectory(Path(recipe.out))
     model, tokenizer = load_model(recipe)
-    cmap = diagnose_step(folder, recipe, model, tokenizer, *load_calibration(recipe))
+    cmap = diagnose_step(folder, recipe, LoadedModel(model, tokenizer), load_calibration(recipe))
     folder.save_recipe(recipe)
     select_step(folder, recipe.select.model_copy(update={"compare": ()}), cmap)
     return folder.path

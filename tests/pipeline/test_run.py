@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from castune.artifacts import ConflictMap, EvalResult, TuneResult
 from castune.config import DataConfig, Recipe, SelectConfig
-from castune.core.loading import load
+from castune.core.loading import LoadedModel, load
 from castune.core.provenance import fingerprint
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluation.judging import judge_again
@@ -29,7 +29,7 @@ from castune.steps.changes import cost_ratios, differences
 from castune.steps.diagnose import group_step
 from castune.steps.directory import RunDirectory
 from castune.steps.evaluate import evaluate_step, judge_step
-from castune.steps.inputs import check_held_out, load_calibration, load_data
+from castune.steps.inputs import TrainingData, check_held_out, load_calibration, load_data
 from castune.steps.select import select_step
 from castune.steps.tune import tune_arm, tune_step
 
@@ -278,7 +278,8 @@ def test_a_retrained_arm_is_evaluated_again_and_no_other(finished: tuple[Recipe,
     model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
     config = recipe.tune.model_copy(update={"seed": 99})
     data = load_data(recipe.align, recipe.seed)
-    tune_step(folder, folder.arm("risky"), model, tokenizer, data, config, DataConfig(source="own"), overwrite=True)
+    loaded = LoadedModel(model, tokenizer)
+    tune_step(folder, folder.arm("risky"), loaded, TrainingData(data, DataConfig(source="own")), config, overwrite=True)
     evaluate_step(folder, recipe, load_suites(recipe.evaluate.suites), (model, tokenizer))
     assert changed(before, path) == {
         "arms/risky/adapter/adapter_model.safetensors", "evaluation/risky/metrics.json", "evaluation/risky/samples.jsonl",
@@ -540,7 +541,7 @@ def test_joint_shifts_of_buckets_stand_beside_the_sums_of_single_ones(models: Mo
     recipe = recipe_of(models(), select__compare=[])
     folder = run(recipe)
     model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
-    records = group_step(folder, recipe, model, tokenizer, *load_calibration(recipe), buckets=3)
+    records = group_step(folder, recipe, LoadedModel(model, tokenizer), load_calibration(recipe), buckets=3)
     cmap = folder.load_map()
     assert [record["bucket"] for record in records] == [1, 2, 3]
     assert sum(record["heads"] for record in records) == len(cmap)

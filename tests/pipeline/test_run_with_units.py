@@ -12,7 +12,7 @@ from command_line import castune
 from castune.artifacts import ConflictMap, HeadSelection, TuneResult
 from castune.artifacts.files import read_json
 from castune.config import Recipe
-from castune.core.loading import load_model
+from castune.core.loading import LoadedModel, load_model
 from castune.errors import CastuneError
 from castune.pipeline import run
 from castune.steps.diagnose import group_step
@@ -53,7 +53,7 @@ def test_the_whole_recipe_with_two_kinds_of_unit(models: Models, recipe_of: Reci
     run(recipe)  # everything is there already
 
     model, tokenizer = load_model(recipe)
-    records = group_step(run_directory, recipe, model, tokenizer, *load_calibration(recipe), buckets=4)
+    records = group_step(run_directory, recipe, LoadedModel(model, tokenizer), load_calibration(recipe), buckets=4)
     assert [record["heads"] for record in records] == [6, 6, 6, 6]
     assert read_json(folder / "group_ablation.json", "group ablation", "")["buckets"] == records
 

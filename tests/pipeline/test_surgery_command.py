@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from castune.data.sources import examples
 from castune.errors import ArtifactError, CastuneError
 from castune.pipeline import run
 from castune.steps.directory import RunDirectory
+from castune.steps.inputs import TrainingData
 from castune.steps.tune import tune_step
 from castune.tuning import surgery as surgery_module
 
@@ -127,12 +129,12 @@ def test_utility_data_that_changed_is_noticed(
     models: Models, recipe_of: RecipeOf, finished: Path, own_data: dict[str, Path]
 ) -> None:
     recipe = recipe_of(models(), select__compare=[])
-    model, tokenizer = load(recipe.model, dtype="float32", device="cpu")
+    loaded = load(recipe.model, dtype="float32", device="cpu")
     folder = RunDirectory(finished)
     config = recipe.tune.model_copy(update={"surgery": "pcgrad"})
     data, utility = examples(str(own_data["align"])), examples(str(own_data["utility"]))
-    step = (folder, folder.arm(None), model, tokenizer, data, config, DataConfig(source="own"))
-    tune_step(*step, utility=utility, overwrite=True)
-    tune_step(*step, utility=utility)
+    of = TrainingData(data, DataConfig(source="own"), utility=utility)
+    tune_step(folder, folder.arm(None), loaded, of, config, overwrite=True)
+    tune_step(folder, folder.arm(None), loaded, of, config)
     with pytest.raises(ArtifactError, match="utility data"):
-        tune_step(*step, utility=utility[:3])
+        tune_step(folder, folder.arm(None), loaded, replace(of, utility=utility[:3]), config)

@@ -13,7 +13,7 @@ from command_line import assert_one_error, castune
 
 from castune.artifacts import ConflictMap
 from castune.config import Recipe
-from castune.core.loading import load
+from castune.core.loading import LoadedModel, load
 from castune.errors import ArtifactError, DataError
 from castune.pipeline import run
 from castune.steps.diagnose import diagnose_step, group_step
@@ -68,7 +68,7 @@ def diagnosed(recipe: Callable[..., Recipe]) -> Callable[..., tuple[Recipe, RunD
         made = recipe(diagnose__measure="margin", **changes)
         folder = RunDirectory(Path(made.out))
         model, tokenizer = load(made.model, dtype="float32", device="cpu")
-        diagnose_step(folder, made, model, tokenizer, *load_calibration(made))
+        diagnose_step(folder, made, LoadedModel(model, tokenizer), load_calibration(made))
         folder.save_recipe(made)
         return made, folder, model, tokenizer
 
@@ -94,7 +94,7 @@ def test_another_domain_or_other_questions_are_noticed(
         folder.check(recipe(diagnose__measure="margin", diagnose__domains="worst"))
     sums.write_text(sums.read_text().replace("a sum", "none"))
     with pytest.raises(ArtifactError, match="the conflict map's utility data"):
-        diagnose_step(folder, made, model, tokenizer, *load_calibration(made))
+        diagnose_step(folder, made, LoadedModel(model, tokenizer), load_calibration(made))
 
 
 @pytest.mark.parametrize("how", ["mean", "worst"])
@@ -104,7 +104,7 @@ def test_sums_of_single_heads_are_means_over_domains_as_joint_shifts_are(
     made, folder, model, tokenizer = diagnosed(diagnose__domains=how)
     cmap = folder.load_map()
     # Buckets of one head: together is what the sum says, also where the map holds the shift of the worst domain.
-    records = group_step(folder, made, model, tokenizer, *load_calibration(made), buckets=len(cmap))
+    records = group_step(folder, made, LoadedModel(model, tokenizer), load_calibration(made), buckets=len(cmap))
     for record in records:
         for name in ("utility_shift", "safety_shift"):
             assert record[name] == pytest.approx(record[f"{name}_sum"], abs=1e-5)
@@ -118,7 +118,7 @@ def test_a_map_from_before_a_setting_existed_is_one_with_its_default(diagnosed: 
     cmap = folder.load_map()
     cmap.metadata["settings"].pop("domains")
     cmap.save(folder.path)
-    assert diagnose_step(folder, made, model, tokenizer, *load_calibration(made)) == folder.load_map()
+    assert diagnose_step(folder, made, LoadedModel(model, tokenizer), load_calibration(made)) == folder.load_map()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,9 @@ from castune.config import TEMPLATE_DATE, Recipe
 from castune.core.quantisation import bitsandbytes_config
 from castune.data.template import PLAIN_TEMPLATE, Template, prints_date, with_date
 from castune.errors import CastuneError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,13 @@ _DTYPES = {
 }
 
 
+class LoadedModel(NamedTuple):
+    """A model for causal language modelling and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
 def load(
     name: str | Path = "default",
     *,
@@ -60,7 +70,7 @@ def load(
     quantization: str = "none",
     trust_remote_code: bool = False,
     template_date: str = TEMPLATE_DATE,
-) -> tuple[Any, Any]:
+) -> LoadedModel:
     """Load a model for causal language modelling and its tokenizer, in evaluation mode.
 
     Args:
@@ -96,10 +106,10 @@ def load(
         raise CastuneError(f"could not load {name}: {_reason(error)} Accepted: {_ACCEPTED}.") from error
     tokenizer = _with_template(tokenizer, name, template_date)
     _check_embeddings(model, tokenizer, name)
-    return model.eval(), tokenizer
+    return LoadedModel(model.eval(), tokenizer)
 
 
-def load_model(recipe: Recipe, quantization: str = "none") -> tuple[Any, Any]:
+def load_model(recipe: Recipe, quantization: str = "none") -> LoadedModel:
     """The recipe's model and its tokenizer."""
     return load(
         recipe.model,

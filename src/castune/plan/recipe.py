@@ -30,7 +30,7 @@ from castune.plan.inputs import config_and_tokenizer
 from castune.plan.makespan import Unit, makespan
 from castune.plan.stand_ins import DataOrStandIns
 from castune.plan.workload import ModelShape, SuiteWork, Training, suite_work, training_work
-from castune.steps.inputs import all_examples, load_calibration, load_data
+from castune.steps.inputs import load_calibration, load_data
 from castune.tuning.preferences import preference_pairs
 
 # What the paper's diagnosis takes a head on an H800 (Appendix F.5, 100 examples): utility, and safety.
@@ -257,7 +257,7 @@ def recipe_cost(
 def _arms(recipe: Recipe, shape: ModelShape, tokenizer: Any, clock: Clock, read: DataOrStandIns) -> dict[str, ArmCost]:
     chat = ChatFormat(tokenizer, max_length=recipe.tune.max_length)
     align = load_data(recipe.align, recipe.seed, read)
-    utility = all_examples(load_calibration(recipe, read)[1])
+    utility = load_calibration(recipe, read).all_utility
     rows = [chat.loss_row(example) for example in align]
     utility_rows = [chat.loss_row(example) for example in utility]
     middle = sorted(rows, key=lambda row: len(row.ids))[len(rows) // 2 :][: recipe.tune.batch_size]

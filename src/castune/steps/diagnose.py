@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
@@ -12,16 +11,18 @@ from castune.artifacts import ConflictMap
 from castune.artifacts.files import replacing, write_json
 from castune.config import DataConfig, DiagnoseConfig, Recipe
 from castune.core.journal import Journal
+from castune.core.loading import LoadedModel
 from castune.core.provenance import fingerprint, provenance
 from castune.core.shards import Shard
 from castune.core.units import unit
-from castune.data.example import Example, content_hash
-from castune.diagnosis.domains import Utility, utility_hash, utility_sets
+from castune.data.example import content_hash
+from castune.diagnosis.domains import utility_hash, utility_sets
 from castune.diagnosis.groups import ablate_groups
 from castune.diagnosis.run import diagnose
 from castune.diagnosis.stored import GRADIENTS_FILE, OUTCOMES_FILE, reranked
 from castune.selection import select
 from castune.steps.directory import RunDirectory
+from castune.steps.inputs import Calibration
 from castune.steps.readiness import calibration_tokens, require_ready
 from castune.steps.same import check_same, check_template
 
@@ -31,14 +32,14 @@ logger = logging.getLogger(__name__)
 def diagnose_step(
     folder: RunDirectory,
     recipe: Recipe,
-    model: Any,
-    tokenizer: Any,
-    safety: Sequence[Example],
-    utility: Utility,
+    loaded: LoadedModel,
+    calibration: Calibration,
     *,
     shard: str | None = None,
 ) -> ConflictMap:
     """The conflict map of the run, measured unless it is there; `shard` is this process's share of the measuring."""
+    model, tokenizer = loaded
+    safety, utility = calibration
     sets = utility_sets(utility)
     if folder.map_file.is_file():
         cmap = folder.load_map(fingerprint(model))
@@ -51,7 +52,7 @@ def diagnose_step(
         logger.info("diagnosis: already there")
         Journal.remove_all(folder.path)  # of a command that was killed when the map was just made
         return cmap
-    require_ready(model, tokenizer, calibration_tokens(tokenizer, recipe.diagnose, safety, utility))
+    require_ready(loaded, calibration_tokens(tokenizer, recipe.diagnose, safety, utility))
     n_questions = sum(len(one.examples) for one in sets)
     logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), n_questions)
     configs = {"utility": recipe.utility} if isinstance(recipe.utility, DataConfig) else recipe.utility
@@ -87,10 +88,8 @@ def rerank_step(folder: RunDirectory, recipe: Recipe, source: RunDirectory) -> C
 def group_step(
     folder: RunDirectory,
     recipe: Recipe,
-    model: Any,
-    tokenizer: Any,
-    safety: Sequence[Example],
-    utility: Utility,
+    loaded: LoadedModel,
+    calibration: Calibration,
     *,
     buckets: int,
 ) -> list[dict[str, Any]]:
@@ -102,10 +101,11 @@ def group_step(
         A record a bucket, the riskiest first: `bucket`, `heads`, and for both sets the joint shift with its standard
         error and the sum over its heads ablated one at a time.
     """
-    cmap = folder.load_map(fingerprint(model))
+    cmap = folder.load_map(fingerprint(loaded.model))
     groups = [select(cmap, buckets=buckets, bucket=number).all_units for number in range(1, buckets + 1)]
     of_groups = [[unit(*one) for one in group] for group in groups]
-    shifts = ablate_groups(model, tokenizer, groups=of_groups, safety=safety, utility=utility, config=recipe.diagnose)
+    safety, utility = calibration
+    shifts = ablate_groups(*loaded, groups=of_groups, safety=safety, utility=utility, config=recipe.diagnose)
     row_of = {one: row for row, one in enumerate(cmap.units)}
     # The combined map may hold of each head the shift on its worst domain only.
     maps = list(cmap.domains.values()) or [cmap]

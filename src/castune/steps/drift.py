@@ -6,7 +6,6 @@ The paper measures the map once, before training, and names conflict drift as a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from castune.config import DiagnoseConfig
 from castune.core.loading import load_model
 from castune.core.provenance import provenance
 from castune.core.shards import Shard
-from castune.data.example import Example
-from castune.diagnosis.domains import Utility
 from castune.diagnosis.drift import N_RESAMPLES, N_SPLITS, drift, kept_heads, zone_changes
 from castune.diagnosis.run import measure_gradients
 from castune.diagnosis.stored import GRADIENTS_FILE, OUTCOMES_FILE, stored_measurements
@@ -55,12 +52,12 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
     require_query_heads(cmap, f"{folder.path}: drift is measured")
     first_selection = folder.load_selection(arm, cmap)
     adapters, selection = _adapters(folder, arm, first_selection)
-    safety, utility = load_calibration(recipe)
-    model, tokenizer = load_model(recipe)
+    calibration = load_calibration(recipe)
+    loaded = load_model(recipe)
     # It is there: this compares model, data and settings with it.
-    first = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
-    certificates = {step: _certificate(model, adapter, selection) for step, adapter in adapters.items()}
-    remeasure = Remeasure(model, tokenizer, safety, utility, recipe, first, arm.name)
+    first = diagnose_step(folder, recipe, loaded, calibration)
+    certificates = {step: _certificate(loaded.model, adapter, selection) for step, adapter in adapters.items()}
+    remeasure = Remeasure(loaded, calibration, recipe, first, arm.name)
     maps, unfinished = {}, []
     for step, adapter in adapters.items():
         out = folder.drift(arm) / str(step)
@@ -71,7 +68,7 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
             continue
         logger.info("map at step %d of %s", step, arm.name)
         if not certificates[step].changed_rows:
-            logger.warning("in %s the adapter of step %d changes no weight of the model", model.dtype, step)
+            logger.warning("in %s the adapter of step %d changes no weight of the model", loaded.model.dtype, step)
         try:
             maps[step] = remeasure(adapter, selection, step, out, shard=shard)
         except MapUnfinished:
@@ -83,7 +80,7 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
         )
     if not Shard.of(shard).writes:
         return None
-    _require_gradients(folder, first, model, tokenizer, safety, utility, remeasure.config)
+    _require_gradients(folder, remeasure)
     result = _result(folder, arm, first_selection, first, maps, certificates)
     result.save(folder.drift(arm))
     folder.record_step(f"drift {arm.name}", result.provenance)
@@ -137,19 +134,12 @@ def _stored_map(out: Path, first: ConflictMap, adapter: AdapterRecord, config: D
     return found if same else None
 
 
-def _require_gradients(
-    folder: RunDirectory,
-    first: ConflictMap,
-    model: Any,
-    tokenizer: Any,
-    safety: Sequence[Example],
-    utility: Utility,
-    config: DiagnoseConfig,
-) -> None:
+def _require_gradients(folder: RunDirectory, remeasure: Remeasure) -> None:
     if (folder.path / GRADIENTS_FILE).is_file():
         return
     logger.info("gradients of the first map: it was made before they were kept; measured again")
-    measure_gradients(model, tokenizer, safety=safety, utility=utility, config=config, out=folder.path)
+    safety, utility = remeasure.calibration
+    measure_gradients(*remeasure.loaded, safety=safety, utility=utility, config=remeasure.config, out=folder.path)
 
 
 def _result(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts import EvalResult
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import is_reply
 from castune.config import EvaluateConfig, Recipe
-from castune.core.loading import load_config, load_model, model_source
+from castune.core.loading import LoadedModel, load_config, load_model, model_source
 from castune.core.provenance import model_record
 from castune.data.example import content_hash
 from castune.errors import ArtifactError, NothingScored
@@ -52,7 +51,7 @@ def evaluate_step(
     folder: RunDirectory,
     recipe: Recipe,
     suites: Sequence[Suite],
-    loaded: tuple[Any, Any] | None = None,
+    loaded: LoadedModel | None = None,
     *,
     only: str | None = None,
 ) -> dict[str, EvalResult]:
@@ -80,7 +79,7 @@ def evaluate_step(
         logger.info("evaluation of %s: already there", name)
     if names:
         if loaded is not None:
-            require_ready(*loaded, suite_tokens(loaded[1], config, suites))
+            require_ready(loaded, suite_tokens(loaded.tokenizer, config, suites))
         host = _host(recipe, loaded, [path for path in adapters.values() if path is not None])
         # An adapter without effect is told by the base model beside it.
         host.check({name: adapter for name, adapter in adapters.items() if name in (*names, BASE)}, suites, config)
@@ -120,7 +119,7 @@ def identity_by_map(folder: RunDirectory, recipe: Recipe) -> ModelRecord:
     return identity
 
 
-def _host(recipe: Recipe, loaded: tuple[Any, Any] | None, adapters: Sequence[Path]) -> Host:
+def _host(recipe: Recipe, loaded: LoadedModel | None, adapters: Sequence[Path]) -> Host:
     """Where the recipe's model and its adapters run."""
     if recipe.evaluate.backend == "openai":
         return ServerHost(recipe.evaluate.served_model or recipe.model)

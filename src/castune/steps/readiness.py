@@ -11,6 +11,7 @@ from typing import Any
 
 from castune.config import DiagnoseConfig, EvaluateConfig, TuneConfig
 from castune.core.heads import HeadLayout
+from castune.core.loading import LoadedModel
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnosis.domains import Utility, utility_sets
@@ -21,12 +22,11 @@ from castune.tuning.preferences import preference_pairs
 Tokens = tuple[str, Example, Iterable[int]]
 
 
-def require_ready(model: Any, tokenizer: Any, *sets: Iterator[Tokens]) -> None:
+def require_ready(loaded: LoadedModel, *sets: Iterator[Tokens]) -> None:
     """Refuse data that the model's chat template or its vocabulary cannot take, before anything is computed.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        loaded: the model and its tokenizer.
         sets: what is to be measured or trained on, as `calibration_tokens`, `training_tokens` and `suite_tokens` make
             it.
 
@@ -34,6 +34,7 @@ def require_ready(model: Any, tokenizer: Any, *sets: Iterator[Tokens]) -> None:
         DataError: the message names the set and the example.
         UnsupportedArchitecture: the heads of this model could not be located.
     """
+    model, tokenizer = loaded
     HeadLayout.of(model)
     n_rows = int(model.get_input_embeddings().weight.shape[0])
     for name, example, ids in chain(*sets):

@@ -6,20 +6,18 @@ then, and H(h) what this model loses without a head. Data and settings are those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.records import AdapterRecord
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import DiagnoseConfig, Recipe
-from castune.data.example import Example
-from castune.diagnosis.domains import Utility
+from castune.core.loading import LoadedModel
 from castune.diagnosis.run import diagnose
 from castune.errors import CastuneError
 from castune.selection import choose_again
+from castune.steps.inputs import Calibration
 from castune.tuning.merge import merged_into
 
 
@@ -28,19 +26,15 @@ class Remeasure:
     """Measures the map of one arm again.
 
     Attributes:
-        model: the base model; it is left as it was, in every bit.
-        tokenizer: its tokenizer.
-        safety: D_safe of the run.
-        utility: D_util of the run.
+        loaded: the base model and its tokenizer; it is left as it was, in every bit.
+        calibration: D_safe and D_util of the run.
         recipe: of the run.
         first: the run's own map.
         arm: name of the arm.
     """
 
-    model: Any
-    tokenizer: Any
-    safety: Sequence[Example]
-    utility: Utility
+    loaded: LoadedModel
+    calibration: Calibration
     recipe: Recipe
     first: ConflictMap
     arm: str
@@ -66,12 +60,11 @@ class Remeasure:
             out: directory for the map and what it was made from.
             shard: this process's share of the measuring.
         """
-        with merged_into(self.model, adapter, selection):
+        with merged_into(self.loaded.model, adapter, selection):
             return diagnose(
-                self.model,
-                self.tokenizer,
-                safety=self.safety,
-                utility=self.utility,
+                *self.loaded,
+                safety=self.calibration.safety,
+                utility=self.calibration.utility,
                 config=self.config,
                 out=out,
                 shard=shard,

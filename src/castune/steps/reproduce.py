@@ -23,17 +23,16 @@ from castune.artifacts.fingerprints import same_model
 from castune.artifacts.records import CodeRecord, DataRecord
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
-from castune.core.loading import load_config, load_model
+from castune.core.loading import LoadedModel, load_config, load_model
 from castune.core.provenance import provenance
 from castune.data.example import Example, content_hash
 from castune.data.sources import examples
-from castune.diagnosis.domains import utility_sets
 from castune.errors import CastuneError, DataError
 from castune.evaluation.suites import load_suites
 from castune.steps.diagnose import diagnose_step
 from castune.steps.directory import BASE, Arm, RunDirectory
 from castune.steps.evaluate import evaluate_step
-from castune.steps.inputs import load_calibration, load_data, recorded_data
+from castune.steps.inputs import TrainingData, load_calibration, load_data, recorded_data
 from castune.steps.select import choose
 from castune.steps.tune import tune_step
 
@@ -133,14 +132,14 @@ def reproduce(run: str | Path, out: str | Path) -> Reproduction:
     again.check(recipe)
     if not cmap.metadata["provenance"]["accelerators"]:
         torch.set_num_threads(cmap.metadata["provenance"]["threads"])
-    safety, utility = load_calibration(recipe, _reader(cmap))
-    model, tokenizer = load_model(recipe)
-    fresh = diagnose_step(again, recipe, model, tokenizer, safety, utility)
+    calibration = load_calibration(recipe, _reader(cmap))
+    loaded = load_model(recipe)
+    fresh = diagnose_step(again, recipe, loaded, calibration)
     again.save_recipe(recipe)
     comparisons = [compare_maps(cmap, fresh)]
     for arm in folder.arms():
-        comparisons += _arm_again(folder, again, arm, cmap, fresh, recipe, (model, tokenizer))
-    comparisons += _evaluations_again(folder, again, recipe, (model, tokenizer))
+        comparisons += _arm_again(folder, again, arm, cmap, fresh, recipe, loaded)
+    comparisons += _evaluations_again(folder, again, recipe, loaded)
     result = Reproduction(folder.path.name, tuple(found), tuple(comparisons))
     result.save(again.path)
     return result
@@ -231,7 +230,7 @@ def _arm_again(
     cmap: ConflictMap,
     fresh: ConflictMap,
     recipe: Recipe,
-    loaded: tuple[Any, Any],
+    loaded: LoadedModel,
 ) -> Iterator[Comparison]:
     """The selection and the adapter of an arm, made again."""
     selection = folder.load_selection(arm, cmap)
@@ -265,19 +264,16 @@ def _arm_again(
         yield Comparison(of_adapter, "not compared", f"its training data ({result.data['source']}) have changed")
         return
     settings = TuneConfig(**result.settings)
-    model, tokenizer = loaded if settings.quantization == "none" else load_model(recipe, settings.quantization)
-    trained = tune_step(
-        again,
-        place,
-        model,
-        tokenizer,
+    if settings.quantization != "none":
+        loaded = load_model(recipe, settings.quantization)
+    data = TrainingData(
         align,
-        settings,
         DataConfig(source=result.data["source"], balance=result.data.get("balance")),
-        left_out=result.data.get("left_out", ()),
-        utility=utility,
-        utility_source=None if result.utility is None else result.utility["source"],
+        result.data.get("left_out", ()),
+        utility,
+        None if result.utility is None else result.utility["source"],
     )
+    trained = tune_step(again, place, loaded, data, settings)
     yield compare_adapters(of_adapter, (arm.adapter, result), (place.adapter, trained))
 
 
@@ -309,7 +305,7 @@ def compare_adapters(what: str, one: tuple[Path, TuneResult], other: tuple[Path,
 
 
 def _evaluations_again(
-    folder: RunDirectory, again: RunDirectory, recipe: Recipe, loaded: tuple[Any, Any]
+    folder: RunDirectory, again: RunDirectory, recipe: Recipe, loaded: LoadedModel
 ) -> Iterator[Comparison]:
     """Every evaluation, made again and compared example by example."""
     before = folder.load_evaluations()
@@ -349,11 +345,8 @@ def compare_evaluations(name: str, before: EvalResult, after: EvalResult) -> Ite
 def _data_differences(folder: RunDirectory, cmap: ConflictMap) -> Iterator[Difference]:
     recipe = folder.load_recipe()
     try:
-        safety, utility = load_calibration(recipe, _reader(cmap))
-        now = {
-            "safety": content_hash(safety),
-            **{one.objective: content_hash(one.examples) for one in utility_sets(utility)},
-        }
+        calibration = load_calibration(recipe, _reader(cmap))
+        now = {name: content_hash(examples) for name, examples in calibration.by_name.items()}
     except DataError as error:
         yield Difference("calibration data", "there", str(error), "other input")
         now = {}

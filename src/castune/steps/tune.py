@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -11,17 +11,17 @@ from typing import Any
 from castune.artifacts import HeadSelection, TuneResult
 from castune.artifacts.files import alone_at
 from castune.config import DataConfig, Recipe, TuneConfig
-from castune.core.loading import load_model
+from castune.core.loading import LoadedModel, load_model
 from castune.core.provenance import fingerprint
 from castune.core.shards import Shard
-from castune.data.example import Example, content_hash
+from castune.data.example import content_hash
 from castune.errors import ArtifactError, CastuneError
 from castune.evaluation.suites import load_suites
 from castune.names import ArmName
 from castune.selection import require_rule
 from castune.steps.diagnose import diagnose_step
 from castune.steps.directory import Arm, RunDirectory
-from castune.steps.inputs import load_calibration, load_data, without_held_out
+from castune.steps.inputs import TrainingData, load_calibration, load_data, without_held_out
 from castune.steps.readiness import require_ready, training_tokens
 from castune.steps.remeasure import Remeasure, require_query_heads
 from castune.steps.same import check_same, check_template
@@ -33,79 +33,42 @@ from castune.tuning.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 
-def require_trainable(recipe: Recipe, names: Iterable[ArmName]) -> None:
-    """Refuse arms that need what is not there, or are to be selected again and cannot: before anything is loaded.
-
-    Raises:
-        CastuneError: the message says what to install or to leave out.
-    """
-    for name in names:
-        config = recipe.tune.changed(**dict(name.changes))
-        require_extras(config)
-        if config.reselect_steps is not None:
-            require_rule(name.zone or "bucket")
-    if recipe.tune.reselect_steps is not None and recipe.diagnose.units != ("q_heads",):
-        raise CastuneError(
-            f"tune.reselect_steps is for query heads; diagnose.units has {', '.join(recipe.diagnose.units)}"
-        )
-
-
 def tune_step(
     folder: RunDirectory,
     arm: Arm,
-    model: Any,
-    tokenizer: Any,
-    data: Sequence[Example],
+    loaded: LoadedModel,
+    data: TrainingData,
     config: TuneConfig,
-    align: DataConfig,
     *,
-    left_out: Sequence[str] = (),
-    utility: Sequence[Example] | None = None,
-    utility_source: str | None = None,
     overwrite: bool = False,
 ) -> TuneResult:
-    """The adapter of an arm, trained unless it is there; `utility` is for gradient surgery and data replay.
-
-    `align` and `left_out` tell where `data` came from and what of it is not in it, for the record.
-    """
+    """The adapter of an arm, trained unless it is there."""
     # The first of several processes speaks for them. It cannot wait: they would begin without it.
     lock = alone_at(arm.folder / ".adapter.lock", wait=Shard.n_processes() == 1)
     with lock if Shard.is_main_process() else nullcontext():
-        selection = folder.load_selection(arm, folder.load_map(fingerprint(model)))
+        selection = folder.load_selection(arm, folder.load_map(fingerprint(loaded.model)))
         if arm.is_masked:
             raise ArtifactError(
                 f"{arm.adapter} was made of other adapters by castune mask; train an arm of another name"
             )
         if arm.is_trained and not overwrite:
-            result = folder.load_tuning(arm, selection)
-            # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
-            found = TuneConfig(**result.settings).model_dump(mode="json")
-            check_same(f"{arm.adapter}", found, config.model_dump(mode="json"), folder)
-            check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data), folder)
-            if result.utility is not None and utility is not None:
-                check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(utility), folder)
-            check_template(f"{arm.adapter}", result.model, tokenizer, folder)
-            logger.info("tuning %s: already there", arm.name)
-            if Shard.is_main_process():  # it was killed when its adapter was in place
-                Workspace.beside(arm.adapter).remove_of(result.settings, result.data)
-            return result
+            return _stored_training(folder, arm, selection, loaded.tokenizer, data, config)
         reselect = None
         if config.reselect_steps is not None:
             require_rule(selection.zone)
-            reselect = _reselection(folder, arm, selection, model, tokenizer)
-        logger.info("tuning %s: %s, %d examples", arm.name, selection.counted, len(data))
+            reselect = _reselection(folder, arm, selection, loaded)
+        logger.info("tuning %s: %s, %d examples", arm.name, selection.counted, len(data.align))
         result = tune(
-            model,
-            tokenizer,
+            *loaded,
             selection,
-            data=data,
+            data=data.align,
             out=arm.adapter,
             config=config,
-            source=align.source,
-            balance=align.balance,
-            left_out=left_out,
-            utility=utility,
-            utility_source=utility_source,
+            source=data.source.source,
+            balance=data.source.balance,
+            left_out=data.left_out,
+            utility=data.utility,
+            utility_source=data.utility_source,
             reselect=reselect,
         )
         if Shard.is_main_process():
@@ -113,15 +76,32 @@ def tune_step(
         return result
 
 
-def _reselection(folder: RunDirectory, arm: Arm, selection: HeadSelection, model: Any, tokenizer: Any) -> Reselect:
+def _stored_training(
+    folder: RunDirectory, arm: Arm, selection: HeadSelection, tokenizer: Any, data: TrainingData, config: TuneConfig
+) -> TuneResult:
+    """The training that is there; refused where it was another one."""
+    result = folder.load_tuning(arm, selection)
+    # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
+    found = TuneConfig(**result.settings).model_dump(mode="json")
+    check_same(f"{arm.adapter}", found, config.model_dump(mode="json"), folder)
+    check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data.align), folder)
+    if result.utility is not None and data.utility is not None:
+        check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(data.utility), folder)
+    check_template(f"{arm.adapter}", result.model, tokenizer, folder)
+    logger.info("tuning %s: already there", arm.name)
+    if Shard.is_main_process():  # it was killed when its adapter was in place
+        Workspace.beside(arm.adapter).remove_of(result.settings, result.data)
+    return result
+
+
+def _reselection(folder: RunDirectory, arm: Arm, selection: HeadSelection, loaded: LoadedModel) -> Reselect:
     """How the heads of an arm are chosen again: from the run's map, measured again on the model as it is then."""
     recipe = folder.load_recipe()
     require_query_heads(folder.load_map(), f"{folder.path}: reselect_steps works")
-    safety, utility = load_calibration(recipe)
+    calibration = load_calibration(recipe)
     # It is there: this compares model, data and settings with it.
-    first = diagnose_step(folder, recipe, model, tokenizer, safety, utility)
-    remeasure = Remeasure(model, tokenizer, safety, utility, recipe, first, arm.name)
-    return partial(remeasure.select, selection)
+    first = diagnose_step(folder, recipe, loaded, calibration)
+    return partial(Remeasure(loaded, calibration, recipe, first, arm.name).select, selection)
 
 
 def tune_arm(
@@ -147,12 +127,8 @@ def tune_arm(
     is_there = arm is not None and folder.has_arm(arm)
     # A selection made by other means may have any name.
     name = ArmName.parse(arm) if arm is not None and (ArmName.is_name(arm) or not is_there) else None
-    for key, value in () if name is None else name.changes:
-        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default):
-            raise CastuneError(
-                f"--arm {arm} and --{key} {getattr(config, key)} contradict each other: give one of them"
-            )
-        config = config.changed(**{key: value})
+    if name is not None:
+        config = _changed(config, name, str(arm))
     if utility and not config.needs_utility:
         raise CastuneError(
             "--utility is for gradient surgery and data replay: add --surgery, for example pcgrad, or --replay"
@@ -163,6 +139,34 @@ def tune_arm(
         chosen = None if name is not None and not is_there else HeadSelection.load(folder.arm(arm).folder)
         require_rule(chosen.zone if chosen else (name and name.zone) or "bucket")
         require_query_heads(folder.load_map(), f"{folder.path}: reselect_steps works")
+    data = _asked_data(recipe, align, utility, held_out)
+    if name is None or is_there:
+        target = folder.arm(arm)
+    else:
+        seed = config.seed if recipe.select.seed is None else recipe.select.seed
+        target = select_arm(folder, name, recipe.select.model_copy(update={"seed": seed}), folder.load_map())
+    loaded = load_model(recipe, config.quantization)
+    require_ready(loaded, training_tokens(loaded.tokenizer, [config], data.align))
+    result = tune_step(folder, target, loaded, data, config, overwrite=overwrite)
+    if target.folder == folder.path and Shard.is_main_process():
+        folder.save_recipe(Recipe(**{**dict(recipe), "align": align, "tune": config}))
+    return target, result
+
+
+def _changed(config: TuneConfig, name: ArmName, text: str) -> TuneConfig:
+    """The settings with what the arm's name changes."""
+    for key, value in name.changes:
+        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default):
+            raise CastuneError(
+                f"--arm {text} and --{key} {getattr(config, key)} contradict each other: give one of them"
+            )
+    return config.changed(**dict(name.changes))
+
+
+def _asked_data(
+    recipe: Recipe, align: DataConfig, utility: Sequence[DataConfig], held_out: Sequence[str]
+) -> TrainingData:
+    """The data that are named, without what the suites hold."""
     examples = load_data(align, recipe.seed)
     utility_examples = [example for one in utility for example in load_data(one, recipe.seed)]
     left_out: list[str] = []
@@ -173,26 +177,4 @@ def tune_arm(
         examples, left_out = without_held_out("training data", examples, suites)
         if utility_examples:
             utility_examples, _ = without_held_out("utility", utility_examples, suites)
-    if name is None or is_there:
-        target = folder.arm(arm)
-    else:
-        seed = config.seed if recipe.select.seed is None else recipe.select.seed
-        target = select_arm(folder, name, recipe.select.model_copy(update={"seed": seed}), folder.load_map())
-    model, tokenizer = load_model(recipe, config.quantization)
-    require_ready(model, tokenizer, training_tokens(tokenizer, [config], examples))
-    result = tune_step(
-        folder,
-        target,
-        model,
-        tokenizer,
-        examples,
-        config,
-        align,
-        left_out=left_out,
-        utility=utility_examples,
-        utility_source=", ".join(one.source for one in utility),
-        overwrite=overwrite,
-    )
-    if target.folder == folder.path and Shard.is_main_process():
-        folder.save_recipe(Recipe(**{**dict(recipe), "align": align, "tune": config}))
-    return target, result
+    return TrainingData(examples, align, left_out, utility_examples, ", ".join(one.source for one in utility))

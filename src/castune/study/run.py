@@ -25,10 +25,11 @@ from castune.diagnosis.domains import utility_hash, utility_sets
 from castune.errors import CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
+from castune.steps.arms import require_trainable
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.evaluate import identity_by_map, require_evaluation, stored_evaluation
-from castune.steps.inputs import check_held_out, load_align, load_calibration
-from castune.steps.tune import require_trainable
+from castune.steps.held_out import check_held_out
+from castune.steps.inputs import load_calibration, load_training
 from castune.study.executors import Executor, log_file
 from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, Unit
@@ -219,7 +220,7 @@ def _checked_data(recipe: Recipe) -> dict[str, str]:
     """Digests of all data of a study, each checked for what it is used for."""
     config = recipe.evaluate
     suites = load_suites(config.suites, limit=config.limit, seed=config.seed) if config.overlap == "drop" else []
-    align, _ = load_align(recipe, suites)
+    align = load_training(recipe, suites).align
     hashes = {"align": content_hash(align)}
     for name, calibration in {"main": None, **recipe.study.calibrations}.items():
         changes = {

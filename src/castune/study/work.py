@@ -6,15 +6,12 @@ import os
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts import EvalResult
 from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.files import locked, replacing
 from castune.config import Recipe
-from castune.core.loading import load_model
-from castune.data.example import Example
-from castune.diagnosis.domains import Utility
+from castune.core.loading import LoadedModel, load_model
 from castune.errors import MapUnfinished
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
@@ -22,7 +19,12 @@ from castune.steps.diagnose import diagnose_step, rerank_step
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.drift import drift_step
 from castune.steps.evaluate import evaluate_step, judge_step
-from castune.steps.inputs import load_align, load_calibration, load_trained_utility, utility_source
+from castune.steps.inputs import (
+    Calibration,
+    TrainingData,
+    load_calibration,
+    load_training,
+)
 from castune.steps.readiness import require_ready, suite_tokens, training_tokens
 from castune.steps.select import select_arm
 from castune.steps.tune import tune_step
@@ -54,13 +56,13 @@ def _diagnose(unit: Unit) -> None:
     if unit.map_folder != unit.folder:
         rerank_step(folder, recipe, RunDirectory(unit.map_folder))
         return
-    model, tokenizer = _model(_loads(recipe))
+    loaded = _model(_loads(recipe))
     # What comes after the map is looked at before it.
     configs = [recipe.tune.changed(**dict(ArmName.parse(name).changes)) for name in recipe.study.main_arms]
-    trained_on = training_tokens(tokenizer, configs, _align(_loads(recipe))[0])
-    require_ready(model, tokenizer, trained_on, suite_tokens(tokenizer, recipe.evaluate, _suites(recipe)))
+    trained_on = training_tokens(loaded.tokenizer, configs, _training(_loads(recipe), False).align)
+    require_ready(loaded, trained_on, suite_tokens(loaded.tokenizer, recipe.evaluate, _suites(recipe)))
     try:
-        diagnose_step(folder, recipe, model, tokenizer, *_calibration(_loads(recipe)), shard=unit.shard)
+        diagnose_step(folder, recipe, loaded, _calibration(_loads(recipe)), shard=unit.shard)
     except MapUnfinished:
         if unit.shard is None:
             raise
@@ -77,23 +79,8 @@ def _tune(unit: Unit) -> None:
     arm = select_arm(folder, name, recipe.select, folder.load_map())
     config = recipe.tune.changed(**dict(name.changes))
     loads = _loads(recipe)
-    model, tokenizer = _model(loads, config.quantization)
-    utility = None
-    if config.needs_utility:
-        utility = load_trained_utility(recipe, _calibration(loads)[1], _suites(recipe))
-    align, left_out = _align(loads)
-    tune_step(
-        folder,
-        arm,
-        model,
-        tokenizer,
-        align,
-        config,
-        recipe.align,
-        left_out=left_out,
-        utility=utility,
-        utility_source=utility_source(recipe) if utility else None,
-    )
+    data = _training(loads, config.needs_utility)
+    tune_step(folder, arm, _model(loads, config.quantization), data, config)
 
 
 def _evaluate(unit: Unit) -> None:
@@ -165,24 +152,25 @@ def _loads(recipe: Recipe) -> str:
     return recipe.model_copy(update={"out": ""}).model_dump_json(include=keys | {"out"})
 
 
-def _evaluated(recipe: Recipe) -> tuple[Any, Any] | None:
+def _evaluated(recipe: Recipe) -> LoadedModel | None:
     return _model(_loads(recipe)) if recipe.evaluate.backend == "hf" else None
 
 
 @lru_cache(maxsize=1)
-def _model(loads: str, quantization: str = "none") -> tuple[Any, Any]:
+def _model(loads: str, quantization: str = "none") -> LoadedModel:
     return load_model(Recipe.model_validate_json(loads), quantization)
 
 
 @lru_cache(maxsize=2)
-def _calibration(loads: str) -> tuple[list[Example], Utility]:
+def _calibration(loads: str) -> Calibration:
     return load_calibration(Recipe.model_validate_json(loads))
 
 
-@lru_cache(maxsize=1)
-def _align(loads: str) -> tuple[list[Example], list[str]]:
+@lru_cache(maxsize=2)
+def _training(loads: str, with_utility: bool) -> TrainingData:
     recipe = Recipe.model_validate_json(loads)
-    return load_align(recipe, _suites(recipe) if recipe.evaluate.overlap == "drop" else ())
+    suites = _suites(recipe) if recipe.evaluate.overlap == "drop" else ()
+    return load_training(recipe, suites, _calibration(loads) if with_utility else None)
 
 
 def _suites(recipe: Recipe) -> tuple[Suite, ...]:

@@ -380,7 +380,7 @@ def test_a_domain_that_cannot_be_measured_is_named(
 ) -> None:
     """Scores that are not finite in one domain."""
     broken = [replace(example, id=f"broken-{example.id}") for example in questions]
-    plain = castune.diagnosis.__globals__["Objectives"].utility_measure
+    plain = castune.diagnose.__globals__["Objectives"].utility_measure
 
     def measure(self: Any, examples: Sequence[Example]) -> Any:
         found = plain(self, examples)
@@ -388,7 +388,7 @@ def test_a_domain_that_cannot_be_measured_is_named(
             object.__setattr__(found, "outcome", lambda _n, _values: np.nan)
         return found
 
-    monkeypatch.setattr(castune.diagnosis.__globals__["Objectives"], "utility_measure", measure)
+    monkeypatch.setattr(castune.diagnose.__globals__["Objectives"], "utility_measure", measure)
     with pytest.raises(CastuneError, match="the utility:b shift of 12 heads could not be measured"):
         diagnosed({"a": questions, "b": broken})
 

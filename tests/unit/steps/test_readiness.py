@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from castune.config import DiagnoseConfig, EvaluateConfig, TuneConfig
+from castune.core.loading import LoadedModel
 from castune.data.example import Example, Message
 from castune.errors import DataError
 from castune.evaluation.suites import Suite
@@ -31,7 +32,7 @@ def test_good_data_is_ready(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, harmful: list[Example], questions: list[Example]
 ) -> None:
     sets = everything(tiny_tokenizer, harmful, questions, ALIGN)
-    require_ready(tiny_model("llama"), tiny_tokenizer, *sets)
+    require_ready(LoadedModel(tiny_model("llama"), tiny_tokenizer), *sets)
 
 
 @pytest.mark.parametrize("where", ["safety", "utility", "training data", "suite"])
@@ -51,7 +52,7 @@ def test_a_conversation_that_the_template_refuses_is_named_whatever_set_it_is_in
     if where == "suite":
         found.append(suite_tokens(tokenizer, EvaluateConfig(), [Suite("s", "safety", (harmful[0], bad))]))
     with pytest.raises(DataError, match="'the-bad-one'.*refuses this conversation.*No system turns"):
-        require_ready(tiny_model("llama"), tokenizer, *found)
+        require_ready(LoadedModel(tiny_model("llama"), tokenizer), *found)
 
 
 def test_a_token_without_an_embedding_is_named(
@@ -61,7 +62,7 @@ def test_a_token_without_an_embedding_is_named(
     tokenizer.add_tokens(["zebra"])
     model = tiny_model("llama", vocab_size=len(tiny_tokenizer))
     # As some models are shipped: a token more than the embedding has rows, which no text holds.
-    require_ready(model, tokenizer, *everything(tokenizer, harmful, questions, ALIGN))
+    require_ready(LoadedModel(model, tokenizer), *everything(tokenizer, harmful, questions, ALIGN))
     bad = [*ALIGN, Example(id="z", prompt="A zebra?", reply="Yes.", rejected="No.")]
     with pytest.raises(DataError, match="training data: example 'z' has the token 'zebra'.*embeddings for 258"):
-        require_ready(model, tokenizer, *everything(tokenizer, harmful, questions, bad))
+        require_ready(LoadedModel(model, tokenizer), *everything(tokenizer, harmful, questions, bad))
