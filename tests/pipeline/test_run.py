@@ -29,7 +29,8 @@ from castune.steps.changes import cost_ratios, differences
 from castune.steps.diagnose import group_step
 from castune.steps.directory import RunDirectory
 from castune.steps.evaluate import evaluate_step, judge_step
-from castune.steps.inputs import TrainingData, check_held_out, load_calibration, load_data
+from castune.steps.held_out import check_held_out
+from castune.steps.inputs import TrainingData, load_calibration, load_data
 from castune.steps.select import select_step
 from castune.steps.tune import tune_arm, tune_step
 

@@ -28,7 +28,7 @@ from castune.errors import AdapterNotApplied, CastuneError, DataError, TrainingE
 from castune.evaluation.applied import require_applied
 from castune.evaluation.backend import TransformersHost
 from castune.evaluation.suites import Suite
-from castune.steps.inputs import require_held_out
+from castune.steps.held_out import require_held_out
 from castune.tuning.train import tune
 
 Tiny = Callable[..., Any]

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from castune.core.losses import batches_by_length, run_batches
@@ -33,8 +33,8 @@ class Reply:
 
 @torch.no_grad()
 def generate_replies(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -64,48 +64,56 @@ def generate_replies(
         around: a context for each run of a batch, from the numbers of the prompts that are in it, in batch order.
         advance: called with the number of replies of each finished batch.
     """
+    decoding = _Decoding(
+        model=model,
+        prompts=prompts,
+        begun=begun or [()] * len(prompts),
+        max_new_tokens=max_new_tokens,
+        end_tokens=end_tokens,
+        text_of=ReplyText(tokenizer),
+        is_settled=is_settled,
+        recorded=recorded,
+        around=around,
+    )
     replies: list[Reply | None] = [None] * len(prompts)
-    text_of = ReplyText(tokenizer)
-    device = next(model.parameters()).device
-    end, pad = set(end_tokens), end_tokens[0]
-    begun = begun or [()] * len(prompts)
+    batches = batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens)
+    for indices, found in run_batches(batches, decoding.run):
+        for index, reply in found.items():
+            replies[index] = reply
+        advance(len(indices))
+    return [reply for reply in replies if reply is not None]
 
-    def reply_of(index: int, tokens: Sequence[int]) -> Reply | None:
-        """The reply these tokens make, if it is complete."""
-        # Rows of a batch that began with more tokens than others run past the limit.
-        tokens = tokens[:max_new_tokens]
-        stop = next((t for t, token in enumerate(tokens) if token in end), None)
-        kept = tuple(tokens if stop is None else tokens[:stop])
-        if is_settled is not None and is_settled(text_of(kept)):
-            first = next(n for n in range(len(begun[index]), len(kept) + 1) if is_settled(text_of(kept[:n])))
-            stop, kept = None, kept[:first]
-        elif stop is None and len(tokens) < max_new_tokens:
-            return None
-        return Reply(text_of(kept), kept, stop is not None)
 
-    def generate(indices: list[int]) -> dict[int, Reply]:
+@dataclass(frozen=True)
+class _Decoding:
+    """What `generate_replies` is asked for, and the replies of a batch."""
+
+    model: PreTrainedModel
+    prompts: Sequence[Sequence[int]]
+    begun: Sequence[Sequence[int]]
+    max_new_tokens: int
+    end_tokens: Sequence[int]
+    text_of: ReplyText
+    is_settled: Callable[[str], bool] | None
+    recorded: Callable[[Sequence[int]], Cache] | None
+    around: Callable[[Sequence[int]], AbstractContextManager[None]] | None
+
+    def run(self, indices: list[int]) -> dict[int, Reply]:
+        """The replies to some prompts, a few steps at a time: complete ones leave the batch."""
         done: dict[int, Reply] = {}
-        inputs = [[*prompts[i], *begun[i]] for i in indices]
-        longest = max(map(len, inputs))
+        inputs = [[*self.prompts[i], *self.begun[i]] for i in indices]
+        longest, pad = max(map(len, inputs)), self.end_tokens[0]
+        device = next(self.model.parameters()).device
         ids_BS = torch.tensor([[pad] * (longest - len(row)) + row for row in inputs], device=device)
         mask_BS = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in inputs], device=device)
-        cache = None if recorded is None else recorded(indices)
-        live, tokens = list(indices), {i: list(begun[i]) for i in indices}
+        cache = None if self.recorded is None else self.recorded(indices)
+        live, tokens = list(indices), {i: list(self.begun[i]) for i in indices}
         while live:
-            n_steps = min(ROUND, max(max_new_tokens - len(tokens[i]) for i in live))
-            greedy = GenerationConfig(
-                max_new_tokens=n_steps, eos_token_id=sorted(end), pad_token_id=pad, do_sample=False, num_beams=1
-            )
-            with _generation_config(model, greedy), around(live) if around is not None else nullcontext():
-                output = model.generate(
-                    input_ids=ids_BS, attention_mask=mask_BS, past_key_values=cache, return_dict_in_generate=True
-                )
-            n_new = output.sequences.shape[1] - ids_BS.shape[1]
-            ids_BS, cache = output.sequences, output.past_key_values
-            mask_BS = torch.nn.functional.pad(mask_BS, (0, n_new), value=1)
-            for i, new in zip(live, ids_BS[:, -n_new:].tolist(), strict=True):
-                tokens[i] += new
-                if i not in done and (reply := reply_of(i, tokens[i])) is not None:
+            n_steps = min(ROUND, max(self.max_new_tokens - len(tokens[i]) for i in live))
+            ids_BS, mask_BS, cache = self._steps(live, ids_BS, mask_BS, cache, n_steps)
+            for i, row in zip(live, ids_BS.tolist(), strict=True):
+                tokens[i] = [*self.begun[i], *row[longest:]]
+                if i not in done and (reply := self._complete(i, tokens[i])) is not None:
                     done[i] = reply
             kept = [b for b, i in enumerate(live) if i not in done]
             if kept and not _takes_rows_out(cache):
@@ -117,12 +125,38 @@ def generate_replies(
             live = [live[b] for b in kept]
         return done
 
-    batches = batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens)
-    for indices, found in run_batches(batches, generate):
-        for index, reply in found.items():
-            replies[index] = reply
-        advance(len(indices))
-    return [reply for reply in replies if reply is not None]
+    def _steps(
+        self, live: list[int], ids_BS: Tensor, mask_BS: Tensor, cache: Cache | None, n_steps: int
+    ) -> tuple[Tensor, Tensor, Cache]:
+        """The rows after at most `n_steps` more tokens, their attention mask, and their keys and values."""
+        greedy = GenerationConfig(
+            max_new_tokens=n_steps,
+            eos_token_id=sorted(set(self.end_tokens)),
+            pad_token_id=self.end_tokens[0],
+            do_sample=False,
+            num_beams=1,
+        )
+        with _generation_config(self.model, greedy), nullcontext() if self.around is None else self.around(live):
+            output = self.model.generate(
+                input_ids=ids_BS, attention_mask=mask_BS, past_key_values=cache, return_dict_in_generate=True
+            )
+        n_new = output.sequences.shape[1] - ids_BS.shape[1]
+        return output.sequences, torch.nn.functional.pad(mask_BS, (0, n_new), value=1), output.past_key_values
+
+    def _complete(self, index: int, tokens: Sequence[int]) -> Reply | None:
+        """The reply these tokens make, if it is complete."""
+        # Rows of a batch that began with more tokens than others run past the limit.
+        tokens = tokens[: self.max_new_tokens]
+        end = set(self.end_tokens)
+        stop = next((t for t, token in enumerate(tokens) if token in end), None)
+        kept = tuple(tokens if stop is None else tokens[:stop])
+        if self.is_settled is not None and self.is_settled(self.text_of(kept)):
+            begun = len(self.begun[index])
+            first = next(n for n in range(begun, len(kept) + 1) if self.is_settled(self.text_of(kept[:n])))
+            stop, kept = None, kept[:first]
+        elif stop is None and len(tokens) < self.max_new_tokens:
+            return None
+        return Reply(self.text_of(kept), kept, stop is not None)
 
 
 class ReplyText:
@@ -132,7 +166,7 @@ class ReplyText:
         tokenizer: the model's.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         special = {
             token: str(added.content) for token, added in tokenizer.added_tokens_decoder.items() if added.special
@@ -154,7 +188,7 @@ def _takes_rows_out(cache: Cache) -> bool:
 
 
 @contextmanager
-def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     # A PEFT model hands its config to the model it wraps, so both are restored.
     owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
     shipped = [vars(owner).get("generation_config") for owner in owners]

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
-from castune.artifacts.records import ModelRecord
+from castune.artifacts.records import ModelRecord, Settings
 from castune.core.modes import evaluation_mode
 from castune.core.progress import Advance, progress
 from castune.core.provenance import model_record, provenance
@@ -77,6 +77,16 @@ def lm_eval_results(
             All of them before anything is computed.
     """
     tasks = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+    settings: Settings = {
+        "tasks": tasks,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "apply_chat_template": apply_chat_template,
+        "fewshot_as_multiturn": apply_chat_template,
+        "include_path": None if include_path is None else str(include_path),
+        "seed": seed,
+    }
     require_lm_eval()
     _check_settings(tasks, limit, num_fewshot, batch_size)
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
@@ -94,16 +104,7 @@ def lm_eval_results(
         tasks=tuple(_scores(found, loaded["tasks"])),
         groups=tuple(_scores(found, found.get("groups", {}))),
         members={group: list(members) for group, members in found["group_subtasks"].items()},
-        settings={
-            "tasks": tasks,
-            "limit": limit,
-            "num_fewshot": num_fewshot,
-            "batch_size": batch_size,
-            "apply_chat_template": apply_chat_template,
-            "fewshot_as_multiturn": apply_chat_template,
-            "include_path": None if include_path is None else str(include_path),
-            "seed": seed,
-        },
+        settings=settings,
         model=info,
         provenance=record,
         seconds=round(time.perf_counter() - started, 2),

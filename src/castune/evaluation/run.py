@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from castune.artifacts import EvalResult, SuiteResult
+from castune.artifacts import EvalResult
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import ChoiceSample, LetterSample, ProblemSample, ReplySample, Sample, is_reply
 from castune.config import EvaluateConfig
@@ -95,23 +95,21 @@ def evaluate_on(
     measured_by = {key: value for key, value in config.model_dump(mode="json").items() if key != "judge"}
     key = [model_info, measured_by, hashes, record["versions"]["castune"], record["rules"]]
     journal = Journal.of(None if out is None else Path(out), key)
-    results: list[SuiteResult] = []
-    samples: list[Sample] = []
     cost = sum(len(suite.examples) * suite.cost(config) for suite in suites)
     with progress(f"evaluating {name}", cost) as advance:
         found = [answers(backend, suite, config, journal, advance) for suite in suites]
-    for suite, given, data_hash in zip(suites, found, hashes, strict=True):
-        of_suite = judged(_samples(suite, given.values, config), by)
-        results.append(
-            suite_result(
-                of_suite,
-                judge=judge_of(of_suite, by),
-                max_new_tokens=None if suite.is_scored(config) else suite.reply_tokens(config),
-                data_hash=data_hash,
-                seconds=given.seconds,
-            )
+    of_suites = [judged(_samples(suite, given.values, config), by) for suite, given in zip(suites, found, strict=True)]
+    results = [
+        suite_result(
+            samples,
+            judge=judge_of(samples, by),
+            max_new_tokens=None if suite.is_scored(config) else suite.reply_tokens(config),
+            data_hash=data_hash,
+            seconds=given.seconds,
         )
-        samples += of_suite
+        for suite, samples, given, data_hash in zip(suites, of_suites, found, hashes, strict=True)
+    ]
+    samples = [sample for of_suite in of_suites for sample in of_suite]
     n_missing = sum(is_reply(sample) and sample.get("missing", False) for sample in samples)
     if n_missing:
         logger.warning("%s: %d replies are missing and unscored; the same command asks for them again", name, n_missing)
