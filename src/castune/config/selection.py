@@ -18,7 +18,7 @@ class SelectConfig(Config):
     fraction: Share = 0.25
     """Share of all heads, in (0, 1]."""
     buckets: Count | None = None
-    """Cut the sorted heads into this many equal buckets and take number `bucket`."""
+    """Cut the sorted heads into this many equal buckets and take one (`bucket`)."""
     bucket: Count | None = None
     """Which of the `buckets`, 1: highest scores."""
     score: Score = "conflict"

@@ -50,22 +50,22 @@ class TuneConfig(Config):
     kind, as refusals are shorter than answers (docs/method.md)."""
     quantization: Literal["none", "nf4"] = "none"
     """How the base's linear layers are stored while it is trained: `none`, as they are; `nf4` (bitsandbytes, extra
-    `qlora`) in a quarter of bfloat16's memory (QLoRA). The adapter belongs to the full model, on
-    which it is evaluated and merged."""
+    `qlora`) in a quarter of bfloat16's memory (QLoRA). The adapter belongs to the full model, on which it is evaluated
+    and merged."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     checkpoint_steps: Count = 100
     """Optimiser steps between checkpoints, from which the same command continues after an interruption."""
     snapshot_steps: Count | None = None
-    """Keep the adapter as it is after every so many optimiser steps beside the finished one (`castune drift`)."""
+    """Keep the adapter as it is after every so many optimiser steps beside the finished one (`castune drift`);
+    never when absent."""
     reselect_steps: Count | None = None
     """Measure the map again on the model as it is after every so many optimiser steps, choose heads again by the arm's
     own rule, and train these from there on; what was learnt so far stays, frozen. Never when absent."""
     freeze_a: bool = False
     """Train B alone: budgets of equal head counts are then equal to the parameter."""
     seed: int = 21
-    """Seed of the adapter's initial values and of the data order; of a random selection too, where none is
-    set for it."""
+    """Seed of initial values and data order, and of a random selection where none is set for it."""
     surgery: SurgeryMethod = "none"
     """What is done to a gradient that works against the utility gradient (Section 4.2). `pcgrad`: what points against
     it is taken out; D_util is the reference only. `pcgrad-symmetric`, and by torchjd `cagrad`, `upgrad`, `mgda`,
