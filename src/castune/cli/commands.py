@@ -26,26 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# In the order of the help: whole runs and studies, the steps of a run, what is made of it.
 for command in (
-    run,
-    study,
-    watch,
-    budget,
-    plan,
-    diagnose,
-    select,
-    group,
-    tune,
-    drift,
-    mask,
-    export,
-    evaluate,
-    judge,
-    lm_eval,
-    report,
-    reproduce,
-    doctor,
-):
+    run, study, watch, budget,
+    plan, diagnose, select, group, tune, drift, mask, export, evaluate, judge, lm_eval,
+    report, reproduce, doctor,
+):  # fmt: skip
     app.command()(with_settings(command))
 
 

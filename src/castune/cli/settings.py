@@ -42,7 +42,7 @@ class Setting:
         return "--" + self.name.replace("_", "-")
 
     @property
-    def default(self) -> Any:
+    def default(self) -> object:
         """The field's, as it would be typed; one or several texts, a number, or None."""
         value = self._info.default
         if isinstance(value, DataConfig):
@@ -67,31 +67,30 @@ class Setting:
             annotation=self._typed,
         )
 
-    def value(self, given: Any) -> Any:
+    def value(self, given: object) -> object:
         """What was typed, as the config takes it.
 
         Raises:
             CastuneError: numbers with commas between them were expected.
         """
-        if given is None:
-            return None
+        if not isinstance(given, str):
+            return given
         if self._item is int:
             return numbers(given, self.option, int, "0,15,29")
         if self._item:
             return names(given)
-        is_number = int in self._kinds and isinstance(given, str) and given.isdecimal()
-        return int(given) if is_number else given
+        return int(given) if int in self._kinds and given.isdecimal() else given
 
     @property
     def _info(self) -> FieldInfo:
         return self.config.model_fields[self.field]
 
     @property
-    def _kinds(self) -> tuple[Any, ...]:
+    def _kinds(self) -> tuple[object, ...]:
         return _kinds(self._info.annotation)
 
     @property
-    def _item(self) -> Any:
+    def _item(self) -> object:
         """The kind of the values of a field that takes several; None of one that takes one."""
         return next((_kinds(get_args(kind)[0])[0] for kind in self._kinds if get_origin(kind) is tuple), None)
 
@@ -108,7 +107,7 @@ class Setting:
         return kind | None if self.default is None else kind
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
+def _kinds(annotation: object) -> tuple[object, ...]:
     """The kinds of value that an annotation allows, without None and without their limits."""
     if get_origin(annotation) is Annotated:
         return _kinds(get_args(annotation)[0])
@@ -157,7 +156,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
-    def expanded(**given: Any) -> None:
+    def expanded(**given: object) -> None:
         values = {
             group: {setting.key: setting.value(given.pop(setting.name)) for setting in settings}
             for group, settings in groups.items()
