@@ -46,4 +46,6 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     value = parameter.default
+    if isinstance(value, list):
+        value = " ".join(value)
     return "" if value is None or callable(value) or value is False else f"`{value}`"

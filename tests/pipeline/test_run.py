@@ -281,7 +281,7 @@ def test_a_retrained_arm_is_evaluated_again_and_no_other(finished: tuple[Recipe,
     data = load_data(recipe.align, recipe.seed)
     loaded = LoadedModel(model, tokenizer)
     tune_step(folder, folder.arm("risky"), loaded, TrainingData(data, DataConfig(source="own")), config, overwrite=True)
-    evaluate_step(folder, recipe, load_suites(recipe.evaluate.suites), (model, tokenizer))
+    evaluate_step(folder, recipe, load_suites(recipe.evaluate.suites), loaded)
     assert changed(before, path) == {
         "arms/risky/adapter/adapter_model.safetensors", "evaluation/risky/metrics.json", "evaluation/risky/samples.jsonl",
     }  # fmt: skip

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from castune.data.sources import NAMED_SOURCES, NamedSource
+from castune.config import EvaluateConfig
+from castune.data.sources import NAMED_SOURCES, SOURCE_NAMES, NamedSource
 
 EVALUATION = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -20,3 +21,13 @@ def test_the_table_of_suites_is_that_of_the_code(name: str) -> None:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     gated = "yes" if source.gated else ""
     assert cells == [f"`{name}`", source.purpose, f"`{source.hub_id}`", place, size, source.licence, gated]
+
+
+def test_the_help_of_suites_names_those_of_the_code() -> None:
+    """`castune evaluate --help` and the reference of recipes: every source but those that are there to train on."""
+    described = EvaluateConfig.model_fields["suites"].description or ""
+    named = described.removeprefix("Data sources:").partition(";")[0].replace(",", " ").split()
+    to_train_on = {"starter-utility", "starter-safety", "starter-align"}
+    to_train_on |= {"wildjailbreak-train", "wildjailbreak-vanilla-harmful"}
+    assert len(set(named)) == len(named)
+    assert set(named) == set(SOURCE_NAMES) - to_train_on

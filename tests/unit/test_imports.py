@@ -241,7 +241,7 @@ def test_the_package_prints_only_in_the_command_line() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
         ]
-        assert not calls or path.name == "cli.py", path
+        assert not calls or path == SRC / "cli" / "entry.py", path
 
 
 def test_no_pickle_and_no_remote_code() -> None:

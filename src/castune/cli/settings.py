@@ -1,0 +1,168 @@
+"""Settings as options: their name, kind of value, default and help come from the fields of the configs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from castune.cli.values import names, numbers
+from castune.config import DataConfig, Recipe
+
+Values = dict[str, Any]
+"""What a command is given of its settings, by their keys, for a config to check."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of a config as an option of a command.
+
+    A field that is a data source stands for its text, one that may have several domains for a list of such texts, and
+    one of several values for these with commas between them.
+    """
+
+    config: type[BaseModel]
+    field: str
+    name: str
+    """Of the command's parameter."""
+    key: str
+    """Where its value stands in what the command is given."""
+    metavar: str | None = None
+
+    @property
+    def option(self) -> str:
+        """As it is typed."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default(self) -> object:
+        """The field's, as it would be typed; one or several texts, a number, or None."""
+        value = self._info.default
+        if isinstance(value, DataConfig):
+            return [value.source] if self._is_repeatable else value.source
+        return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+    @property
+    def help(self) -> str:
+        """The field's docstring as plain text, and how several values are given."""
+        text = " ".join((self._info.description or "").replace("`", "").split())
+        if self._is_repeatable:
+            return f"{text} Repeat it for several, named after their sources or files; limit and balance are of each."
+        return f"{text} Separated by commas." if self._item else text
+
+    def parameter(self) -> inspect.Parameter:
+        """The parameter that typer makes an option of."""
+        declared = f"{self.option}/--no-{self.option[2:]}" if self.default is True else self.option
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=typer.Option(self.default, declared, help=self.help, metavar=self.metavar),
+            annotation=self._typed,
+        )
+
+    def value(self, given: object) -> object:
+        """What was typed, as the config takes it.
+
+        Raises:
+            CastuneError: numbers with commas between them were expected.
+        """
+        if not isinstance(given, str):
+            return given
+        if self._item is int:
+            return numbers(given, self.option, int, "0,15,29")
+        if self._item:
+            return names(given)
+        return int(given) if int in self._kinds and given.isdecimal() else given
+
+    @property
+    def _info(self) -> FieldInfo:
+        return self.config.model_fields[self.field]
+
+    @property
+    def _kinds(self) -> tuple[object, ...]:
+        return _kinds(self._info.annotation)
+
+    @property
+    def _item(self) -> object:
+        """The kind of the values of a field that takes several; None of one that takes one."""
+        return next((_kinds(get_args(kind)[0])[0] for kind in self._kinds if get_origin(kind) is tuple), None)
+
+    @property
+    def _is_repeatable(self) -> bool:
+        return DataConfig in self._kinds and len(self._kinds) > 1
+
+    @property
+    def _typed(self) -> Any:
+        """What typer reads: plain values, for the config knows what is accepted."""
+        if self._is_repeatable:
+            return list[str]
+        kind = self._kinds[0] if len(self._kinds) == 1 and self._kinds[0] in (bool, int, float) else str
+        return kind | None if self.default is None else kind
+
+
+def _kinds(annotation: object) -> tuple[object, ...]:
+    """The kinds of value that an annotation allows, without None and without their limits."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for one in get_args(annotation) for kind in _kinds(one))
+    return () if annotation is NoneType else (annotation,)
+
+
+Settings = tuple[Setting, ...]
+
+
+def all_of(config: type[BaseModel], *, but: Mapping[str, str]) -> Settings:
+    """Every field of a config, but those for which there is a reason."""
+    return only(config, *(field for field in config.model_fields if field not in but))
+
+
+def only(config: type[BaseModel], *fields: str) -> Settings:
+    """Some fields of a config."""
+    return tuple(Setting(config, field, name=field, key=field) for field in fields)
+
+
+def data_of(field: str, name: str) -> Settings:
+    """A recipe's data: the source by this name, and how much of it is drawn."""
+    return (Setting(Recipe, field, name=name, key="source"), *drawn_of(f"{name}_"))
+
+
+def drawn_of(prefix: str) -> Settings:
+    """How much of a source is drawn."""
+    return (
+        Setting(DataConfig, "limit", name=f"{prefix}limit", key="limit"),
+        Setting(DataConfig, "balance", name=f"{prefix}balance", key="balance", metavar="COLUMN"),
+    )
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes as options what stands for one parameter here: `Annotated[Values, all_of(...)]`."""
+    groups: dict[str, Settings] = {}
+    parameters = []
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        metadata = getattr(hints[parameter.name], "__metadata__", ())
+        if metadata and isinstance(metadata[0], tuple):
+            groups[parameter.name] = metadata[0]
+            parameters += [setting.parameter() for setting in metadata[0]]
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def expanded(**given: object) -> None:
+        values = {
+            group: {setting.key: setting.value(given.pop(setting.name)) for setting in settings}
+            for group, settings in groups.items()
+        }
+        command(**given, **values)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded

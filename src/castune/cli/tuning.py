@@ -1,0 +1,64 @@
+"""Training the selected heads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from castune.cli.options import ALIGN, TUNING, UTILITY_DRAWN, Run
+from castune.cli.settings import Values
+from castune.cli.values import names
+from castune.config import DataConfig, TuneConfig
+from castune.console import say, selected_in, show_certificate, show_selections, show_surgery
+
+
+def tune(
+    run_directory: Run,
+    *,
+    align: Annotated[Values, ALIGN],
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="SUITES", help="Leave out examples whose prompts are in these suites, comma-separated."),
+    ] = None,
+    arm: Annotated[
+        str | None,
+        typer.Option(
+            help="What to train beside the main selection: one made with select --beside, or any of safe, risky-50, "
+            "random, layer-matched, all, bucket-2-of-4, safe-gradient, ... and with +pcgrad, +dpo, +replay-10 what is "
+            "trained differently. The main selection when absent."
+        ),
+    ] = None,
+    settings: Annotated[Values, TUNING],
+    utility: Annotated[
+        list[str] | None,
+        typer.Option(help="D_util for --surgery and --replay: questions, or prompts with replies. Repeatable."),
+    ] = None,
+    of_utility: Annotated[Values, UTILITY_DRAWN],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Train the selected heads; write a PEFT adapter and its certificate. Continues an interrupted training."""
+    from castune.core.shards import Shard
+    from castune.steps.directory import RunDirectory
+    from castune.steps.tune import tune_arm
+
+    trained, result = tune_arm(
+        RunDirectory(run_directory),
+        arm,
+        TuneConfig(**settings),
+        align=DataConfig(**align),
+        held_out=names(held_out or ""),
+        utility=[DataConfig(source=source, **of_utility) for source in utility or ()],
+        overwrite=overwrite,
+    )
+    if not Shard.is_main_process():
+        return
+    budget = result.budget
+    say(
+        f"{trained.name}: {selected_in(budget)}, {budget['trainable_parameters']:,} trainable parameters, "
+        f"{result.steps} steps"
+    )
+    show_surgery(trained.name, result)
+    show_selections(trained.name, result)
+    show_certificate(result.certificate)
+    say(f"adapter: {trained.adapter}")

@@ -1,0 +1,66 @@
+"""A data source and how much of it, or several by the names of their domains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from castune.config.base import Config, Count
+from castune.errors import CastuneError
+
+
+class DataConfig(Config):
+    """A data source and how much of it. A plain string is a source without a limit."""
+
+    source: str
+    """Named source, `name=path`, file, or hub id."""
+    limit: Count | None = None
+    """Draw this many examples (by the recipe's seed); all when absent."""
+    balance: str | None = None
+    """A column of the source, of whose values equally many examples are drawn each."""
+
+
+def plain_source(value: Any) -> Any:
+    """A source as a string stands for a table that holds nothing else."""
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _data(value: Any) -> DataConfig:
+    value = plain_source(value)
+    if isinstance(value, DataConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise CastuneError("accepted: a source, or a table with the keys source, limit and balance")
+    return DataConfig(**value)
+
+
+def check_domain_names(names: Iterable[str]) -> None:
+    """Refuse names of utility domains that could not be file names and keys of a recipe beside each other.
+
+    Raises:
+        CastuneError: the message names the first such name.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+            raise CastuneError(f"domain {name!r}: accepted are 1 to 100 letters (a to z, A to Z), digits, - and _")
+        if name in DataConfig.model_fields:
+            raise CastuneError(f"domain {name!r}: this is a key of a data source, and a domain needs another name")
+        # Some file systems do not tell capitals from small letters.
+        if (other := seen.setdefault(name.lower(), name)) != name:
+            raise CastuneError(f"domains {other!r} and {name!r} differ in capitals only; rename one of them")
+
+
+def data_or_domains(value: Any) -> DataConfig | dict[str, DataConfig]:
+    """One set, or several by the names of their domains."""
+    if not isinstance(value, Mapping) or "source" in value or value.keys() <= DataConfig.model_fields.keys():
+        return _data(value)
+    check_domain_names(value)
+    domains = {}
+    for name, entry in value.items():
+        try:
+            domains[name] = _data(entry)
+        except CastuneError as error:
+            raise CastuneError(f"domain {name!r}: {error}") from None
+    return domains

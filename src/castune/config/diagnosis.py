@@ -1,0 +1,68 @@
+"""How heads are measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from castune.config.base import Config, Count
+
+SensitivityRank = Literal["difference", "of-difference"]
+Measure = Literal["decision", "margin"]
+UnitKind = Literal["q_heads", "k_groups", "v_groups", "o_heads", "mlp_blocks", "mlp_groups"]
+
+
+class DiagnoseConfig(Config):
+    """How heads are measured (Section 3 of the paper)."""
+
+    measure: Measure = "decision"
+    """`decision`: accuracy and refusal rate, as in the paper. `margin`: log-prob margins; no generation, no ties."""
+    ablation: Literal["zero", "mean"] = "zero"
+    """What replaces a head's output: `zero`, or its `mean` over the calibration tokens."""
+    max_new_tokens: Count = 24
+    """Tokens of a reply that the judge sees."""
+    margin_tokens: Count = 8
+    """First tokens of the refusal and of the model's own reply that a safety margin compares; at most
+    `max_new_tokens`. Whether a reply refuses is settled in its first words."""
+    problems: Measure = "margin"
+    """How utility is measured on problems, whatever `measure` says of the rest. `margin`: the log-probability of their
+    worked solutions. `decision`: accuracy; answers are worked out without every head, which costs far more than
+    anything else (`castune plan`)."""
+    solution_tokens: Count = 256
+    """Tokens that an answer may have that is worked out (`problems`)."""
+    judge: Literal["prefix", "opening"] = "prefix"
+    """Who decides whether a reply refuses: rules, on its first 64 (`prefix`) or 300 characters (`opening`)."""
+    batch_tokens: Count | Literal["auto"] = 2048
+    """Rows x tokens of one forward. `auto`: what runs fastest on this machine, noted in the map."""
+    max_length: Count = 1024
+    """Limit of prompt + reply in tokens; prompts are cut on the left."""
+    sensitivity_rank: SensitivityRank = "difference"
+    """`difference`: Eq. 5, exp(rank - rank). `of-difference`: exp(rank of the difference), the scale of Table 7."""
+    gradient_chunks: Annotated[int, Field(ge=2)] = 8
+    """Parts of each set whose gradients are kept apart for the standard error of O(h)."""
+    gradient_memory: Annotated[float, Field(gt=0)] = 40
+    """Gigabytes that these parts may take together (in float32, in the memory of the CPU); what does not fit is
+    measured in further passes over the examples. One projection at least is measured at a time."""
+    units: tuple[UnitKind, ...] = ("q_heads",)
+    """Kinds of unit that are diagnosed: `q_heads`, the paper's query heads; `k_groups` and `v_groups`, KV groups by
+    their keys or values; `o_heads`, columns of the output projection by head; `mlp_blocks`, whole MLPs; `mlp_groups`,
+    groups of MLP neurons. Ranks are within a kind."""
+    mlp_groups: Count = 8
+    """Into how many equal groups the neurons of a layer are cut, for `mlp_groups`."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Diagnose these layers only; ranks are then among their heads. All layers when absent."""
+    domains: Literal["mean", "worst"] = "mean"
+    """How the maps of several utility domains become one. `mean`: of every column. `worst`: a head's row is that of
+    the domain in which its C is highest."""
+
+    def measure_of(self, *, problems: bool) -> Measure:
+        """How utility is measured on problems, or on questions."""
+        return self.problems if problems else self.measure
+
+    @field_validator("units")
+    @classmethod
+    def _some_units(cls, units: tuple[str, ...]) -> tuple[str, ...]:
+        if not units or len(set(units)) != len(units):
+            raise ValueError("needs at least one kind of unit, each named once")
+        return units

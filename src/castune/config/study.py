@@ -1,0 +1,113 @@
+"""What a study trains and compares."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from castune.config.base import Config, Count
+from castune.config.data import DataConfig, check_domain_names, data_or_domains, plain_source
+from castune.config.diagnosis import Measure, SensitivityRank
+from castune.errors import CastuneError
+from castune.names import ArmName, Score
+
+
+class CalibrationConfig(Config):
+    """Another conflict map of a study beside the main one: other data or another measure (Tables 10 and 11)."""
+
+    safety: DataConfig | None = None
+    """D_safe; the recipe's when absent."""
+    utility: DataConfig | dict[str, DataConfig] | None = None
+    """D_util; the recipe's when absent. Gradient surgery takes it too."""
+    measure: Measure | None = None
+    """How heads are measured; as in the recipe when absent."""
+    sensitivity_rank: SensitivityRank | None = None
+    """Which S(h): see `DiagnoseConfig`; as in the recipe when absent. A map that differs from another one in nothing
+    else is made from what that one measured."""
+    arms: tuple[str, ...] = ()
+    """Arms to train from this map, by their names; when empty the map is only compared with the main one."""
+
+    @field_validator("safety", mode="before")
+    @classmethod
+    def _plain_source(cls, value: Any) -> Any:
+        return plain_source(value)
+
+    @field_validator("utility", mode="before")
+    @classmethod
+    def _one_set_or_domains(cls, value: Any) -> DataConfig | dict[str, DataConfig] | None:
+        return None if value is None else data_or_domains(value)
+
+    @field_validator("arms")
+    @classmethod
+    def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked_arms(arms)
+
+
+class StudyConfig(Config):
+    """What `castune study` trains and compares; the paper's study by default."""
+
+    arms: tuple[str, ...] = ("all", "random", "risky", "safe")
+    """Arms of Tables 1 and 2, by their names (`castune.names`)."""
+    methods: tuple[str, ...] = ("sft", "pcgrad")
+    """How every one of these arms is trained: `sft` as the recipe says, else a change of it: `pcgrad`, `cagrad`, `dpo`,
+    `replay-10`, ..."""
+    seeds: tuple[int, ...] = (21, 42, 84)
+    """Seeds of random selections and of the training; every arm is trained with each."""
+    buckets: tuple[Count, ...] = (4,)
+    """Numbers M of equal buckets, each of which is trained (Table 7)."""
+    scores: tuple[Score, ...] = ("conflict", "gradient", "sensitivity")
+    """What heads are sorted by for these buckets (Table 8)."""
+    shares: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = (50, 75)
+    """Further shares of all heads in per cent, from both ends of the map (Table 9)."""
+    random_draws: Annotated[int, Field(ge=0)] = 0
+    """Further random selections, with seeds of their own: the null distribution a zone is compared with."""
+    calibrations: dict[str, CalibrationConfig] = Field(default_factory=dict)
+    """Further maps by name."""
+    drift: tuple[str, ...] = ()
+    """Arms, by their names, whose conflict drift is measured: the map again at every adapter their training keeps
+    (`tune.snapshot_steps`), with the first seed."""
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> StudyConfig:
+        for name in ("arms", "methods", "seeds", "buckets", "scores", "shares"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"study.{name} names one twice: {', '.join(map(str, values))}")
+        if not self.seeds:
+            raise ValueError("study.seeds needs at least one seed, for example 21")
+        if "main" in self.calibrations:
+            raise ValueError("study.calibrations: main is the name of the recipe's own map")
+        check_domain_names(self.calibrations)
+        _checked_arms(self.main_arms)
+        if unknown := set(self.drift) - set(self.main_arms):
+            raise ValueError(f"study.drift names arms that the study does not train: {', '.join(sorted(unknown))}")
+        return self
+
+    @property
+    def main_arms(self) -> tuple[str, ...]:
+        """Names of the arms of the main map: tables 1 and 2, buckets, shares; each once."""
+        names = [f"{arm}{method_suffix(method)}" for method in self.methods for arm in self.arms]
+        for buckets in self.buckets:
+            names += [self.bucket(n, buckets, score) for score in self.scores for n in range(1, buckets + 1)]
+        names += [f"{zone}-{share:g}" for zone in ("risky", "safe") for share in self.shares]
+        return tuple(dict.fromkeys(names))
+
+    @staticmethod
+    def bucket(number: int, buckets: int, score: str) -> str:
+        """Name of the arm of a bucket."""
+        return f"bucket-{number}-of-{buckets}" + ("" if score == "conflict" else f"-{score}")
+
+
+def method_suffix(method: str) -> str:
+    """What a method of a study adds to the names of arms."""
+    return "" if method == "sft" else f"+{method}"
+
+
+def _checked_arms(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        try:
+            ArmName.parse(name)
+        except CastuneError as error:
+            raise ValueError(str(error)) from None
+    return names

@@ -1,0 +1,53 @@
+"""Plain values as TOML, and the changes to them that `--set` asks for."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from castune.config.data import plain_source
+from castune.errors import CastuneError
+
+
+def to_toml(values: Mapping[str, Any], path: str = "") -> str:
+    """TOML text of plain values and nested tables whose names need no quotes; absent values (None) are left out.
+
+    `path` is the table that `values` are, with a dot at its end.
+    """
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
+    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    # JSON's strings, numbers, booleans and arrays are TOML's too, but for one control character.
+    text = "".join(
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f") for key, value in plain.items()
+    )
+    for name, table in tables.items():
+        content = to_toml(table, f"{path}{name}.")
+        # A table that holds nothing but tables is named by theirs.
+        text += content if content.startswith("\n[") else f"\n[{path}{name}]\n{content}"
+    return text
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set what `key.sub=value` names in the values of a recipe (values in TOML; bare words are strings).
+
+    Raises:
+        CastuneError: no key, no value, or a key below something that is no table.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise CastuneError(f"--set {override}: expected key=value, for example tune.learning_rate=2e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = text.strip()
+    *path, last = key.strip().split(".")
+    table = values
+    for part in path:
+        if not isinstance(table.setdefault(part, {}), dict):
+            table[part] = plain_source(table[part])
+        table = table[part]
+        if not isinstance(table, dict):
+            raise CastuneError(f"--set {override}: {part} is not a table")
+    table[last] = value
