@@ -145,7 +145,7 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
-HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "altair", "pyarrow", "pandas", "numpy"}
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "altair", "pyarrow", "pandas", "scipy", "numpy"}
 
 
 @pytest.mark.processes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from castune.stats.distributions import Interval, clopper_pearson
-
-# At most this many orders are enumerated (7! = 5,040); beyond, as many are drawn at random.
-_ORDERS = 10_000
+from castune.stats.ranking import orders
 
 
 @dataclass(frozen=True)
@@ -118,13 +115,9 @@ def order_null(scores: Sequence[float], costs: Sequence[float | None], *, seed: 
     inversions, differing = int((products < 0).sum()), int((products != 0).sum())
     if differing == 0:
         return OrderNull(0, 0, None, None, n, 0, n_undefined)
-    if math.factorial(n) <= _ORDERS:
-        orders = [list(order) for order in itertools.permutations(range(n))]
-    else:
-        rng = np.random.default_rng(seed)
-        # The observed order counts as one.
-        orders = [list(range(n)), *(rng.permutation(n).tolist() for _ in range(_ORDERS - 1))]
-    agreement = np.array([float((signs_x * signs_y[np.ix_(order, order)]).sum()) for order in orders])
+    # The observed order counts as one.
+    tried = orders(n, seed)
+    agreement = np.array([float((signs_x * signs_y[np.ix_(order, order)]).sum()) for order in tried])
     observed = float((signs_x * signs_y).sum())
     p, p_two_sided = float(np.mean(agreement >= observed)), float(np.mean(np.abs(agreement) >= abs(observed)))
-    return OrderNull(inversions, differing, p, p_two_sided, n, len(orders), n_undefined)
+    return OrderNull(inversions, differing, p, p_two_sided, n, len(tried), n_undefined)

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.correlations import correlations, fisher_interval
-from castune.stats.distributions import Interval
-from castune.stats.estimates import Correlation, correlation
+from castune.stats.correlations import Correlation, correlation, correlations, fisher_interval
+from castune.stats.distributions import Interval, percentile_interval
 from castune.stats.ranking import percentile_rank
 
 Floats = NDArray[np.float64]
@@ -272,6 +271,6 @@ def _chi(rng: np.random.Generator, df: int, draws: int) -> Floats:
 
 
 def _interval(observed: float, drawn_R: Floats) -> Interval:
-    low, high = (float(v) for v in np.quantile(drawn_R, (0.025, 0.975)))
+    low, high = percentile_interval(drawn_R)
     # What was measured is in its own interval, also where it is noise that made it small.
     return Interval(min(low, observed), max(high, observed))

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from castune.stats.correlations import Correlation, correlation
 from castune.stats.distributions import Interval, Z
-from castune.stats.estimates import Correlation, correlation
 from castune.stats.shrinkage import true_scores
 
 Floats = NDArray[np.float64]

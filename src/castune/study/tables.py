@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from castune.config import StudyConfig, method_suffix
-from castune.stats.estimates import correlation
+from castune.stats.correlations import correlation
 from castune.study.findings import BudgetCheck, Findings
 from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
 
