@@ -71,7 +71,7 @@ def test_students_tails_are_those_of_the_incomplete_beta_function(t: float, df: 
 def test_students_quantile_leaves_a_twentieth_outside(df: float) -> None:
     assert student_p(student_quantile(df), df) == pytest.approx(0.05, rel=1e-9)
     closed = {1: math.tan(0.475 * math.pi), 2: 0.95 * math.sqrt(2 / (1 - 0.95**2))}
-    assert student_quantile(df) == pytest.approx(closed.get(df, student_quantile(df)), rel=1e-12)
+    assert student_quantile(df) == pytest.approx(closed.get(df, student_quantile(df)), rel=1e-9)
     assert student_p(0.0, df) == 1
     assert student_p(math.inf, df) == 0
 
