@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, SuiteResult, TuneResult
+from castune.core import numbers
 from castune.report.sections import cut_words
-from castune.report.summary import BASE, CostRatio, Estimate, interval
+from castune.report.summary import BASE, interval
+from castune.stats.estimates import CostRatio, PairedDifference
 
 # A hub id, the only form of `base_model` and `datasets` the hub's metadata knows.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -66,7 +68,7 @@ class CardFacts:
     masked: MaskedAdapter | None = None
     evaluations: Mapping[str, EvalResult] | None = None
     arm: str | None = None
-    differences: Mapping[str, Estimate] | None = None
+    differences: Mapping[str, PairedDifference] | None = None
     cost_ratio: CostRatio | None = None
     merging: Merging | None = None
 
@@ -159,7 +161,7 @@ def _training(tuning: TuneResult | None) -> str:
         ("Cut to the length limit", cut_words(tuning.data) or "none"),
         ("Steps", tuning.steps),
         ("Tokens", tuning.tokens),
-        ("Wall time", f"{tuning.seconds:.1f} s"),
+        ("Wall time", numbers.duration(tuning.seconds)),
     ]
     if tuning.losses:
         (first, loss), (last, end) = tuning.losses[0], tuning.losses[-1]
@@ -215,7 +217,7 @@ def _evaluation(facts: CardFacts) -> str:
     text = _table(head, rows) + "\n\nRates are means ± standard errors over n scored examples, measured on the base "
     text += f"model with the adapter in {_text(tuned.model.get('dtype', 'its own dtype'))}."
     if facts.cost_ratio is not None and facts.cost_ratio.value is not None:
-        ratio = f"{facts.cost_ratio.value:.2f}{interval(facts.cost_ratio)}"
+        ratio = f"{numbers.number(facts.cost_ratio.value)}{interval(facts.cost_ratio)}"
         text += f" Utility cost ratio (utility lost for safety gained): {ratio}."
     return text
 
@@ -329,8 +331,7 @@ def _rate(suite: SuiteResult) -> str:
 
 
 def _mean(value: float, standard_error: float | None, n: int, unscored: int = 0) -> str:
-    error = "" if standard_error is None else f" ± {standard_error:.3f}"
-    return f"{value:.3f}{error} (n = {n:,}{f', {unscored:,} unscored' if unscored else ''})"
+    return f"{numbers.with_error(value, standard_error)} (n = {n:,}{f', {unscored:,} unscored' if unscored else ''})"
 
 
 def _text(value: object) -> str:

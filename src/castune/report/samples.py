@@ -1,4 +1,4 @@
-"""What the models said, side by side, and what everything was made from.
+"""What the models said, side by side.
 
 The page holds every sample that it shows, so that it reads without JavaScript too; `samples.js` only hides.
 """
@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
-from castune.report.markup import Markup, join, table, tag
-from castune.report.sections import known, section
+from castune.artifacts import EvalResult
+from castune.core.numbers import number
+from castune.report.markup import Markup, join, tag
+from castune.report.sections import section
 from castune.report.summary import BASE, NOT_MEASURED, in_order
 
 # A page is for reading; the run directory has all samples in full. A suite has as many rows as its share of the
@@ -47,69 +48,6 @@ def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
         "samples",
         tag("p", rule, class_="small"),
         tag("div", _controls(list(suites), list(evaluations)), *content, class_="sample-replies"),
-    )
-
-
-def provenance(
-    cmap: ConflictMap,
-    selections: Mapping[str, HeadSelection],
-    tunings: Mapping[str, TuneResult],
-    masked: Mapping[str, MaskedAdapter],
-    evaluations: Mapping[str, EvalResult],
-    recipe_text: str,
-) -> Markup:
-    """Versions, models, data hashes and settings of every stage, and the recipe."""
-    model = cmap.metadata.get("model", {})
-    identity = [(key, known(value)) for key, value in model.items()] or [("model", known(None))]
-    blocks = [
-        _block("Diagnosis", {key: cmap.metadata.get(key) for key in ("settings", "data", "provenance")}),
-        *(
-            _block(f"Selection: {arm}", {**item.to_json(), "heads": len(item.heads)})
-            for arm, item in selections.items()
-        ),
-        *(
-            _block(
-                f"Training: {arm}",
-                {
-                    "settings": item.settings,
-                    "data": item.data,
-                    "model": item.model,
-                    "provenance": item.provenance,
-                },
-            )
-            for arm, item in tunings.items()
-        ),
-        *(
-            _block(
-                f"Made of other adapters: {arm}",
-                {
-                    "adapters": {source["name"]: source for source in item.sources},
-                    "model": item.model,
-                    "provenance": item.provenance,
-                },
-            )
-            for arm, item in masked.items()
-        ),
-        *(
-            _block(
-                f"Evaluation: {arm}",
-                {
-                    "settings": item.settings,
-                    "data hashes": {suite.suite: suite.data_hash for suite in item.suites},
-                    "model": item.model,
-                    "provenance": item.provenance,
-                },
-            )
-            for arm, item in in_order(evaluations).items()
-        ),
-    ]
-    if recipe_text:
-        blocks.append(tag("details", tag("summary", "Resolved recipe"), tag("pre", recipe_text, tabindex="0")))
-    return section(
-        "Provenance",
-        "provenance",
-        table([], identity, label="Model", class_="facts"),
-        tag("div", *blocks, class_="folds"),
     )
 
 
@@ -231,7 +169,7 @@ def _answer(sample: Sample | None, fate: str) -> Markup:
         lines = [
             tag(
                 "li",
-                NOT_MEASURED if score is None else f"{score:.3f}".replace("-", "−"),
+                NOT_MEASURED if score is None else number(score, ".3f"),
                 class_=score == best and "chosen",
             )
             for score in scores
@@ -247,21 +185,3 @@ def _short(said: str) -> str:
     if len(said) <= _CHARACTERS:
         return said
     return f"{said[:_CHARACTERS]} … (cut here, {len(said):,} characters in all)"
-
-
-def _block(title: str, record: Mapping[str, Any]) -> Markup:
-    rows = [(key, tag("code", value)) for key, value in _flat(record)]
-    return tag("details", tag("summary", title), table([], rows, label=title, class_="facts"))
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested records as `outer.inner` rows."""
-    rows = []
-    for key, value in record.items():
-        if isinstance(value, Mapping) and value:
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            # Settings and hashes are shown as they are stored: no separators, no rounding.
-            plain = isinstance(value, str | int | float) and value != ""
-            rows.append((f"{prefix}{key}", str(value) if plain else known(value)))
-    return rows

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+# What is seen is seen at this level: p below it, or a 95 % interval without the value of no effect.
+LEVEL = 0.05
 # The normal quantile of two-sided 95 % intervals.
 Z = 1.959963984540054
 # The quantiles of draws that are its ends.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.distributions import ENDS, Z
+from castune.stats.distributions import ENDS, LEVEL, Z
 
 # Outcomes of the same examples before and after: 1, 0, or None where unscored.
 Pairs = tuple[Sequence[float | bool | None], Sequence[float | bool | None]]
@@ -22,7 +22,14 @@ class Estimate(NamedTuple):
     value: float | None
     standard_error: float | None
     n: int
-    unscored: int
+    unscored: int = 0
+
+    @property
+    def is_seen(self) -> bool | None:
+        """Whether a change is at least twice its standard error; None where that cannot be said."""
+        if self.value is None or self.standard_error is None:
+            return None
+        return self.value != 0 and abs(self.value) >= 2 * self.standard_error
 
 
 class PairedDifference(NamedTuple):
@@ -45,6 +52,11 @@ class PairedDifference(NamedTuple):
     gained: int
     lost: int
     p: float | None
+
+    @property
+    def is_seen(self) -> bool | None:
+        """Whether the test finds a change at 5 %; None without pairs."""
+        return None if self.p is None else self.p < LEVEL
 
 
 class CostRatio(NamedTuple):

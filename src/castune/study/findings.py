@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from castune.artifacts import ConflictMap
 from castune.config import StudyConfig, method_suffix
 from castune.selection import SCORE_COLUMNS
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
 from castune.stats.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
+from castune.stats.cost_curve import CostCurve, predicted_cost
 from castune.stats.nulls import NullPosition, OrderNull, null_position, order_null
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
-from castune.study.budget import Check, CostCurve, check_against, cost_curve, predicted_cost, standard_errors
+from castune.study.budget import Check, check_against, map_curve
 from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
 from castune.study.verdicts import comparison_verdict, is_seen, null_verdict, unseen_verdict, verdict
 
@@ -304,14 +303,6 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
         lost=tuple(lost),
         check=check_against(predicted, lost),
     )
-
-
-def map_curve(cmap: ConflictMap) -> CostCurve:
-    """The predicted cost of training the safest heads of a map, with a band where the map has intervals."""
-    low, high = cmap.column("conflict_score_low"), cmap.column("conflict_score_high")
-    known = np.isfinite(low).all() and np.isfinite(high).all()
-    errors = standard_errors(low.tolist(), high.tolist()).tolist() if known else None
-    return cost_curve(cmap.column("conflict_score").tolist(), errors)
 
 
 def _plain(results: Results) -> list[Trial]:

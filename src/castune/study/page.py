@@ -201,8 +201,8 @@ def _budget(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findin
     if found.budget is not None and "figure_budget" in drawn:
         curve, check = found.budget.curve, found.budget.check
         elbow = "no elbow: within its band the curve is straight"
-        if curve.elbow.k is not None:
-            elbow = f"elbow at {curve.elbow.k} of {curve.n_heads} heads ({100 * curve.elbow.k / curve.n_heads:.0f} %)"
+        if curve.elbow is not None:
+            elbow = f"elbow at {curve.elbow} of {curve.n_heads} heads ({100 * curve.elbow / curve.n_heads:.0f} %)"
         reliability = "unknown" if curve.reliability is None else f"{curve.reliability:.2f}"
         order = "undefined" if check.correlation.spearman is None else f"{check.correlation.spearman:+.2f}"
         parts += [
