@@ -176,17 +176,17 @@ def study(
 ) -> None:
     """Arms x seeds x buckets: the paper's tables and figures. Continues where it was; retries what failed."""
     from castune.config import Recipe
-    from castune.study import command
+    from castune.study.run import Options, show_graph, show_study
 
     changes = list(overrides or [])
     if out is not None:
         changes.append(f"out={out!r}")
     found = Recipe.load(recipe, changes)
     if dry_run:
-        command.dry_run(found, accelerator=accelerator)
+        show_graph(found, accelerator=accelerator)
         return
-    options = command.Options(executor, workers, threads, gpus, memory, address, shards, shard, launch)
-    if not command.run(found, options):
+    options = Options(executor, workers, threads, gpus, memory, address, shards, shard, launch)
+    if not show_study(found, options):
         raise typer.Exit(1)
 
 

@@ -47,7 +47,7 @@ def counted(n: int, noun: str) -> str:
 def duration(seconds: float) -> str:
     """Wall time in a unit that fits."""
     if seconds < 90:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 

@@ -1,7 +1,7 @@
 """How many heads to train: the largest budget within a loss, from a run's map and one measured arm (`castune budget`).
 
-`stats.cost_curve`, whose shape letters are used here, foretells a shape from the map alone. What one arm lost gives it a
-scale, and what several lost checks it.
+`stats.cost_curve`, whose shape letters are used here, foretells a shape from the map alone. What one arm lost gives it
+a scale, and what several lost checks it.
 """
 
 from __future__ import annotations
@@ -69,14 +69,12 @@ class Check:
         scale: loss of the full model that fits the arms best (least squares through 0); None without a prediction
             above 0.
         residuals: measured minus scale times predicted, arm by arm.
-        relative_error: root mean square of the residuals over that of the losses; None where nothing was lost.
         n_undefined: arms left out, for their loss is None; their residual is None too.
     """
 
     correlation: Correlation
     scale: float | None
     residuals: tuple[float | None, ...]
-    relative_error: float | None
     n_undefined: int
 
 
@@ -138,8 +136,7 @@ def check_against(predicted: Sequence[float], losses: Sequence[float | None], *,
     residuals = tuple(
         None if b is None or scale is None else b - scale * a for a, b in zip(predicted, losses, strict=True)
     )
-    error = None if scale is None or not y.any() else float(np.linalg.norm(y - scale * x) / np.linalg.norm(y))
-    return Check(found, scale, residuals, error, len(losses) - len(pairs))
+    return Check(found, scale, residuals, len(losses) - len(pairs))
 
 
 def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | None) -> None:

@@ -18,7 +18,7 @@ from castune.stats.nulls import NullPosition, OrderNull, null_position, order_nu
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
 from castune.study.budget import Check, check_against, map_curve
 from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
-from castune.study.verdicts import comparison_verdict, is_seen, null_verdict, unseen_verdict, verdict
+from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verdict, verdict
 
 # The arm that every other one is compared with: what the method recommends.
 REFERENCE = "safe"
@@ -116,7 +116,7 @@ class Findings:
         words = []
         for method, purpose in dict.fromkeys((found.method, found.purpose) for found in self.comparisons):
             group = [found for found in self.comparisons if (found.method, found.purpose) == (method, purpose)]
-            unseen = [found for found in group if found.found.interval is not None and not is_seen(found.found)]
+            unseen = [found for found in group if found.found.interval is not None and not found.found.is_seen]
             words += [found.words for found in group if found not in unseen]
             if unseen:
                 suffix = method_suffix(method)
