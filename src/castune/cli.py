@@ -433,7 +433,7 @@ def group(
             parts.append(f"{name} shift {record[f'{name}_shift']:.3f}{known} together, {single:.3f} in sum")
         say(f"bucket {record['bucket']} ({record['heads']} heads): {'; '.join(parts)}")
     of_domains = f" (utility: mean over {len(cmap.domains)} domains)" if cmap.domains else ""
-    say(f"group ablation{of_domains}: {folder.path / 'group_ablation.json'}")
+    say(f"group ablation{of_domains}: {folder.groups_file}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts import EvalResult
+from castune.artifacts.eval_result import METRICS_FILE
 from castune.config import EvaluateConfig, Recipe
 from castune.core.loading import load_config, load_model, model_source
 from castune.core.provenance import model_record
@@ -210,7 +211,7 @@ def stored_evaluation(
     Raises:
         ArtifactError: what is there is damaged.
     """
-    if not (folder / "metrics.json").is_file():
+    if not (folder / METRICS_FILE).is_file():
         return None
     found = EvalResult.load(folder)
     # A record that knows nothing of a setting was made before there was a choice, with what is the default now.

@@ -13,6 +13,7 @@ from typing import Any
 
 from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import check_vacant, new_directory, write_text
+from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.core.loading import display_name, load, load_config
@@ -24,7 +25,7 @@ from castune.tuning.merge import write_merged
 
 # What an exported adapter consists of; the model card is written beside. Other files of the directory stay behind.
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "certificate.json")
-_RECORDS = (TUNE_FILE, MASK_FILE, "selection.json")
+_RECORDS = (TUNE_FILE, MASK_FILE, SELECTION_FILE)
 
 
 @dataclass(frozen=True)

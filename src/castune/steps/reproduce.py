@@ -189,9 +189,8 @@ def recorded_recipe(folder: RunDirectory, cmap: ConflictMap, *, out: str) -> Rec
         "dtype": cmap.metadata["model"]["dtype"],
         "diagnose": settings,
     }
-    base = folder.evaluation(BASE)
-    if (base / "metrics.json").is_file():
-        changes["evaluate"] = EvaluateConfig(**EvalResult.load(base).settings)
+    if folder.is_evaluated(BASE):
+        changes["evaluate"] = EvaluateConfig(**EvalResult.load(folder.evaluation(BASE)).settings)
     return Recipe(**{**dict(recipe), **changes})
 
 

@@ -248,11 +248,7 @@ def _replies(graph: Graph) -> list[object]:
         return []
     folder = RunDirectory(run.folder)
     names = [BASE, *(run.same_as[arm] for arm in graph.recipe.study.arms if arm in run.same_as)]
-    evaluations = {
-        name: EvalResult.load(folder.evaluation(name))
-        for name in names
-        if (folder.evaluation(name) / "metrics.json").is_file()
-    }
+    evaluations = {name: EvalResult.load(folder.evaluation(name)) for name in names if folder.is_evaluated(name)}
     if not evaluations:
         return []
     note = tag("p", f"Replies are those of the arms with seed {run.seed}, trained as the recipe says.", class_="small")

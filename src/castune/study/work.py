@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castune.artifacts import EvalResult, TuneResult
-from castune.artifacts.conflict_map import MAP_FILE
+from castune.artifacts.conflict_map import DOMAINS_FOLDER, MAP_FILE
 from castune.artifacts.drift_result import DRIFT_FILE
+from castune.artifacts.eval_result import METRICS_FILE, SAMPLES_FILE
 from castune.artifacts.files import locked, replacing
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import Recipe, TuneConfig
 from castune.core.loading import load_model
 from castune.data.example import Example
 from castune.diagnosis.domains import Utility
+from castune.diagnosis.stored import GRADIENTS_FILE, OUTCOMES_FILE
 from castune.errors import CastuneError, MapUnfinished
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What lies beside a map and is needed to tell its noise from drift.
-_OF_MAP = ("ablation.parquet", "gradients.parquet")
+_OF_MAP = (OUTCOMES_FILE, GRADIENTS_FILE)
 
 
 def perform(unit: Unit) -> None:
@@ -106,7 +108,7 @@ def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
 def _stored(
     folder: RunDirectory, recipe: Recipe, arm: str, suites: Sequence[Suite], adapter: str | None
 ) -> EvalResult | None:
-    if not (folder.evaluation(arm) / "metrics.json").is_file():
+    if not folder.is_evaluated(arm):
         return None
     model = {**identity_by_map(folder, recipe), "adapter": adapter}
     return stored_evaluation(folder.evaluation(arm), model, recipe.evaluate, suites)
@@ -182,16 +184,16 @@ def _opened(unit: Unit) -> RunDirectory:
             folder.save_recipe(unit.recipe)
         base = RunDirectory(unit.base_folder).evaluation(BASE)
         # The map last of its files, metrics last of theirs: where these are, all are.
-        parts = [*sorted((unit.map_folder / "domains").glob("*.parquet"))]
+        parts = [*sorted((unit.map_folder / DOMAINS_FOLDER).glob("*.parquet"))]
         parts += [path for name in _OF_MAP if (path := unit.map_folder / name).is_file()]
         shared = [*parts, unit.map_folder / MAP_FILE]
         for file in shared:
             _share(file, folder.path / file.relative_to(unit.map_folder))
-        if (base / "metrics.json").is_file():
+        if (base / METRICS_FILE).is_file():
             EvalResult.settle(base)
             with locked(base, shared=True):
-                for name in ("samples.jsonl", "metrics.json"):
-                    _share(base / name, folder.evaluation(BASE) / name, private=name == "samples.jsonl")
+                for name in (SAMPLES_FILE, METRICS_FILE):
+                    _share(base / name, folder.evaluation(BASE) / name, private=name == SAMPLES_FILE)
     return folder
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from castune.artifacts import HeadSelection
 from castune.artifacts.files import new_directory
+from castune.artifacts.head_selection import SELECTION_FILE
 from castune.config import TuneConfig
 from castune.errors import CastuneError
 from castune.tuning.stacking import stack
@@ -88,7 +89,7 @@ class Phases:
         """The phases with the one that comes after the current one, whose end has a checkpoint."""
         assert self.end is not None
         step, folder = self.end, self._folder(self.end)
-        if (folder / "selection.json").is_file():
+        if (folder / SELECTION_FILE).is_file():
             return self._with(HeadSelection.load(folder))
         with self.workspace.writing(f"the phase after step {step}"):
             if not (folder / "adapter").is_dir():
