@@ -21,6 +21,7 @@ from typing import Any
 from castune.artifacts import HeadSelection
 from castune.artifacts.files import new_directory
 from castune.artifacts.head_selection import SELECTION_FILE
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from castune.config import TuneConfig
 from castune.errors import CastuneError
 from castune.tuning.stacking import stack
@@ -95,7 +96,7 @@ class Phases:
             if not (folder / "adapter").is_dir():
                 checkpoint = self.workspace.folder / f"checkpoint-{step}"
                 with new_directory(folder / "adapter") as aside:
-                    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+                    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"):
                         if (checkpoint / name).is_file():
                             shutil.copyfile(checkpoint / name, aside / name)
             with new_directory(folder / "stacked", replace=True) as aside:
