@@ -24,6 +24,7 @@ from castune.artifacts.files import (
     read_parquet,
     write_parquet,
 )
+from castune.artifacts.records import DataRecord, ModelRecord, Provenance
 from castune.artifacts.rules import warn_of_old_rules
 from castune.errors import ArtifactError
 
@@ -143,9 +144,21 @@ class ConflictMap:
         return [str(kind) for kind in self.table["unit"].to_pylist()]
 
     @property
+    def model(self) -> ModelRecord:
+        """Identity of the model the map belongs to."""
+        found: ModelRecord = self.metadata["model"]
+        return found
+
+    @property
+    def data(self) -> dict[str, DataRecord]:
+        """What it was measured on, by objective: `safety`, `utility`, and `utility:NAME` of several domains."""
+        found: dict[str, DataRecord] = self.metadata["data"]
+        return found
+
+    @property
     def fingerprint(self) -> str:
         """Fingerprint of the model the map belongs to."""
-        return str(self.metadata["model"]["fingerprint"])
+        return str(self.model["fingerprint"])
 
     @property
     def content_hash(self) -> str:
@@ -217,7 +230,7 @@ class ConflictMap:
             raise ArtifactError(
                 f"{path}: damaged: its table has digest {found}, noted is {header['table']}; remove it and run: {again}"
             )
-        warn_of_old_rules(path, _KIND, parsed(path, _KIND, lambda: dict(metadata.get("provenance") or {})))
+        warn_of_old_rules(path, _KIND, parsed(path, _KIND, lambda: Provenance(**(metadata.get("provenance") or {}))))
         return cmap
 
 

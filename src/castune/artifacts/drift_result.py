@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts.files import read_json, typed, write_json
+from castune.artifacts.records import ModelRecord, Provenance, Settings
 
 _KIND = "conflict drift"
 DRIFT_FILE = "drift.json"
@@ -159,14 +160,14 @@ class DriftResult:
     first_map_hash: str
     adapter_hash: str
     n: dict[str, int]
-    settings: dict[str, Any]
+    settings: Settings
     seed: int
     n_splits: int
     n_resamples: int
     baseline: dict[str, Any]
-    model: dict[str, Any]
+    model: ModelRecord
     seconds: float
-    provenance: dict[str, Any]
+    provenance: Provenance
 
     def __post_init__(self) -> None:
         if not self.steps:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts.files import locked, read_json, text_hash, typed, write_json, write_text
+from castune.artifacts.records import ModelRecord, Provenance, Settings
 from castune.artifacts.rules import warn_of_old_rules
+from castune.artifacts.samples import Sample, is_letter, is_problem
 from castune.errors import ArtifactError
 
 METRICS_FILE, SAMPLES_FILE = "metrics.json", "samples.jsonl"
@@ -67,8 +68,7 @@ class EvalResult:
     Attributes:
         name: which arm this is: `base`, `safe`, `risky`, ...
         suites: results in the order asked for.
-        samples: one plain record an example: `suite`, `id`, `purpose`, `group`, `prompt`, `outcome` (True, False,
-            None), and `reply` or `choice_scores`.
+        samples: one plain record an example (`castune.artifacts.samples`).
         settings: the resolved `EvaluateConfig`.
         model: identity of the evaluated model.
         provenance: versions, machine, command, time.
@@ -76,10 +76,10 @@ class EvalResult:
 
     name: str
     suites: tuple[SuiteResult, ...]
-    samples: tuple[dict[str, Any], ...]
-    settings: dict[str, Any]
-    model: dict[str, Any]
-    provenance: dict[str, Any]
+    samples: tuple[Sample, ...]
+    settings: Settings
+    model: ModelRecord
+    provenance: Provenance
 
     def suite(self, name: str) -> SuiteResult:
         """The result of one suite."""
@@ -88,7 +88,7 @@ class EvalResult:
                 return result
         raise KeyError(f"no suite {name!r}; suites: {', '.join(result.suite for result in self.suites)}")
 
-    def samples_of(self, suite: str) -> list[dict[str, Any]]:
+    def samples_of(self, suite: str) -> list[Sample]:
         """Samples of one suite, in order."""
         return [sample for sample in self.samples if sample["suite"] == suite]
 
@@ -169,10 +169,10 @@ class EvalResult:
             if not isinstance(sample, dict) or sample.get("suite") not in known or "id" not in sample:
                 raise ArtifactError(f"{directory / SAMPLES_FILE}: damaged: a line is no sample of a suite; {again}")
         # Scored choices and prompts follow no rules of reading.
-        if any("found" in sample for sample in samples):
+        if any(is_letter(sample) or is_problem(sample) for sample in samples):
             warn_of_old_rules(directory, "evaluation", result.provenance)
         return replace(result, samples=samples)
 
 
-def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
+def _json_lines(rows: Sequence[Sample]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts.files import read_json, typed, write_json
+from castune.artifacts.records import ModelRecord, Provenance, Settings
 
 _KIND = "lm-eval result"
 LM_EVAL_FILE = "lm_eval.json"
@@ -65,9 +65,9 @@ class LmEvalResult:
     tasks: tuple[LmEvalScore, ...]
     groups: tuple[LmEvalScore, ...]
     members: dict[str, list[str]]
-    settings: dict[str, Any]
-    model: dict[str, Any]
-    provenance: dict[str, Any]
+    settings: Settings
+    model: ModelRecord
+    provenance: Provenance
     seconds: float
 
     def score(self, task: str, metric: str | None = None) -> LmEvalScore:

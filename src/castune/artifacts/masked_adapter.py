@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts.files import read_json, typed, write_json
+from castune.artifacts.records import ModelRecord, Provenance
 from castune.artifacts.tune_result import Certificate
 
 _KIND = "masked adapter"
@@ -40,8 +41,8 @@ class MaskedAdapter:
     density: float | None
     dropped: dict[str, int]
     unadapted_layers: tuple[int, ...]
-    model: dict[str, Any]
-    provenance: dict[str, Any]
+    model: ModelRecord
+    provenance: Provenance
 
     def save(self, directory: str | Path) -> Path:
         """Write `mask.json`, and `certificate.json` before it, into an adapter directory, atomically."""

@@ -7,10 +7,10 @@ and say so; numbers of different rules do not compare.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+
+from castune.artifacts.records import Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _CHANGES: dict[int, dict[str, str]] = {
 }
 
 
-def warn_of_old_rules(path: str | Path, kind: str, provenance: Mapping[str, Any]) -> None:
+def warn_of_old_rules(path: str | Path, kind: str, provenance: Provenance) -> None:
     """Say, once for each file and process, that an artifact was made by older rules, and what they were.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 from castune.artifacts.files import file_hash, parsed, read_json, typed, write_json
 from castune.artifacts.head_selection import HeadSelection
+from castune.artifacts.records import DataRecord, ModelRecord, Phase, Provenance, Settings
 from castune.artifacts.rules import warn_of_old_rules
 
 _CERTIFICATE = "certificate"
@@ -131,21 +132,21 @@ class TuneResult:
     adapter: str
     certificate: Certificate
     budget: dict[str, int]
-    settings: dict[str, Any]
-    data: dict[str, Any]
+    settings: Settings
+    data: DataRecord
     losses: tuple[tuple[int, float], ...]
     steps: int
     tokens: int
     seconds: float
-    model: dict[str, Any]
-    provenance: dict[str, Any]
+    model: ModelRecord
+    provenance: Provenance
     surgery: dict[str, Any] | None = None
-    utility: dict[str, Any] | None = None
-    selections: tuple[dict[str, Any], ...] = ()
+    utility: DataRecord | None = None
+    selections: tuple[Phase, ...] = ()
 
     def trained(self, selection: HeadSelection) -> HeadSelection:
         """Everything that was trained at any time, of the arm that began with `selection`."""
-        phases = [{(layer, i) for _, layer, i in record["units"]} for record in self.selections]
+        phases = [{(int(layer), int(i)) for _, layer, i in record["units"]} for record in self.selections]
         return selection.joined(replace(selection, heads=tuple(heads)) for heads in phases)
 
     def began_with(self, selection: HeadSelection) -> bool:
@@ -177,8 +178,8 @@ class TuneResult:
         return found
 
 
-def _phase(record: dict[str, Any]) -> dict[str, Any]:
-    units = [[str(kind), int(layer), int(number)] for kind, layer, number in record["units"]]
+def _phase(record: dict[str, Any]) -> Phase:
+    units: list[list[str | int]] = [[str(kind), int(layer), int(number)] for kind, layer, number in record["units"]]
     return {"step": int(record["step"]), "units": units, "map_hash": record["map_hash"]}
 
 

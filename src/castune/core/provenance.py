@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from castune.artifacts.files import text_hash
 from castune.artifacts.fingerprints import QUANTISED
+from castune.artifacts.records import CodeRecord, ModelRecord, Provenance
 from castune.artifacts.rules import RULES
 from castune.core.loading import display_name
 from castune.core.quantisation import is_quantised
@@ -62,10 +63,10 @@ def chat_template_digest(tokenizer: Any) -> str:
     return text_hash(text + template_date(tokenizer).isoformat() if prints_date(tokenizer) else text)
 
 
-def model_record(model: Any, tokenizer: Any = None, *, name: str | None = None) -> dict[str, Any]:
+def model_record(model: Any, tokenizer: Any = None, *, name: str | None = None) -> ModelRecord:
     """Identity of a model as it is stored in artifacts; with its chat template where a tokenizer is given."""
     config = model.config
-    return {
+    record: ModelRecord = {
         "name": name or display_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "type": config.model_type,
         "fingerprint": fingerprint(model),
@@ -75,18 +76,18 @@ def model_record(model: Any, tokenizer: Any = None, *, name: str | None = None) 
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(next(model.parameters()).device),
         "commit": getattr(config, "_commit_hash", None),
-        # Where transformers puts the modules that came with a model.
-        **({} if tokenizer is None else {"chat_template": chat_template_digest(tokenizer)}),
-        **(
-            {"template_date": template_date(tokenizer).isoformat()}
-            if tokenizer is not None and prints_date(tokenizer)
-            else {}
-        ),
-        **({"remote_code": True} if type(model).__module__.startswith("transformers_modules") else {}),
     }
+    if tokenizer is not None:
+        record["chat_template"] = chat_template_digest(tokenizer)
+        if prints_date(tokenizer):
+            record["template_date"] = template_date(tokenizer).isoformat()
+    # Where transformers puts the modules that came with a model.
+    if type(model).__module__.startswith("transformers_modules"):
+        record["remote_code"] = True
+    return record
 
 
-def provenance(seed: int | None = None) -> dict[str, Any]:
+def provenance(seed: int | None = None) -> Provenance:
     """Versions, machine, command and time of this process."""
     packages = ("castune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
     optional = ("torchjd", "trl", "bitsandbytes", "math-verify", "vllm", "openai", "lm_eval", "ray")
@@ -110,17 +111,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _code_state() -> dict[str, Any] | None:
+def _code_state() -> CodeRecord | None:
     """Commit and dirty flag of castune's own checkout; None where it is installed without one."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+        return {
+            "commit": _git(root, "rev-parse", "HEAD"),
+            "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "dirty": dirty}
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
+from castune.artifacts.records import DataRecord
 from castune.data.example import Example, content_hash
 from castune.data.rows import Row
 
 logger = logging.getLogger(__name__)
 
 
-def data_record(what: str, source: str | None, examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, Any]:
+def data_record(what: str, source: str | None, examples: Sequence[Example], rows: Sequence[Row]) -> DataRecord:
     """Source, size, digest, and how many prompts and replies were cut to the length limit; a warning tells of these.
 
     Args:
@@ -29,5 +29,10 @@ def data_record(what: str, source: str | None, examples: Sequence[Example], rows
             replies_cut,
             len(rows),
         )
-    record = {"source": source, "n": len(examples), "hash": content_hash(examples), "cut": cut}
-    return {**record, "replies_cut": replies_cut}
+    return {
+        "source": source,
+        "n": len(examples),
+        "hash": content_hash(examples),
+        "cut": cut,
+        "replies_cut": replies_cut,
+    }

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import SCHEMA
+from castune.artifacts.records import DataRecord
 from castune.config import DiagnoseConfig
 from castune.core.units import Unit
 from castune.diagnosis.domains import UtilitySet, utility_hash
@@ -40,7 +41,7 @@ class Results:
 
     heads: Sequence[Unit]
     sets: Sequence[UtilitySet]
-    data: Mapping[str, dict[str, Any]]
+    data: Mapping[str, DataRecord]
     grams: Mapping[str, Gram]
     utility: Mapping[str, Measured]
     safety: Measured
@@ -199,7 +200,7 @@ def _about(cmap: ConflictMap, score_H: Floats) -> dict[str, Any]:
     """What the combined map says of a domain; `spearman` is that of its C(h) with the combined C(h)."""
     return {
         "map_hash": cmap.content_hash,
-        "data": cmap.metadata["data"]["utility"],
+        "data": cmap.data["utility"],
         "utility_accuracy": cmap.metadata["baseline"]["utility_accuracy"],
         "reliability": cmap.metadata["reliability"]["reliability"],
         "spearman": spearman(cmap.column("conflict_score"), score_H),

@@ -15,6 +15,7 @@ import pyarrow as pa
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.files import locked, write_parquet
+from castune.artifacts.records import AdapterRecord
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
 from castune.core.answers import require_math_verify
@@ -53,9 +54,9 @@ def diagnose(
     config: DiagnoseConfig | None = None,
     out: str | Path | None = None,
     shard: str | None = None,
-    sources: dict[str, str] | None = None,
+    sources: Mapping[str, str | None] | None = None,
     seed: int | None = None,
-    adapter: dict[str, Any] | None = None,
+    adapter: AdapterRecord | None = None,
 ) -> ConflictMap:
     """Measure O(h), H_gen(h), H_safe(h), S(h) and C(h) of every head (Sections 3.2-3.4 of the paper).
 
@@ -113,7 +114,7 @@ def diagnose(
     settings, record = config.model_dump(mode="json"), provenance(seed)
     # How domains are combined changes nothing that is measured.
     measured_by = {key: value for key, value in settings.items() if key != "domains"}
-    made_by = [identity[key] for key in ("fingerprint", "chat_template", "dtype")]
+    made_by: list[object] = [identity["fingerprint"], identity["chat_template"], identity["dtype"]]
     made_by += [record["versions"]["castune"], record["rules"]]
     # A fingerprint samples weights: it need not see a small update.
     made_by += [] if adapter is None else [adapter]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NotRequired, TypedDict, final
 
 from castune.config import EvaluateConfig
 from castune.core.checksum import unchanged
@@ -31,6 +31,32 @@ from castune.evaluation.suites import Suite
 DECODED, PROMPTS = 16, 4
 
 
+Scores = list[float | None]
+"""Of a question's choices; None where one is not finite."""
+
+
+class PlainReply(TypedDict):
+    """A reply as it is kept.
+
+    Attributes:
+        text: the reply.
+        finished: whether the model ended it.
+        tokens: how many; None where a server does not tell.
+        cut: its prompt lost its beginning to the length limit.
+        in_thought: the chat template had opened the reasoning.
+    """
+
+    text: str
+    finished: bool
+    tokens: int | None
+    cut: bool
+    in_thought: NotRequired[bool]
+
+
+Answer = Scores | PlainReply | None
+"""What a model answers to one example; None where a server gave nothing."""
+
+
 @dataclass(frozen=True)
 class Work:
     """The batches of a suite, and what answers one.
@@ -38,13 +64,11 @@ class Work:
     Attributes:
         batches: numbers of the examples that are answered together. They depend on the suite and the settings alone,
             so that a run that was killed and continued measures what it would have measured without.
-        answer: from a batch to an answer each, in plain JSON. A suite whose choices are scored: a float a choice, None
-            where not finite. Any other: `text`, `finished`, `tokens` of the reply, and whether its prompt was `cut`;
-            None where there is no reply.
+        answer: from a batch to an answer each, in plain JSON: scores of a suite whose choices are scored, else replies.
     """
 
     batches: Iterable[Sequence[int]]
-    answer: Callable[[Sequence[int]], list[Any]]
+    answer: Callable[[Sequence[int]], Sequence[Answer]]
 
 
 class Backend(ABC):
@@ -127,7 +151,7 @@ class TransformersBackend(Backend):
             self.model, lambda share: [question_rows(chat, e, share_prompt=share) for e in suite.examples]
         )
 
-        def answer(indices: Sequence[int]) -> list[Any]:
+        def answer(indices: Sequence[int]) -> list[Scores]:
             rows = [row for index in indices for row in rows_of[index]]
             values = iter(score_rows(self.model, rows, batch_tokens=config.batch_tokens))
             return [
@@ -142,7 +166,7 @@ class TransformersBackend(Backend):
         prompts, cut = zip(*(chat.prompt_ids(example) for example in suite.examples), strict=True)
         most = DECODED * config.batch_tokens
 
-        def answer(indices: Sequence[int]) -> list[Any]:
+        def answer(indices: Sequence[int]) -> list[PlainReply]:
             replies = generate_replies(
                 self.model,
                 self.tokenizer,
@@ -176,12 +200,14 @@ def probes(suites: Sequence[Suite], n: int) -> list[Example]:
     return sorted(examples, key=lambda example: 2 * example.is_question + example.is_problem)[:n]
 
 
-def plain_reply(reply: Reply, cut: bool, chat: ChatFormat) -> dict[str, Any]:
+def plain_reply(reply: Reply, cut: bool, chat: ChatFormat) -> PlainReply:
     """A reply as it is kept."""
-    return {
+    kept: PlainReply = {
         "text": reply.text,
         "finished": reply.finished,
         "tokens": len(reply.tokens),
         "cut": cut,
-        **({"in_thought": True} if chat.opens_thought else {}),
     }
+    if chat.opens_thought:
+        kept["in_thought"] = True
+    return kept

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
+from castune.artifacts.samples import LetterSample, ProblemSample, is_letter
 from castune.core.answers import last_boxed
 from castune.core.refusals import refuses_by_prefix
 from castune.data.said import said
@@ -23,15 +22,12 @@ _REPETITIONS = 4
 _REPEATED_SHARE = 0.5
 
 
-def failure(sample: Mapping[str, Any]) -> str | None:
+def failure(sample: LetterSample | ProblemSample) -> str | None:
     """Why a sample of a question or problem is not right, one of `FAILURES`; None where it is right.
 
     `direct answer`: the final number without the steps that lead to it, the paper's reasoning collapse. `truncated`:
     the length limit came first. `no answer found`: it ended without an answer that can be read. `wrong answer`: another
     letter than the right one.
-
-    Args:
-        sample: `reply`, `finished`, `outcome` and `found` (None: no answer); a question has `choices`.
     """
     if sample["outcome"]:
         return None
@@ -40,7 +36,7 @@ def failure(sample: Mapping[str, Any]) -> str | None:
         return "refusal"
     if is_degenerate(sample["reply"]):
         return "degenerate"
-    is_question = "choices" in sample
+    is_question = is_letter(sample)
     if not is_question and sample["finished"] and is_direct(reply):
         return "direct answer"
     if sample["found"] is None:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 from castune.artifacts import EvalResult
 from castune.artifacts.rules import RULES
+from castune.artifacts.samples import ReplySample, Sample, is_choice, is_letter, is_problem
 from castune.data.said import said
 from castune.evaluation.judges import Judge, judge
 from castune.evaluation.metrics import suite_result
-from castune.evaluation.reading import is_read, read
-
-Sample = dict[str, Any]
+from castune.evaluation.reading import read
 
 # What a judge leaves in a sample, and takes out again when another one judges.
 _OF_A_JUDGE = ("harmful", "verdicts")
 
 
-def judged(samples: Sequence[Mapping[str, Any]], by: Judge) -> list[Sample]:
+def judged(samples: Sequence[Sample], by: Judge) -> list[Sample]:
     """The samples of a suite with the judge's outcomes; answers in words are read again, scores stay what they are."""
     if not _is_judged(samples):
-        return [read(sample) if is_read(sample) else dict(sample) for sample in samples]
-    bare = [{key: value for key, value in sample.items() if key not in _OF_A_JUDGE} for sample in samples]
+        return [_read(sample) for sample in samples]
+    bare = [_bare(cast(ReplySample, sample)) for sample in samples]
     found: list[Sample] = []
     verdicts = by.verdicts(
         [s["prompt"] for s in bare], [said(s["reply"], in_thought=s.get("in_thought")) for s in bare]
@@ -38,14 +37,14 @@ def judged(samples: Sequence[Mapping[str, Any]], by: Judge) -> list[Sample]:
     return found
 
 
-def judge_of(samples: Sequence[Mapping[str, Any]], by: Judge) -> str:
+def judge_of(samples: Sequence[Sample], by: Judge) -> str:
     """Who decides the outcomes of a suite's samples: the judge, or the way answers are compared."""
     first = samples[0]
     if _is_judged(samples):
         return by.name
-    if "choice_scores" in first:
+    if is_choice(first):
         return "argmax"
-    return "stated letter" if "choices" in first else "final answer"
+    return "stated letter" if is_letter(first) else "final answer"
 
 
 def judge_again(result: EvalResult, by: str | Judge) -> EvalResult:
@@ -74,5 +73,16 @@ def judge_again(result: EvalResult, by: str | Judge) -> EvalResult:
     )
 
 
-def _is_judged(samples: Sequence[Mapping[str, Any]]) -> bool:
+def _is_judged(samples: Sequence[Sample]) -> bool:
     return samples[0]["purpose"] in ("safety", "over-refusal")
+
+
+def _read(sample: Sample) -> Sample:
+    if is_letter(sample):
+        return read(sample)
+    return read(sample) if is_problem(sample) else sample.copy()
+
+
+def _bare(sample: ReplySample) -> ReplySample:
+    """A copy without what another judge left."""
+    return cast(ReplySample, {key: value for key, value in sample.items() if key not in _OF_A_JUDGE})

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
+from castune.artifacts.records import ModelRecord
 from castune.core.modes import evaluation_mode
 from castune.core.progress import Advance, progress
 from castune.core.provenance import model_record, provenance
@@ -47,7 +48,7 @@ def lm_eval_results(
     include_path: str | Path | None = None,
     seed: int = 1234,
     name: str = "base",
-    model_info: dict[str, Any] | None = None,
+    model_info: ModelRecord | None = None,
 ) -> LmEvalResult:
     """Evaluate a model on tasks of lm-evaluation-harness, by its protocol.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from castune.config import EvaluateConfig
 from castune.core.journal import Journal
 from castune.core.progress import Advance
-from castune.evaluation.backend import Backend
+from castune.evaluation.backend import Answer, Backend
 from castune.evaluation.suites import Suite
 
 
@@ -20,14 +19,14 @@ from castune.evaluation.suites import Suite
 class Answers:
     """An answer an example, as plain JSON, and the seconds they took, those before an interruption included."""
 
-    values: list[Any]
+    values: list[Answer]
     seconds: float
 
 
 def answers(backend: Backend, suite: Suite, config: EvaluateConfig, journal: Journal, advance: Advance) -> Answers:
     """The answers of a backend to a suite (`Work.answer`); one that is missing is asked for again when continued."""
     key = f"{suite.purpose}:{suite.name}"
-    known: dict[int, Any] = {}
+    known: dict[int, Answer] = {}
     seconds = 0.0
     for record in journal.records():
         if record.get("suite") == key:

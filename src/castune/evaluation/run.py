@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from castune.artifacts import EvalResult, SuiteResult
+from castune.artifacts.records import ModelRecord
+from castune.artifacts.samples import ChoiceSample, LetterSample, ProblemSample, ReplySample, Sample, is_reply
 from castune.config import EvaluateConfig
 from castune.core.journal import Journal
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
 from castune.core.scoring import answer_margin, is_correct
 from castune.data.example import Example, content_hash
-from castune.evaluation.backend import Backend, TransformersHost
+from castune.evaluation.backend import Answer, Backend, PlainReply, Scores, TransformersHost
 from castune.evaluation.judges import Judge, judge
 from castune.evaluation.judging import judge_of, judged
 from castune.evaluation.measure import answers, finite
@@ -23,8 +25,6 @@ from castune.evaluation.reading import read
 from castune.evaluation.suites import Suite, check_names, load_suite
 
 logger = logging.getLogger(__name__)
-
-Sample = dict[str, Any]
 
 
 def evaluate(
@@ -35,7 +35,7 @@ def evaluate(
     config: EvaluateConfig | None = None,
     name: str = "base",
     out: str | Path | None = None,
-    model_info: dict[str, Any] | None = None,
+    model_info: ModelRecord | None = None,
 ) -> EvalResult:
     """Evaluate a model, 0-shot and greedy, through its own chat template.
 
@@ -74,7 +74,7 @@ def evaluate_on(
     config: EvaluateConfig,
     by: Judge,
     name: str,
-    model_info: dict[str, Any],
+    model_info: ModelRecord,
     out: str | Path | None = None,
 ) -> EvalResult:
     """Evaluate a model wherever it runs.
@@ -112,7 +112,7 @@ def evaluate_on(
             )
         )
         samples += of_suite
-    n_missing = sum(bool(sample.get("missing")) for sample in samples)
+    n_missing = sum(is_reply(sample) and sample.get("missing", False) for sample in samples)
     if n_missing:
         logger.warning("%s: %d replies are missing and unscored; the same command asks for them again", name, n_missing)
     result = EvalResult(
@@ -130,25 +130,36 @@ def evaluate_on(
     return result
 
 
-def _samples(suite: Suite, answers: Sequence[Any], config: EvaluateConfig) -> list[Sample]:
+def _samples(suite: Suite, answers: Sequence[Answer], config: EvaluateConfig) -> list[Sample]:
     """A plain record an example; of prompts without an outcome, which is the judge's."""
-    make = _choice_sample if suite.is_scored(config) else _reply_sample
-    return [
-        {
-            "suite": suite.name,
-            "id": example.id,
-            "purpose": suite.purpose,
-            "group": example.group,
-            "prompt": example.prompt,
-            **make(example, answer),
-        }
-        for example, answer in zip(suite.examples, answers, strict=True)
-    ]
+    both = list(zip(suite.examples, answers, strict=True))
+    if suite.is_scored(config):
+        return [_choice_sample(suite, example, cast("Scores | None", answer)) for example, answer in both]
+    return [_reply_sample(suite, example, cast("PlainReply | None", answer)) for example, answer in both]
 
 
-def _choice_sample(example: Example, found: list[float | None] | None) -> Sample:
+class _About(TypedDict):
+    suite: str
+    id: str
+    purpose: str
+    group: str | None
+    prompt: str
+
+
+def _about(suite: Suite, example: Example) -> _About:
+    return {
+        "suite": suite.name,
+        "id": example.id,
+        "purpose": suite.purpose,
+        "group": example.group,
+        "prompt": example.prompt,
+    }
+
+
+def _choice_sample(suite: Suite, example: Example, found: Scores | None) -> ChoiceSample:
     scores = finite(found)
     return {
+        **_about(suite, example),
         "choices": list(example.choices),
         "choice_scores": [None if score is None else round(score, 6) for score in found or []],
         "answer": example.answer,
@@ -158,18 +169,20 @@ def _choice_sample(example: Example, found: list[float | None] | None) -> Sample
     }
 
 
-def _reply_sample(example: Example, found: dict[str, Any] | None) -> Sample:
-    reply = "" if found is None else found["text"]
-    sample: Sample = {"reply": reply, "finished": False, "tokens": None}
+def _reply_sample(suite: Suite, example: Example, found: PlainReply | None) -> Sample:
+    sample = cast(ReplySample, {**_about(suite, example), "reply": "", "finished": False, "tokens": None})
     if found is None:
         # A server gave none: nothing is known of what the model would have said.
         sample["missing"] = True
     else:
-        sample |= {"finished": found["finished"], "tokens": found["tokens"]}
+        sample |= {"reply": found["text"], "finished": found["finished"], "tokens": found["tokens"]}
+        if found["cut"]:
+            sample["cut"] = True
         # Where it is not known whether the chat template opened the reasoning (a server's), the key is absent.
-        sample |= {key: True for key in ("cut", "in_thought") if found.get(key)}
+        if found.get("in_thought"):
+            sample["in_thought"] = True
     if example.is_question:
-        return read({**sample, "choices": list(example.choices), "answer": example.answer})
+        return read(cast(LetterSample, {**sample, "choices": list(example.choices), "answer": example.answer}))
     if example.is_problem:
-        return read({**sample, "target": str(example.target), "scoring": str(example.scoring)})
+        return read(cast(ProblemSample, {**sample, "target": str(example.target), "scoring": str(example.scoring)}))
     return {**sample, "outcome": None}

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from castune.config import EvaluateConfig
 from castune.errors import CastuneError
-from castune.evaluation.backend import Backend, Host, Work, probes
+from castune.evaluation.backend import Backend, Host, PlainReply, Work, probes
 from castune.evaluation.endpoint import Endpoint
 from castune.evaluation.responses import Completion
 from castune.evaluation.suites import Suite
@@ -114,7 +114,7 @@ class ServerBackend(Backend):
         """Requests in the order of the suite."""
         limit = suite.reply_tokens(config)
 
-        def answer(indices: Sequence[int]) -> list[Any]:
+        def answer(indices: Sequence[int]) -> list[PlainReply | None]:
             conversations = [suite.examples[index].messages() for index in indices]
             return [_plain(found) for found in self.endpoint.complete(conversations, max_tokens=limit)]
 
@@ -122,7 +122,7 @@ class ServerBackend(Backend):
         return Work([range(start, min(start + _BATCH, n)) for start in range(0, n, _BATCH)], answer)
 
 
-def _plain(found: Completion | None) -> dict[str, Any] | None:
+def _plain(found: Completion | None) -> PlainReply | None:
     if found is None:
         return None
     # A server refuses what is too long for its model.

@@ -81,7 +81,7 @@ def _objective(result: TuneResult) -> str:
     settings = result.settings
     parts = [str(settings["method"]).upper()]
     if settings["replay"]:
-        replayed = (result.utility or {}).get("replayed")
+        replayed = None if result.utility is None else result.utility.get("replayed")
         parts.append(f"{100 * settings['replay']:g} % replayed ({known(replayed)} examples)")
     if result.surgery is not None:
         parts.append(str(settings["surgery"]))
@@ -99,13 +99,13 @@ def _surgery(tunings: Mapping[str, TuneResult]) -> Markup | str:
     for arm, result in tunings.items():
         if (found := result.surgery) is None:
             continue
-        settings, utility = result.settings, result.utility or {}
+        settings, utility = result.settings, result.utility
         cosine = found.get("mean_cosine")
         rows.append(
             [
                 arm,
                 f"{known(settings.get('surgery'))}, {known(settings.get('surgery_granularity'))}",
-                f"{known(utility.get('source') or None)}, n = {known(utility.get('n'))}",
+                known(None) if utility is None else f"{known(utility['source'] or None)}, n = {known(utility['n'])}",
                 f"{known(found.get('conflicting_steps'))} of {known(found.get('steps'))}",
                 numbers.number(cosine, ".3f"),
             ]

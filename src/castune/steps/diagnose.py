@@ -46,8 +46,8 @@ def diagnose_step(
         found = DiagnoseConfig(**cmap.metadata["settings"]).model_dump(mode="json")
         check_same("the conflict map", found, recipe.diagnose.model_dump(mode="json"), folder)
         for name, digest in (("safety", content_hash(safety)), ("utility", utility_hash(sets))):
-            check_same(f"the conflict map's {name} data", cmap.metadata["data"][name]["hash"], digest, folder)
-        check_template("the conflict map", cmap.metadata["model"], tokenizer, folder)
+            check_same(f"the conflict map's {name} data", cmap.data[name]["hash"], digest, folder)
+        check_template("the conflict map", cmap.model, tokenizer, folder)
         logger.info("diagnosis: already there")
         Journal.remove_all(folder.path)  # of a command that was killed when the map was just made
         return cmap

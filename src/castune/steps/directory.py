@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from castune.artifacts.fingerprints import same_model
 from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.lm_eval_result import LM_EVAL_FILE, LmEvalResult
 from castune.artifacts.masked_adapter import MASK_FILE
+from castune.artifacts.records import ModelRecord, Provenance
 from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.config import Recipe
 from castune.errors import ArtifactError
@@ -202,7 +203,7 @@ class RunDirectory:
                 "give another directory with --out, or remove this one"
             )
 
-    def record_step(self, stage: str, provenance: dict[str, Any]) -> None:
+    def record_step(self, stage: str, provenance: Provenance) -> None:
         """Append a stage to `provenance.json`; several processes may do so at once."""
         path = self.path / "provenance.json"
         with locked(self.path):
@@ -287,7 +288,7 @@ class RunDirectory:
         names = [BASE, *(arm.name for arm in self.arms())]
         return {name: load(self.evaluation(name)) for name in names if (self.evaluation(name) / file).is_file()}
 
-    def _is_of_adapter(self, name: str, model: Mapping[str, Any], command: str) -> bool:
+    def _is_of_adapter(self, name: str, model: ModelRecord, command: str) -> bool:
         """Whether what was measured of an arm is of the adapter that is there; a warning where it is not."""
         arm = None if name == BASE else self.arm(name)
         has_adapter = arm is not None and (arm.is_trained or arm.is_masked)

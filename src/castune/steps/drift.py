@@ -13,6 +13,7 @@ from typing import Any
 from castune.artifacts import Certificate, ConflictMap, HeadSelection
 from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.drift_result import DriftResult, StepDrift
+from castune.artifacts.records import AdapterRecord
 from castune.artifacts.tune_result import snapshots_of
 from castune.config import DiagnoseConfig
 from castune.core.loading import load_model
@@ -119,17 +120,17 @@ def _certificate(model: Any, adapter: Path, selection: HeadSelection) -> Certifi
     return now
 
 
-def _stored_map(out: Path, first: ConflictMap, adapter: dict[str, Any], config: DiagnoseConfig) -> ConflictMap | None:
+def _stored_map(out: Path, first: ConflictMap, adapter: AdapterRecord, config: DiagnoseConfig) -> ConflictMap | None:
     """The map in a folder, if it is that of this adapter, measured as the first one, with what it was made from."""
     if not all((out / name).is_file() for name in (MAP_FILE, GRADIENTS_FILE, OUTCOMES_FILE)):
         return None
     found = ConflictMap.load(out)
 
     def made_from(cmap: ConflictMap) -> Any:
-        return {name: record["hash"] for name, record in cmap.metadata["data"].items()}, cmap.heads
+        return {name: record["hash"] for name, record in cmap.data.items()}, cmap.heads
 
     same = (
-        found.metadata["model"].get("adapter") == adapter
+        found.model.get("adapter") == adapter
         and found.metadata["settings"] == config.model_dump(mode="json")
         and made_from(found) == made_from(first)
     )
@@ -179,7 +180,7 @@ def _result(
                 baseline=cmap.metadata["baseline"],
             )
         )
-    data = first.metadata["data"]
+    data = first.data
     return DriftResult(
         arm=arm.name,
         steps=tuple(steps),
@@ -191,7 +192,7 @@ def _result(
         n_splits=N_SPLITS,
         n_resamples=N_RESAMPLES,
         baseline=first.metadata["baseline"],
-        model=first.metadata["model"],
+        model=first.model,
         seconds=round(sum(cmap.metadata["seconds"] for cmap in maps.values()), 2),
         provenance=provenance(seed),
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 from castune.artifacts import EvalResult
 from castune.artifacts.eval_result import METRICS_FILE
+from castune.artifacts.records import ModelRecord
+from castune.artifacts.samples import is_reply
 from castune.config import EvaluateConfig, Recipe
 from castune.core.loading import load_config, load_model, model_source
 from castune.core.provenance import model_record
@@ -109,9 +111,9 @@ def evaluate_step(
     return stored
 
 
-def identity_by_map(folder: RunDirectory, recipe: Recipe) -> dict[str, Any]:
+def identity_by_map(folder: RunDirectory, recipe: Recipe) -> ModelRecord:
     """Identity of a run's model where its weights are not loaded: it is the one of the map, by its name."""
-    identity = dict(folder.load_map().metadata["model"])
+    identity = folder.load_map().model.copy()
     if recipe.evaluate.backend != "hf":
         identity |= {"dtype": recipe.dtype, "device": recipe.evaluate.backend}
     if recipe.evaluate.backend == "openai":
@@ -166,8 +168,9 @@ def require_scored(evaluations: Mapping[str, EvalResult]) -> None:
             if suite.n:
                 continue
             samples = result.samples_of(suite.suite)
-            n_missing = sum(bool(sample.get("missing")) for sample in samples)
-            n_cut = sum("reply" in s and not s.get("missing") and not s["finished"] for s in samples)
+            replies = [sample for sample in samples if is_reply(sample)]
+            n_missing = sum(bool(reply.get("missing")) for reply in replies)
+            n_cut = sum(not reply.get("missing") and not reply["finished"] for reply in replies)
             reasons = [f"{n_missing} have no reply (see the warnings above)"] if n_missing else []
             reasons += [f"{n_cut} were cut off (raise max_new_tokens)"] if n_cut else []
             raise NothingScored(
@@ -178,15 +181,15 @@ def require_scored(evaluations: Mapping[str, EvalResult]) -> None:
 
 
 def models_of(
-    folder: RunDirectory, identity: dict[str, Any], only: str | None = None
-) -> tuple[dict[str, Path | None], dict[str, dict[str, Any]]]:
+    folder: RunDirectory, identity: ModelRecord, only: str | None = None
+) -> tuple[dict[str, Path | None], dict[str, ModelRecord]]:
     """Adapter directories and identities of the base model and every arm (or `only` one) that has an adapter, by name.
 
     Every adapter is checked against its certificate here, before anything is measured or replaced.
     """
     cmap = folder.load_map(identity["fingerprint"])
     adapters: dict[str, Path | None] = {BASE: None}
-    records = {BASE: {**identity, "adapter": None}}
+    records: dict[str, ModelRecord] = {BASE: {**identity, "adapter": None}}
     for arm in folder.arms():
         if only not in (None, arm.name):
             continue
@@ -198,7 +201,7 @@ def models_of(
 
 
 def stored_evaluation(
-    folder: Path, model: Mapping[str, Any], config: EvaluateConfig, suites: Sequence[Suite]
+    folder: Path, model: ModelRecord, config: EvaluateConfig, suites: Sequence[Suite]
 ) -> EvalResult | None:
     """The evaluation in `folder` if it was made so, whoever judged it; None where it is to be made.
 
@@ -220,11 +223,11 @@ def stored_evaluation(
         same_model_identity(found.model, model)
         and settings == config
         and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
-        and not any(sample.get("missing") for sample in found.samples)
+        and not any(is_reply(sample) and sample.get("missing") for sample in found.samples)
     )
     return found if is_so else None
 
 
-def same_model_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_model_identity(one: ModelRecord, other: ModelRecord) -> bool:
     """Whether two records are of one model with one adapter, in one precision, behind one template."""
     return all(one.get(key) == other.get(key) for key in ("fingerprint", "chat_template", "adapter", "dtype", "server"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from castune.artifacts import TuneResult
+from castune.artifacts.records import DataRecord
 from castune.config import DataConfig, EvaluateConfig, Recipe, TuneConfig
 from castune.data.example import Example, content_hash, require_replies
 from castune.data.overlap import shared_examples
@@ -75,7 +75,7 @@ def utility_source(recipe: Recipe) -> str:
     return ", ".join(recipe.utility[name].source for name in sorted(recipe.utility))
 
 
-def recorded_data(record: Mapping[str, Any], seed: int) -> list[Example]:
+def recorded_data(record: DataRecord, seed: int) -> list[Example]:
     """The examples of a data record: all of the source, or as many as were drawn then, by the same seed; without what
     was left out.
 
@@ -191,7 +191,7 @@ def trained_on_by(
     return found
 
 
-def _records_of(result: TuneResult) -> list[dict[str, Any]]:
+def _records_of(result: TuneResult) -> list[DataRecord]:
     """Records of the data that the weights of a finished training followed."""
     follows_utility = result.utility is not None and TuneConfig(**result.settings).trains_on_utility
     return [result.data, *([result.utility] if result.utility is not None and follows_utility else [])]

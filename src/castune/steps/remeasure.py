@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
+from castune.artifacts.records import AdapterRecord
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import DiagnoseConfig, Recipe
 from castune.data.example import Example
@@ -49,7 +50,7 @@ class Remeasure:
         """Settings of the run's own map, as it was measured."""
         return self.recipe.diagnose.model_copy(update={"batch_tokens": self.first.metadata["batch_tokens"]})
 
-    def about(self, adapter: Path, step: int) -> dict[str, Any]:
+    def about(self, adapter: Path, step: int) -> AdapterRecord:
         """What the metadata of a map say about the adapter."""
         return {"arm": self.arm, "step": step, "hash": adapter_hash(adapter), "base": self.first.fingerprint}
 
@@ -87,11 +88,9 @@ class Remeasure:
         # The map is that of a model with changed weights; what is trained is the base, with adapters.
         return replace(found, model_fingerprint=first.model_fingerprint)
 
-    def _sources(self) -> dict[str, str]:
-        utility = {
-            f"utility:{name}": one.metadata["data"]["utility"]["source"] for name, one in self.first.domains.items()
-        }
-        return {name: record["source"] for name, record in self.first.metadata["data"].items()} | utility
+    def _sources(self) -> dict[str, str | None]:
+        utility = {f"utility:{name}": one.data["utility"]["source"] for name, one in self.first.domains.items()}
+        return {name: record["source"] for name, record in self.first.data.items()} | utility
 
 
 def require_query_heads(cmap: ConflictMap, what: str) -> None:

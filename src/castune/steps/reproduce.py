@@ -8,7 +8,7 @@ is computed, and results are compared stage by stage: bit for bit first, then by
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import write_json
 from castune.artifacts.fingerprints import same_model
+from castune.artifacts.records import CodeRecord, DataRecord
 from castune.artifacts.tune_result import ADAPTER_WEIGHTS, adapter_hash
 from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import load_config, load_model
@@ -156,8 +157,8 @@ def conditions(folder: RunDirectory) -> list[Difference]:
     found = [*_data_differences(folder, cmap)]
     recipe = recorded_recipe(folder, cmap, out=str(folder.path))
     config, _ = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    if config.model_type != cmap.metadata["model"]["type"]:
-        found.append(Difference("type of model", cmap.metadata["model"]["type"], config.model_type, "other input"))
+    if config.model_type != cmap.model["type"]:
+        found.append(Difference("type of model", cmap.model["type"], config.model_type, "other input"))
     for package, then in record["versions"].items():
         now = here["versions"].get(package)
         # What was not there was not used.
@@ -186,7 +187,7 @@ def recorded_recipe(folder: RunDirectory, cmap: ConflictMap, *, out: str) -> Rec
     changes: dict[str, Any] = {
         "out": out,
         # `auto` may mean something else here.
-        "dtype": cmap.metadata["model"]["dtype"],
+        "dtype": cmap.model["dtype"],
         "diagnose": settings,
     }
     if folder.is_evaluated(BASE):
@@ -251,6 +252,7 @@ def _arm_again(
         return
     result = folder.load_tuning(arm, selection)
     align = recorded_data(result.data, recipe.seed)
+    assert result.data["source"] is not None
     utility = None
     if result.utility is not None:
         configs = recipe.utility if isinstance(recipe.utility, dict) else {"": recipe.utility}
@@ -354,7 +356,7 @@ def _data_differences(folder: RunDirectory, cmap: ConflictMap) -> Iterator[Diffe
     except DataError as error:
         yield Difference("calibration data", "there", str(error), "other input")
         now = {}
-    for name, record in cmap.metadata["data"].items():
+    for name, record in cmap.data.items():
         if name in now and record["hash"] != now[name]:
             yield Difference(f"{name} data", record["hash"], now[name], "other input")
     for arm in folder.arms():
@@ -386,10 +388,10 @@ def _changed(what: str, then: str, load: Callable[..., Sequence[Example]]) -> It
 
 def _reader(cmap: ConflictMap) -> Callable[..., list[Example]]:
     """Reads calibration data as many as the map was made from, where the recipe draws another number by now."""
-    by_source = {record["source"]: record for record in cmap.metadata["data"].values()}
+    by_source = {record["source"]: record for record in cmap.data.values()}
 
     def read(source: str, *, limit: int | None = None, seed: int = 0, balance: str | None = None) -> list[Example]:
-        record: Mapping[str, Any] | None = by_source.get(source)
+        record: DataRecord | None = by_source.get(source)
         if record is None:
             return examples(source, limit=limit, seed=seed, balance=balance)
         return recorded_data({**record, "balance": balance}, seed)
@@ -397,7 +399,7 @@ def _reader(cmap: ConflictMap) -> Callable[..., list[Example]]:
     return read
 
 
-def _code(state: Mapping[str, Any] | None) -> str:
+def _code(state: CodeRecord | None) -> str:
     if state is None:
         return "an installed package"
     return f"commit {state['commit'][:12]}{', changed' if state['dirty'] else ''}"

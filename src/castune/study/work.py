@@ -17,6 +17,7 @@ from castune.artifacts.conflict_map import DOMAINS_FOLDER, MAP_FILE
 from castune.artifacts.drift_result import DRIFT_FILE
 from castune.artifacts.eval_result import METRICS_FILE, SAMPLES_FILE
 from castune.artifacts.files import locked, replacing
+from castune.artifacts.records import ModelRecord
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import Recipe, TuneConfig
 from castune.core.loading import load_model
@@ -110,7 +111,7 @@ def _stored(
 ) -> EvalResult | None:
     if not folder.is_evaluated(arm):
         return None
-    model = {**identity_by_map(folder, recipe), "adapter": adapter}
+    model: ModelRecord = {**identity_by_map(folder, recipe), "adapter": adapter}
     return stored_evaluation(folder.evaluation(arm), model, recipe.evaluate, suites)
 
 

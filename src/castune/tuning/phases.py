@@ -16,11 +16,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts import HeadSelection
 from castune.artifacts.files import new_directory
 from castune.artifacts.head_selection import SELECTION_FILE
+from castune.artifacts.records import Phase
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from castune.config import TuneConfig
 from castune.errors import CastuneError
@@ -127,7 +127,7 @@ class Phases:
         """Where the map is that every phase but the first was selected from, by step."""
         return {start: self._folder(start) / "map" for start in self.starts[1:]}
 
-    def record(self) -> tuple[dict[str, Any], ...]:
+    def record(self) -> tuple[Phase, ...]:
         """For `TuneResult.selections`."""
         if self.every is None:
             return ()

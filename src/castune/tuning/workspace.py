@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from castune.artifacts.files import write_text
+from castune.artifacts.records import DataRecord, Settings
 from castune.artifacts.tune_result import SNAPSHOTS
 from castune.errors import CheckpointError
 
@@ -104,7 +105,7 @@ class Workspace:
         if self.last_checkpoint() is None:
             self.remove()
 
-    def remove_of(self, settings: dict[str, Any], data: dict[str, Any]) -> None:
+    def remove_of(self, settings: Settings, data: DataRecord) -> None:
         """Remove the folder if it is of a training with these settings and data, which has ended since."""
         try:
             training = json.loads((self.folder / "training.json").read_text(encoding="utf-8"))

@@ -97,7 +97,8 @@ def test_prompt_and_reply_are_the_templates_own_conversation(
     # What is trained is what was replied, with what the template writes before it where it asks for less.
     trained = tokenizer.decode(row.tokens)
     assert reply.strip() in trained
-    assert "castune" not in trained
+    # Neither the stand-in by which the reply's place is found, nor the prompt.
+    assert "castune" not in trained or "castune" in reply
     assert prompt not in trained or prompt in reply or prompt in "assistant<channel>final<message><think>\n</think>: "
 
 
