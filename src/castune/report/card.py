@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, SuiteResult, TuneResult
+from castune.artifacts.records import DataRecord, ModelRecord
 from castune.core import numbers
 from castune.report.sections import cut_words
 from castune.report.summary import BASE, interval
@@ -59,7 +59,7 @@ class CardFacts:
         merging: of a merged model; None for an adapter.
     """
 
-    model: Mapping[str, Any]
+    model: ModelRecord
     certificate: Certificate
     zone: str | None = None
     n_total: int | None = None
@@ -110,7 +110,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _heads(facts: CardFacts) -> str:
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, object]] = [
         ("Base model", _text(facts.model["name"])),
         ("Revision", facts.model.get("commit")),
         ("Fingerprint of the base model", facts.certificate.model_fingerprint),
@@ -140,10 +140,10 @@ def _diagnosis(cmap: ConflictMap | None) -> str:
     if cmap is None:
         return ""
     metadata = cmap.metadata
-    data, settings = metadata.get("data", {}), metadata.get("settings", {})
-    rows: list[tuple[str, Any]] = [("Map", cmap.content_hash), ("Heads measured", len(cmap))]
+    settings = metadata["settings"]
+    rows: list[tuple[str, object]] = [("Map", cmap.content_hash), ("Heads measured", len(cmap))]
     for key, label in (("safety", "Harmful prompts (D_safe)"), ("utility", "Questions (D_util)")):
-        rows.append((label, _data(data.get(key, {}))))
+        rows.append((label, _data(cmap.data[key])))
     for domain, record in metadata.get("domains", {}).items():
         rows.append((f"Questions of domain {domain}", _data(record.get("data", {}))))
     rows += [(key, settings.get(key)) for key in ("measure", "ablation", "judge", "max_new_tokens", "margin_tokens")]
@@ -156,7 +156,7 @@ def _diagnosis(cmap: ConflictMap | None) -> str:
 def _training(tuning: TuneResult | None) -> str:
     if tuning is None:
         return ""
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, object]] = [
         ("Data (D_align)", _data(tuning.data)),
         ("Cut to the length limit", cut_words(tuning.data) or "none"),
         ("Steps", tuning.steps),
@@ -225,13 +225,13 @@ def _evaluation(facts: CardFacts) -> str:
 def _certificate(facts: CardFacts) -> str:
     proof = facts.certificate
     what, whose = ("rows and columns", "units") if proof.units else ("query rows", "heads")
-    columns: list[tuple[str, Any]] = []
+    columns: list[tuple[str, object]] = []
     if proof.selected_columns:
         columns = [
             ("Selected columns that changed", f"{proof.changed_columns:,} of {proof.selected_columns:,}"),
             ("Other columns of the adapted projections, all identical", proof.checked_columns),
         ]
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, object]] = [
         ("Adapter", proof.adapter_hash),
         (
             f"Selected {'' if proof.units else 'query '}rows that changed",
@@ -278,7 +278,7 @@ def _versions(facts: CardFacts) -> str:
     if source is None:
         return ""
     record = source.provenance
-    rows: list[tuple[str, Any]] = [("Date", record.get("date")), *record.get("versions", {}).items()]
+    rows: list[tuple[str, object]] = [("Date", record.get("date")), *record.get("versions", {}).items()]
     return _pairs(rows, ("", "Version"))
 
 
@@ -286,7 +286,7 @@ def _section(title: str, content: str) -> str:
     return f"## {title}\n\n{content}" if content else ""
 
 
-def _pairs(rows: Sequence[tuple[str, Any]], head: tuple[str, str] = ("", "")) -> str:
+def _pairs(rows: Sequence[tuple[str, object]], head: tuple[str, str] = ("", "")) -> str:
     """A table of two columns; rows without a value are left out."""
     present = [[_text(label), _value(value)] for label, value in rows if value is not None and value != ""]
     return _table(list(head), present) if present else ""
@@ -297,7 +297,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -309,13 +309,13 @@ def _value(value: Any) -> str:
     return _text(value)
 
 
-def _data(record: Mapping[str, Any]) -> str | None:
+def _data(record: DataRecord) -> str | None:
     """Name and size of a data set, `name (n = 64)`."""
     source, n = record.get("source"), record.get("n")
     sizes = None if n is None else f"n = {n:,}"
     if source is None:
         return sizes
-    return f"{_source(str(source))} ({sizes})" if sizes else _source(str(source))
+    return f"{_source(source)} ({sizes})" if sizes else _source(source)
 
 
 def _source(source: str) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
+from castune.artifacts.records import DataRecord, Settings
 from castune.core.numbers import duration, number
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
-from castune.report.sections import NOT_RECORDED, cut_words, figure, known, section
-from castune.report.summary import percent, with_error
-from castune.stats.estimates import Estimate
+from castune.report.sections import NOT_RECORDED, cut_words, figure, known, recorded_rate, section
+from castune.report.summary import percent
 
 
 def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Collection[str]) -> Markup:
@@ -130,7 +130,7 @@ def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _measure(settings: Mapping[str, Any]) -> str:
+def _measure(settings: Settings) -> str:
     measure = known(settings.get("measure"))
     if measure == "margin" and "margin_tokens" in settings:
         return f"margin (replies by their first {settings['margin_tokens']} tokens)"
@@ -154,7 +154,7 @@ def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
     return table(head, rows, label="Selections", class_="numbers")
 
 
-def _source(record: Mapping[str, Any] | None) -> str:
+def _source(record: DataRecord | None) -> str:
     if not record:
         return NOT_RECORDED
     cut = cut_words(record)
@@ -164,9 +164,8 @@ def _source(record: Mapping[str, Any] | None) -> str:
 def _baseline(record: Mapping[str, Any] | None) -> str:
     if not record:
         return NOT_RECORDED
-    rate = Estimate(record.get("value"), record.get("standard_error"), record.get("n", 0))
     unscored = f", {record['unscored']:,} unscored" if "unscored" in record else ""
-    return f"{with_error(rate, percent)}, n = {known(record.get('n'))}{unscored}"
+    return f"{recorded_rate(record)}, n = {known(record.get('n'))}{unscored}"
 
 
 def _share(value: float | None) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import altair as alt
 
 from castune.artifacts.drift_result import ColumnDrift, DriftResult, StepDrift, ZoneOverlap
 from castune.core.numbers import UNDEFINED, duration, number, span
 from castune.report.markup import Markup, table, tag
-from castune.report.sections import NOT_RECORDED, figure, section
-from castune.report.summary import percent, with_error
+from castune.report.sections import figure, recorded_rate, section
 from castune.report.theme import Chart
-from castune.stats.estimates import Estimate
 
 # More would be a list to scroll, not to read; drift.json has all.
 _SHOWN_CHANGES = 20
@@ -135,8 +132,8 @@ def _row(step: StepDrift, result: DriftResult) -> list[object]:
     )
     return [
         f"{step.step:,}",
-        _rate(step.baseline.get("utility_accuracy")),
-        _rate(step.baseline.get("refusal_rate")),
+        recorded_rate(step.baseline.get("utility_accuracy")),
+        recorded_rate(step.baseline.get("refusal_rate")),
         number(score.spearman),
         number(score.ceiling),
         *(_corrected(step.columns[name]) for name in _SYMBOLS),
@@ -195,9 +192,3 @@ def _corrected(column: ColumnDrift) -> str:
     if column.corrected_low is None or column.corrected_high is None:
         return f"{number(column.corrected)} (interval undefined)"
     return f"{number(column.corrected)} ({span(column.corrected_low, column.corrected_high)})"
-
-
-def _rate(record: Mapping[str, Any] | None) -> str:
-    if not record:
-        return NOT_RECORDED
-    return with_error(Estimate(record.get("value"), record.get("standard_error"), record.get("n", 0)), percent)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
 
 from castune.artifacts import EvalResult
+from castune.artifacts.samples import Sample, is_choice, is_letter, is_problem, is_reply
 from castune.core.numbers import number
 from castune.report.markup import Markup, join, tag
 from castune.report.sections import section
@@ -25,8 +25,6 @@ _OUTCOMES = {
     "safety": {True: "refused", False: "answered"},
     "over-refusal": {True: "refused", False: "answered"},
 }
-
-Sample = Mapping[str, Any]
 
 
 def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
@@ -112,9 +110,10 @@ def _row(example: Sample, by_arm: Mapping[str, Sample | None]) -> Markup:
 
 def _fate(before: Sample | None, after: Sample | None) -> str:
     """`lost` or `gained`, as paired differences count them; nothing without a change between two outcomes."""
-    if before is None or after is None or before.get("outcome") is None or after.get("outcome") is None:
+    was, now = (None if sample is None else sample["outcome"] for sample in (before, after))
+    if was is None or now is None:
         return ""
-    change = int(after["outcome"]) - int(before["outcome"])
+    change = int(now) - int(was)
     return "gained" if change > 0 else "lost" if change < 0 else ""
 
 
@@ -141,29 +140,29 @@ def _differing_first(identifiers: Iterable[str], by_arm: Mapping[str, Mapping[st
 
 def _question(sample: Sample) -> Markup:
     parts = [tag("div", _short(sample["prompt"]), class_="said", dir="auto")]
-    if sample.get("choices"):
+    if is_choice(sample) or is_letter(sample):
         choices = [
-            tag("li", choice, tag("small", " right answer") if i == sample.get("answer") else "")
+            tag("li", choice, tag("small", " right answer") if i == sample["answer"] else "")
             for i, choice in enumerate(sample["choices"])
         ]
         parts.append(tag("ol", *choices, class_="choices"))
-    if sample.get("target"):
+    if is_problem(sample):
         parts.append(tag("small", f"right answer: {sample['target']}"))
-    label = " · ".join(str(sample[key]) for key in ("id", "group") if sample.get(key))
+    label = " · ".join(filter(None, (str(sample["id"]), sample["group"])))
     return join([*parts, tag("small", label)])
 
 
 def _answer(sample: Sample | None, fate: str) -> Markup:
     if sample is None:
         return tag("span", NOT_MEASURED, class_="quiet")
-    outcome = sample.get("outcome")
+    outcome = sample["outcome"]
     word = "unscored" if outcome is None else _OUTCOMES.get(sample["purpose"], {}).get(outcome, str(outcome))
     parts = [tag("span", word, class_=f"outcome {word}")]
     if fate:
         parts.append(tag("small", fate))
-    if sample.get("failure"):
-        parts.append(tag("small", sample["failure"]))
-    if sample.get("choice_scores"):
+    if (is_letter(sample) or is_problem(sample)) and (failure := sample.get("failure")):
+        parts.append(tag("small", failure))
+    if is_choice(sample):
         scores = sample["choice_scores"]
         best = max((score for score in scores if score is not None), default=None)
         lines = [
@@ -175,7 +174,7 @@ def _answer(sample: Sample | None, fate: str) -> Markup:
             for score in scores
         ]
         parts.append(tag("ol", *lines, class_="choices"))
-    if "reply" in sample:
+    if is_reply(sample):
         reply, nothing = sample["reply"], "no reply" if sample.get("missing") else "empty reply"
         parts.append(tag("div", _short(reply), class_="said", dir="auto") if reply else tag("small", nothing))
     return join(parts)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, SuiteResult
 from castune.artifacts.lm_eval_result import LmEvalResult
+from castune.artifacts.records import DataRecord
 from castune.core.numbers import p_value
 from castune.report.markup import Markup, join, table, tag
 from castune.report.outcomes import by_lm_eval, fates, losses
@@ -22,7 +24,7 @@ from castune.report.summary import (
     verdict,
     with_error,
 )
-from castune.stats.estimates import PairedDifference
+from castune.stats.estimates import Estimate, PairedDifference
 
 NOT_RECORDED = "not recorded"
 
@@ -52,10 +54,17 @@ def known(value: object) -> str:
     return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def cut_words(record: Mapping[str, object]) -> str:
+def recorded_rate(record: Mapping[str, Any] | None) -> str:
+    """A rate of a map's metadata, `value ± standard error`."""
+    if not record:
+        return NOT_RECORDED
+    return with_error(Estimate(record["value"], record["standard_error"], record["n"]), percent)
+
+
+def cut_words(record: DataRecord) -> str:
     """How many examples of a data record were cut to the length limit, in words; nothing where none was."""
-    what = {"cut": "prompts", "replies_cut": "replies"}
-    counts = [f"{record[key]:,} {name}" for key, name in what.items() if record.get(key)]
+    what = {"prompts": record.get("cut"), "replies": record.get("replies_cut")}
+    counts = [f"{n:,} {name}" for name, n in what.items() if n]
     return " and ".join(counts) + " cut" if counts else ""
 
 
