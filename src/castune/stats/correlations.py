@@ -40,9 +40,7 @@ class PartialCorrelation:
         spearman: the same of ranks.
         n: arms.
         pearson_p: two-sided p-value of Freedman and Lane's permutations (1983).
-        spearman_p: the same of ranks.
         pearson_interval: by Fisher's z with n - 4 degrees of freedom; None below 5 arms.
-        spearman_interval: by Bonett and Wright.
         reason: why `pearson` is None; None where it is not.
     """
 
@@ -50,9 +48,7 @@ class PartialCorrelation:
     spearman: float | None
     n: int
     pearson_p: float | None
-    spearman_p: float | None
     pearson_interval: Interval | None
-    spearman_interval: Interval | None
     reason: str | None
 
 
@@ -84,24 +80,23 @@ def correlation(scores: Sequence[float], costs: Sequence[float], *, seed: int = 
     return Correlation(pearson, spearman, n, pearson_p, spearman_p)
 
 
-def fisher_interval(r: float | None, n: int, *, ranks: bool = False, controlled: int = 0) -> Interval | None:
+def fisher_interval(r: float | None, n: int, *, controlled: int = 0) -> Interval | None:
     """95 % interval of a correlation over n independent pairs, by Fisher's z = atanh r (1921).
 
     Args:
         r: the correlation.
         n: pairs.
-        ranks: it is Spearman's, whose z has the variance (1 + r^2 / 2) / (n - 3) (Bonett and Wright 2000).
         controlled: variables that were controlled for; each takes one degree of freedom.
 
     Returns:
-        None where r is, for n - 3 - controlled < 1, and for ranks where |r| = 1.
+        None where r is, and for n - 3 - controlled < 1.
     """
     df = n - 3 - controlled
-    if r is None or df < 1 or (ranks and abs(r) > 1 - 1e-12):
+    if r is None or df < 1:
         return None
     # A correlation of exactly 1 has no z; float64 cannot tell the two apart.
     z = math.atanh(min(max(r, -1 + 1e-15), 1 - 1e-15))
-    half = Z * math.sqrt((1 + r * r / 2 if ranks else 1) / df)
+    half = Z / math.sqrt(df)
     return Interval(math.tanh(z - half), math.tanh(z + half))
 
 
@@ -127,19 +122,16 @@ def partial_correlation(
     if n < 4:
         # What depth leaves of three values lies on a line, where every correlation is 1 or -1.
         reason = f"{n} {'arm' if n == 1 else 'arms'} with a defined cost, at least 4 are needed"
-        return PartialCorrelation(None, None, n, None, None, None, None, reason)
+        return PartialCorrelation(None, None, n, None, None, reason)
     pearson, pearson_p = _freedman_lane(x, y, z, seed) or (None, None)
     ranks = percentile_rank(x), percentile_rank(y), percentile_rank(z)
-    spearman, spearman_p = _freedman_lane(*ranks, seed) or (None, None)
-    controlled = int(np.ptp(z) > 0)
+    spearman, _ = _freedman_lane(*ranks, seed) or (None, None)
     return PartialCorrelation(
         pearson,
         spearman,
         n,
         pearson_p,
-        spearman_p,
-        fisher_interval(pearson, n, controlled=controlled),
-        fisher_interval(spearman, n, ranks=True, controlled=controlled),
+        fisher_interval(pearson, n, controlled=int(np.ptp(z) > 0)),
         None if pearson is not None else "score or cost does not vary between arms of equal depth",
     )
 

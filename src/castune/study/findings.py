@@ -14,7 +14,7 @@ from castune.selection import SCORE_COLUMNS
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
 from castune.stats.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
 from castune.stats.cost_curve import CostCurve, predicted_cost
-from castune.stats.nulls import NullPosition, OrderNull, null_position, order_null
+from castune.stats.nulls import NullPosition, null_position, order_p
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
 from castune.study.budget import Check, check_against, map_curve
 from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
@@ -53,7 +53,7 @@ class ScoreValidity:
     buckets: int
     cost: str
     found: Validity
-    order: OrderNull
+    order_p: float | None
     points: tuple[Point, ...]
     words: str
 
@@ -212,7 +212,7 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
             found, score=SYMBOLS[score], cost=COSTS[cost], why_undefined=why, p_adjusted=p, n_comparisons=len(tested)
         )
         means = arm_means(points)
-        order = order_null(means.score_A.tolist(), means.cost_A.tolist())
+        order = order_p(means.score_A.tolist(), means.cost_A.tolist())
         made.append(ScoreValidity(score, buckets, cost, found, order, tuple(points), f"{buckets} buckets: {words}"))
     return made
 

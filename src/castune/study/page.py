@@ -149,7 +149,7 @@ def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findin
     rows = [
         [SYMBOLS[v.score], v.buckets, COSTS[v.cost], number(v.found.of_means.pearson), _span(v.found.retrained),
          _span(v.found.other_arms), _p(v.found.of_means.pearson_p), number(v.found.of_means.spearman),
-         _p(v.order.p), f"{v.found.n_undefined} of {v.found.n_trials}"]
+         _p(v.order_p), f"{v.found.n_undefined} of {v.found.n_trials}"]
         for v in found.validities
     ]  # fmt: skip
     head = [

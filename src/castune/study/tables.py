@@ -88,7 +88,7 @@ def finding_tables(found: Findings) -> list[Table]:
         {"score": v.score, "buckets": v.buckets, "cost": v.cost, "pearson": v.found.of_means.pearson,
          **_ends("retrained", v.found.retrained), **_ends("other_arms", v.found.other_arms),
          "counts_examples": v.found.counts_examples,
-         "p": v.found.of_means.pearson_p, "spearman": v.found.of_means.spearman, "order_p": v.order.p,
+         "p": v.found.of_means.pearson_p, "spearman": v.found.of_means.spearman, "order_p": v.order_p,
          "arms": v.found.n_arms, "seeds": v.found.n_seeds, "trials": v.found.n_trials,
          "undefined": v.found.n_undefined, "words": v.words}
         for v in found.validities
