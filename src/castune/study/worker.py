@@ -29,7 +29,8 @@ from castune.errors import CastuneError, of_the_machine
 from castune.secrets import redacted
 from castune.study.graph import Unit, UnitRecord
 
-logger = logging.getLogger(__name__)
+# By its full name, which it does not have as the process that it is: logs of units take what castune says.
+logger = logging.getLogger("castune.study.worker")
 
 # Evaluations and verdicts are made by one process.
 _LAUNCHED = ("diagnose", "tune")
