@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from castune.core.shards import Shard
+if TYPE_CHECKING:
+    from castune.core.shards import Shard
 
 
 @dataclass(frozen=True)
