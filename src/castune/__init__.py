@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from castune.evaluation.run import evaluate as evaluate
     from castune.pipeline import run as run
     from castune.selection import select as select
-    from castune.stats.estimates import correlation as correlation
+    from castune.stats.correlations import correlation as correlation
     from castune.stats.estimates import utility_cost_ratio as utility_cost_ratio
     from castune.steps.export import export as export
     from castune.tuning.mask import mask_adapter as mask_adapter
@@ -60,7 +60,7 @@ _PUBLIC = {
     "CastuneError": "castune.errors",
     "UnsupportedArchitecture": "castune.errors",
     "evaluate": "castune.evaluation.run",
-    "correlation": "castune.stats.estimates",
+    "correlation": "castune.stats.correlations",
     "utility_cost_ratio": "castune.stats.estimates",
     "export": "castune.steps.export",
     "run": "castune.pipeline",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from castune.core.numbers import duration, gigabytes, number, percent, span, with_error
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -35,27 +37,28 @@ def show_diagnosis(cmap: ConflictMap) -> None:
     say(
         f"{counted}, measure {metadata['settings']['measure']}, "
         f"n = {metadata['data']['utility']['n']} questions{of_domains} and {metadata['data']['safety']['n']} harmful "
-        f"prompts, {metadata['seconds']:.0f} s"
+        f"prompts, {duration(metadata['seconds'])}"
     )
     accuracy = "mean accuracy of the domains" if domains else "accuracy"
     say(f"  base model: {accuracy} {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
-    say(f"  O(h): {conflict.min():.2f} to {conflict.max():.2f}, mean {conflict.mean():.2f}")
-    say(f"  tied heads: {ties['utility_shift']:.0%} by utility shift, {ties['safety_shift']:.0%} by safety shift")
+    say(f"  O(h): {span(conflict.min(), conflict.max())}, mean {number(conflict.mean())}")
+    tied = (f"{percent(ties[f'{objective}_shift'], 0)} by {objective} shift" for objective in ("utility", "safety"))
+    say(f"  tied heads: {', '.join(tied)}")
     found = metadata["reliability"]
     columns = found["split_half"]["columns"]
     shown = {"O": "optimization_conflict", "H_gen": "utility_shift", "H_safe": "safety_shift", "C": "conflict_score"}
-    say("  reliability: " + ", ".join(f"{sign} {_number(columns[name]['full'])}" for sign, name in shown.items()))
+    say("  reliability: " + ", ".join(f"{sign} {number(columns[name]['full'])}" for sign, name in shown.items()))
     zones = found["split_half"]["zones"]
     say(
-        f"  safe zones of two halves of the examples overlap by {_number(zones['safe'])} "
-        f"({_number(zones['safe_by_chance'])} by chance)"
+        f"  safe zones of two halves of the examples overlap by {number(zones['safe'])} "
+        f"({number(zones['safe_by_chance'])} by chance)"
     )
     for kind, found in kinds.items():
-        say(f"  {kind}s: reliability of C {_number(found['reliability']['reliability'])}, within the kind")
+        say(f"  {kind}s: reliability of C {number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():
         say(
             f"  domain {name} (n = {record['data']['n']}): accuracy {_rate(record['utility_accuracy'])}, reliability "
-            f"of C {_number(record['reliability'])}, Spearman of C with the combined C {_number(record['spearman'])}"
+            f"of C {number(record['reliability'])}, Spearman of C with the combined C {number(record['spearman'])}"
         )
 
 
@@ -64,11 +67,10 @@ def show_surgery(name: str, result: TuneResult) -> None:
     found = result.surgery
     if found is None:
         return
-    cosine = "undefined" if found["mean_cosine"] is None else f"{found['mean_cosine']:.3f}"
     say(
         f"{name}: surgery {result.settings['surgery']} ({result.settings['surgery_granularity']}), gradients of "
         f"alignment and utility conflicted at {found['conflicting_steps']} of {found['steps']} steps, "
-        f"mean cosine {cosine}"
+        f"mean cosine {number(found['mean_cosine'], '.3f')}"
     )
 
 
@@ -87,8 +89,8 @@ def show_drift(result: DriftResult) -> None:
     for step in result.steps:
         score, safe = step.columns["conflict_score"], step.zones["safe"]
         say(
-            f"  step {step.step}: Spearman of C {_number(score.spearman)} on the same examples, noise ceiling "
-            f"{_number(score.ceiling)}; the safe zone keeps {safe.kept} of {safe.size} heads ({safe.by_chance:.1f} by "
+            f"  step {step.step}: Spearman of C {number(score.spearman)} on the same examples, noise ceiling "
+            f"{number(score.ceiling)}; the safe zone keeps {safe.kept} of {safe.size} heads ({safe.by_chance:.1f} by "
             "chance)"
         )
         say(f"    {drift_verdict(step, result.n)}")
@@ -116,7 +118,7 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
     where = f"on one {accelerator}" if accelerator else "here"
     say(
         f"{found.model_type}: {found.n_layers} layers, {found.n_heads} {found.what}, "
-        f"{found.n_parameters / 1e6:,.1f} M parameters, {_gigabytes(found.weight_bytes)} of weights in {found.dtype}"
+        f"{found.n_parameters / 1e6:,.1f} M parameters, {gigabytes(found.weight_bytes)} of weights in {found.dtype}"
     )
     names = {
         "gradients": "gradients",
@@ -131,18 +133,18 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
             continue
         stage = found.stages[name]
         counts = [f"{stage.forwards:,}", f"{stage.tokens:,}", f"{stage.step_tokens:,}"]
-        rows.append([label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _duration(stage.seconds)])
+        rows.append([label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _time(stage.seconds)])
     _show(table_of(["part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}"], rows))
     for measure in ("margin", "decision"):
         flops = sum(map(found.stage_flops, found.parts(measure)))
-        say(f"map by {measure}s: {_duration(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
+        say(f"map by {measure}s: {_time(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
     if "solutions" in found.stages and not found.solves:
         seconds = found.stages["solutions"].seconds
-        say(f"with diagnose.problems = decision the utility sweep takes {_duration(seconds)} {where} instead")
+        say(f"with diagnose.problems = decision the utility sweep takes {_time(seconds)} {where} instead")
     if found.peak_memory:
-        by_measure = (f"{_gigabytes(n_bytes)} by {measure}s" for measure, n_bytes in found.peak_memory.items())
+        by_measure = (f"{gigabytes(n_bytes)} by {measure}s" for measure, n_bytes in found.peak_memory.items())
         say(f"peak memory: about {', '.join(by_measure)}")
-    say(f"partial gradients: {_gigabytes(found.gradient_sums)} of the CPU's memory (diagnose.gradient_chunks)")
+    say(f"partial gradients: {gigabytes(found.gradient_sums)} of the CPU's memory (diagnose.gradient_chunks)")
     if accelerator:
         notes = [
             *notes,
@@ -157,22 +159,8 @@ def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
         say(f"note: {note}")
 
 
-def _gigabytes(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:,.2f} GB"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 10 * 60:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
+def _time(seconds: float | None) -> str:
+    return "unknown" if seconds is None else duration(seconds)
 
 
 def selected_in(budget: dict[str, int]) -> str:
@@ -259,15 +247,14 @@ def table_of(heads: Iterable[str], rows: Iterable[Iterable[object]], **options: 
 def _value(score: LmEvalScore | None) -> str:
     if score is None or score.value is None:
         return "not measured"
-    return f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}")
+    return with_error(score.value, score.standard_error, ".4f")
 
 
 def _rate(record: dict[str, Any]) -> str:
     if record["value"] is None:
         return f"unscored ({record['unscored']})"
-    error = "" if record["standard_error"] is None else f" ± {record['standard_error']:.3f}"
     unscored = f", {record['unscored']} unscored" if record["unscored"] else ""
-    return f"{record['value']:.3f}{error} ({record['n']}{unscored})"
+    return f"{with_error(record['value'], record['standard_error'])} ({record['n']}{unscored})"
 
 
 def _show(table: Table) -> None:

@@ -29,6 +29,7 @@ from castune.selection import select
 from castune.stats.estimates import utility_cost_ratio
 from castune.steps.directory import RunDirectory
 from castune.steps.inputs import load_data
+from castune.study.directory import StudyDirectory
 from castune.study.findings import findings
 from castune.study.graph import Graph
 from castune.study.run import study_graph
@@ -184,7 +185,7 @@ def test_a_study_and_what_its_tables_say(study_of: Callable[..., Path], tmp_path
     assert table_files(folder) == before
     assert result_files(folder) == files
     # Only judging is asked for again; no worker has loaded the model for anything else.
-    states, _, _ = load_states(folder)
+    states, _, _ = load_states(StudyDirectory(folder))
     assert {state.stage for state in states.values() if not state.was_there} == {"judge"}
 
 
@@ -278,7 +279,7 @@ def children(pid: int) -> Iterator[int]:
 def running(folder: Path, stage: str) -> bool:
     if not (folder / "status.json").is_file():
         return False
-    states, _, _ = load_states(folder)
+    states, _, _ = load_states(StudyDirectory(folder))
     return any(state.stage == stage and state.state == "running" for state in states.values())
 
 
@@ -382,7 +383,7 @@ def test_shares_of_separate_jobs_come_to_the_same_tables(
         assert not (tmp_path / "shared" / "tables").exists()
     assert "wait for other shares" not in done(shared, "--shard", "2/2").stdout
     done(shared)
-    states, _, _ = load_states(tmp_path / "shared")
+    states, _, _ = load_states(StudyDirectory(tmp_path / "shared"))
     assert {state.stage for state in states.values() if not state.was_there} == {"judge"}
     assert table_files(tmp_path / "shared") == expected
 

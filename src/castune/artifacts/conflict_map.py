@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAP_FILE = "conflict_map.parquet"
+# Beside it, the maps of the utility domains.
+DOMAINS_FOLDER = "domains"
 _KIND = "conflict map"
 _METADATA_KEY = b"castune"
 
@@ -240,7 +242,7 @@ def _checked_domains(domains: Any) -> list[str]:
 
 
 def _domain_file(path: Path, name: str) -> Path:
-    return path.parent / "domains" / f"{name}.parquet"
+    return path.parent / DOMAINS_FOLDER / f"{name}.parquet"
 
 
 def _file(path: str | Path) -> Path:

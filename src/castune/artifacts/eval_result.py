@@ -14,9 +14,10 @@ from castune.artifacts.rules import warn_of_old_rules
 from castune.artifacts.samples import Sample, is_letter, is_problem
 from castune.errors import ArtifactError
 
+METRICS_FILE, SAMPLES_FILE = "metrics.json", "samples.jsonl"
 _KIND = "evaluation"
 # Metrics of samples that are about to be written.
-_NEXT = ".metrics.json.next"
+_NEXT = f".{METRICS_FILE}.next"
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class EvalResult:
         with locked(directory):
             # Samples may take the place of others. Which metrics are theirs is told by their digest.
             write_json(directory / _NEXT, _KIND, {**content, "samples_hash": text_hash(lines)})
-            write_text(directory / "samples.jsonl", lines, private=True)
-            (directory / _NEXT).replace(directory / "metrics.json")
+            write_text(directory / SAMPLES_FILE, lines, private=True)
+            (directory / _NEXT).replace(directory / METRICS_FILE)
         return directory
 
     @staticmethod
@@ -120,8 +121,8 @@ class EvalResult:
         # Nothing can be finished where one of the two is no longer what was written.
         with locked(directory), suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             noted = json.loads((directory / _NEXT).read_bytes())["samples_hash"]
-            if noted == text_hash((directory / "samples.jsonl").read_bytes().decode()):
-                (directory / _NEXT).replace(directory / "metrics.json")
+            if noted == text_hash((directory / SAMPLES_FILE).read_bytes().decode()):
+                (directory / _NEXT).replace(directory / METRICS_FILE)
 
     @classmethod
     def load(cls, directory: str | Path) -> EvalResult:
@@ -134,18 +135,18 @@ class EvalResult:
 
     @classmethod
     def _read(cls, directory: Path) -> EvalResult:
-        path = directory / "metrics.json"
+        path = directory / METRICS_FILE
         record = read_json(path, _KIND, f"castune evaluate {directory.parent.parent}")
         again = f"remove {directory} and run: castune evaluate {directory.parent.parent}"
         try:
-            text = (directory / "samples.jsonl").read_bytes().decode()
+            text = (directory / SAMPLES_FILE).read_bytes().decode()
             samples = tuple(json.loads(line) for line in text.split("\n") if line.strip())
         except FileNotFoundError:
-            raise ArtifactError(f"{directory / 'samples.jsonl'}: missing beside metrics.json; {again}") from None
+            raise ArtifactError(f"{directory / SAMPLES_FILE}: missing beside {METRICS_FILE}; {again}") from None
         except OSError as error:
-            raise ArtifactError(f"{directory / 'samples.jsonl'}: cannot be read: {error.strerror}") from None
+            raise ArtifactError(f"{directory / SAMPLES_FILE}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"{directory / 'samples.jsonl'}: damaged: {error}; {again}") from None
+            raise ArtifactError(f"{directory / SAMPLES_FILE}: damaged: {error}; {again}") from None
         text_digest = text_hash(text)
         if text_digest != record.get("samples_hash", text_digest) and (directory / _NEXT).is_file():
             # It was killed between the two.
@@ -154,19 +155,19 @@ class EvalResult:
         n_samples = sum(suite.n + suite.unscored for suite in result.suites)
         if len(samples) != n_samples:
             raise ArtifactError(
-                f"{directory / 'samples.jsonl'}: {len(samples)} samples, metrics.json was computed from {n_samples}; "
+                f"{directory / SAMPLES_FILE}: {len(samples)} samples, {METRICS_FILE} was computed from {n_samples}; "
                 f"{again}"
             )
         # Evaluations from before it was noted have none.
         if text_digest != record.get("samples_hash", text_digest):
             raise ArtifactError(
-                f"{directory / 'samples.jsonl'}: damaged, or changed after metrics.json was computed from it "
+                f"{directory / SAMPLES_FILE}: damaged, or changed after {METRICS_FILE} was computed from it "
                 f"(digest {text_digest}, noted is {record['samples_hash']}); {again}"
             )
         known = {suite.suite for suite in result.suites}
         for sample in samples:
             if not isinstance(sample, dict) or sample.get("suite") not in known or "id" not in sample:
-                raise ArtifactError(f"{directory / 'samples.jsonl'}: damaged: a line is no sample of a suite; {again}")
+                raise ArtifactError(f"{directory / SAMPLES_FILE}: damaged: a line is no sample of a suite; {again}")
         # Scored choices and prompts follow no rules of reading.
         if any(is_letter(sample) or is_problem(sample) for sample in samples):
             warn_of_old_rules(directory, "evaluation", result.provenance)

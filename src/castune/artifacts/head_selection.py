@@ -12,6 +12,7 @@ from castune.artifacts.files import read_json, typed, write_json
 from castune.errors import ArtifactError
 from castune.names import SCORES, ZONES
 
+SELECTION_FILE = "selection.json"
 _KIND = "head selection"
 # Fields that only selections with units of other kinds than query heads have.
 _OF_UNITS = ("units", "mlp_groups")
@@ -159,4 +160,4 @@ class HeadSelection:
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.suffix == ".json" else path / "selection.json"
+    return path if path.suffix == ".json" else path / SELECTION_FILE

@@ -14,6 +14,9 @@ from castune.artifacts.rules import warn_of_old_rules
 _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
 TUNE_FILE = "tune.json"
+CERTIFICATE_FILE = "certificate.json"
+# What PEFT calls the files of an adapter.
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SNAPSHOTS = "snapshots"
 RESELECTIONS = "reselections"
 # Fields that only certificates with units of other kinds than query heads have.
@@ -22,7 +25,7 @@ _OF_UNITS = ("units", "mlp_groups", "checked_columns", "changed_columns", "selec
 
 def adapter_hash(adapter: Path) -> str:
     """Digest of the two files that make a PEFT adapter: its weights and its configuration."""
-    return "-".join(file_hash(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json"))
+    return "-".join(file_hash(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
 
 
 def snapshots_of(adapter: Path) -> dict[int, Path]:
@@ -87,7 +90,7 @@ class Certificate:
 
     def save(self, path: str | Path) -> Path:
         """Write `certificate.json` into an adapter directory (or to the given file), atomically."""
-        path = _named(path, "certificate.json")
+        path = _named(path, CERTIFICATE_FILE)
         content = asdict(self)
         others = {name: content.pop(name) for name in _OF_UNITS}
         write_json(path, _CERTIFICATE, {**content, **others} if self.units else content)
@@ -96,7 +99,7 @@ class Certificate:
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
         """Read a certificate from its file or its adapter directory."""
-        path = _named(path, "certificate.json")
+        path = _named(path, CERTIFICATE_FILE)
         record = read_json(path, _CERTIFICATE, f"castune tune {path.parent.parent} --data DATA")
         return typed(path, _CERTIFICATE, cls, record)
 

@@ -148,6 +148,7 @@ def group(
     With several utility domains the utility shifts are means over the domains.
     """
     from castune.core.loading import load_model
+    from castune.core.numbers import number, with_error
     from castune.steps.diagnose import group_step
     from castune.steps.directory import RunDirectory
     from castune.steps.inputs import load_calibration
@@ -161,10 +162,8 @@ def group(
     for record in group_step(folder, recipe, load_model(recipe), calibration, buckets=buckets):
         parts = []
         for name in ("utility", "safety"):
-            error = record[f"{name}_shift_se"]
-            known = "" if error is None else f" ± {error:.3f}"
-            single = record[f"{name}_shift_sum"]
-            parts.append(f"{name} shift {record[f'{name}_shift']:.3f}{known} together, {single:.3f} in sum")
+            together = with_error(record[f"{name}_shift"], record[f"{name}_shift_se"])
+            parts.append(f"{name} shift {together} together, {number(record[f'{name}_shift_sum'], '.3f')} in sum")
         say(f"bucket {record['bucket']} ({record['heads']} heads): {'; '.join(parts)}")
     of_domains = f" (utility: mean over {len(cmap.domains)} domains)" if cmap.domains else ""
     say(f"group ablation{of_domains}: {folder.path / 'group_ablation.json'}")

@@ -71,9 +71,9 @@ def budget(
 ) -> None:
     """How many heads to train: the predicted cost of every share of the safest, and the largest within a loss."""
     from castune.steps.directory import RunDirectory
-    from castune.study import budgeting
+    from castune.study.budget import show_budget
 
-    budgeting.show_budget(RunDirectory(run_directory), max_loss=max_loss, anchor=anchor)
+    show_budget(RunDirectory(run_directory), max_loss=max_loss, anchor=anchor)
 
 
 def report(run_directory: Run) -> None:

@@ -43,14 +43,14 @@ def study(
     ] = None,
 ) -> None:
     """Arms x seeds x buckets: the paper's tables and figures. Continues where it was; retries what failed."""
-    from castune.study import command
+    from castune.study.run import Options, show_graph, show_study
 
     found = recipe_of(recipe, overrides, out)
     if dry_run:
-        command.dry_run(found, accelerator=accelerator)
+        show_graph(found, accelerator=accelerator)
         return
-    options = command.Options(executor, workers, threads, gpus, memory, address, shards, shard, launch)
-    if not command.run(found, options):
+    options = Options(executor, workers, threads, gpus, memory, address, shards, shard, launch)
+    if not show_study(found, options):
         raise typer.Exit(1)
 
 

@@ -24,13 +24,13 @@ from castune.artifacts.drift_result import ColumnDrift, HeadChange, ZoneOverlap
 from castune.diagnosis.measurements import COLUMNS, Measurements, Weights
 from castune.diagnosis.reliability import random_halves, spearman, spearman_brown, zone_stability
 from castune.diagnosis.score import Floats
+from castune.stats.distributions import ENDS
 from castune.stats.ranking import bucket_numbers
 
 N_SPLITS = 50
 N_RESAMPLES = 200
 # Splits of a resample: fewer, and the interval is mostly the luck of one split; more cost time.
 _SPLITS_OF_A_RESAMPLE = 5
-_PERCENTILES = (0.025, 0.975)
 _BUCKETS = 4
 _RISKY, _SAFE = 1, _BUCKETS
 
@@ -224,5 +224,5 @@ def _interval(values: Sequence[float | None]) -> tuple[float | None, float | Non
     known = [value for value in values if value is not None]
     if len(known) < 0.95 * len(values):
         return None, None
-    low, high = np.quantile(known, _PERCENTILES)
+    low, high = np.quantile(known, ENDS)
     return float(low), float(high)

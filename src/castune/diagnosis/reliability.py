@@ -16,12 +16,12 @@ import numpy as np
 
 from castune.diagnosis.measurements import COLUMNS, Measurements, Weights
 from castune.diagnosis.score import Floats
+from castune.stats.distributions import ENDS
 from castune.stats.ranking import bucket_numbers, percentile_rank, tie_share
 
 # Reliability is the share of the variance over heads that another set of examples would reproduce. Below one half the
 # order of the heads is more noise than signal.
 RELIABLE = 0.5
-_PERCENTILES = (0.025, 0.975)
 _BUCKETS = 4
 
 
@@ -345,7 +345,7 @@ def random_halves(n: int, n_splits: int, rng: np.random.Generator) -> tuple[Floa
 def _percentiles(values_RH: Floats) -> tuple[Floats, Floats]:
     """Bounds of each head over its finite values; NaN without any."""
     rows = [values_R[np.isfinite(values_R)] for values_R in values_RH.T]
-    bounds_H2 = np.array([np.quantile(row, _PERCENTILES) if len(row) else (np.nan, np.nan) for row in rows])
+    bounds_H2 = np.array([np.quantile(row, ENDS) if len(row) else (np.nan, np.nan) for row in rows])
     return bounds_H2[:, 0], bounds_H2[:, 1]
 
 

@@ -38,7 +38,7 @@ from castune.diagnosis.domains import Utility, UtilitySet, utility_sets
 from castune.diagnosis.grams import journaled_grams, measure_grams
 from castune.diagnosis.maps import Results, conflict_map
 from castune.diagnosis.objectives import Measured, Objectives
-from castune.diagnosis.stored import save_gradients
+from castune.diagnosis.stored import OUTCOMES_FILE, save_gradients
 from castune.diagnosis.sweep import Ablator, Outcomes, distinct, place_of
 from castune.errors import CastuneError, DataError, MapUnfinished
 
@@ -286,4 +286,4 @@ def _save_outcomes(
                 }
             )
         )
-    write_parquet(out / "ablation.parquet", pa.concat_tables(tables))
+    write_parquet(out / OUTCOMES_FILE, pa.concat_tables(tables))

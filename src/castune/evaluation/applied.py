@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from castune.artifacts.tune_result import ADAPTER_WEIGHTS
 from castune.errors import AdapterNotApplied
 
 
@@ -25,7 +26,7 @@ def require_applied(peft_model: Any, adapter: Path) -> None:
 
     # castune adapts no embeddings; asked whether to look for them, PEFT asks the hub.
     held = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         names = set(file.keys())
         homeless = sorted(names - held.keys())
         if homeless or not names:

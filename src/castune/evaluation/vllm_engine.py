@@ -14,6 +14,7 @@ from typing import Any, final
 
 import numpy as np
 
+from castune.artifacts.tune_result import ADAPTER_CONFIG
 from castune.config import EvaluateConfig
 from castune.core.generation import Reply, ReplyText
 from castune.core.journal import nullable
@@ -129,7 +130,7 @@ class VllmEngine(Host):
 
 def _room(adapters: Sequence[Path]) -> int:
     """The least rank vLLM makes room for that suffices for all adapters; by itself it stops at 16."""
-    rank = max(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["r"] for path in adapters)
+    rank = max(json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"] for path in adapters)
     return next((room for room in _RANKS if room >= rank), int(rank))
 
 

@@ -11,11 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, SuiteResult, TuneResult
+from castune.artifacts.records import DataRecord, ModelRecord
+from castune.core import numbers
 from castune.report.sections import cut_words
-from castune.report.summary import BASE, CostRatio, Estimate, interval
+from castune.report.summary import BASE, interval
+from castune.stats.estimates import CostRatio, PairedDifference
 
 # A hub id, the only form of `base_model` and `datasets` the hub's metadata knows.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -57,7 +59,7 @@ class CardFacts:
         merging: of a merged model; None for an adapter.
     """
 
-    model: Mapping[str, Any]
+    model: ModelRecord
     certificate: Certificate
     zone: str | None = None
     n_total: int | None = None
@@ -66,7 +68,7 @@ class CardFacts:
     masked: MaskedAdapter | None = None
     evaluations: Mapping[str, EvalResult] | None = None
     arm: str | None = None
-    differences: Mapping[str, Estimate] | None = None
+    differences: Mapping[str, PairedDifference] | None = None
     cost_ratio: CostRatio | None = None
     merging: Merging | None = None
 
@@ -108,7 +110,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _heads(facts: CardFacts) -> str:
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, object]] = [
         ("Base model", _text(facts.model["name"])),
         ("Revision", facts.model.get("commit")),
         ("Fingerprint of the base model", facts.certificate.model_fingerprint),
@@ -138,10 +140,10 @@ def _diagnosis(cmap: ConflictMap | None) -> str:
     if cmap is None:
         return ""
     metadata = cmap.metadata
-    data, settings = metadata.get("data", {}), metadata.get("settings", {})
-    rows: list[tuple[str, Any]] = [("Map", cmap.content_hash), ("Heads measured", len(cmap))]
+    settings = metadata["settings"]
+    rows: list[tuple[str, object]] = [("Map", cmap.content_hash), ("Heads measured", len(cmap))]
     for key, label in (("safety", "Harmful prompts (D_safe)"), ("utility", "Questions (D_util)")):
-        rows.append((label, _data(data.get(key, {}))))
+        rows.append((label, _data(cmap.data[key])))
     for domain, record in metadata.get("domains", {}).items():
         rows.append((f"Questions of domain {domain}", _data(record.get("data", {}))))
     rows += [(key, settings.get(key)) for key in ("measure", "ablation", "judge", "max_new_tokens", "margin_tokens")]
@@ -154,12 +156,12 @@ def _diagnosis(cmap: ConflictMap | None) -> str:
 def _training(tuning: TuneResult | None) -> str:
     if tuning is None:
         return ""
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, object]] = [
         ("Data (D_align)", _data(tuning.data)),
         ("Cut to the length limit", cut_words(tuning.data) or "none"),
         ("Steps", tuning.steps),
         ("Tokens", tuning.tokens),
-        ("Wall time", f"{tuning.seconds:.1f} s"),
+        ("Wall time", numbers.duration(tuning.seconds)),
     ]
     if tuning.losses:
         (first, loss), (last, end) = tuning.losses[0], tuning.losses[-1]
@@ -215,7 +217,7 @@ def _evaluation(facts: CardFacts) -> str:
     text = _table(head, rows) + "\n\nRates are means ± standard errors over n scored examples, measured on the base "
     text += f"model with the adapter in {_text(tuned.model.get('dtype', 'its own dtype'))}."
     if facts.cost_ratio is not None and facts.cost_ratio.value is not None:
-        ratio = f"{facts.cost_ratio.value:.2f}{interval(facts.cost_ratio)}"
+        ratio = f"{numbers.number(facts.cost_ratio.value)}{interval(facts.cost_ratio)}"
         text += f" Utility cost ratio (utility lost for safety gained): {ratio}."
     return text
 
@@ -223,13 +225,13 @@ def _evaluation(facts: CardFacts) -> str:
 def _certificate(facts: CardFacts) -> str:
     proof = facts.certificate
     what, whose = ("rows and columns", "units") if proof.units else ("query rows", "heads")
-    columns: list[tuple[str, Any]] = []
+    columns: list[tuple[str, object]] = []
     if proof.selected_columns:
         columns = [
             ("Selected columns that changed", f"{proof.changed_columns:,} of {proof.selected_columns:,}"),
             ("Other columns of the adapted projections, all identical", proof.checked_columns),
         ]
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, object]] = [
         ("Adapter", proof.adapter_hash),
         (
             f"Selected {'' if proof.units else 'query '}rows that changed",
@@ -276,7 +278,7 @@ def _versions(facts: CardFacts) -> str:
     if source is None:
         return ""
     record = source.provenance
-    rows: list[tuple[str, Any]] = [("Date", record.get("date")), *record.get("versions", {}).items()]
+    rows: list[tuple[str, object]] = [("Date", record.get("date")), *record.get("versions", {}).items()]
     return _pairs(rows, ("", "Version"))
 
 
@@ -284,7 +286,7 @@ def _section(title: str, content: str) -> str:
     return f"## {title}\n\n{content}" if content else ""
 
 
-def _pairs(rows: Sequence[tuple[str, Any]], head: tuple[str, str] = ("", "")) -> str:
+def _pairs(rows: Sequence[tuple[str, object]], head: tuple[str, str] = ("", "")) -> str:
     """A table of two columns; rows without a value are left out."""
     present = [[_text(label), _value(value)] for label, value in rows if value is not None and value != ""]
     return _table(list(head), present) if present else ""
@@ -295,7 +297,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -307,13 +309,13 @@ def _value(value: Any) -> str:
     return _text(value)
 
 
-def _data(record: Mapping[str, Any]) -> str | None:
+def _data(record: DataRecord) -> str | None:
     """Name and size of a data set, `name (n = 64)`."""
     source, n = record.get("source"), record.get("n")
     sizes = None if n is None else f"n = {n:,}"
     if source is None:
         return sizes
-    return f"{_source(str(source))} ({sizes})" if sizes else _source(str(source))
+    return f"{_source(source)} ({sizes})" if sizes else _source(source)
 
 
 def _source(source: str) -> str:
@@ -329,8 +331,7 @@ def _rate(suite: SuiteResult) -> str:
 
 
 def _mean(value: float, standard_error: float | None, n: int, unscored: int = 0) -> str:
-    error = "" if standard_error is None else f" ± {standard_error:.3f}"
-    return f"{value:.3f}{error} (n = {n:,}{f', {unscored:,} unscored' if unscored else ''})"
+    return f"{numbers.with_error(value, standard_error)} (n = {n:,}{f', {unscored:,} unscored' if unscored else ''})"
 
 
 def _text(value: object) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
+from castune.artifacts.records import DataRecord, Settings
+from castune.core.numbers import duration, number
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
-from castune.report.sections import NOT_RECORDED, cut_words, duration, figure, known, section
-from castune.report.summary import Rate, percent, with_error
+from castune.report.sections import NOT_RECORDED, cut_words, figure, known, recorded_rate, section
+from castune.report.summary import percent
 
 
-def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Mapping[str, Any]) -> Markup:
+def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Collection[str]) -> Markup:
     """Where conflicts lie, how sure the map is, and what each arm trains of it."""
     settings, ties = cmap.metadata.get("settings", {}), cmap.metadata.get("ties", {})
     baseline, data = cmap.metadata.get("baseline", {}), cmap.metadata.get("data", {})
+    seconds = cmap.metadata.get("seconds")
     over_domains = ", mean over domains" if cmap.domains else ""
     facts = [
         ("Measured by", f"{_measure(settings)}, {known(settings.get('ablation'))} ablation"),
@@ -28,10 +31,10 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
         *_reliability(cmap.metadata.get("reliability", {})),
         *(
-            (f"Reliability of C over {kind}s alone", _number(found["reliability"]["reliability"]))
+            (f"Reliability of C over {kind}s alone", number(found["reliability"]["reliability"]))
             for kind, found in cmap.metadata.get("kinds", {}).items()
         ),
-        ("Time", duration(cmap.metadata.get("seconds"))),
+        ("Time", NOT_RECORDED if seconds is None else duration(seconds)),
     ]
     zones = (
         figure("zones", "Heads that each arm trains, in colour.")
@@ -88,8 +91,8 @@ def _domains(metadata: Mapping[str, Any]) -> Markup | str:
             name,
             _source(record["data"]),
             _baseline(record["utility_accuracy"]),
-            _number(record["reliability"]),
-            _number(record["spearman"]),
+            number(record["reliability"]),
+            number(record["spearman"]),
         ]
         for name, record in metadata["domains"].items()
     ]
@@ -118,24 +121,20 @@ def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("H_safe", "safety_shift"),
         ("C", "conflict_score"),
     )
-    parts = [f"{symbol} {_number(columns[name]['full'])}" for symbol, name in symbols if name in columns]
+    parts = [f"{symbol} {number(columns[name]['full'])}" for symbol, name in symbols if name in columns]
     facts = [("Reliability over heads (split halves, Spearman-Brown)", ", ".join(parts) or known(None))]
     for zone in ("safe", "risky"):
-        shown = f"{_number(zones.get(zone))}; {_number(zones.get(f'{zone}_by_chance'))} by chance"
+        shown = f"{number(zones.get(zone))}; {number(zones.get(f'{zone}_by_chance'))} by chance"
         facts.append((f"Overlap of the {zone} zones of two halves of the examples", shown))
     facts += [("Warning", warning) for warning in found.get("warnings", [])]
     return facts
 
 
-def _measure(settings: Mapping[str, Any]) -> str:
+def _measure(settings: Settings) -> str:
     measure = known(settings.get("measure"))
     if measure == "margin" and "margin_tokens" in settings:
         return f"margin (replies by their first {settings['margin_tokens']} tokens)"
     return measure
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
 
 
 def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
@@ -155,7 +154,7 @@ def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
     return table(head, rows, label="Selections", class_="numbers")
 
 
-def _source(record: Mapping[str, Any] | None) -> str:
+def _source(record: DataRecord | None) -> str:
     if not record:
         return NOT_RECORDED
     cut = cut_words(record)
@@ -165,9 +164,8 @@ def _source(record: Mapping[str, Any] | None) -> str:
 def _baseline(record: Mapping[str, Any] | None) -> str:
     if not record:
         return NOT_RECORDED
-    rate = Rate(record.get("value"), record.get("standard_error"), record.get("n", 0))
     unscored = f", {record['unscored']:,} unscored" if "unscored" in record else ""
-    return f"{with_error(rate, percent)}, n = {known(record.get('n'))}{unscored}"
+    return f"{recorded_rate(record)}, n = {known(record.get('n'))}{unscored}"
 
 
 def _share(value: float | None) -> str:

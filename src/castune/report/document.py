@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import vl_convert
 
 from castune.artifacts.files import replacing
 from castune.report.markup import Markup, join, script_json, tag
-from castune.report.theme import theme
+from castune.report.theme import Chart, Charts, theme
 
 _HERE = Path(__file__).parent
 # Figure files are drawn without a page around them.
@@ -26,9 +25,7 @@ _PAGE_FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 _FILE_FONT = "Arial, 'Liberation Sans', sans-serif"
 
 
-def write_charts(
-    directory: str | Path, drawn: Mapping[str, Any], formats: Sequence[str] = ("svg", "png")
-) -> list[Path]:
+def write_charts(directory: str | Path, drawn: Charts, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
     """Write every chart as files, atomically; needs no browser.
 
     Args:
@@ -61,7 +58,7 @@ def _drawn(svg: str, suffix: str) -> bytes:
     return bytes(vl_convert.svg_to_png(svg, scale=2) if suffix == "png" else vl_convert.svg_to_pdf(svg))
 
 
-def document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
+def document(title: str, body: Markup, drawn: Charts) -> str:
     """A whole page.
 
     Args:
@@ -99,9 +96,9 @@ def document(title: str, body: Markup, drawn: Mapping[str, Any]) -> str:
     return f"<!doctype html>\n{page}\n"
 
 
-def _bare(chart: Any) -> dict[str, Any]:
+def _bare(chart: Chart) -> dict[str, object]:
     """The chart's specification without what the page decides itself."""
-    spec: dict[str, Any] = chart.to_dict()
+    spec = chart.to_dict()
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
 
 

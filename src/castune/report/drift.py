@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import altair as alt
 
 from castune.artifacts.drift_result import ColumnDrift, DriftResult, StepDrift, ZoneOverlap
+from castune.core.numbers import UNDEFINED, duration, number, span
 from castune.report.markup import Markup, table, tag
-from castune.report.sections import NOT_RECORDED, duration, figure, section
-from castune.report.summary import Rate, percent, with_error
+from castune.report.sections import figure, recorded_rate, section
+from castune.report.theme import Chart
 
 # More would be a list to scroll, not to read; drift.json has all.
 _SHOWN_CHANGES = 20
@@ -23,7 +23,7 @@ _SYMBOLS = {
 }
 
 
-def drift_chart(result: DriftResult) -> Any | None:
+def drift_chart(result: DriftResult) -> Chart | None:
     """Spearman correlation of C with the first map by step, its interval, and the noise ceiling; None without any."""
     shown = "Maps on other examples", "Noise ceiling: no drift"
     records = []
@@ -59,7 +59,7 @@ def drift_chart(result: DriftResult) -> Any | None:
     )
 
 
-def drift_charts(drifts: Mapping[str, DriftResult]) -> dict[str, Any]:
+def drift_charts(drifts: Mapping[str, DriftResult]) -> dict[str, Chart]:
     """A chart an arm, by the name of its figure."""
     made = {figure_name(arm): drift_chart(result) for arm, result in drifts.items()}
     return {name: chart for name, chart in made.items() if chart is not None}
@@ -82,7 +82,7 @@ def drift_verdict(step: StepDrift, n: Mapping[str, int]) -> str:
     return f"the order of the heads has changed beyond measurement noise ({examples}): {value}"
 
 
-def drift_section(drifts: Mapping[str, DriftResult], drawn: Mapping[str, Any]) -> Markup | str:
+def drift_section(drifts: Mapping[str, DriftResult], drawn: Collection[str]) -> Markup | str:
     """How the map changed while each arm was trained; nothing where it was not measured."""
     if not drifts:
         return ""
@@ -98,7 +98,7 @@ def drift_section(drifts: Mapping[str, DriftResult], drawn: Mapping[str, Any]) -
     return section("Conflict drift", "drift", tag("p", explanation, class_="small"), *parts)
 
 
-def _arm(arm: str, result: DriftResult, drawn: Mapping[str, Any]) -> Markup:
+def _arm(arm: str, result: DriftResult, drawn: Collection[str]) -> Markup:
     last = result.steps[-1]
     head = [
         "Step", "Accuracy", "Refusals", "C, same examples", "Noise ceiling of C",
@@ -132,10 +132,10 @@ def _row(step: StepDrift, result: DriftResult) -> list[object]:
     )
     return [
         f"{step.step:,}",
-        _rate(step.baseline.get("utility_accuracy")),
-        _rate(step.baseline.get("refusal_rate")),
-        _number(score.spearman),
-        _number(score.ceiling),
+        recorded_rate(step.baseline.get("utility_accuracy")),
+        recorded_rate(step.baseline.get("refusal_rate")),
+        number(score.spearman),
+        number(score.ceiling),
         *(_corrected(step.columns[name]) for name in _SYMBOLS),
         _zone(step.zones["safe"]),
         _zone(step.zones["risky"]),
@@ -188,17 +188,7 @@ def _zone(zone: ZoneOverlap) -> str:
 
 def _corrected(column: ColumnDrift) -> str:
     if column.corrected is None:
-        return "undefined"
+        return UNDEFINED
     if column.corrected_low is None or column.corrected_high is None:
-        return f"{_number(column.corrected)} (interval undefined)"
-    return f"{_number(column.corrected)} ({_number(column.corrected_low)} to {_number(column.corrected_high)})"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}".replace("-", "−")
-
-
-def _rate(record: Mapping[str, Any] | None) -> str:
-    if not record:
-        return NOT_RECORDED
-    return with_error(Rate(record.get("value"), record.get("standard_error"), record.get("n", 0)), percent)
+        return f"{number(column.corrected)} (interval undefined)"
+    return f"{number(column.corrected)} ({span(column.corrected_low, column.corrected_high)})"

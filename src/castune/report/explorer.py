@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.conflict_map import SCHEMA
@@ -111,7 +110,7 @@ def _choice(label: str, part: str, shown: list[str], values: list[str] | None = 
     return tag("label", f"{label} ", tag("select", join(options), data_part=part))
 
 
-def _data(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> dict[str, Any]:
+def _data(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> dict[str, object]:
     rows = {unit: i for i, unit in enumerate(cmap.units)}
     layers, heads = zip(*cmap.heads, strict=True)
     return {
@@ -130,7 +129,7 @@ def _data(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> dict[st
     }
 
 
-def _map(one: ConflictMap, combined: ConflictMap) -> dict[str, Any]:
+def _map(one: ConflictMap, combined: ConflictMap) -> dict[str, object]:
     """The columns of a map, and its rows by each score, highest first, as `castune select` sorts them."""
     if one.heads != combined.heads:
         raise ValueError(f"the map of a utility domain has {len(one):,} heads that are not those of the combined map")

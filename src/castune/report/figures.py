@@ -7,18 +7,18 @@ rules come from `theme`, never from a chart: one chart serves a light page, a da
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import altair as alt
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.drift_result import DriftResult
 from castune.report.drift import drift_charts
-from castune.report.labels import place_labels
+from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.maps import SCORES, conflict_heatmap, zones
-from castune.report.summary import BASE, PURPOSES, in_order, mean_rate
-from castune.report.theme import arm_colours, bucket_colours
+from castune.report.summary import BASE, PURPOSES, in_order, mean_rate, percent, with_error
+from castune.report.theme import Chart, arm_colours, bucket_colours
+from castune.stats.estimates import Estimate
 
 
 def charts(
@@ -27,7 +27,7 @@ def charts(
     tunings: Mapping[str, TuneResult],
     evaluations: Mapping[str, EvalResult],
     drifts: Mapping[str, DriftResult] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Chart]:
     """Every chart that these artifacts allow, by name."""
     made = {
         "conflict_map": conflict_heatmap(cmap, selections),
@@ -43,7 +43,7 @@ def charts(
     return {**made, **drift_charts(drifts or {})}
 
 
-def score_distribution(cmap: ConflictMap) -> Any:
+def score_distribution(cmap: ConflictMap) -> Chart:
     """How many heads have which conflict score, by bucket; of several kinds of unit, a histogram each."""
     scores, buckets = cmap.column("conflict_score").tolist(), cmap.table["bucket"].to_pylist()
     several = len(cmap.kinds) > 1
@@ -68,7 +68,7 @@ def score_distribution(cmap: ConflictMap) -> Any:
     return chart.encode(row=alt.Row("unit:N", title=None, sort=cmap.kinds)) if several else chart
 
 
-def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -> Any:
+def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -> Chart:
     """Safety against its cost (Figure 3 of the paper); bars are one standard error to both sides.
 
     Args:
@@ -82,16 +82,18 @@ def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -
     if not points:
         raise ValueError(f"no arm was measured on both safety and {cost}")
     width, height = 380, 300
-    x_range, y_range = (_range(points, axis) for axis in "xy")
+    x_range = _range(end for point in points for end in (point.x_low, point.x_high))
+    y_range = _range(end for point in points for end in (point.y_low, point.y_high))
     place_labels(points, x_range, y_range, width, height)
-    colours = arm_colours([str(point["arm"]) for point in points])
-    percent = alt.Axis(format=".0%", tickCount=6)
-    x = {"title": PURPOSES["safety"], "scale": alt.Scale(domain=x_range, nice=False), "axis": percent}
-    y = {"title": PURPOSES[cost], "scale": alt.Scale(domain=y_range, nice=False), "axis": percent}
+    colours = arm_colours([point.arm for point in points])
+    shares = alt.Axis(format=".0%", tickCount=6)
+    x = {"title": PURPOSES["safety"], "scale": alt.Scale(domain=x_range, nice=False), "axis": shares}
+    y = {"title": PURPOSES[cost], "scale": alt.Scale(domain=y_range, nice=False), "axis": shares}
     hue = alt.Color("arm:N", legend=None).scale(domain=list(colours), range=list(colours.values()))
     is_base = f"datum.arm === '{BASE}'"
     # Base is first and drawn last: it lies on top.
-    arms = alt.Chart(alt.InlineData(values=points[::-1])).encode(x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y))
+    records = alt.InlineData(values=[vars(point) for point in reversed(points)])
+    arms = alt.Chart(records).encode(x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y))
     rules = arms.mark_rule(strokeWidth=1.5, opacity=0.6).encode(color=hue)
     dots = arms.mark_point(opacity=1, strokeWidth=2).encode(
         color=hue,
@@ -113,7 +115,7 @@ def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -
     ).properties(width=width, height=height, description=f"{PURPOSES[cost]} over {PURPOSES['safety']}, a point an arm.")
 
 
-def training_loss(tune_results: Mapping[str, TuneResult]) -> Any:
+def training_loss(tune_results: Mapping[str, TuneResult]) -> Chart:
     """Training loss by optimiser step, a line an arm."""
     records = [
         {"arm": arm, "step": step, "loss": loss}
@@ -135,25 +137,24 @@ def training_loss(tune_results: Mapping[str, TuneResult]) -> Any:
     )
 
 
-def _trade_off_points(evaluations: Mapping[str, EvalResult], cost: str) -> list[dict[str, Any]]:
+def _trade_off_points(evaluations: Mapping[str, EvalResult], cost: str) -> list[ScatterPoint]:
     points = []
     for arm, evaluation in in_order(evaluations).items():
-        rates = mean_rate(evaluation, "safety"), mean_rate(evaluation, cost)
-        point: dict[str, Any] = {"arm": arm}
-        for axis, rate in zip("xy", rates, strict=True):
-            if rate is None or rate.value is None:
-                break
-            error = rate.standard_error or 0.0
-            known = "not measured" if rate.standard_error is None else f"{error:.1%}"
-            point |= {axis: rate.value, f"{axis}_low": rate.value - error, f"{axis}_high": rate.value + error}
-            point[f"{axis}_text"] = f"{rate.value:.1%} ± {known}, n = {rate.n}, {rate.unscored} unscored"
-        else:
-            points.append(point)
+        x, y = (_coordinate(mean_rate(evaluation, purpose)) for purpose in ("safety", cost))
+        if x is not None and y is not None:
+            points.append(ScatterPoint.of(arm, x, y))
     return points
 
 
-def _range(points: Sequence[Mapping[str, Any]], axis: str) -> list[float]:
-    low, high = min(point[f"{axis}_low"] for point in points), max(point[f"{axis}_high"] for point in points)
+def _coordinate(rate: Estimate | None) -> Coordinate | None:
+    if rate is None or rate.value is None:
+        return None
+    text = f"{with_error(rate, percent)}, n = {rate.n:,}, {rate.unscored:,} unscored"
+    return Coordinate(rate.value, rate.standard_error or 0.0, text)
+
+
+def _range(ends: Iterable[float]) -> list[float]:
+    low, *_, high = sorted(ends)
     # At least ten percentage points, lest noise fill the chart; a margin keeps bars off the frame.
     margin = max(0.0, 0.1 - (high - low)) / 2 + 0.08 * (high - low)
     return [low - margin, high + margin]

@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import altair as alt
 
 from castune.artifacts import ConflictMap, HeadSelection
-from castune.report.theme import NEUTRAL, arm_colours
+from castune.report.theme import NEUTRAL, Chart, arm_colours
 
 SCORES = {
     "conflict_score": "Conflict score C(h)",
@@ -25,7 +24,7 @@ _MEASURED = ("optimization_conflict", "utility_shift", "safety_shift")
 _ACROSS, _DOWN = 20, 14
 
 
-def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Any:
+def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Chart:
     """Layer x head heatmap (Figure 7 of the paper) with a switch between the scores of `SCORES`, and between domains.
 
     Layer 0 is at the top and blue is low, red high, as in the paper's maps. Layers may have different numbers
@@ -84,7 +83,7 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
     return chart.encode(opacity=alt.condition(shown, alt.value(1), alt.value(0.12))).add_params(arm)
 
 
-def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Any:
+def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Chart:
     """Which heads every arm trains: one small layer x head grid an arm."""
     grid = _Grid.of(cmap, width=230, height=360, largest=(24, 13), smallest=(4, 4))
     colours = arm_colours(list(selections))
@@ -149,7 +148,7 @@ class _Grid:
     def height(self) -> int:
         return self.cell_height * len(self.layers)
 
-    def cells(self) -> Any:
+    def cells(self) -> alt.Chart:
         return (
             alt.Chart()
             .mark_rect(aria=False)
@@ -161,7 +160,7 @@ class _Grid:
         )
 
 
-def _bands(indices: list[int], cell: int, apart: int) -> dict[str, Any]:
+def _bands(indices: list[int], cell: int, apart: int) -> dict[str, alt.Axis | alt.Scale]:
     """Scale and axis over layers or heads, with as many labels as there is room for."""
     every = 1
     while every * cell < apart:
@@ -173,7 +172,7 @@ def _bands(indices: list[int], cell: int, apart: int) -> dict[str, Any]:
     }
 
 
-def _records(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> list[dict[str, Any]]:
+def _records(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> list[dict[str, object]]:
     owners: dict[tuple[str, int, int], list[str]] = {}
     for arm, selection in selections.items():
         for one in selection.all_units:

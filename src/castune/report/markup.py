@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 # Elements that have no end tag.
 _VOID = frozenset({"input", "meta"})
@@ -54,7 +53,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, label: st
     return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex="0")
 
 
-def script_json(value: Any) -> str:
+def script_json(value: object) -> str:
     """JSON that can stand inside `<script>`: nothing in it can end the element or the line."""
     plain = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from castune.artifacts import EvalResult, SuiteResult
 from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore, headline_scores
+from castune.core.numbers import with_error
 from castune.report.markup import Markup, table, tag
-from castune.report.summary import NOT_MEASURED
+from castune.report.summary import NOT_MEASURED, percent
 
 _PROMPTS = {"safety": "harmful", "over-refusal": "harmless"}
 # Keys of a suite's further numbers, in the order of the columns.
@@ -56,8 +57,8 @@ def losses(evaluations: Mapping[str, EvalResult]) -> Markup | str:
     rows = []
     for suite, arm in found:
         lost = sum(suite.extra.get(key) or 0 for key in keys)
-        shares = [_share(suite.extra[key] or 0) if key in suite.extra else "–" for key in keys]
-        rows.append([arm, suite.suite, _share(1 - lost), *shares])
+        shares = [percent(suite.extra[key] or 0) if key in suite.extra else "–" for key in keys]
+        rows.append([arm, suite.suite, percent(max(0.0, 1 - lost)), *shares])
     rule = (
         "Shares of the problems and questions of a suite that have a reply; a row adds up to 100 %. All but the right "
         "ones count as wrong. An answer without reasoning is what the paper calls reasoning collapse, a refusal of a "
@@ -100,7 +101,7 @@ def by_lm_eval(results: Mapping[str, LmEvalResult]) -> Markup | str:
 def _score(score: LmEvalScore | None) -> str:
     if score is None or score.value is None:
         return NOT_MEASURED
-    return f"{score.value:.4f}" + ("" if score.standard_error is None else f"\u00a0±\u00a0{score.standard_error:.4f}")
+    return with_error(score.value, score.standard_error, ".4f").replace(" ", "\u00a0")
 
 
 def _by_suite(evaluations: Mapping[str, EvalResult]) -> list[tuple[SuiteResult, str]]:
@@ -112,8 +113,4 @@ def _by_suite(evaluations: Mapping[str, EvalResult]) -> list[tuple[SuiteResult, 
 
 def _count(suite: SuiteResult, key: str) -> str:
     count = int(suite.extra[key] or 0)
-    return f"{count:,} ({_share(count / max(1, suite.n + suite.unscored))})"
-
-
-def _share(value: float) -> str:
-    return f"{100 * max(0.0, value):.1f}\u202f%"
+    return f"{count:,} ({percent(count / max(1, suite.n + suite.unscored))})"

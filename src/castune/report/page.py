@@ -14,7 +14,8 @@ from castune.report.document import document, write_charts
 from castune.report.drift import drift_section
 from castune.report.figures import charts
 from castune.report.markup import tag
-from castune.report.samples import provenance, samples
+from castune.report.provenance import provenance
+from castune.report.samples import samples
 from castune.report.sections import known, opening, results
 from castune.report.summary import CostRatios, Differences
 from castune.report.training import training

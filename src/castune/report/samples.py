@@ -1,4 +1,4 @@
-"""What the models said, side by side, and what everything was made from.
+"""What the models said, side by side.
 
 The page holds every sample that it shows, so that it reads without JavaScript too; `samples.js` only hides.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
-from castune.report.markup import Markup, join, table, tag
-from castune.report.sections import known, section
+from castune.artifacts import EvalResult
+from castune.artifacts.samples import Sample, is_choice, is_letter, is_problem, is_reply
+from castune.core.numbers import number
+from castune.report.markup import Markup, join, tag
+from castune.report.sections import section
 from castune.report.summary import BASE, NOT_MEASURED, in_order
 
 # A page is for reading; the run directory has all samples in full. A suite has as many rows as its share of the
@@ -24,8 +25,6 @@ _OUTCOMES = {
     "safety": {True: "refused", False: "answered"},
     "over-refusal": {True: "refused", False: "answered"},
 }
-
-Sample = Mapping[str, Any]
 
 
 def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
@@ -47,69 +46,6 @@ def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
         "samples",
         tag("p", rule, class_="small"),
         tag("div", _controls(list(suites), list(evaluations)), *content, class_="sample-replies"),
-    )
-
-
-def provenance(
-    cmap: ConflictMap,
-    selections: Mapping[str, HeadSelection],
-    tunings: Mapping[str, TuneResult],
-    masked: Mapping[str, MaskedAdapter],
-    evaluations: Mapping[str, EvalResult],
-    recipe_text: str,
-) -> Markup:
-    """Versions, models, data hashes and settings of every stage, and the recipe."""
-    model = cmap.metadata.get("model", {})
-    identity = [(key, known(value)) for key, value in model.items()] or [("model", known(None))]
-    blocks = [
-        _block("Diagnosis", {key: cmap.metadata.get(key) for key in ("settings", "data", "provenance")}),
-        *(
-            _block(f"Selection: {arm}", {**item.to_json(), "heads": len(item.heads)})
-            for arm, item in selections.items()
-        ),
-        *(
-            _block(
-                f"Training: {arm}",
-                {
-                    "settings": item.settings,
-                    "data": item.data,
-                    "model": item.model,
-                    "provenance": item.provenance,
-                },
-            )
-            for arm, item in tunings.items()
-        ),
-        *(
-            _block(
-                f"Made of other adapters: {arm}",
-                {
-                    "adapters": {source["name"]: source for source in item.sources},
-                    "model": item.model,
-                    "provenance": item.provenance,
-                },
-            )
-            for arm, item in masked.items()
-        ),
-        *(
-            _block(
-                f"Evaluation: {arm}",
-                {
-                    "settings": item.settings,
-                    "data hashes": {suite.suite: suite.data_hash for suite in item.suites},
-                    "model": item.model,
-                    "provenance": item.provenance,
-                },
-            )
-            for arm, item in in_order(evaluations).items()
-        ),
-    ]
-    if recipe_text:
-        blocks.append(tag("details", tag("summary", "Resolved recipe"), tag("pre", recipe_text, tabindex="0")))
-    return section(
-        "Provenance",
-        "provenance",
-        table([], identity, label="Model", class_="facts"),
-        tag("div", *blocks, class_="folds"),
     )
 
 
@@ -174,9 +110,10 @@ def _row(example: Sample, by_arm: Mapping[str, Sample | None]) -> Markup:
 
 def _fate(before: Sample | None, after: Sample | None) -> str:
     """`lost` or `gained`, as paired differences count them; nothing without a change between two outcomes."""
-    if before is None or after is None or before.get("outcome") is None or after.get("outcome") is None:
+    was, now = (None if sample is None else sample["outcome"] for sample in (before, after))
+    if was is None or now is None:
         return ""
-    change = int(after["outcome"]) - int(before["outcome"])
+    change = int(now) - int(was)
     return "gained" if change > 0 else "lost" if change < 0 else ""
 
 
@@ -203,41 +140,41 @@ def _differing_first(identifiers: Iterable[str], by_arm: Mapping[str, Mapping[st
 
 def _question(sample: Sample) -> Markup:
     parts = [tag("div", _short(sample["prompt"]), class_="said", dir="auto")]
-    if sample.get("choices"):
+    if is_choice(sample) or is_letter(sample):
         choices = [
-            tag("li", choice, tag("small", " right answer") if i == sample.get("answer") else "")
+            tag("li", choice, tag("small", " right answer") if i == sample["answer"] else "")
             for i, choice in enumerate(sample["choices"])
         ]
         parts.append(tag("ol", *choices, class_="choices"))
-    if sample.get("target"):
+    if is_problem(sample):
         parts.append(tag("small", f"right answer: {sample['target']}"))
-    label = " · ".join(str(sample[key]) for key in ("id", "group") if sample.get(key))
+    label = " · ".join(filter(None, (str(sample["id"]), sample["group"])))
     return join([*parts, tag("small", label)])
 
 
 def _answer(sample: Sample | None, fate: str) -> Markup:
     if sample is None:
         return tag("span", NOT_MEASURED, class_="quiet")
-    outcome = sample.get("outcome")
+    outcome = sample["outcome"]
     word = "unscored" if outcome is None else _OUTCOMES.get(sample["purpose"], {}).get(outcome, str(outcome))
     parts = [tag("span", word, class_=f"outcome {word}")]
     if fate:
         parts.append(tag("small", fate))
-    if sample.get("failure"):
-        parts.append(tag("small", sample["failure"]))
-    if sample.get("choice_scores"):
+    if (is_letter(sample) or is_problem(sample)) and (failure := sample.get("failure")):
+        parts.append(tag("small", failure))
+    if is_choice(sample):
         scores = sample["choice_scores"]
         best = max((score for score in scores if score is not None), default=None)
         lines = [
             tag(
                 "li",
-                NOT_MEASURED if score is None else f"{score:.3f}".replace("-", "−"),
+                NOT_MEASURED if score is None else number(score, ".3f"),
                 class_=score == best and "chosen",
             )
             for score in scores
         ]
         parts.append(tag("ol", *lines, class_="choices"))
-    if "reply" in sample:
+    if is_reply(sample):
         reply, nothing = sample["reply"], "no reply" if sample.get("missing") else "empty reply"
         parts.append(tag("div", _short(reply), class_="said", dir="auto") if reply else tag("small", nothing))
     return join(parts)
@@ -247,21 +184,3 @@ def _short(said: str) -> str:
     if len(said) <= _CHARACTERS:
         return said
     return f"{said[:_CHARACTERS]} … (cut here, {len(said):,} characters in all)"
-
-
-def _block(title: str, record: Mapping[str, Any]) -> Markup:
-    rows = [(key, tag("code", value)) for key, value in _flat(record)]
-    return tag("details", tag("summary", title), table([], rows, label=title, class_="facts"))
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested records as `outer.inner` rows."""
-    rows = []
-    for key, value in record.items():
-        if isinstance(value, Mapping) and value:
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            # Settings and hashes are shown as they are stored: no separators, no rounding.
-            plain = isinstance(value, str | int | float) and value != ""
-            rows.append((f"{prefix}{key}", str(value) if plain else known(value)))
-    return rows

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, SuiteResult
 from castune.artifacts.lm_eval_result import LmEvalResult
+from castune.artifacts.records import DataRecord
+from castune.core.numbers import p_value
 from castune.report.markup import Markup, join, table, tag
 from castune.report.outcomes import by_lm_eval, fates, losses
 from castune.report.summary import (
     BASE,
     NOT_MEASURED,
-    Change,
     CostRatios,
     Differences,
     cost_ratio,
     in_order,
-    is_seen,
     number,
     percent,
     points,
     verdict,
     with_error,
 )
+from castune.stats.estimates import Estimate, PairedDifference
 
 NOT_RECORDED = "not recorded"
 
@@ -44,16 +45,7 @@ def section(title: str, identifier: str, *content: object) -> Markup:
     return tag("section", tag("h2", title, id=identifier), *content)
 
 
-def duration(seconds: float | None) -> str:
-    """Wall time in a unit that fits."""
-    if seconds is None:
-        return NOT_RECORDED
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def known(value: Any) -> str:
+def known(value: object) -> str:
     """A value of a metadata record in words."""
     if value is None or value == {}:
         return NOT_RECORDED
@@ -62,10 +54,17 @@ def known(value: Any) -> str:
     return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def cut_words(record: Mapping[str, Any]) -> str:
+def recorded_rate(record: Mapping[str, Any] | None) -> str:
+    """A rate of a map's metadata, `value ± standard error`."""
+    if not record:
+        return NOT_RECORDED
+    return with_error(Estimate(record["value"], record["standard_error"], record["n"]), percent)
+
+
+def cut_words(record: DataRecord) -> str:
     """How many examples of a data record were cut to the length limit, in words; nothing where none was."""
-    what = {"cut": "prompts", "replies_cut": "replies"}
-    counts = [f"{record[key]:,} {name}" for key, name in what.items() if record.get(key)]
+    what = {"prompts": record.get("cut"), "replies": record.get("replies_cut")}
+    counts = [f"{n:,} {name}" for name, n in what.items() if n]
     return " and ".join(counts) + " cut" if counts else ""
 
 
@@ -99,7 +98,7 @@ def results(
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
     cost_ratios: CostRatios,
-    drawn: Mapping[str, Any],
+    drawn: Collection[str],
     lm_eval: Mapping[str, LmEvalResult],
     mmlu_cost_ratios: CostRatios,
 ) -> Markup:
@@ -173,7 +172,9 @@ def _suite_head(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
     return join([suite, tag("small", _MEANING.get(purpose, purpose)), tag("small", shared)])
 
 
-def _suite_cell(arm: str, suite: str, evaluations: Mapping[str, EvalResult], change: Change | None) -> Markup | str:
+def _suite_cell(
+    arm: str, suite: str, evaluations: Mapping[str, EvalResult], change: PairedDifference | None
+) -> Markup | str:
     result = _find(evaluations[arm], suite)
     if result is None:
         return tag("span", NOT_MEASURED, class_="quiet")
@@ -190,11 +191,11 @@ def _suite_cell(arm: str, suite: str, evaluations: Mapping[str, EvalResult], cha
     return join(lines)
 
 
-def _change(change: Change | None) -> Markup:
+def _change(change: PairedDifference | None) -> Markup:
     if change is None or change.value is None:
         return tag("span", f"change {NOT_MEASURED}", class_="change quiet")
-    seen = is_seen(change)
-    test = "" if change.p is None else f", {change.gained:,} gained, {change.lost:,} lost, p = {change.p:.2g}"
+    seen = change.is_seen
+    test = "" if change.p is None else f", {change.gained:,} gained, {change.lost:,} lost, p {p_value(change.p)}"
     paired = tag("small", f"{change.n:,} pairs{test}" + ("" if seen is not False else ", no difference seen"))
     return tag("span", f"{with_error(change, points)} ", paired, class_="change" if seen else "change quiet")
 

@@ -2,6 +2,8 @@
 
 `Differences` are paired differences against the base, computed by whoever has both evaluations at hand:
 arm -> suite -> mean of tuned minus base, with its standard error and the number of pairs.
+
+On the page a value stays with its unit and its error: their spaces do not break.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-from castune.artifacts import EvalResult
+from castune.artifacts import EvalResult, SuiteResult
+from castune.core import numbers
+from castune.stats.estimates import CostRatio, Estimate, PairedDifference
 
 BASE = "base"
 NOT_MEASURED = "not measured"
@@ -25,55 +28,10 @@ PURPOSES = {
 }
 
 
-class Estimate(Protocol):
-    """A rate or a change of a rate; `value` is None where nothing could be scored. `SuiteResult` is one."""
-
-    @property
-    def value(self) -> float | None: ...  # noqa: D102
-    @property
-    def standard_error(self) -> float | None: ...  # noqa: D102
-    @property
-    def n(self) -> int: ...  # noqa: D102
-    @property
-    def unscored(self) -> int: ...  # noqa: D102
-
-
-class Change(Estimate, Protocol):
-    """A paired change; `p` is the p-value of a paired test, None without pairs."""
-
-    @property
-    def gained(self) -> int: ...  # noqa: D102
-    @property
-    def lost(self) -> int: ...  # noqa: D102
-    @property
-    def p(self) -> float | None: ...  # noqa: D102
-
-
-class CostRatio(Protocol):
-    """A utility cost ratio with its 95 % interval; a missing upper end has no bound."""
-
-    @property
-    def value(self) -> float | None: ...  # noqa: D102
-    @property
-    def low(self) -> float | None: ...  # noqa: D102
-    @property
-    def high(self) -> float | None: ...  # noqa: D102
-    @property
-    def undefined_share(self) -> float | None: ...  # noqa: D102
-
-
-Differences = Mapping[str, Mapping[str, Change]]
+Differences = Mapping[str, Mapping[str, PairedDifference]]
 CostRatios = Mapping[str, CostRatio]
-
-
-@dataclass(frozen=True)
-class Rate:
-    """The report's own `Estimate`."""
-
-    value: float | None
-    standard_error: float | None
-    n: int
-    unscored: int = 0
+# A rate or its change, with a standard error.
+Rated = SuiteResult | Estimate | PairedDifference
 
 
 @dataclass(frozen=True)
@@ -90,7 +48,7 @@ def in_order(evaluations: Mapping[str, EvalResult]) -> dict[str, EvalResult]:
     return dict(sorted(evaluations.items(), key=lambda item: item[0] != BASE))
 
 
-def mean_rate(evaluation: EvalResult, purpose: str) -> Rate | None:
+def mean_rate(evaluation: EvalResult, purpose: str) -> Estimate | None:
     """Unweighted mean over the suites of a purpose, as the paper averages; None when there is no such suite.
 
     Suites hold different examples, so their errors are independent: se = sqrt(sum se_i^2) / k.
@@ -98,7 +56,7 @@ def mean_rate(evaluation: EvalResult, purpose: str) -> Rate | None:
     suites = [suite for suite in evaluation.suites if suite.purpose == purpose]
     if not suites:
         return None
-    return Rate(
+    return Estimate(
         evaluation.mean(purpose),
         _error_of_mean(suite.standard_error for suite in suites),
         sum(suite.n for suite in suites),
@@ -106,7 +64,7 @@ def mean_rate(evaluation: EvalResult, purpose: str) -> Rate | None:
     )
 
 
-def mean_change(evaluation: EvalResult, changes: Mapping[str, Estimate], purpose: str) -> Rate | None:
+def mean_change(evaluation: EvalResult, changes: Mapping[str, Rated], purpose: str) -> Estimate | None:
     """Mean paired change over the suites of a purpose; None when a suite has no paired difference."""
     suites = [suite.suite for suite in evaluation.suites if suite.purpose == purpose]
     if not suites or any(suite not in changes for suite in suites):
@@ -114,25 +72,12 @@ def mean_change(evaluation: EvalResult, changes: Mapping[str, Estimate], purpose
     found = [changes[suite] for suite in suites]
     values = [change.value for change in found if change.value is not None]
     mean = sum(values) / len(values) if len(values) == len(found) else None
-    return Rate(
+    return Estimate(
         mean,
         _error_of_mean(change.standard_error for change in found),
         sum(change.n for change in found),
         sum(change.unscored for change in found),
     )
-
-
-def is_seen(change: Estimate) -> bool | None:
-    """Whether a change is seen: by its paired test at 5 % where it has one, else at twice its standard error.
-
-    None when that cannot be said.
-    """
-    p = getattr(change, "p", None)
-    if p is not None:
-        return bool(p < 0.05)
-    if change.value is None or change.standard_error is None:
-        return None
-    return change.value != 0 and abs(change.value) >= 2 * change.standard_error
 
 
 def verdict(
@@ -175,7 +120,7 @@ def cost_ratio(arm: str, ratios: CostRatios) -> str:
     ratio = ratios.get(arm)
     if ratio is None:
         return NOT_MEASURED
-    return "undefined" if ratio.value is None else f"{ratio.value:.2f}{interval(ratio)}"
+    return numbers.number(ratio.value) + (interval(ratio) if ratio.value is not None else "")
 
 
 def interval(ratio: CostRatio) -> str:
@@ -183,26 +128,26 @@ def interval(ratio: CostRatio) -> str:
     if ratio.low is None:
         return ""
     if ratio.high is not None:
-        return f" ({ratio.low:.2f} to {ratio.high:.2f})"
-    return f" ({ratio.low:.2f} to no bound: no gain in {100 * (ratio.undefined_share or 0):.0f}\u202f% of resamples)"
+        return f" ({numbers.span(ratio.low, ratio.high)})"
+    gainless = _narrow(numbers.percent(ratio.undefined_share or 0, 0))
+    return f" ({numbers.number(ratio.low)} to no bound: no gain in {gainless} of resamples)"
 
 
 def percent(value: float | None) -> str:
     """A rate in percent, one decimal."""
-    return NOT_MEASURED if value is None else f"{_signed(100 * value, '.1f')}\u202f%"
+    return NOT_MEASURED if value is None else _narrow(numbers.percent(value))
 
 
 def points(value: float | None) -> str:
     """A change of a rate in percentage points, always with its sign."""
-    return NOT_MEASURED if value is None else _signed(100 * value, "+.1f")
+    return NOT_MEASURED if value is None else numbers.number(100 * value, "+.1f")
 
 
-def with_error(rate: Estimate, show: Callable[[float | None], str]) -> str:
+def with_error(rate: Rated, show: Callable[[float | None], str]) -> str:
     """`value ± standard error`; says so where either was not measured."""
     if rate.value is None:
         return NOT_MEASURED
-    error = NOT_MEASURED if rate.standard_error is None else f"{100 * rate.standard_error:.1f}"
-    # Spaces that do not break, so that a value stays with its error.
+    error = NOT_MEASURED if rate.standard_error is None else numbers.number(100 * rate.standard_error, ".1f")
     return f"{show(rate.value)}\u00a0±\u00a0{error}"
 
 
@@ -211,15 +156,11 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return NOT_MEASURED
     whole = isinstance(value, int) or abs(value) >= 1e4
-    return _signed(value, ",.0f") if whole else _signed(value, ".4g")
+    return numbers.number(value, ",.0f" if whole else ".4g")
 
 
-def _signed(value: float, pattern: str) -> str:
-    # Rounding may leave "-0.0"; a zero has no sign here.
-    text = format(value, pattern)
-    if float(text.replace(",", "")) == 0:
-        text = text.replace("-", "").replace("+", "")
-    return text.replace("-", "−")
+def _narrow(text: str) -> str:
+    return text.replace(" ", "\u202f")
 
 
 def _error_of_mean(errors: Iterable[float | None]) -> float | None:
@@ -233,7 +174,7 @@ def _rate(rate: Estimate | None) -> str:
     return NOT_MEASURED if rate is None else with_error(rate, percent)
 
 
-def _changes(evaluation: EvalResult, changes: Mapping[str, Estimate]) -> str:
+def _changes(evaluation: EvalResult, changes: Mapping[str, Rated]) -> str:
     parts = []
     for purpose, label in PURPOSES.items():
         if not any(suite.purpose == purpose for suite in evaluation.suites):
@@ -241,9 +182,9 @@ def _changes(evaluation: EvalResult, changes: Mapping[str, Estimate]) -> str:
         change = mean_change(evaluation, changes, purpose)
         if change is None or change.value is None:
             words = f"change {NOT_MEASURED}"
-        elif is_seen(change) is None:
+        elif change.is_seen is None:
             words = f"{with_error(change, points)}, too few pairs to judge"
-        elif is_seen(change):
+        elif change.is_seen:
             words = with_error(change, points)
         else:
             words = f"{NO_DIFFERENCE} ({with_error(change, points)})"

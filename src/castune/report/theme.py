@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import altair as alt
 
 from castune.report.summary import BASE
+
+# What Altair draws, and charts by their names.
+Chart: TypeAlias = alt.TopLevelMixin
+Charts: TypeAlias = Mapping[str, Chart]
 
 NEUTRAL = "#808080"
 _ZONES = {BASE: NEUTRAL, "safe": "#2f7ec2", "risky": "#d1502f", "random": "#b08a2e", "all": "#8465b3"}
@@ -18,7 +24,7 @@ LOW_TO_HIGH = (
 _RISKY_TO_SAFE = ("#d1502f", "#eaa35e", "#8fbad6", "#2f7ec2")
 
 
-def theme(ink: str, font: str) -> dict[str, Any]:
+def theme(ink: str, font: str) -> dict[str, object]:
     """Vega-Lite configuration with one colour for text and lines (`currentColor` follows the page)."""
     colours = {"labelColor": ink, "titleColor": ink}
     guide = {**colours, "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12}

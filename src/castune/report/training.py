@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 from castune.artifacts import HeadSelection, MaskedAdapter, TuneResult
+from castune.core import numbers
 from castune.report.markup import Markup, table, tag
-from castune.report.sections import NOT_RECORDED, cut_words, duration, figure, known, section
+from castune.report.sections import NOT_RECORDED, cut_words, figure, known, section
 from castune.report.summary import number
 
 _BUDGET = ("Heads", "Layers", "Query rows", "A matrices", "Trainable parameters", "Effective parameters")
@@ -26,7 +26,7 @@ def training(
     tunings: Mapping[str, TuneResult],
     masked: Mapping[str, MaskedAdapter],
     selections: Mapping[str, HeadSelection],
-    drawn: Mapping[str, Any],
+    drawn: Collection[str],
 ) -> Markup:
     """Budget, certificate and loss of every arm."""
     if not tunings and not masked:
@@ -63,7 +63,7 @@ def _budgets(tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSel
         layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
         cut = cut_words(result.data)
         examples = known(result.data.get("n")) + (f" ({cut})" if cut else "")
-        work = [examples, known(result.steps), known(result.tokens), duration(result.seconds)]
+        work = [examples, known(result.steps), known(result.tokens), numbers.duration(result.seconds)]
         rows.append([arm, _objective(result), heads, layers, *rest, *work])
     explanation = (
         "Trainable parameters include LoRA's A, which all heads of a layer share; effective parameters "
@@ -78,17 +78,16 @@ def _budgets(tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSel
 
 
 def _objective(result: TuneResult) -> str:
-    # Records from before there was a choice know of none of these.
     settings = result.settings
-    parts = [str(settings.get("method", "sft")).upper()]
-    if settings.get("replay"):
+    parts = [str(settings["method"]).upper()]
+    if settings["replay"]:
         replayed = None if result.utility is None else result.utility.get("replayed")
         parts.append(f"{100 * settings['replay']:g} % replayed ({known(replayed)} examples)")
     if result.surgery is not None:
-        parts.append(str(settings.get("surgery")))
-    if settings.get("quantization", "none") != "none":
+        parts.append(str(settings["surgery"]))
+    if settings["quantization"] != "none":
         parts.append(f"base in {settings['quantization']}")
-    if settings.get("freeze_a"):
+    if settings["freeze_a"]:
         parts.append("A frozen")
     if len(result.selections) > 1:
         parts.append(f"heads chosen {len(result.selections)} times (budget: of the last)")
@@ -108,7 +107,7 @@ def _surgery(tunings: Mapping[str, TuneResult]) -> Markup | str:
                 f"{known(settings.get('surgery'))}, {known(settings.get('surgery_granularity'))}",
                 known(None) if utility is None else f"{known(utility['source'] or None)}, n = {known(utility['n'])}",
                 f"{known(found.get('conflicting_steps'))} of {known(found.get('steps'))}",
-                "undefined" if cosine is None else f"{cosine:.3f}".replace("-", "−"),
+                numbers.number(cosine, ".3f"),
             ]
         )
     if not rows:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.distributions import Interval, student_p, student_quantile
+from castune.stats.distributions import LEVEL, Interval, student_p, student_quantile
 
 Floats = NDArray[np.float64]
 # Of every seed and suite, the outcome of every example by its id: 1, 0, or None where unscored.
@@ -59,6 +59,12 @@ class Comparison:
     n_seeds: int
     n_examples: int
     n_unscored: int
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether a difference is claimed: its interval excludes 0, and its adjusted p-value is below 5 %."""
+        adjusted = self.p if self.p_adjusted is None else self.p_adjusted
+        return self.interval is not None and not self.interval.holds(0) and adjusted is not None and adjusted < LEVEL
 
 
 def compare(first: Outcomes, second: Outcomes) -> Comparison:
@@ -107,7 +113,7 @@ def compare(first: Outcomes, second: Outcomes) -> Comparison:
     interval = max((_interval(mean, *kind) for kind in kinds), key=lambda one: one.high - one.low)
     p = max(student_p(mean / math.sqrt(part), degrees) for part, degrees in kinds)
     p = max(p, _flipped_signs([part_TN.mean(0) for part_TN in parts]))
-    if p >= 0.05 and not interval.holds(0):
+    if p >= LEVEL and not interval.holds(0):
         interval = Interval(min(interval.low, 0.0), max(interval.high, 0.0))
     wider = "seeds" if _half(variance_T, n_seeds - 1) >= _half(variance_N, df_N) else "examples"
     return replace(found, interval=interval, wider=wider, df=df, p=p, p_adjusted=p)

@@ -1,26 +1,34 @@
-"""Correlations that the plain one is not enough for: at equal depth, between two maps, and their intervals. Pure.
+"""Correlations of scores and costs, plain and at equal depth, and of two maps; their p-values and intervals. Pure.
 
 Shape letters: H head, P permutation, R resample.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.distributions import Interval, Z
-from castune.stats.ranking import percentile_rank
+from castune.stats.distributions import Interval, Z, percentile_interval
+from castune.stats.ranking import orders, percentile_rank
 
 Floats = NDArray[np.float64]
-# At most this many permutations are enumerated; beyond, as many are drawn at random (as in `stats.estimates`).
-_PERMUTATIONS = 10_000
 # What is left of a column after depth was taken out counts as nothing below this share of it.
 _NOTHING = 1e-9
+
+
+class Correlation(NamedTuple):
+    """Pearson r and Spearman rho with two-sided permutation p-values; None where a side does not vary."""
+
+    pearson: float | None
+    spearman: float | None
+    n: int
+    pearson_p: float | None
+    spearman_p: float | None
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,7 @@ class PartialCorrelation:
         spearman: the same of ranks.
         n: arms.
         pearson_p: two-sided p-value of Freedman and Lane's permutations (1983).
-        spearman_p: the same of ranks.
         pearson_interval: by Fisher's z with n - 4 degrees of freedom; None below 5 arms.
-        spearman_interval: by Bonett and Wright.
         reason: why `pearson` is None; None where it is not.
     """
 
@@ -42,9 +48,7 @@ class PartialCorrelation:
     spearman: float | None
     n: int
     pearson_p: float | None
-    spearman_p: float | None
     pearson_interval: Interval | None
-    spearman_interval: Interval | None
     reason: str | None
 
 
@@ -57,24 +61,42 @@ class Agreement:
     n: int
 
 
-def fisher_interval(r: float | None, n: int, *, ranks: bool = False, controlled: int = 0) -> Interval | None:
+def correlation(scores: Sequence[float], costs: Sequence[float], *, seed: int = 0) -> Correlation:
+    """Pearson and Spearman correlation of predicted scores and realised costs (Section 5.3).
+
+    p-values are the share of permutations at least as correlated in absolute value: all of them for up to 7 pairs
+    (n = 4 buckets cannot reach p < 1/24), else 10,000 random ones, counting the observed order as one.
+    """
+    if len(scores) != len(costs):
+        raise ValueError(f"scores and costs differ in number: {len(scores)} and {len(costs)}")
+    x, y = np.asarray(scores, dtype=float), np.asarray(costs, dtype=float)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("scores and costs must be finite; leave undefined costs out")
+    n = len(x)
+    if n < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Correlation(None, None, n, None, None)
+    pearson, pearson_p = _permutation_test(x, y, seed)
+    spearman, spearman_p = _permutation_test(percentile_rank(x), percentile_rank(y), seed)
+    return Correlation(pearson, spearman, n, pearson_p, spearman_p)
+
+
+def fisher_interval(r: float | None, n: int, *, controlled: int = 0) -> Interval | None:
     """95 % interval of a correlation over n independent pairs, by Fisher's z = atanh r (1921).
 
     Args:
         r: the correlation.
         n: pairs.
-        ranks: it is Spearman's, whose z has the variance (1 + r^2 / 2) / (n - 3) (Bonett and Wright 2000).
         controlled: variables that were controlled for; each takes one degree of freedom.
 
     Returns:
-        None where r is, for n - 3 - controlled < 1, and for ranks where |r| = 1.
+        None where r is, and for n - 3 - controlled < 1.
     """
     df = n - 3 - controlled
-    if r is None or df < 1 or (ranks and abs(r) > 1 - 1e-12):
+    if r is None or df < 1:
         return None
     # A correlation of exactly 1 has no z; float64 cannot tell the two apart.
     z = math.atanh(min(max(r, -1 + 1e-15), 1 - 1e-15))
-    half = Z * math.sqrt((1 + r * r / 2 if ranks else 1) / df)
+    half = Z / math.sqrt(df)
     return Interval(math.tanh(z - half), math.tanh(z + half))
 
 
@@ -100,19 +122,16 @@ def partial_correlation(
     if n < 4:
         # What depth leaves of three values lies on a line, where every correlation is 1 or -1.
         reason = f"{n} {'arm' if n == 1 else 'arms'} with a defined cost, at least 4 are needed"
-        return PartialCorrelation(None, None, n, None, None, None, None, reason)
+        return PartialCorrelation(None, None, n, None, None, reason)
     pearson, pearson_p = _freedman_lane(x, y, z, seed) or (None, None)
     ranks = percentile_rank(x), percentile_rank(y), percentile_rank(z)
-    spearman, spearman_p = _freedman_lane(*ranks, seed) or (None, None)
-    controlled = int(np.ptp(z) > 0)
+    spearman, _ = _freedman_lane(*ranks, seed) or (None, None)
     return PartialCorrelation(
         pearson,
         spearman,
         n,
         pearson_p,
-        spearman_p,
-        fisher_interval(pearson, n, controlled=controlled),
-        fisher_interval(spearman, n, ranks=True, controlled=controlled),
+        fisher_interval(pearson, n, controlled=int(np.ptp(z) > 0)),
         None if pearson is not None else "score or cost does not vary between arms of equal depth",
     )
 
@@ -161,8 +180,7 @@ def map_agreement(
         drawn = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
         if np.ptp(x_H[drawn]) > 0 and np.ptp(y_H[drawn]) > 0:
             found.append(float(correlations(percentile_rank(x_H[drawn]), percentile_rank(y_H[drawn])[None])[0]))
-    low, high = np.quantile(found, (0.025, 0.975))
-    return Agreement(observed, Interval(float(low), float(high)), n)
+    return Agreement(observed, percentile_interval(found), n)
 
 
 def correlations(x: Floats, y_P: Floats) -> Floats:
@@ -180,6 +198,16 @@ def _centred(rows: Floats) -> Floats:
     return np.asarray(rows - rows.mean(axis=1, keepdims=True))
 
 
+def _permutation_test(x: Floats, y: Floats, seed: int) -> tuple[float, float]:
+    permuted_P = correlations(x, y[orders(len(x), seed)])
+    return float(permuted_P[0]), _share_as_far(permuted_P, float(permuted_P[0]))
+
+
+def _share_as_far(permuted_P: Floats, observed: float) -> float:
+    # The tolerance counts permutations that only differ from the observed order by rounding.
+    return float(np.mean(np.abs(permuted_P) >= abs(observed) - 1e-12))
+
+
 def _freedman_lane(x: Floats, y: Floats, z: Floats, seed: int) -> tuple[float, float] | None:
     """Partial correlation of x and y given z and its permutation p; None where z leaves nothing of either."""
     x, y, z = (_centred(values[None])[0] for values in (x, y, z))
@@ -192,12 +220,5 @@ def _freedman_lane(x: Floats, y: Floats, z: Floats, seed: int) -> tuple[float, f
     if any(np.linalg.norm(left) <= _NOTHING * np.linalg.norm(whole) for left, whole in ((left_x, x), (left_y, y))):
         return None
     observed = float(correlations(left_x, left_y[None])[0])
-    if math.factorial(len(x)) <= _PERMUTATIONS:
-        orders = np.array(list(itertools.permutations(range(len(x)))))
-    else:
-        rng = np.random.default_rng(seed)
-        orders = np.array([np.arange(len(x)), *(rng.permutation(len(x)) for _ in range(_PERMUTATIONS - 1))])
     # The fitted part of y lies along z and goes out again, so that only the permuted rest is left of y*.
-    permuted = correlations(left_x, without_z(left_y[orders]))
-    # The tolerance counts permutations that only differ from the observed order by rounding.
-    return observed, float(np.mean(np.abs(permuted) >= abs(observed) - 1e-12))
+    return observed, _share_as_far(correlations(left_x, without_z(left_y[orders(len(x), seed)])), observed)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.ranking import percentile_rank
-
-# At most this many permutations are enumerated; beyond, as many are drawn at random.
-_PERMUTATIONS = 10_000
-# The normal quantile of two-sided 95 % intervals.
-_Z = 1.959963984540054
+from castune.stats.distributions import ENDS, LEVEL, Z
 
 # Outcomes of the same examples before and after: 1, 0, or None where unscored.
 Pairs = tuple[Sequence[float | bool | None], Sequence[float | bool | None]]
@@ -29,7 +22,14 @@ class Estimate(NamedTuple):
     value: float | None
     standard_error: float | None
     n: int
-    unscored: int
+    unscored: int = 0
+
+    @property
+    def is_seen(self) -> bool | None:
+        """Whether a change is at least twice its standard error; None where that cannot be said."""
+        if self.value is None or self.standard_error is None:
+            return None
+        return self.value != 0 and abs(self.value) >= 2 * self.standard_error
 
 
 class PairedDifference(NamedTuple):
@@ -53,6 +53,11 @@ class PairedDifference(NamedTuple):
     lost: int
     p: float | None
 
+    @property
+    def is_seen(self) -> bool | None:
+        """Whether the test finds a change at 5 %; None without pairs."""
+        return None if self.p is None else self.p < LEVEL
+
 
 class CostRatio(NamedTuple):
     """A utility cost ratio with its 95 % bootstrap interval.
@@ -70,16 +75,6 @@ class CostRatio(NamedTuple):
     undefined_share: float | None = None
 
 
-class Correlation(NamedTuple):
-    """Pearson r and Spearman rho with two-sided permutation p-values; None where a side does not vary."""
-
-    pearson: float | None
-    spearman: float | None
-    n: int
-    pearson_p: float | None
-    spearman_p: float | None
-
-
 def estimate(values: Sequence[float | bool | None]) -> Estimate:
     """Mean and standard error of the values that are not None."""
     scored = np.array([float(value) for value in values if value is not None])
@@ -94,11 +89,12 @@ def estimate(values: Sequence[float | bool | None]) -> Estimate:
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
     """Wilson's 95 % score interval of a rate (1927); None for n = 0. Unlike value ± error it never leaves [0, 1]."""
+    # scipy has it in `scipy.stats` alone, which takes as long to import as a small evaluation.
     if n == 0:
         return None
-    rate, z2 = successes / n, _Z**2
+    rate, z2 = successes / n, Z**2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
+    half = Z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -116,10 +112,9 @@ def paired_difference(before: Sequence[float | bool | None], after: Sequence[flo
 
 def sign_test(gained: int, lost: int) -> float:
     """Two-sided exact p-value of at least so uneven a split of gained + lost fair coins (McNemar's exact test)."""
-    n, fewer = gained + lost, min(gained, lost)
-    tail = sum(math.comb(n, k) for k in range(fewer + 1))
-    # Integers: 2^n of some thousand discordant pairs is no float.
-    return min(1.0, float(Fraction(2 * tail, 2**n)))
+    from scipy.special import bdtr
+
+    return min(1.0, float(2 * bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
 def utility_cost_ratio(
@@ -179,7 +174,7 @@ def bootstrap_cost_ratio(
     if not len(cost):
         return CostRatio(value)
     ratios = np.where(gain > 0, np.maximum(0.0, cost) / np.where(gain > 0, gain, 1.0), np.inf)
-    low, high = np.quantile(ratios, (0.025, 0.975), method="inverted_cdf")
+    low, high = np.quantile(ratios, ENDS, method="inverted_cdf")
     return CostRatio(
         value,
         float(low) if np.isfinite(low) else None,
@@ -204,41 +199,3 @@ def _resampled_means(
         with np.errstate(invalid="ignore", divide="ignore"):
             sides.append((drawn * scored) @ values / (drawn * scored).sum(axis=1))
     return sides[0], sides[1]
-
-
-def correlation(scores: Sequence[float], costs: Sequence[float], *, seed: int = 0) -> Correlation:
-    """Pearson and Spearman correlation of predicted scores and realised costs (Section 5.3).
-
-    p-values are the share of permutations at least as correlated in absolute value: all of them for up to 7 pairs
-    (n = 4 buckets cannot reach p < 1/24), else 10,000 random ones, counting the observed order as one.
-    """
-    if len(scores) != len(costs):
-        raise ValueError(f"scores and costs differ in number: {len(scores)} and {len(costs)}")
-    x, y = np.asarray(scores, dtype=float), np.asarray(costs, dtype=float)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("scores and costs must be finite; leave undefined costs out")
-    n = len(x)
-    if n < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Correlation(None, None, n, None, None)
-    pearson, pearson_p = _permutation_test(x, y, seed)
-    spearman, spearman_p = _permutation_test(percentile_rank(x), percentile_rank(y), seed)
-    return Correlation(pearson, spearman, n, pearson_p, spearman_p)
-
-
-def _permutation_test(x: NDArray[np.float64], y: NDArray[np.float64], seed: int) -> tuple[float, float]:
-    x, y = _unit(x), _unit(y)
-    observed = float(np.clip(x @ y, -1, 1))
-    if math.factorial(len(x)) <= _PERMUTATIONS:
-        permuted = np.array([y[list(order)] for order in itertools.permutations(range(len(y)))])
-    else:
-        generator = np.random.default_rng(seed)
-        permuted = np.array([y, *(generator.permutation(y) for _ in range(_PERMUTATIONS - 1))])
-    # The tolerance counts permutations that only differ from the observed order by rounding.
-    return observed, float(np.mean(np.abs(permuted @ x) >= abs(observed) - 1e-12))
-
-
-def _unit(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    # Squares of tiny values would vanish, sums of huge ones overflow.
-    scaled = values / np.abs(values).max()
-    centred = scaled - scaled.mean()
-    return np.asarray(centred / np.linalg.norm(centred))

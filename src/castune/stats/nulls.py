@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from castune.stats.distributions import Interval, clopper_pearson
-
-# At most this many orders are enumerated (7! = 5,040); beyond, as many are drawn at random.
-_ORDERS = 10_000
+from castune.stats.ranking import orders
 
 
 @dataclass(frozen=True)
@@ -44,30 +41,6 @@ class NullPosition:
     n_gainless: int = 0
 
 
-@dataclass(frozen=True)
-class OrderNull:
-    """Whether the costs are in the order that the scores foretell.
-
-    Attributes:
-        inversions: pairs of arms in which the higher score has the lower cost.
-        pairs: pairs that differ in both.
-        p: share of all orders of the costs that agree with the scores at least as well: one-sided, for the prediction
-            has a direction. At least 1 / M!. None where a side does not vary.
-        p_two_sided: the same of agreement or its opposite (Kendall's test).
-        n: arms, M.
-        n_orders: orders that were tried; all M! of them up to M = 7.
-        n_undefined: arms left out, for their cost is undefined.
-    """
-
-    inversions: int
-    pairs: int
-    p: float | None
-    p_two_sided: float | None
-    n: int
-    n_orders: int
-    n_undefined: int
-
-
 def null_position(cost: float | None, random_costs: Sequence[float | None], *, n_gainless: int = 0) -> NullPosition:
     """Place of a zone's cost in the distribution of trained random selections of the same number of heads.
 
@@ -95,36 +68,32 @@ def null_position(cost: float | None, random_costs: Sequence[float | None], *, n
     return NullPosition(lower, equal, higher, (lower + equal / 2) / n, interval, p, n, n_undefined, n_gainless)
 
 
-def order_null(scores: Sequence[float], costs: Sequence[float | None], *, seed: int = 0) -> OrderNull:
-    """Permutation null of the order of M buckets: how likely is so good an order if scores say nothing of costs?
+def order_p(scores: Sequence[float], costs: Sequence[float], *, seed: int = 0) -> float | None:
+    """How likely is so good an order of M buckets if scores say nothing of costs?
+
+    The share of all orders of the costs that agree with the scores at least as well (Kendall's statistic, one-sided,
+    for the prediction has a direction): at least 1 / M!, of all orders up to M = 7. `scipy.stats.kendalltau` takes no
+    ties into its exact test.
 
     Args:
         scores: mean score of every bucket.
-        costs: its cost, best the mean over seeds; None = undefined, left out.
+        costs: its cost, best the mean over seeds.
         seed: of the random orders above M = 7.
+
+    Returns:
+        None where a side does not vary.
 
     Raises:
         ValueError: scores and costs differ in number, or one is not finite.
     """
     if len(scores) != len(costs):
         raise ValueError(f"scores and costs differ in number: {len(scores)} and {len(costs)}")
-    pairs = [(float(x), float(y)) for x, y in zip(scores, costs, strict=True) if y is not None]
-    n, n_undefined = len(pairs), len(costs) - len(pairs)
-    x, y = np.array(pairs).reshape(n, 2).T
+    x, y = np.asarray(scores, dtype=float), np.asarray(costs, dtype=float)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("scores and costs must be finite; an undefined cost is None")
+        raise ValueError("scores and costs must be finite; leave undefined costs out")
     signs_x, signs_y = (np.sign(values[:, None] - values) for values in (x, y))
-    products = (signs_x * signs_y)[np.triu_indices(n, 1)]
-    inversions, differing = int((products < 0).sum()), int((products != 0).sum())
-    if differing == 0:
-        return OrderNull(0, 0, None, None, n, 0, n_undefined)
-    if math.factorial(n) <= _ORDERS:
-        orders = [list(order) for order in itertools.permutations(range(n))]
-    else:
-        rng = np.random.default_rng(seed)
-        # The observed order counts as one.
-        orders = [list(range(n)), *(rng.permutation(n).tolist() for _ in range(_ORDERS - 1))]
-    agreement = np.array([float((signs_x * signs_y[np.ix_(order, order)]).sum()) for order in orders])
-    observed = float((signs_x * signs_y).sum())
-    p, p_two_sided = float(np.mean(agreement >= observed)), float(np.mean(np.abs(agreement) >= abs(observed)))
-    return OrderNull(inversions, differing, p, p_two_sided, n, len(orders), n_undefined)
+    if not (signs_x * signs_y).any():
+        return None
+    # The first order is the one observed.
+    agreement = np.array([(signs_x * signs_y[np.ix_(order, order)]).sum() for order in orders(len(x), seed)])
+    return float(np.mean(agreement >= agreement[0]))

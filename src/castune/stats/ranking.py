@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -10,10 +12,13 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
+# At most this many orders are enumerated (7! = 5,040); beyond, as many are drawn at random.
+_ORDERS = 10_000
 
 
 def percentile_rank(values: Floats) -> Floats:
     """Ranks along the last axis, scaled to [0, 1]; ties share their average rank. A single value has rank 0.5."""
+    # The same bits as by `scipy.stats.rankdata`, without the second that its import takes at every diagnosis.
     n = values.shape[-1]
     if n == 1:
         return np.full(values.shape, 0.5)
@@ -29,6 +34,14 @@ def percentile_rank(values: Floats) -> Floats:
     ranks = np.empty(values.shape)
     np.put_along_axis(ranks, order, (first + last) / 2 / (n - 1), axis=-1)
     return ranks
+
+
+def orders(n: int, seed: int) -> NDArray[np.int64]:
+    """Orders [P, n] of n things, as they are first: all up to n = 7, else 10,000 at random."""
+    if math.factorial(n) <= _ORDERS:
+        return np.array(list(itertools.permutations(range(n))))
+    rng = np.random.default_rng(seed)
+    return np.array([np.arange(n), *(rng.permutation(n) for _ in range(_ORDERS - 1))])
 
 
 def tie_share(values: Floats) -> float:

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.correlations import correlations, fisher_interval
-from castune.stats.distributions import Interval
-from castune.stats.estimates import Correlation, correlation
-from castune.stats.ranking import percentile_rank
+from castune.stats.correlations import Correlation, correlation, correlations, fisher_interval
+from castune.stats.distributions import Interval, percentile_interval
 
 Floats = NDArray[np.float64]
 
@@ -67,7 +65,6 @@ class Arms:
             trainings of an arm share their examples, so more seeds do not reduce it.
         has_errors: every defined cost has a standard error.
         undefined: trials left out, for their cost is undefined.
-        lost: arms without any defined cost.
     """
 
     names: tuple[str, ...]
@@ -78,7 +75,6 @@ class Arms:
     example_variance_A: Floats
     has_errors: bool
     undefined: int
-    lost: int
 
 
 @dataclass(frozen=True)
@@ -86,34 +82,23 @@ class Validity:
     """How well the score foretells the cost.
 
     Attributes:
-        per_seed: correlation over the arms of each seed.
         of_means: correlation over the arms of the means over seeds; its p-values are those of permuting arms.
         retrained: 95 % interval of Pearson's r of the means if the same arms were trained again on other seeds and,
             with standard errors, measured on other examples; None with one seed and no standard errors.
-        retrained_spearman: the same of Spearman's rho.
         other_arms: 95 % interval of Pearson's r for arms as a sample of such arms, by Fisher's z; None below 4 arms.
-        other_arms_spearman: of Spearman's rho, by Bonett and Wright (2000); None too where |rho| = 1, which gives
-            their formula no width whatever the number of arms.
         n_trials: all of them.
         n_undefined: trials left out, for their cost is undefined.
         n_arms: arms with a defined cost.
-        n_lost: arms without one.
-        n_incomplete: arms with a defined cost under one seed and an undefined one under another.
         n_seeds: seeds with a defined cost.
         counts_examples: `retrained` counts the choice of examples too.
     """
 
-    per_seed: dict[int, Correlation]
     of_means: Correlation
     retrained: Interval | None
-    retrained_spearman: Interval | None
     other_arms: Interval | None
-    other_arms_spearman: Interval | None
     n_trials: int
     n_undefined: int
     n_arms: int
-    n_lost: int
-    n_incomplete: int
     n_seeds: int
     counts_examples: bool
 
@@ -145,7 +130,6 @@ def arm_means(trials: Sequence[Point]) -> Arms:
         np.array([np.mean([(error or 0.0) ** 2 for error in of_arm]) for of_arm in errors]),
         bool(kept) and all(error is not None for of_arm in errors for error in of_arm),
         sum(trial.cost is None for trial in trials),
-        len(names) - len(kept),
     )
 
 
@@ -161,35 +145,22 @@ def predictive_validity(trials: Sequence[Point], *, draws: int = 4000, seed: int
         See `Validity`. Everything that is undefined, for too few arms are left or a side does not vary, is None.
     """
     arms = arm_means(trials)
-    seeds = sorted({trial.seed for trial in trials})
-    per_seed = {}
-    for one in seeds:
-        of_seed = [(t.score, t.cost) for t in trials if t.seed == one and t.cost is not None]
-        per_seed[one] = correlation([score for score, _ in of_seed], [cost for _, cost in of_seed], seed=seed)
     of_means = correlation(arms.score_A.tolist(), arms.cost_A.tolist(), seed=seed)
-    retrained, retrained_spearman = _retrained(arms, of_means, draws, seed)
     n = len(arms.names)
     return Validity(
-        per_seed,
         of_means,
-        retrained,
-        retrained_spearman,
+        _retrained(arms, of_means.pearson, draws, seed),
         fisher_interval(of_means.pearson, n),
-        fisher_interval(of_means.spearman, n, ranks=True),
         n_trials=len(trials),
         n_undefined=arms.undefined,
         n_arms=n,
-        n_lost=arms.lost,
-        n_incomplete=sum(any(t.arm == name and t.cost is None for t in trials) for name in arms.names),
         n_seeds=arms.cost_AT.shape[1],
         counts_examples=arms.has_errors,
     )
 
 
-def _retrained(
-    arms: Arms, observed: Correlation, draws: int, seed: int
-) -> tuple[Interval, Interval] | tuple[None, None]:
-    """95 % intervals of r and rho between the scores and the costs to expect of the arms, over parametric draws.
+def _retrained(arms: Arms, observed: float | None, draws: int, seed: int) -> Interval | None:
+    """95 % interval of r between the scores and the costs to expect of the arms, over parametric draws.
 
     Noise draws a correlation of measured costs towards 0, and noise added to them once more. So the costs are split, as
     deviations from their mean, into what lies along the scores (b) and what lies across (q): r = b / sqrt(b^2 + |q|^2).
@@ -207,10 +178,8 @@ def _retrained(
     n_arms, n_seeds = arms.cost_AT.shape
     counts_A = np.isfinite(arms.cost_AT).sum(1)
     repeated_A = counts_A > 1
-    if observed.pearson is None or observed.spearman is None or n_arms < 3:
-        return None, None
-    if not (repeated_A.any() or arms.has_errors):
-        return None, None
+    if observed is None or n_arms < 3 or not (repeated_A.any() or arms.has_errors):
+        return None
     rng = np.random.default_rng(seed)
     # Squares of tiny values would vanish, sums of huge ones overflow; no correlation has a unit.
     unit = float(np.nanmax(np.abs(arms.cost_AT)))
@@ -224,10 +193,9 @@ def _retrained(
     if repeated_A.any():
         b_R += rng.standard_normal((draws, n_seeds)) @ (along_A @ seed_AT) / _chi(rng, n_seeds - 1, draws)
     drawn_RA = b_R[:, None] * along_A + _drawn_across(along_A, arms.cost_A / unit, seed_AT, variance_A, draws, rng)
-    return (
-        _interval(observed.pearson, correlations(along_A, drawn_RA)),
-        _interval(observed.spearman, correlations(percentile_rank(arms.score_A), _ranks(drawn_RA))),
-    )
+    low, high = percentile_interval(correlations(along_A, drawn_RA))
+    # What was measured is in its own interval, also where it is noise that made it small.
+    return Interval(min(low, observed), max(high, observed))
 
 
 def _drawn_across(
@@ -262,16 +230,5 @@ def _seed_noise(cost_AT: Floats, cost_A: Floats) -> Floats:
     return np.where(known_AT, deviation_AT - common_T, 0.0) * scale_A[:, None]
 
 
-def _ranks(rows_RA: Floats) -> Floats:
-    """Ranks in every row, ties at their average, up to a constant; arms are few, so each is compared with each."""
-    return np.stack([np.sign(rows_RA[:, [a]] - rows_RA).sum(1) for a in range(rows_RA.shape[1])], axis=1)
-
-
 def _chi(rng: np.random.Generator, df: int, draws: int) -> Floats:
     return np.sqrt(rng.chisquare(df, draws) / df)
-
-
-def _interval(observed: float, drawn_R: Floats) -> Interval:
-    low, high = (float(v) for v in np.quantile(drawn_R, (0.025, 0.975)))
-    # What was measured is in its own interval, also where it is noise that made it small.
-    return Interval(min(low, observed), max(high, observed))

@@ -125,5 +125,5 @@ def group_step(
         "settings": recipe.diagnose.model_dump(mode="json"),
         "provenance": provenance(recipe.seed),
     }
-    write_json(folder.path / "group_ablation.json", "group ablation", content)
+    write_json(folder.groups_file, "group ablation", content)
     return records

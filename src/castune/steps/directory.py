@@ -22,8 +22,10 @@ from typing import Any, TypeVar
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.drift_result import DRIFT_FILE, DriftResult
+from castune.artifacts.eval_result import METRICS_FILE
 from castune.artifacts.files import locked, write_text
 from castune.artifacts.fingerprints import same_model
+from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.lm_eval_result import LM_EVAL_FILE, LmEvalResult
 from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.records import ModelRecord, Provenance
@@ -50,7 +52,7 @@ class Arm:
     @property
     def selection_file(self) -> Path:
         """Where its heads are."""
-        return self.folder / "selection.json"
+        return self.folder / SELECTION_FILE
 
     @property
     def adapter(self) -> Path:
@@ -89,9 +91,18 @@ class RunDirectory:
         """The conflict map."""
         return self.path / MAP_FILE
 
+    @property
+    def groups_file(self) -> Path:
+        """What whole buckets of heads do when they are ablated together."""
+        return self.path / "group_ablation.json"
+
     def evaluation(self, arm: str) -> Path:
         """Evaluation directory of an arm, or of the base model (`base`)."""
         return self.path / "evaluation" / arm
+
+    def is_evaluated(self, arm: str) -> bool:
+        """Whether there is an evaluation of an arm, or of the base model."""
+        return (self.evaluation(arm) / METRICS_FILE).is_file()
 
     def drift(self, arm: Arm) -> Path:
         """Where the drift of an arm is, and the maps it was made from."""
@@ -101,12 +112,12 @@ class RunDirectory:
         """All arms that have a selection, the main one first."""
         main = self.main_selection()
         found = [] if main is None else [self.main_arm(main)]
-        others = sorted((self.path / "arms").glob("*/selection.json"))
+        others = sorted((self.path / "arms").glob(f"*/{SELECTION_FILE}"))
         return [*found, *(self.side_arm(file.parent.name) for file in others)]
 
     def main_selection(self) -> HeadSelection | None:
         """The selection of the main arm; None before it is made."""
-        return HeadSelection.load(self.path) if (self.path / "selection.json").is_file() else None
+        return HeadSelection.load(self.path) if (self.path / SELECTION_FILE).is_file() else None
 
     def has_arm(self, name: str) -> bool:
         """Whether there is a selection of that name."""
@@ -265,7 +276,7 @@ class RunDirectory:
 
     def load_evaluations(self) -> dict[str, EvalResult]:
         """All evaluations, the base model first, then in the order of `arms`; not those of adapters that are gone."""
-        found = self._measured("metrics.json", EvalResult.load)
+        found = self._measured(METRICS_FILE, EvalResult.load)
         return {name: result for name, result in found.items() if self._is_of_adapter(name, result.model, "evaluate")}
 
     def load_lm_eval(self) -> dict[str, LmEvalResult]:

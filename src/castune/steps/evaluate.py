@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from castune.artifacts import EvalResult
+from castune.artifacts.eval_result import METRICS_FILE
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import is_reply
 from castune.config import EvaluateConfig, Recipe
@@ -212,7 +213,7 @@ def stored_evaluation(
     Raises:
         ArtifactError: what is there is damaged.
     """
-    if not (folder / "metrics.json").is_file():
+    if not (folder / METRICS_FILE).is_file():
         return None
     found = EvalResult.load(folder)
     # A record that knows nothing of a setting was made before there was a choice, with what is the default now.

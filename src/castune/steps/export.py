@@ -13,8 +13,9 @@ from typing import Any
 
 from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, TuneResult
 from castune.artifacts.files import check_vacant, new_directory, write_text
+from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.masked_adapter import MASK_FILE
-from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, TUNE_FILE, adapter_hash
 from castune.core.loading import display_name, load, load_config
 from castune.errors import ArtifactError
 from castune.report.card import CardFacts, Merging, model_card
@@ -23,8 +24,8 @@ from castune.steps.directory import BASE, RunDirectory
 from castune.tuning.merge import write_merged
 
 # What an exported adapter consists of; the model card is written beside. Other files of the directory stay behind.
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "certificate.json")
-_RECORDS = (TUNE_FILE, MASK_FILE, "selection.json")
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE)
+_RECORDS = (TUNE_FILE, MASK_FILE, SELECTION_FILE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def export(
     """
     source, out = Path(source), Path(out)
     check_vacant(out)
-    if (source / "adapter_config.json").is_file():
+    if (source / ADAPTER_CONFIG).is_file():
         if arm is not None:
             raise ArtifactError(f"{source} is an adapter, which has no arms; give the run directory with --arm")
         adapter, selection, facts = source, *_adapter_facts(source)
@@ -127,7 +128,7 @@ def _run_facts(path: Path, name: str | None) -> tuple[Path, HeadSelection, CardF
 
 def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
     """An adapter on its own: the heads of its certificate, and what its records say."""
-    if not (adapter / "certificate.json").is_file():
+    if not (adapter / CERTIFICATE_FILE).is_file():
         raise ArtifactError(
             f"{adapter}: an adapter without certificate.json; make one of chosen heads with: castune mask {adapter} "
             "--out DIR"
@@ -172,7 +173,7 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
 
 def _named_base(adapter: Path) -> str | None:
     """The base model an adapter's configuration names."""
-    path = adapter / "adapter_config.json"
+    path = adapter / ADAPTER_CONFIG
     try:
         name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError, RecursionError) as error:

@@ -21,7 +21,7 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import write_json
 from castune.artifacts.fingerprints import same_model
 from castune.artifacts.records import CodeRecord, DataRecord
-from castune.artifacts.tune_result import adapter_hash
+from castune.artifacts.tune_result import ADAPTER_WEIGHTS, adapter_hash
 from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 from castune.core.loading import LoadedModel, load_config, load_model
 from castune.core.provenance import provenance
@@ -189,9 +189,8 @@ def recorded_recipe(folder: RunDirectory, cmap: ConflictMap, *, out: str) -> Rec
         "dtype": cmap.model["dtype"],
         "diagnose": settings,
     }
-    base = folder.evaluation(BASE)
-    if (base / "metrics.json").is_file():
-        changes["evaluate"] = EvaluateConfig(**EvalResult.load(base).settings)
+    if folder.is_evaluated(BASE):
+        changes["evaluate"] = EvaluateConfig(**EvalResult.load(folder.evaluation(BASE)).settings)
     return Recipe(**{**dict(recipe), **changes})
 
 
@@ -293,7 +292,7 @@ def compare_adapters(what: str, one: tuple[Path, TuneResult], other: tuple[Path,
 
     if adapter_hash(one[0]) == adapter_hash(other[0]):
         return Comparison(what, "same", f"{one[1].steps} steps, every weight bit for bit")
-    weights = [load_file(path / "adapter_model.safetensors") for path, _ in (one, other)]
+    weights = [load_file(path / ADAPTER_WEIGHTS) for path, _ in (one, other)]
     if weights[0].keys() != weights[1].keys():
         return Comparison(what, "different", "it adapts other layers")
     gap = sum(float((weights[0][name].float() - weights[1][name].float()).square().sum()) for name in weights[0])

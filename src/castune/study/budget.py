@@ -1,79 +1,33 @@
-"""How many heads to train: what the map foretells of every budget, before anything is trained. Pure.
+"""How many heads to train: the largest budget within a loss, from a run's map and one measured arm (`castune budget`).
 
-The paper trains the quarter of the heads with the lowest C and finds by training that more cost more (Section 3.5,
-Table 9). Here the conflict scores C(h) (Eq. 6) are added up instead: heads sorted from the lowest C, the predicted cost
-of training the k safest is their share of the sum over all heads. This curve and everything made of it is castune's
-extension: the paper only says that cost rises with the mean C of what is trained, not that costs add.
-
-Shape letters: H head (all heads of the model in one axis), K budget (0 to H heads), M model of the
-distribution of true scores, R draw.
+`stats.cost_curve`, whose shape letters are used here, foretells a shape from the map alone. What one arm lost gives it
+a scale, and what several lost checks it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.distributions import Interval, Z
-from castune.stats.estimates import Correlation, correlation
-from castune.stats.shrinkage import true_scores
+from castune.artifacts import ConflictMap
+from castune.console import say, show_rows
+from castune.core import numbers
+from castune.errors import ArtifactError, CastuneError
+from castune.stats.correlations import Correlation, correlation
+from castune.stats.cost_curve import CostCurve, band_of, cost_curve, standard_errors
+from castune.stats.distributions import Interval
+from castune.steps.directory import BASE, RunDirectory
+from castune.study.trials import Measured, utility_lost
 
 Floats = NDArray[np.float64]
 # Of an anchor's error on a curve without a band.
 _ANCHOR_DRAWS = 4000
-
-
-class Elbow(NamedTuple):
-    """The budget at which a curve is farthest from a straight one.
-
-    Attributes:
-        k: heads; None where the curve is straight within its band.
-        distance: k / H minus the predicted cost there, the largest of all k.
-        straight: what 95 % of the maps stay below whose heads all have one score, from the same errors; None without
-            errors.
-    """
-
-    k: int | None
-    distance: float
-    straight: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class CostCurve:
-    """Predicted cost of training the k heads with the lowest scores, k = 0 to H.
-
-    Attributes:
-        order_H: indices of the heads from the lowest score, ties in their order: the first k are the budget k.
-        measured_K: sum of the k lowest scores as measured, the full model = 1 (a Lorenz curve).
-        cost_K: the prediction, the full model = 1. With errors every score is first drawn towards the mean as far as it
-            is noise: the lowest of many noisy scores are too low, and their sum promises too much. Else `measured_K`.
-        mean_K: mean of those scores over the k heads, the mean of all heads = 1; NaN at 0.
-        low_K: lower end of the 95 % band of `cost_K`; None without errors.
-        high_K: its upper end.
-        reliability: share of the variance of the scores that is not noise, 0 to 1; None without errors.
-        elbow: see `Elbow`.
-        drawn_MRK: the draws of the band under each of two models; None without errors.
-    """
-
-    order_H: NDArray[np.int64]
-    measured_K: Floats
-    cost_K: Floats
-    mean_K: Floats
-    low_K: Floats | None
-    high_K: Floats | None
-    reliability: float | None
-    elbow: Elbow
-    drawn_MRK: Floats | None = field(repr=False)
-
-    @property
-    def n_heads(self) -> int:
-        """H."""
-        return len(self.order_H)
+# Of all heads, in per cent: what is shown of a curve.
+_SHARES = (5, 10, 25, 50, 75, 100)
 
 
 @dataclass(frozen=True)
@@ -115,104 +69,21 @@ class Check:
         scale: loss of the full model that fits the arms best (least squares through 0); None without a prediction
             above 0.
         residuals: measured minus scale times predicted, arm by arm.
-        relative_error: root mean square of the residuals over that of the losses; None where nothing was lost.
         n_undefined: arms left out, for their loss is None; their residual is None too.
     """
 
     correlation: Correlation
     scale: float | None
     residuals: tuple[float | None, ...]
-    relative_error: float | None
     n_undefined: int
 
 
-def standard_errors(low_H: Sequence[float], high_H: Sequence[float]) -> Floats:
-    """Standard errors [H] of 95 % intervals (`conflict_score_low`, `_high`): their width over 2 * 1.96."""
-    low, high = np.asarray(low_H, dtype=float), np.asarray(high_H, dtype=float)
-    if low.shape != high.shape or not (np.isfinite(low) & np.isfinite(high) & (low <= high)).all():
-        raise ValueError("intervals must be finite, as many low ends as high ones, and low at most high")
-    return np.asarray((high - low) / (2 * Z))
-
-
-def cost_curve(
-    scores: Sequence[float], errors: Sequence[float] | None = None, *, draws: int = 1000, seed: int = 0
-) -> CostCurve:
-    """Predicted cost of every budget from the scores of a map.
-
-    With errors the prediction is that of the expected true scores, given the measured ones and how those of all heads
-    are distributed (`stats.shrinkage`): such a band holds although the heads were chosen by the same scores; one around
-    the measured sum would not. It is the envelope of two, with true scores of any distribution and normal ones. In
-    simulations with errors of known size it held the truth of a tenth, quarter and half of 60 to 1,024 heads in 92 to
-    100 % of cases. It held it less often in two: in 81 % for the lowest tenth where errors are in proportion to the
-    true score, and in 53 % where all heads are equal, where it is too narrow but the prediction was 0.007 too low.
-    Errors of heads are taken as independent; those of one map share its examples.
-
-    The elbow is Kneedle's for a convex rising curve (Satopaa et al. 2011) without its smoothing: of all k the one with
-    the largest distance k / H - cost to the chord from (0, 0) to (1, 1), the smallest of equal ones. Up to there every
-    head costs less than the mean head. It is None where that distance of `measured_K` is within what 95 % of maps reach
-    that have the mean score at every head and the same errors; without errors where it is 0.
-
-    Args:
-        scores: [H] C(h) of all heads, at least 0, not all 0.
-        errors: [H] their standard errors (`standard_errors` makes them from the map's intervals); None = not known.
-        draws: of the band and of straight curves.
-        seed: of the draws.
-
-    Raises:
-        ValueError: no heads, a score or error that is missing, not finite or negative, or scores that are all 0.
-    """
-    score_H = np.asarray(scores, dtype=float)
-    if len(score_H) == 0 or not (np.isfinite(score_H) & (score_H >= 0)).all() or not score_H.any():
-        raise ValueError("scores must be finite, at least 0, and not all 0")
-    order_H = np.argsort(score_H, kind="stable")
-    measured_K = _cumulative(score_H[order_H][None])[0]
-    if errors is None:
-        return CostCurve(
-            order_H,
-            measured_K,
-            measured_K,
-            _means(measured_K),
-            None,
-            None,
-            None,
-            _elbow(measured_K, measured_K, None),
-            None,
-        )
-    error_H = np.asarray(errors, dtype=float)
-    if error_H.shape != score_H.shape or not (np.isfinite(error_H) & (error_H >= 0)).all():
-        raise ValueError(f"errors must be {len(score_H)} finite numbers of at least 0, one a head")
-    rng = np.random.default_rng(seed)
-    mean, variance = float(score_H.mean()), float(score_H.var(ddof=1)) if len(score_H) > 1 else 0.0
-    expected_H, *drawn = true_scores(score_H, error_H, draws, rng)
-    drawn_MRK = np.stack([_cumulative(drawn_RH[:, order_H]) for drawn_RH in drawn])
-    low_K, high_K = _band(drawn_MRK)
-    cost_K = _cumulative(expected_H[order_H][None])[0]
-    # Scores of equal heads with these errors, sorted as the map was.
-    straight_RK = _cumulative(
-        np.sort(np.maximum(0, mean + rng.standard_normal((draws, len(score_H))) * error_H), axis=1)
-    )
-    straight = float(np.quantile(_gaps(straight_RK).max(1), 0.95))
-    return CostCurve(
-        order_H,
-        measured_K,
-        cost_K,
-        _means(cost_K),
-        low_K,
-        high_K,
-        max(0.0, 1 - float((error_H**2).mean()) / variance) if variance > 0 else 0.0,
-        _elbow(cost_K, measured_K, straight),
-        drawn_MRK,
-    )
-
-
-def predicted_cost(scores: Sequence[float], heads: Sequence[int]) -> float:
-    """Predicted cost of training any heads, by their indices: their share of the sum of all scores, as measured."""
-    score_H = np.asarray(scores, dtype=float)
-    if not (np.isfinite(score_H) & (score_H >= 0)).all() or not score_H.any():
-        raise ValueError("scores must be finite, at least 0, and not all 0")
-    if len(set(heads)) != len(heads) or not all(0 <= head < len(score_H) for head in heads):
-        raise ValueError(f"heads must be different indices from 0 to {len(score_H) - 1}")
-    return float(score_H[list(heads)].sum() / score_H.sum())
+def map_curve(cmap: ConflictMap) -> CostCurve:
+    """The predicted cost of training the safest heads of a map, with a band where the map has intervals."""
+    low, high = cmap.column("conflict_score_low"), cmap.column("conflict_score_high")
+    known = np.isfinite(low).all() and np.isfinite(high).all()
+    errors = standard_errors(low.tolist(), high.tolist()).tolist() if known else None
+    return cost_curve(cmap.column("conflict_score").tolist(), errors)
 
 
 def largest_budget(curve: CostCurve, limit: float, anchor: Anchor | None = None, *, seed: int = 0) -> Budget:
@@ -240,7 +111,7 @@ def largest_budget(curve: CostCurve, limit: float, anchor: Anchor | None = None,
     loss = None if k is None else float(loss_K[k])
     if loss_MRK is None:
         return Budget(k, None, None, loss, None, scale)
-    low_K, high_K = _band(loss_MRK)
+    low_K, high_K = band_of(loss_MRK)
     interval = None if k is None else Interval(float(low_K[k]), float(high_K[k]))
     return Budget(k, _largest(high_K, limit), _largest(low_K, limit), loss, interval, scale)
 
@@ -265,39 +136,71 @@ def check_against(predicted: Sequence[float], losses: Sequence[float | None], *,
     residuals = tuple(
         None if b is None or scale is None else b - scale * a for a, b in zip(predicted, losses, strict=True)
     )
-    error = None if scale is None or not y.any() else float(np.linalg.norm(y - scale * x) / np.linalg.norm(y))
-    return Check(found, scale, residuals, error, len(losses) - len(pairs))
+    return Check(found, scale, residuals, len(losses) - len(pairs))
 
 
-def _band(drawn_MRK: Floats) -> tuple[Floats, Floats]:
-    """Lowest and highest 95 % interval under any of the models."""
-    low_MK, high_MK = np.quantile(drawn_MRK, (0.025, 0.975), axis=1)
-    return low_MK.min(0), high_MK.max(0)
+def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | None) -> None:
+    """Show the curve of a run's map, its elbow, and the largest budget within a loss.
+
+    Raises:
+        CastuneError: options that need each other; an arm without evaluation, or one that is no end of the map.
+    """
+    if (max_loss is None) != (anchor is None):
+        raise CastuneError("--max-loss and --anchor go together: a loss in points needs an arm whose loss is known")
+    if max_loss is not None and not 0 <= max_loss <= 100:
+        raise CastuneError(f"--max-loss {max_loss:g}: accepted are points of accuracy, at least 0 and at most 100")
+    cmap = folder.load_map()
+    if len(cmap.kinds) > 1:
+        raise CastuneError(
+            f"{folder.path}: scores of {', '.join(cmap.kinds)} do not add up; accepted are maps of one kind"
+        )
+    curve = map_curve(cmap)
+    n = curve.n_heads
+    rows = []
+    for k in dict.fromkeys(max(1, round(share / 100 * n)) for share in _SHARES):
+        ends = () if curve.low_K is None or curve.high_K is None else (curve.low_K[k], curve.high_K[k])
+        band = numbers.span(*ends, ".3f") if ends else ""
+        cost = numbers.number(curve.cost_K[k], ".3f")
+        rows.append({"heads": k, "share": numbers.percent(k / n, 0), "predicted cost": cost, "95 %": band})
+    show_rows("Predicted cost of training the safest heads (all of them = 1)", rows)
+    if curve.elbow is None:
+        say("elbow: none; within its band the curve is straight, so that no share is better than another by its shape")
+    else:
+        say(f"elbow: {curve.elbow} heads ({numbers.percent(curve.elbow / n, 0)})")
+    if max_loss is not None and anchor is not None:
+        _show_largest(curve, max_loss, _anchor(folder, cmap, curve, anchor))
 
 
-def _cumulative(sorted_RH: Floats) -> Floats:
-    """Cumulative sums [R, H + 1] from 0 to 1; straight where all are 0."""
-    sums = np.cumsum(sorted_RH, axis=1)
-    sums = np.concatenate([np.zeros((len(sums), 1)), sums], axis=1)
-    straight = np.broadcast_to(np.linspace(0, 1, sums.shape[1]), sums.shape).copy()
-    return np.divide(sums, sums[:, -1:], where=sums[:, -1:] > 0, out=straight)
+def _anchor(folder: RunDirectory, cmap: ConflictMap, curve: CostCurve, name: str) -> Anchor:
+    arm = folder.arm(name)
+    heads = folder.load_selection(arm, cmap).all_units
+    safest = {cmap.units[row] for row in curve.order_H[: len(heads)]}
+    if set(heads) != safest:
+        raise CastuneError(f"--anchor {name}: accepted are arms of the safest heads: all, safe, safe-50, ...")
+    found = folder.load_evaluations()
+    if BASE not in found or name not in found:
+        raise ArtifactError(
+            f"{folder.path}: {BASE} and {name} are not both evaluated; run: castune evaluate {folder.path}"
+        )
+    loss, error = utility_lost(Measured.of(found[name]), Measured.of(found[BASE]))
+    if loss is None:
+        raise ArtifactError(f"{folder.path}: no utility suite of {name} can be compared with {BASE}'s")
+    known = "" if error is None else f" ± {numbers.number(error)}"
+    say(f"anchor: {name}, {len(heads)} heads, lost {numbers.number(loss)} points of utility{known}")
+    return Anchor(len(heads), loss, error)
 
 
-def _means(cost_K: Floats) -> Floats:
-    n = len(cost_K) - 1
-    return np.concatenate([[np.nan], cost_K[1:] * n / np.arange(1, n + 1)])
+def _show_largest(curve: CostCurve, max_loss: float, anchor: Anchor) -> None:
+    found, n = largest_budget(curve, max_loss, anchor), curve.n_heads
 
+    def heads(k: int | None) -> str:
+        return "not even one head" if not k else f"{k} heads ({numbers.percent(k / n, 0)})"
 
-def _gaps(curve_RK: Floats) -> Floats:
-    return np.linspace(0, 1, curve_RK.shape[1]) - curve_RK
-
-
-def _elbow(cost_K: Floats, measured_K: Floats, straight: float | None) -> Elbow:
-    gap_K = _gaps(cost_K[None])[0]
-    # Equal distances differ by rounding.
-    k = int(np.argmax(gap_K >= gap_K.max() - 1e-12))
-    bent = float(_gaps(measured_K[None]).max()) > (straight or 0.0) + 1e-12 and gap_K[k] > 1e-12
-    return Elbow(k if bent else None, float(gap_K[k]), straight)
+    say(f"at most {max_loss:g} points: {heads(found.k)} by the prediction")
+    if curve.high_K is not None:
+        say(f"  {heads(found.k_sure)} by the upper end of its 95 % band, {heads(found.k_possible)} by the lower")
+    if anchor.loss <= 0:
+        say("  the anchor lost nothing, so the prediction is no loss at any budget; only the band says something")
 
 
 def _largest(loss_K: Floats, limit: float) -> int | None:

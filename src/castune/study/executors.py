@@ -9,26 +9,25 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import select
 import selectors
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from contextlib import suppress
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
-from castune.errors import CastuneError, of_the_machine
-from castune.secrets import redacted
+from castune.core.numbers import gigabytes
+from castune.errors import CastuneError
+from castune.study.directory import StudyDirectory
 from castune.study.graph import Unit
+from castune.study.worker import Outcome, Task, attempt, exit_words
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import ray
 
 # Before a process is started again where none could be.
 _SECONDS_TO_RECOVER = 5.0
@@ -36,26 +35,6 @@ _SECONDS_TO_RECOVER = 5.0
 _QUEUED = 10_000
 # What of this process's environment tasks of Ray get too. Ray stores and shows it: nothing secret.
 _PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-# Evaluations and verdicts are made by one process.
-_LAUNCHED = ("diagnose", "tune")
-
-Ending = Literal["done", "failed", "died"]
-
-
-class Outcome(NamedTuple):
-    """How an attempt at a unit ended.
-
-    Attributes:
-        name: of the unit.
-        ending: `done`; `failed`: it raised an error, and would again; `died`: its process or its node is gone.
-        error: what went wrong, in one line.
-        seconds: wall time of the attempt; None where nobody was there to measure it.
-    """
-
-    name: str
-    ending: Ending
-    error: str | None = None
-    seconds: float | None = None
 
 
 class Resources(NamedTuple):
@@ -74,6 +53,11 @@ class Resources(NamedTuple):
     gpus: int = 0
     memory: int | None = None
     launch: tuple[str, ...] = ()
+
+    def task(self, folder: StudyDirectory, unit: Unit) -> Task:
+        """The unit as a process does it."""
+        log = str(folder.log(unit.name))
+        return {"unit": unit.to_json(), "log": log, "threads": self.threads, "launch": list(self.launch)}
 
 
 class Executor(ABC):
@@ -104,89 +88,6 @@ class Executor(ABC):
         self.close()
 
 
-def log_file(folder: Path, name: str) -> Path:
-    """The log of a unit in the study directory."""
-    return folder / "logs" / f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', name)}.log"
-
-
-def attempt(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a unit in this process. Errors are part of the answer, so that it can come from anywhere.
-
-    Args:
-        task: `unit` (plain JSON), `log` (its log file), `threads`, `launch`.
-    """
-    if task["launch"] and task["unit"]["stage"] in _LAUNCHED:
-        return _launched(task)
-    started, name = time.monotonic(), task["unit"]["name"]
-    error = None
-    try:
-        with _logging_to(Path(task["log"])):
-            # Not at the top: the process that only waits for others loads no model library.
-            import torch
-
-            from castune.study.work import perform
-
-            torch.set_num_threads(task["threads"])
-            try:
-                perform(Unit.from_json(task["unit"]))
-            except CastuneError:
-                raise
-            except Exception as bug:
-                if of_the_machine(bug) is None:
-                    logger.error("%s", redacted(traceback.format_exc()))
-                raise
-    except CastuneError as known:
-        error = str(known)
-    except Exception as bug:
-        error = of_the_machine(bug) or f"{type(bug).__name__}: {bug}"
-    # It is shown and stored where everybody may read.
-    error = None if error is None else redacted(" ".join(error.split()))
-    seconds = round(time.monotonic() - started, 2)
-    return Outcome(name, "failed" if error is not None else "done", error, seconds)._asdict()
-
-
-def _launched(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a unit in several processes; each of them runs `castune.study.worker FILE`, and the first one answers."""
-    started = time.monotonic()
-    Path(task["log"]).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, Path(task["log"]).open("a", encoding="utf-8") as log:
-        file = Path(folder) / "task.json"
-        launched_by = {"host": socket.gethostname(), "pid": os.getpid()}
-        file.write_text(json.dumps({**task, "launch": [], "launched_by": launched_by}), encoding="utf-8")
-        command = [*task["launch"], "-m", "castune.study.worker", str(file)]
-        code = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False).returncode
-        answer = answer_file(file)
-        # Where one process died, what another says is how it noticed: the first may have said that it failed.
-        if code == 0 and answer.is_file():
-            return dict(json.loads(answer.read_text(encoding="utf-8")))
-    seconds = round(time.monotonic() - started, 2)
-    # Whatever ended its processes, memory that ran out or a node, may not happen again.
-    return Outcome(task["unit"]["name"], "died", f"{task['launch'][0]} ended ({_ending(code)})", seconds)._asdict()
-
-
-def answer_file(task_file: Path) -> Path:
-    """Where the first of the processes of a unit writes how it ended."""
-    return task_file.with_suffix(".answer.json")
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    ours = logging.getLogger("castune")
-    level, ours.propagate = ours.level, False
-    ours.setLevel(logging.INFO)
-    ours.addHandler(handler)
-    try:
-        yield
-    finally:
-        ours.removeHandler(handler)
-        handler.close()
-        ours.setLevel(level)
-        ours.propagate = True
-
-
 class LocalExecutor(Executor):
     """Worker processes on this machine.
 
@@ -196,7 +97,7 @@ class LocalExecutor(Executor):
         resources: of each of them; with accelerators, worker i sees the i-th share of them.
     """
 
-    def __init__(self, folder: Path, workers: int, resources: Resources) -> None:
+    def __init__(self, folder: StudyDirectory, workers: int, resources: Resources) -> None:
         self.folder, self.slots, self.resources = folder, workers, resources
         self._workers: dict[int, subprocess.Popen[str]] = {}
         self._unit_of: dict[int, str] = {}
@@ -214,7 +115,7 @@ class LocalExecutor(Executor):
         self._unit_of[slot] = unit.name
         assert worker.stdin is not None
         with suppress(OSError):  # it died while it was idle: its standard output has ended too, which `wait` sees
-            worker.stdin.write(json.dumps(_task(self.folder, unit, self.resources)) + "\n")
+            worker.stdin.write(json.dumps(self.resources.task(self.folder, unit)) + "\n")
             worker.stdin.flush()
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -243,7 +144,7 @@ class LocalExecutor(Executor):
     def _died(self, slot: int) -> list[Outcome]:
         code = self._forget(slot)
         name = self._unit_of.pop(slot, None)
-        return [] if name is None else [Outcome(name, "died", f"its process ended ({_ending(code)})")]
+        return [] if name is None else [Outcome(name, "died", f"its process ended ({exit_words(code)})")]
 
     def close(self) -> None:
         """Stop all workers."""
@@ -261,7 +162,7 @@ class LocalExecutor(Executor):
         elif self.slots > 1:
             # Threads that wait must not burn the cores on which others work.
             environment.setdefault("OMP_WAIT_POLICY", "passive")
-        log = self.folder / "logs" / f"worker-{slot + 1}.log"
+        log = self.folder.logs / f"worker-{slot + 1}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as errors:
             worker = subprocess.Popen(
@@ -299,13 +200,15 @@ class RayExecutor(Executor):
         workers: how many units run at once on the embedded cluster.
     """
 
-    def __init__(self, folder: Path, resources: Resources, *, address: str | None = None, workers: int = 1) -> None:
+    def __init__(
+        self, folder: StudyDirectory, resources: Resources, *, address: str | None = None, workers: int = 1
+    ) -> None:
         self._ray = require_ray()
-        self.folder, self.resources = folder.absolute(), resources
+        self.folder, self.resources = StudyDirectory(folder.path.absolute()), resources
         # A cluster queues what does not fit yet, which is what makes it grow. Here units that wait would die with Ray.
         self.slots = workers if address is None else _QUEUED
-        self._names: dict[Any, str] = {}
-        started: dict[str, Any] = (
+        self._names: dict[ray.ObjectRef, str] = {}
+        started: dict[str, object] = (
             {"address": address}
             if address is not None
             else {
@@ -329,17 +232,17 @@ class RayExecutor(Executor):
         if address is None and resources.memory is not None and resources.memory > has:
             self._ray.shutdown()
             raise CastuneError(
-                f"--memory {resources.memory / 1e9:g}: the Ray that was started here has {has / 1e9:.1f} gigabytes"
+                f"--memory {resources.memory / 1e9:g}: the Ray that was started here has {gigabytes(has)}"
             )
         # Retries are the study's own business: it notes them.
-        self._options: dict[str, Any] = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_retries": 0}
+        self._options: dict[str, int] = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_retries": 0}
         if resources.memory is not None:
             self._options["memory"] = resources.memory
         self._attempt = self._ray.remote(attempt)
 
     def start(self, unit: Unit) -> None:
         """Queue the unit."""
-        task = _task(self.folder, unit, self.resources)
+        task = self.resources.task(self.folder, unit)
         self._names[self._attempt.options(name=unit.name, **self._options).remote(task)] = unit.name
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -355,7 +258,7 @@ class RayExecutor(Executor):
             self._ray.cancel(reference, force=True)
         self._ray.shutdown()
 
-    def _outcome(self, reference: Any) -> Outcome:
+    def _outcome(self, reference: ray.ObjectRef) -> Outcome:
         name = self._names.pop(reference)
         try:
             return Outcome(**self._ray.get(reference))
@@ -366,7 +269,7 @@ class RayExecutor(Executor):
             return Outcome(name, "died", f"{type(error).__name__}: {reason}")
 
 
-def require_ray() -> Any:
+def require_ray() -> ModuleType:
     """The package ray.
 
     Raises:
@@ -379,12 +282,8 @@ def require_ray() -> Any:
         raise CastuneError(
             "--executor ray needs the package ray: python -m pip install 'castune[ray]'; or --executor local"
         ) from None
-    return ray
-
-
-def _task(folder: Path, unit: Unit, resources: Resources) -> dict[str, Any]:
-    log = str(log_file(folder, unit.name))
-    return {"unit": unit.to_json(), "log": log, "threads": resources.threads, "launch": list(resources.launch)}
+    module: ModuleType = ray
+    return module
 
 
 def _visible_devices() -> Sequence[str]:
@@ -392,7 +291,3 @@ def _visible_devices() -> Sequence[str]:
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-
-
-def _ending(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

@@ -5,17 +5,18 @@ Large points are means over seeds with one standard error to both sides; small o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import altair as alt
 
 from castune.config import StudyConfig, method_suffix
-from castune.report.labels import place_labels
+from castune.core.numbers import with_error
+from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.maps import conflict_heatmap
 from castune.report.summary import BASE
-from castune.report.theme import arm_colours
+from castune.report.theme import Chart, arm_colours
+from castune.stats.estimates import estimate
 from castune.study.findings import COSTS, SYMBOLS, BudgetCheck, Findings, ScoreValidity
 from castune.study.trials import Measured, Results, Trial
 
@@ -27,12 +28,19 @@ _PURPOSE_LABELS = {
     "over-refusal": "Refusals on harmless prompts, mean of suites (%)",
 }
 
-Record = dict[str, Any]
+
+class Dot(NamedTuple):
+    """A training of an arm."""
+
+    arm: str
+    seed: str
+    x: float
+    y: float
 
 
-def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, Any]:
+def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, Chart]:
     """Every figure that these results allow, by the name of its file."""
-    made: dict[str, Any] = {}
+    made: dict[str, Chart] = {}
     for method in study.methods:
         arms = {arm: results.of(f"{arm}{method_suffix(method)}") for arm in study.arms}
         for name, cost in zip(method_figures(method), ("utility", "over-refusal"), strict=True):
@@ -57,53 +65,44 @@ def method_figures(method: str) -> tuple[str, str]:
     return name, f"{name}_over_refusal"
 
 
-def trade_off(arms: Mapping[str, Sequence[Trial]], base: Measured | None, cost: str) -> Any | None:
+def trade_off(arms: Mapping[str, Sequence[Trial]], base: Measured | None, cost: str) -> Chart | None:
     """Safety against utility or over-refusal (Figures 3 and 4); None where nothing has both numbers."""
-    points, seeds = [], []
+    points: list[ScatterPoint] = []
+    seeds: list[Dot] = []
     for arm, trials in arms.items():
         pairs = [(trial.seed, trial.measured.mean("safety"), trial.measured.mean(cost)) for trial in trials]
         known = [(seed, 100 * x, 100 * y) for seed, x, y in pairs if x is not None and y is not None]
-        seeds += [{"arm": arm, "seed": str(seed), "x": x, "y": y} for seed, x, y in known]
+        seeds += [Dot(arm, str(seed), x, y) for seed, x, y in known]
         if known:
             points.append(_mean_point(arm, [x for _, x, _ in known], [y for *_, y in known]))
     if not points:
         return None
     if base is not None and (x := base.mean("safety")) is not None and (y := base.mean(cost)) is not None:
         points.insert(0, _mean_point(BASE, [100 * x], [100 * y]))
-    ranges = [_range([*points, *seeds], axis) for axis in "xy"]
-    place_labels(points, ranges[0], ranges[1], _SIZE["width"], _SIZE["height"])
-    return _scatter(points, seeds, ranges, "Refusals on harmful prompts, mean of suites (%)", _PURPOSE_LABELS[cost])
+    return _scatter(points, seeds, "Refusals on harmful prompts, mean of suites (%)", _PURPOSE_LABELS[cost])
 
 
-def score_and_cost(validities: Sequence[ScoreValidity]) -> Any:
+def score_and_cost(validities: Sequence[ScoreValidity]) -> Chart:
     """Mean score of buckets against their cost (Figures 5 and 6), a panel a number of buckets."""
     panels = []
     for one in validities:
-        by_arm: dict[str, list[Any]] = {}
+        by_arm: dict[str, list[Dot]] = {}
         for point in one.points:
             if point.cost is not None:
-                by_arm.setdefault(point.arm, []).append(point)
-        points = [
-            _mean_point(_bucket(arm), [p.score for p in found], [p.cost for p in found])
-            for arm, found in by_arm.items()
-        ]
-        seeds = [
-            {"arm": _bucket(p.arm), "seed": str(p.seed), "x": p.score, "y": p.cost}
-            for found in by_arm.values()
-            for p in found
-        ]
+                arm = _bucket(point.arm)
+                by_arm.setdefault(arm, []).append(Dot(arm, str(point.seed), point.score, point.cost))
+        points = [_mean_point(arm, [dot.x for dot in found], [dot.y for dot in found]) for arm, found in by_arm.items()]
         if not points:
             continue
-        ranges = [_range([*points, *seeds], axis) for axis in "xy"]
-        place_labels(points, ranges[0], ranges[1], _SIZE["width"], _SIZE["height"])
+        seeds = [dot for found in by_arm.values() for dot in found]
         x = f"Mean {SYMBOLS[one.score]} of the heads of a bucket"
         cost = COSTS[one.cost] + (" (points)" if one.cost == "utility_lost" else "")
-        panel = _scatter(points, seeds, ranges, x, cost[0].upper() + cost[1:])
+        panel = _scatter(points, seeds, x, cost[0].upper() + cost[1:])
         panels.append(panel.properties(title=f"{one.buckets} buckets"))
     return alt.concat(*panels, columns=2, spacing=36)
 
 
-def budget(found: BudgetCheck) -> Any:
+def budget(found: BudgetCheck) -> Chart:
     """Predicted cost of training the safest heads, by their share, with its band; and what trained arms lost."""
     curve, n = found.curve, found.curve.n_heads
     # A point in a thousand is as fine as a page shows.
@@ -122,8 +121,8 @@ def budget(found: BudgetCheck) -> Any:
     layers = [lines.mark_line(strokeWidth=2).encode(y=alt.Y("cost:Q", title="Predicted cost, all heads = 100"))]
     if curve.low_K is not None:
         layers.insert(0, lines.mark_area(opacity=0.2).encode(y="low:Q", y2="high:Q"))
-    if curve.elbow.k is not None:
-        elbow = [{"share": 100 * curve.elbow.k / n, "cost": 100 * float(curve.cost_K[curve.elbow.k])}]
+    if curve.elbow is not None:
+        elbow = [{"share": 100 * curve.elbow / n, "cost": 100 * float(curve.cost_K[curve.elbow])}]
         layers.append(
             alt.Chart(alt.InlineData(values=elbow))
             .mark_point(size=120, strokeWidth=2, shape="diamond")
@@ -137,20 +136,22 @@ def budget(found: BudgetCheck) -> Any:
     ]
     if not points:
         return predicted
-    ranges = [_range(points, axis) for axis in "xy"]
-    place_labels(points, ranges[0], ranges[1], _SIZE["width"], _SIZE["height"])
-    beside = _scatter(points, [], ranges, "Predicted cost, all heads = 100", "Utility lost, measured (points)")
+    beside = _scatter(points, [], "Predicted cost, all heads = 100", "Utility lost, measured (points)")
     return alt.hconcat(predicted, beside.properties(title="Beside trained arms"), spacing=40)
 
 
-def _scatter(
-    points: Sequence[Record], seeds: Sequence[Record], ranges: Sequence[list[float]], x_title: str, y_title: str
-) -> Any:
-    colours = arm_colours([str(point["arm"]) for point in points])
+def _scatter(points: Sequence[ScatterPoint], seeds: Sequence[Dot], x_title: str, y_title: str) -> alt.LayerChart:
+    ranges = (
+        _range([*(end for p in points for end in (p.x_low, p.x_high)), *(dot.x for dot in seeds)]),
+        _range([*(end for p in points for end in (p.y_low, p.y_high)), *(dot.y for dot in seeds)]),
+    )
+    place_labels(points, *ranges, _SIZE["width"], _SIZE["height"])
+    colours = arm_colours([point.arm for point in points])
     x = {"title": x_title, "scale": alt.Scale(domain=ranges[0], nice=False)}
     y = {"title": y_title, "scale": alt.Scale(domain=ranges[1], nice=False)}
     hue = alt.Color("arm:N", legend=None).scale(domain=list(colours), range=list(colours.values()))
-    means = alt.Chart(alt.InlineData(values=list(points)[::-1])).encode(x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y))
+    records = alt.InlineData(values=[vars(point) for point in reversed(points)])
+    means = alt.Chart(records).encode(x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y))
     rules = means.mark_rule(strokeWidth=1.5, opacity=0.6).encode(color=hue)
     tooltip = [
         alt.Tooltip("arm:N", title="Arm"),
@@ -165,7 +166,7 @@ def _scatter(
         means.mark_text(baseline="middle", **place).encode(text="arm:N"),
     ]
     if seeds:
-        one_by_one = alt.Chart(alt.InlineData(values=list(seeds))).mark_point(size=22, opacity=0.7)
+        one_by_one = alt.Chart(alt.InlineData(values=[dot._asdict() for dot in seeds])).mark_point(size=22, opacity=0.7)
         layers.insert(0, one_by_one.encode(
             x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y), color=hue,
             tooltip=["arm:N", "seed:N", alt.Tooltip("x:Q", format=".3~g"), alt.Tooltip("y:Q", format=".3~g")],
@@ -173,22 +174,20 @@ def _scatter(
     return alt.layer(*layers).properties(**_SIZE, description=f"{y_title} over {x_title}, a point an arm.")
 
 
-def _mean_point(arm: str, xs: Sequence[float], ys: Sequence[float]) -> Record:
-    point: Record = {"arm": arm}
-    for axis, values in (("x", xs), ("y", ys)):
-        mean = sum(values) / len(values)
-        error = 0.0
-        if len(values) > 1:
-            error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-        known = f" ± {error:.2f}, {len(values)} seeds" if len(values) > 1 else ""
-        point |= {axis: mean, f"{axis}_low": mean - error, f"{axis}_high": mean + error}
-        point[f"{axis}_text"] = f"{mean:.2f}{known}"
-    return point
+def _mean_point(arm: str, xs: Sequence[float], ys: Sequence[float]) -> ScatterPoint:
+    return ScatterPoint.of(arm, _over_seeds(xs), _over_seeds(ys))
 
 
-def _range(points: Sequence[Record], axis: str) -> list[float]:
-    values = [point[key] for point in points for key in (axis, f"{axis}_low", f"{axis}_high") if key in point]
-    low, high = min(values), max(values)
+def _over_seeds(values: Sequence[float]) -> Coordinate:
+    found = estimate(values)
+    assert found.value is not None, "an arm has a seed"
+    known = f", {len(values)} seeds" if len(values) > 1 else ""
+    text = with_error(found.value, found.standard_error, ".2f")
+    return Coordinate(found.value, found.standard_error or 0.0, text + known)
+
+
+def _range(ends: Sequence[float]) -> list[float]:
+    low, high = min(ends), max(ends)
     margin = 0.1 * (high - low) or max(0.5, 0.1 * abs(high))
     return [low - margin, high + margin]
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from castune.artifacts import ConflictMap
 from castune.config import StudyConfig, method_suffix
 from castune.selection import SCORE_COLUMNS
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
 from castune.stats.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
-from castune.stats.nulls import NullPosition, OrderNull, null_position, order_null
+from castune.stats.cost_curve import CostCurve, predicted_cost
+from castune.stats.nulls import NullPosition, null_position, order_p
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
-from castune.study.budget import Check, CostCurve, check_against, cost_curve, predicted_cost, standard_errors
+from castune.study.budget import Check, check_against, map_curve
 from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
-from castune.study.verdicts import comparison_verdict, is_seen, null_verdict, unseen_verdict, verdict
+from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verdict, verdict
 
 # The arm that every other one is compared with: what the method recommends.
 REFERENCE = "safe"
@@ -54,7 +53,7 @@ class ScoreValidity:
     buckets: int
     cost: str
     found: Validity
-    order: OrderNull
+    order_p: float | None
     points: tuple[Point, ...]
     words: str
 
@@ -117,7 +116,7 @@ class Findings:
         words = []
         for method, purpose in dict.fromkeys((found.method, found.purpose) for found in self.comparisons):
             group = [found for found in self.comparisons if (found.method, found.purpose) == (method, purpose)]
-            unseen = [found for found in group if found.found.interval is not None and not is_seen(found.found)]
+            unseen = [found for found in group if found.found.interval is not None and not found.found.is_seen]
             words += [found.words for found in group if found not in unseen]
             if unseen:
                 suffix = method_suffix(method)
@@ -213,7 +212,7 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
             found, score=SYMBOLS[score], cost=COSTS[cost], why_undefined=why, p_adjusted=p, n_comparisons=len(tested)
         )
         means = arm_means(points)
-        order = order_null(means.score_A.tolist(), means.cost_A.tolist())
+        order = order_p(means.score_A.tolist(), means.cost_A.tolist())
         made.append(ScoreValidity(score, buckets, cost, found, order, tuple(points), f"{buckets} buckets: {words}"))
     return made
 
@@ -304,14 +303,6 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
         lost=tuple(lost),
         check=check_against(predicted, lost),
     )
-
-
-def map_curve(cmap: ConflictMap) -> CostCurve:
-    """The predicted cost of training the safest heads of a map, with a band where the map has intervals."""
-    low, high = cmap.column("conflict_score_low"), cmap.column("conflict_score_high")
-    known = np.isfinite(low).all() and np.isfinite(high).all()
-    errors = standard_errors(low.tolist(), high.tolist()).tolist() if known else None
-    return cost_curve(cmap.column("conflict_score").tolist(), errors)
 
 
 def _plain(results: Results) -> list[Trial]:

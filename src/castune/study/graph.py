@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from castune.config import CalibrationConfig, DataConfig, Recipe, SelectConfig, StudyConfig, TuneConfig
 from castune.errors import CastuneError
 from castune.names import ArmName, heads_name
 from castune.stats.ranking import equal_parts
+from castune.study.directory import StudyDirectory
 
 MAIN = "main"
 # Seeds of the further random selections follow on these, far from those a user would choose.
@@ -32,6 +33,19 @@ Stage = Literal["diagnose", "base", "tune", "evaluate", "judge", "drift"]
 
 # Keys of a recipe that decide about the model and its prompts.
 _OF_MODEL = ("model", "revision", "template_date", "dtype")
+
+
+class UnitRecord(TypedDict):
+    """A unit as plain JSON."""
+
+    name: str
+    stage: Stage
+    recipe: dict[str, object]
+    needs: list[str]
+    map_folder: str
+    base_folder: str
+    arm: str | None
+    shard: str | None
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Unit:
         """The run directory the unit writes to."""
         return Path(self.recipe.out)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> UnitRecord:
         """Plain JSON, from which another process makes the unit again."""
         return {
             "name": self.name,
@@ -77,11 +91,18 @@ class Unit:
         }
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Unit:
+    def from_json(cls, record: UnitRecord) -> Unit:
         """The unit that `to_json` wrote."""
-        paths = {key: Path(record[key]) for key in ("map_folder", "base_folder")}
-        values = {**record, **paths, "recipe": Recipe(**record["recipe"]), "needs": tuple(record["needs"])}
-        return cls(**values)
+        return cls(
+            record["name"],
+            record["stage"],
+            Recipe.model_validate(record["recipe"]),
+            tuple(record["needs"]),
+            Path(record["map_folder"]),
+            Path(record["base_folder"]),
+            record["arm"],
+            record["shard"],
+        )
 
 
 @dataclass(frozen=True)
@@ -134,9 +155,9 @@ class Graph:
     shards: int = 1
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> StudyDirectory:
         """The study directory."""
-        return Path(self.recipe.out)
+        return StudyDirectory(Path(self.recipe.out))
 
     @cached_property
     def maps(self) -> dict[str, Recipe]:
@@ -194,7 +215,7 @@ class Graph:
         return {MAIN: CalibrationConfig(), **self.recipe.study.calibrations}
 
     def _map_recipe(self, name: str, calibration: CalibrationConfig) -> Recipe:
-        changes: dict[str, Any] = {"study": StudyConfig(), "select": SelectConfig()}
+        changes: dict[str, object] = {"study": StudyConfig(), "select": SelectConfig()}
         changes |= {key: value for key in ("safety", "utility") if (value := getattr(calibration, key)) is not None}
         given = {key: getattr(calibration, key) for key in ("measure", "sensitivity_rank")}
         given = {key: value for key, value in given.items() if value is not None}
@@ -203,7 +224,7 @@ class Graph:
         recipe = self.recipe.model_copy(update=changes)
         made_from = _made_from(recipe, {*_OF_MODEL, "seed", "safety", "utility", "diagnose"})
         key = _digest([made_from, self.data.get(f"safety:{name}"), self.data.get(f"utility:{name}")])
-        return recipe.model_copy(update={"out": str(self.folder / "maps" / f"{name}-{key}")})
+        return recipe.model_copy(update={"out": str(self.folder.maps / f"{name}-{key}")})
 
     def _run(self, calibration: str, arms: tuple[str, ...], seed: int, is_draw: bool) -> Run:
         map_recipe = self.maps[calibration]
@@ -216,7 +237,7 @@ class Graph:
         tune = recipe.tune.model_copy(update={"checkpoint_steps": usual})
         made_from = _made_from(recipe.model_copy(update={"tune": tune}), {"select", "tune", "align"})
         key = _digest([Path(map_recipe.out).name, made_from, self.data.get("align")])
-        out = self.folder / "runs" / f"{calibration}-{seed}-{key}"
+        out = self.folder.runs / f"{calibration}-{seed}-{key}"
         same_as = self._same_as(arms)
         return Run(
             calibration=calibration,
@@ -230,7 +251,7 @@ class Graph:
 
     def _same_as(self, arms: tuple[str, ...]) -> dict[str, str]:
         """Every arm -> the first one that trains the same heads in the same way."""
-        first: dict[Any, str] = {}
+        first: dict[tuple[Hashable, Hashable], str] = {}
         found: dict[str, str] = {}
         for text in arms:
             name = self._full_name(ArmName.parse(text))
@@ -248,7 +269,7 @@ class Graph:
             return 1.0
         return name.fraction or self.recipe.select.fraction or 0.25
 
-    def _heads(self, name: ArmName) -> Any:
+    def _heads(self, name: ArmName) -> Hashable:
         """What tells two selections apart, before the map is there: a range of the sorted heads where it is one."""
         if len(self.recipe.diagnose.units) > 1:
             return self._full_name(name)  # a range of each kind
@@ -318,10 +339,10 @@ class Graph:
         return tuple(dict.fromkeys(run.same_as[arm] for arm in self.recipe.study.drift))
 
 
-def _made_from(recipe: Recipe, keys: set[str]) -> dict[str, Any]:
+def _made_from(recipe: Recipe, keys: set[str]) -> dict[str, object]:
     """What of a recipe becomes part of a key: a setting that is new to castune changes none by its default."""
     return recipe.model_dump(mode="json", include=keys, exclude_defaults=True)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]

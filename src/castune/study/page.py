@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
 from castune.config import StudyConfig
+from castune.core.numbers import duration, number, p_value, percent, span, with_error
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_charts, drift_section
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.outcomes import losses
 from castune.report.samples import samples
-from castune.report.sections import duration, figure, known, section
-from castune.report.summary import NOT_MEASURED
+from castune.report.sections import figure, known, section
+from castune.report.summary import points
+from castune.stats.distributions import Interval
 from castune.steps.directory import BASE, RunDirectory
 from castune.study.figures import charts, method_figures
 from castune.study.findings import COSTS, SYMBOLS, Findings
@@ -54,7 +55,7 @@ def write_study_report(
     """Write `report.html` and the figures of a study from what is there so far. Returns the page."""
     drifts = _drifts(graph, results)
     drawn = {**charts(results, found, graph.recipe.study), **drift_charts(drifts)}
-    write_charts(graph.folder / "figures", drawn, ("svg", "pdf", "png"))
+    write_charts(graph.folder.figures, drawn, ("svg", "pdf", "png"))
     tables = {one.name: one for one in made}
     # On the page the explorer stands for the maps.
     shown = {name: chart for name, chart in drawn.items() if not name.startswith("figure_7")}
@@ -72,7 +73,7 @@ def write_study_report(
     )
     cmap = results.maps.get("main")
     name = graph.recipe.model if cmap is None else known(cmap.metadata.get("model", {}).get("name"))
-    path = graph.folder / "report.html"
+    path = graph.folder.report_file
     write_text(path, document(f"castune study: {name}", body, shown), private=True)
     return path
 
@@ -103,7 +104,7 @@ def _opening(graph: Graph, results: Results, found: Findings) -> Markup:
     )
 
 
-def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
+def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Collection[str], found: Findings) -> Markup:
     parts: list[object] = []
     figures = []
     for method in study.methods:
@@ -116,22 +117,14 @@ def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Mapping[str, A
             if name in drawn
         ]
     comparisons = [
-        [c.method, c.arm, c.purpose, _signed(c.found.value, 100), _span(c.found.interval, 100),
-         _span(c.found.over_seeds, 100),
+        [c.method, c.arm, c.purpose, points(c.found.value), _span_of_points(c.found.interval),
+         _span_of_points(c.found.over_seeds),
          _p(c.found.p), _p(c.found.p_adjusted), f"{c.found.n_examples:,}"]
         for c in found.comparisons
     ]  # fmt: skip
     head = [
-        "Trained by",
-        "Arm",
-        "Suites",
-        "Minus safe, points",
-        "95 %",
-        "95 % over seeds",
-        "p",
-        "p (Holm)",
-        "Examples",
-    ]
+        "Trained by", "Arm", "Suites", "Minus safe, points", "95 %", "95 % over seeds", "p", "p (Holm)", "Examples",
+    ]  # fmt: skip
     against = table(head, comparisons, label="Arms against the safe zone", class_="numbers")
     return section(
         "Arms",
@@ -144,7 +137,7 @@ def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Mapping[str, A
     )
 
 
-def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
+def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findings) -> Markup:
     figures = [
         figure(
             name,
@@ -154,27 +147,19 @@ def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Find
         if name in drawn
     ]
     rows = [
-        [SYMBOLS[v.score], v.buckets, COSTS[v.cost], _number(v.found.of_means.pearson), _span(v.found.retrained),
-         _span(v.found.other_arms), _p(v.found.of_means.pearson_p), _number(v.found.of_means.spearman),
-         _p(v.order.p), f"{v.found.n_undefined} of {v.found.n_trials}"]
+        [SYMBOLS[v.score], v.buckets, COSTS[v.cost], number(v.found.of_means.pearson), _span(v.found.retrained),
+         _span(v.found.other_arms), _p(v.found.of_means.pearson_p), number(v.found.of_means.spearman),
+         _p(v.order_p), f"{v.found.n_undefined} of {v.found.n_trials}"]
         for v in found.validities
     ]  # fmt: skip
     head = [
-        "Score",
-        "M",
-        "Cost",
-        "r of means",
-        "95 %, trained again",
-        "95 %, other arms",
-        "p",
-        "ρ",
-        "p of the order",
+        "Score", "M", "Cost", "r of means", "95 %, trained again", "95 %, other arms", "p", "ρ", "p of the order",
         "Undefined",
-    ]
+    ]  # fmt: skip
     partial = [
-        [SYMBOLS[d.score], COSTS[d.cost], _number(d.found.pearson), _span(d.found.pearson_interval),
+        [SYMBOLS[d.score], COSTS[d.cost], number(d.found.pearson), _span(d.found.pearson_interval),
          _p(d.found.pearson_p),
-         _number(d.found.spearman), d.found.n, d.found.reason or "–"]
+         number(d.found.spearman), d.found.n, d.found.reason or "–"]
         for d in found.depths
     ]  # fmt: skip
     nulls = [[n.zone, COSTS[n.cost], n.words] for n in found.nulls]
@@ -196,15 +181,15 @@ def _validity(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Find
     return section("Scores and costs", "validity", *parts)
 
 
-def _budget(tables: Mapping[str, Table], drawn: Mapping[str, Any], found: Findings) -> Markup:
+def _budget(tables: Mapping[str, Table], drawn: Collection[str], found: Findings) -> Markup:
     parts: list[object] = []
     if found.budget is not None and "figure_budget" in drawn:
         curve, check = found.budget.curve, found.budget.check
         elbow = "no elbow: within its band the curve is straight"
-        if curve.elbow.k is not None:
-            elbow = f"elbow at {curve.elbow.k} of {curve.n_heads} heads ({100 * curve.elbow.k / curve.n_heads:.0f} %)"
-        reliability = "unknown" if curve.reliability is None else f"{curve.reliability:.2f}"
-        order = "undefined" if check.correlation.spearman is None else f"{check.correlation.spearman:+.2f}"
+        if curve.elbow is not None:
+            elbow = f"elbow at {curve.elbow} of {curve.n_heads} heads ({percent(curve.elbow / curve.n_heads, 0)})"
+        reliability = "unknown" if curve.reliability is None else number(curve.reliability)
+        order = number(check.correlation.spearman, "+.2f")
         parts += [
             figure("figure_budget", "What the map foretells of training the safest heads, with its 95 % band."),
             tag(
@@ -232,7 +217,7 @@ def _maps(graph: Graph, results: Results, found: Findings) -> Markup:
             title = f"Map {name}: {known(cmap.metadata['settings'].get('measure'))}{of_kind}"
             parts += [tag("h3", title), explorer(cmap.only(kind), selections)]
     rows = [
-        [a.one, a.other, _number(a.found.spearman), _span(a.found.interval), f"{a.found.n:,}"] for a in found.agreements
+        [a.one, a.other, number(a.found.spearman), _span(a.found.interval), f"{a.found.n:,}"] for a in found.agreements
     ]
     if rows:
         head = ["Score", "Other score", "Spearman ρ", "95 % over layers", "Heads"]
@@ -263,11 +248,7 @@ def _replies(graph: Graph) -> list[object]:
         return []
     folder = RunDirectory(run.folder)
     names = [BASE, *(run.same_as[arm] for arm in graph.recipe.study.arms if arm in run.same_as)]
-    evaluations = {
-        name: EvalResult.load(folder.evaluation(name))
-        for name in names
-        if (folder.evaluation(name) / "metrics.json").is_file()
-    }
+    evaluations = {name: EvalResult.load(folder.evaluation(name)) for name in names if folder.is_evaluated(name)}
     if not evaluations:
         return []
     note = tag("p", f"Replies are those of the arms with seed {run.seed}, trained as the recipe says.", class_="small")
@@ -333,26 +314,19 @@ def _cell(row: Row, column: str) -> str:
     if not isinstance(value, float):
         return str(value)
     error = row.get(f"{column}_se")
+    assert error is None or isinstance(error, float)
     is_rate = f"{column}_se" in row and column not in _RATIOS
     digits = 1 if is_rate else 3 if column.endswith("_p") else 2
-    text = f"{value:.{digits}f}".replace("-", "−")
-    return text + ("" if error is None else f"\u00a0±\u00a0{error:.{digits}f}")
+    return with_error(value, error, f".{digits}f").replace(" ", "\u00a0")
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}".replace("-", "−")
+def _span(interval: Interval | None) -> str:
+    return "–" if interval is None else span(*interval)
 
 
-def _signed(value: float | None, scale: float = 1) -> str:
-    return NOT_MEASURED if value is None else f"{scale * value:+.1f}".replace("-", "−")
-
-
-def _span(interval: tuple[float, float] | None, scale: float = 1) -> str:
-    if interval is None:
-        return "–"
-    digits = 1 if scale == 100 else 2
-    return " to ".join(f"{scale * end:.{digits}f}".replace("-", "−") for end in interval)
+def _span_of_points(interval: Interval | None) -> str:
+    return "–" if interval is None else span(100 * interval.low, 100 * interval.high, ".1f")
 
 
 def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "–" if value is None else p_value(value).removeprefix("= ")

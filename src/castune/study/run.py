@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from castune.artifacts import EvalResult, TuneResult
-from castune.artifacts.drift_result import DRIFT_FILE
 from castune.artifacts.files import locked, write_text
-from castune.artifacts.records import ModelRecord
-from castune.artifacts.tune_result import adapter_hash
-from castune.config import Recipe, TuneConfig
+from castune.config import Recipe
+from castune.console import say, show_rows
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config, torch_dtype_of
 from castune.core.shards import Shard
@@ -25,20 +26,164 @@ from castune.diagnosis.domains import utility_hash, utility_sets
 from castune.errors import CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
+from castune.plan.recipe import paper_hours
 from castune.steps.arms import require_trainable
-from castune.steps.directory import BASE, RunDirectory
-from castune.steps.evaluate import identity_by_map, require_evaluation, stored_evaluation
+from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
 from castune.steps.inputs import load_calibration, load_training
-from castune.study.executors import Executor, log_file
+from castune.study.cost import study_cost
+from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
 from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, Unit
 from castune.study.page import write_study_report
 from castune.study.schedule import Schedule, State
-from castune.study.tables import Table, finding_tables, tables
+from castune.study.tables import Table, finding_tables, method_table, tables
 from castune.study.trials import Results, read_results
+from castune.study.work import is_done
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = ("arm", "heads", "seeds", "general_average", "safety_average", "over_refusal_average", "ucr")
+
+
+class Options(NamedTuple):
+    """How a study is executed; None: by the machine."""
+
+    executor: str = "local"
+    workers: int | None = None
+    threads: int | None = None
+    gpus: int | None = None
+    memory: float | None = None
+    address: str | None = None
+    shards: int = 1
+    shard: str | None = None
+    launch: str | None = None
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            CastuneError: the message says what is accepted.
+        """
+        if self.executor not in ("local", "ray"):
+            raise CastuneError(f"--executor {self.executor}: accepted are local and ray")
+        if self.executor == "local" and (self.address is not None or self.memory is not None):
+            raise CastuneError("--address and --memory belong to --executor ray")
+        for name in ("workers", "threads", "shards"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CastuneError(f"--{name} {value}: accepted is 1 or more")
+        if self.memory is not None and not 0 < self.memory < math.inf:
+            raise CastuneError(f"--memory {self.memory:g}: accepted are gigabytes above 0")
+        self._check_gpus()
+        launcher = self.launcher()
+        if launcher and shutil.which(launcher[0]) is None:
+            raise CastuneError(f"--launch {self.launch}: there is no program {launcher[0]!r} here")
+
+    def _check_gpus(self) -> None:
+        if self.gpus is None:
+            return
+        if self.gpus < 0:
+            raise CastuneError(f"--gpus {self.gpus}: accepted is 0 or more")
+        if self.address is not None:
+            return  # a cluster's own affair
+        import torch
+
+        n_here, n_wanted = torch.cuda.device_count(), self.gpus * (self.workers or 1)
+        if n_wanted > n_here:
+            each = f" for each of {self.workers} workers" if (self.workers or 1) > 1 else ""
+            raise CastuneError(f"--gpus {self.gpus}{each}: this machine has {n_here} accelerators")
+
+    def launcher(self) -> tuple[str, ...]:
+        """The words of `launch`."""
+        try:
+            return tuple(shlex.split(self.launch or ""))
+        except ValueError as error:
+            raise CastuneError(f"--launch {self.launch}: {error}") from None
+
+    def resources(self, workers: int) -> Resources:
+        """What every unit has to itself."""
+        cores = os.cpu_count() or 1
+        threads = self.threads or max(1, cores // workers)
+        memory = None if self.memory is None else int(self.memory * 1e9)
+        return Resources(threads, self.gpus_a_unit(), memory, self.launcher())
+
+    def gpus_a_unit(self) -> int:
+        """Accelerators a unit: one where this machine has some."""
+        if self.gpus is not None:
+            return self.gpus
+        import torch
+
+        return min(1, torch.cuda.device_count())
+
+    def workers_here(self) -> int:
+        """Units beside each other on this machine."""
+        if self.workers is not None:
+            return self.workers
+        if gpus := self.gpus_a_unit():
+            import torch
+
+            return max(1, torch.cuda.device_count() // gpus)
+        return max(1, min(8, (os.cpu_count() or 1) // 2))
+
+    def made(self, graph: Graph) -> Executor:
+        """The executor."""
+        workers = self.workers_here()
+        resources = self.resources(workers)
+        if self.executor == "ray":
+            return RayExecutor(graph.folder, resources, address=self.address, workers=workers)
+        return LocalExecutor(graph.folder, workers, resources)
+
+
+def show_study(recipe: Recipe, options: Options) -> bool:
+    """Do a study, or a share of it, and show what came out; returns whether nothing has failed."""
+    options.check()
+    suites = load_study_suites(recipe)
+    share = None if options.shard is None else Shard.of(options.shard)
+    graph = study_graph(recipe, shards=options.shards if share is None else share.count)
+    if share is not None:
+        schedule, waiting = run_share(graph, options.made(graph), suites, share)
+        say(f"share {options.shard}: {schedule.progress()}")
+        if waiting:
+            say(f"{waiting} units wait for other shares: run this share again when these have ended")
+        return all(state.state == "done" for state in schedule.states.values())
+    done = run_study(graph, options.made(graph), suites)
+    for table in (done.tables.get(method_table(method)) for method in recipe.study.methods):
+        if table is not None:
+            show_rows(table.title, [{key: row.get(key) for key in _SHOWN} for row in table.rows])
+    for sentence in done.findings.verdict:
+        say(f"- {sentence}")
+    for name in done.results.missing:
+        say(f"missing: {name}")
+    say(f"tables: {graph.folder.tables}")
+    say(f"report: {done.report}")
+    measured = {} if done.results.base is None else {"base": done.results.base}
+    measured |= {f"{trial.calibration}/{trial.seed}/{trial.arm}": trial.measured for trial in done.results.trials}
+    unscored = [(name, suite.suite) for name, one in measured.items() for suite in one.suites if not suite.n]
+    for name, suite in unscored:
+        say(f"{name}: none of the examples of suite {suite} could be scored")
+    return done.is_finished and not unscored
+
+
+def show_graph(recipe: Recipe, *, accelerator: str | None) -> None:
+    """Show the graph of a study and what it costs, from configs alone: no weights are loaded, nothing is written."""
+    graph = study_graph(recipe, data=False)
+    for run in graph.runs:
+        say(f"{run.label}: {', '.join(run.trained)}")
+        for arm, trained in run.same_as.items():
+            if arm != trained:
+                say(f"  {arm}: the heads of {trained}")
+    found = study_cost(graph, accelerator=accelerator)
+    show_rows("Work", found.rows())
+    where = f"one {accelerator}" if accelerator else "this machine, one unit at a time"
+    n_heads, hours = graph.n_heads, found.diagnosis_hours
+    say(
+        f"map of {n_heads:,} heads: {hours:.2f} hours on {where}; as the paper does it (67 s a head on an H800) "
+        f"{paper_hours(n_heads):.1f} hours"
+    )
+    say(f"whole study: {found.hours(1):.1f} hours on {where}, {found.hours(8):.1f} on eight")
+    for note in found.notes:
+        say(f"note: {note}")
 
 
 def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
@@ -103,9 +248,9 @@ def run_study(graph: Graph, executor: Executor, suites: Sequence[Suite]) -> Stud
     Raises:
         CastuneError: another command is at work on this study.
     """
-    with _alone(graph.folder):
-        write_text(graph.folder / "recipe.toml", graph.recipe.to_toml())
-        schedule = Schedule(graph.units, graph.folder, lambda unit: is_done(unit, suites))
+    with _alone(graph.folder.path):
+        write_text(graph.folder.recipe_file, graph.recipe.to_toml())
+        schedule = Schedule(graph.units, graph.folder.status_file, lambda unit: is_done(unit, suites))
         logger.info("study: %s", schedule.progress())
         with executor:
             finished = schedule.run(executor)
@@ -114,7 +259,7 @@ def run_study(graph: Graph, executor: Executor, suites: Sequence[Suite]) -> Stud
             blocked = sum(state.state == "blocked" for state in schedule.states.values())
             logger.error("study: %d units failed, %d are blocked by them; logs:", len(failed), blocked)
             for name in failed:
-                logger.error("  %s", log_file(graph.folder, name))
+                logger.error("  %s", graph.folder.log(name))
         return write_results(graph, schedule.states)
 
 
@@ -127,7 +272,7 @@ def run_share(graph: Graph, executor: Executor, suites: Sequence[Suite], share: 
     Raises:
         CastuneError: a command without a share is at work on this study.
     """
-    with _alone(graph.folder, shared=True):
+    with _alone(graph.folder.path, shared=True):
         units = graph.share(share.index, share.count)
         by_name = {unit.name: unit for unit in graph.units}
         mine: dict[str, Unit] = {}
@@ -136,8 +281,8 @@ def run_share(graph: Graph, executor: Executor, suites: Sequence[Suite], share: 
             if all(is_done(by_name[name], suites) for name in others):
                 needs = tuple(name for name in unit.needs if name in mine)
                 mine[unit.name] = replace(unit, needs=needs)
-        status = f"status-{share.index + 1}-of-{share.count}.json"
-        schedule = Schedule(list(mine.values()), graph.folder, lambda unit: is_done(unit, suites), status=status)
+        status_file = graph.folder.status_file_of(share)
+        schedule = Schedule(list(mine.values()), status_file, lambda unit: is_done(unit, suites))
         with executor:
             schedule.run(executor)
         return schedule, len(units) - len(mine)
@@ -149,7 +294,7 @@ def write_results(graph: Graph, states: Mapping[str, State]) -> Study:
     found = findings(results, graph.recipe.study)
     made = [*tables(results, graph.recipe.study), *finding_tables(found)]
     for table in made:
-        write_text(graph.folder / "tables" / f"{table.name}.csv", table.to_csv())
+        write_text(graph.folder.tables / f"{table.name}.csv", table.to_csv())
     report = write_study_report(graph, results, found, made, states)
     return Study(results, found, {table.name: table for table in made}, report, states)
 
@@ -161,59 +306,6 @@ def load_study_suites(recipe: Recipe) -> list[Suite]:
     require_evaluation(config, suites)
     check_held_out(recipe, suites, arms=recipe.study.main_arms)
     return suites
-
-
-def is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
-    """Whether the result of a unit is there; what cannot be told, for a file is missing or damaged, is not done.
-
-    The unit then makes it again, or fails with what is wrong, and the study goes on.
-    """
-    try:
-        return _is_done(unit, suites)
-    except (CastuneError, OSError) as error:
-        logger.warning("%s: %s", unit.name, error)
-        return False
-
-
-def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
-    """Whether the result of a unit is there, told from files alone: no model is loaded for it.
-
-    Diagnoses and trainings lie in directories whose names are digests of what they were made from. An evaluation must
-    be of these suites and settings, and of the adapter that is there. Judging is always asked for: it finds itself
-    whether there is something to do.
-    """
-    folder = RunDirectory(unit.folder)
-    if unit.stage == "diagnose":
-        return folder.map_file.is_file()
-    if unit.stage == "tune":
-        assert unit.arm is not None
-        arm = folder.side_arm(unit.arm)
-        if not (arm.is_trained and arm.selection_file.is_file()):
-            return False
-        wanted = unit.recipe.tune.changed(**dict(ArmName.parse(unit.arm).changes))
-        # If not, the unit says what differs.
-        return TuneConfig(**TuneResult.load(arm.adapter).settings) == wanted
-    if unit.stage == "base":
-        found = _stored(folder, unit.recipe, BASE, suites, None)
-        # It may have been killed before its replies were judged.
-        return found is not None and found.settings["judge"] == unit.recipe.evaluate.judge
-    if unit.stage == "evaluate":
-        assert unit.arm is not None
-        adapter = adapter_hash(folder.side_arm(unit.arm).adapter)
-        return _stored(folder, unit.recipe, unit.arm, suites, adapter) is not None
-    if unit.stage == "drift":
-        assert unit.arm is not None
-        return (folder.drift(folder.side_arm(unit.arm)) / DRIFT_FILE).is_file()
-    return False
-
-
-def _stored(
-    folder: RunDirectory, recipe: Recipe, arm: str, suites: Sequence[Suite], adapter: str | None
-) -> EvalResult | None:
-    if not (folder.evaluation(arm) / "metrics.json").is_file():
-        return None
-    model: ModelRecord = {**identity_by_map(folder, recipe), "adapter": adapter}
-    return stored_evaluation(folder.evaluation(arm), model, recipe.evaluate, suites)
 
 
 def _checked_data(recipe: Recipe) -> dict[str, str]:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from castune.artifacts.files import write_json
-from castune.study.executors import Executor, Outcome
+from castune.artifacts.files import parsed, read_json, write_json
+from castune.core.numbers import duration
+from castune.study.directory import StudyDirectory
+from castune.study.executors import Executor
 from castune.study.graph import Unit
+from castune.study.worker import Outcome
 
 logger = logging.getLogger(__name__)
 
-STATUS_FILE = "status.json"
 # Attempts at a unit whose process or node died. A unit that raised an error is not tried again: it would again.
 _ATTEMPTS = 3
 _SECONDS_BETWEEN_LOOKS = 5.0
@@ -48,17 +50,14 @@ class Schedule:
 
     Args:
         units: a unit comes behind those it needs.
-        folder: the study directory, where `status.json` is kept up to date for whoever watches.
+        status_file: kept up to date for whoever watches.
         is_done: whether a unit's result is there already.
-        status: name of the status file.
     """
 
-    def __init__(
-        self, units: Sequence[Unit], folder: Path, is_done: Callable[[Unit], bool], *, status: str = STATUS_FILE
-    ) -> None:
-        self.units, self.folder, self.status = {unit.name: unit for unit in units}, folder, status
+    def __init__(self, units: Sequence[Unit], status_file: Path, is_done: Callable[[Unit], bool]) -> None:
+        self.units, self.status_file = {unit.name: unit for unit in units}, status_file
         self.states = {unit.name: State(unit.stage) for unit in units}
-        self._started, self._worked = time.time(), 0.0
+        self._started = time.time()
         for unit in units:
             if all(self.states[name].state == "done" for name in unit.needs) and is_done(unit):
                 self.states[unit.name] = State(unit.stage, "done", was_there=True)
@@ -105,8 +104,7 @@ class Schedule:
         state.error, state.seconds, state.started = outcome.error, outcome.seconds, None
         if outcome.ending == "done":
             state.state = "done"
-            self._worked += outcome.seconds or 0.0
-            logger.info("%s: done in %s; %s", outcome.name, _duration(outcome.seconds or 0.0), self.progress())
+            logger.info("%s: done in %s; %s", outcome.name, duration(outcome.seconds or 0.0), self.progress())
             return
         if outcome.ending == "died" and state.attempts < _ATTEMPTS:
             state.state = "waiting"
@@ -126,9 +124,9 @@ class Schedule:
             "units": {name: asdict(state) for name, state in self.states.items()},
         }
         try:
-            write_json(self.folder / self.status, "study status", content)
+            write_json(self.status_file, "study status", content)
         except OSError as error:  # for whoever watches; units go on, and say themselves what they cannot write
-            logger.warning("%s could not be written: %s", self.folder / self.status, error)
+            logger.warning("%s could not be written: %s", self.status_file, error)
 
 
 def progress_line(states: Sequence[State], elapsed: float) -> str:
@@ -146,14 +144,12 @@ def progress_line(states: Sequence[State], elapsed: float) -> str:
     usual = sum(means.values()) / len(means)
     # How many units have run beside each other so far.
     beside = max(1.0, sum(state.seconds or 0.0 for state in mine) / elapsed)
-    return f"{text}, about {_duration(sum(means.get(state.stage, usual) for state in left) / beside)} left"
+    return f"{text}, about {duration(sum(means.get(state.stage, usual) for state in left) / beside)} left"
 
 
-def load_states(folder: Path) -> tuple[dict[str, State], float, float]:
+def load_states(folder: StudyDirectory) -> tuple[dict[str, State], float, float]:
     """The states in a study directory, when its command began and when it last wrote them."""
-    from castune.artifacts.files import parsed, read_json
-
-    path = folder / STATUS_FILE
+    path = folder.status_file
     record = read_json(path, "study status", "castune study RECIPE")
     return parsed(
         path,
@@ -164,9 +160,3 @@ def load_states(folder: Path) -> tuple[dict[str, State], float, float]:
             float(record["updated"]),
         ),
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from castune.config import StudyConfig, method_suffix
-from castune.stats.estimates import correlation
+from castune.stats.correlations import correlation
+from castune.stats.estimates import estimate
 from castune.study.findings import BudgetCheck, Findings
 from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
 
-Row = dict[str, Any]
+Cell = str | float | bool | None
+Row = dict[str, Cell]
 
 # The paper's table of the arms that are trained so.
 _PAPER_TABLES = {"sft": 1, "pcgrad": 2}
@@ -88,7 +88,7 @@ def finding_tables(found: Findings) -> list[Table]:
         {"score": v.score, "buckets": v.buckets, "cost": v.cost, "pearson": v.found.of_means.pearson,
          **_ends("retrained", v.found.retrained), **_ends("other_arms", v.found.other_arms),
          "counts_examples": v.found.counts_examples,
-         "p": v.found.of_means.pearson_p, "spearman": v.found.of_means.spearman, "order_p": v.order.p,
+         "p": v.found.of_means.pearson_p, "spearman": v.found.of_means.spearman, "order_p": v.order_p,
          "arms": v.found.n_arms, "seeds": v.found.n_seeds, "trials": v.found.n_trials,
          "undefined": v.found.n_undefined, "words": v.words}
         for v in found.validities
@@ -148,36 +148,33 @@ def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:
         means = [_percent(trial.measured.mean(purpose)) for trial in trials]
         row |= over_seeds(_PURPOSE_NAMES[purpose], means)
     row["unscored"] = sum(suite.unscored for trial in trials for suite in trial.measured.suites)
-    for cost, ratios in (
-        ("ucr", [trial.cost_ratio for trial in trials]),
-        ("mmlu_cr", [trial.mmlu_cost_ratio for trial in trials]),
-    ):
-        row |= over_seeds(cost, [value for value, _ in costs_of(trials, base, cost)])
-        if row[cost] is not None:
-            row[cost] = max(0.0, row[cost])  # it is at least 0, but for rounding
-        row[f"{cost}_seeds"] = sum(ratio is not None and ratio.value is not None for ratio in ratios)
+    for cost in ("ucr", "mmlu_cr"):
+        row |= _mean_ratio(trials, base, cost)
+        row[f"{cost}_seeds"] = sum(_cost(trial, cost) is not None for trial in trials)
     return row
 
 
-def over_seeds(name: str, values: Sequence[float | None]) -> Row:
+def _mean_ratio(trials: Sequence[Trial], base: Measured | None, cost: str) -> dict[str, float | None]:
+    found = over_seeds(cost, [value for value, _ in costs_of(trials, base, cost)])
+    value = found[cost]
+    return {**found, cost: None if value is None else max(0.0, value)}  # it is at least 0, but for rounding
+
+
+def over_seeds(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
     """Mean over seeds with its standard error; None where a seed has no value, or there is only one."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
+    found = estimate(values)
+    if found.unscored:
         return {name: None, f"{name}_se": None}
-    mean = sum(known) / len(known)
-    error = None
-    if len(known) > 1:
-        error = math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1) / len(known))
-    return {name: mean, f"{name}_se": error}
+    return {name: found.value, f"{name}_se": found.standard_error}
 
 
 def _arm_rows(results: Results, arms: Iterable[str], *, calibration: str = "main", base: bool = True) -> list[Row]:
     """A row an arm, the base model above them."""
-    rows = []
+    rows: list[Row] = []
     for arm in arms:
         trials = results.of(arm, calibration)
         if trials:
-            head = {"calibration": calibration, "arm": arm, "heads": len(trials[0].selection.all_units)}
+            head: Row = {"calibration": calibration, "arm": arm, "heads": len(trials[0].selection.all_units)}
             head["mean_conflict"] = _mean(trial.scores["conflict"] for trial in trials)
             rows.append({**head, **summary_row(trials, results.base)})
     if rows and base and results.base is not None:
@@ -217,7 +214,7 @@ def _validity(results: Results, study: StudyConfig) -> list[Row]:
             was_asked = any(trial.mmlu_cost_ratio is not None for trials in of_bucket for trial in trials)
             for cost in ("ucr", *(["mmlu_cr"] if was_asked else [])):
                 points = [
-                    (_mean(t.scores[score] for t in trials), summary_row(trials, results.base)[cost])
+                    (_mean(t.scores[score] for t in trials), _mean_ratio(trials, results.base, cost)[cost])
                     for trials in of_bucket
                 ]
                 rows.append(_correlation_row(score, buckets, cost, "mean", points))
@@ -277,6 +274,6 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: Cell) -> Cell:
     # Ten digits: what differs beyond is rounding.
     return f"{value:.10g}" if isinstance(value, float) else value

@@ -123,9 +123,9 @@ def read_results(graph: Graph) -> Results:
     folders = {name: RunDirectory(Path(recipe.out)) for name, recipe in graph.maps.items()}
     maps = {name: folder.load_map() for name, folder in folders.items() if folder.map_file.is_file()}
     found: EvalResult | None = None
-    base_folder = RunDirectory(graph.base_folder).evaluation(BASE)
-    if (base_folder / "metrics.json").is_file():
-        found = EvalResult.load(base_folder)
+    base_folder = RunDirectory(graph.base_folder)
+    if base_folder.is_evaluated(BASE):
+        found = EvalResult.load(base_folder.evaluation(BASE))
     trials: list[Trial] = []
     missing: list[str] = []
     for run in graph.runs:
@@ -145,13 +145,13 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
     folder = RunDirectory(run.folder)
     trials = {}
     for name in run.trained:
-        arm, evaluation = folder.side_arm(name), folder.evaluation(name)
-        if not (arm.is_trained and (evaluation / "metrics.json").is_file()):
+        arm = folder.side_arm(name)
+        if not (arm.is_trained and folder.is_evaluated(name)):
             continue
         selection = folder.load_selection(arm, cmap)
         # Refuses an adapter that is not the one of its certificate.
         adapter = folder.load_tuning(arm, selection).certificate.adapter_hash
-        result = EvalResult.load(evaluation)
+        result = EvalResult.load(folder.evaluation(name))
         if result.settings["judge"] != base.settings["judge"]:
             continue  # not judged yet
         if _data_of(result) != _data_of(base) or result.model["adapter"] != adapter:

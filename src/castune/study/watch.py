@@ -16,8 +16,9 @@ from rich.text import Text
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import MAP_FILE
 from castune.console import table_of
+from castune.core.numbers import duration, number
 from castune.errors import ArtifactError
-from castune.study.executors import log_file
+from castune.study.directory import StudyDirectory
 from castune.study.schedule import State, load_states, progress_line
 
 # A study writes its status whenever a unit starts or ends; units log once a minute. Longer silence is worth a word.
@@ -31,29 +32,27 @@ def watch(folder: Path, *, interval: float, once: bool) -> None:
     Raises:
         ArtifactError: no study there.
     """
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    view, ended = _view(folder)
+    console, study = Console(width=None if sys.stdout.isatty() else 160), StudyDirectory(folder)
+    view, ended = _view(study)
     if once or not sys.stdout.isatty():
         console.print(view)
         return
     with Live(view, console=console, auto_refresh=False) as live:
         while not ended:
             time.sleep(interval)
-            view, ended = _view(folder)
+            view, ended = _view(study)
             live.update(view, refresh=True)
 
 
-def _view(folder: Path) -> tuple[Group, bool]:
+def _view(folder: StudyDirectory) -> tuple[Group, bool]:
     """What is shown, and whether nothing runs or waits any more."""
     states, started, updated = load_states(folder)
     ended = not any(state.state in ("waiting", "running") for state in states.values())
     now = updated if ended else time.time()
-    lines = [Text(f"{folder}: {progress_line(list(states.values()), now - started)}", style="bold")]
-    newest = max([updated, *(path.stat().st_mtime for path in (folder / "logs").glob("*.log"))])
+    lines = [Text(f"{folder.path}: {progress_line(list(states.values()), now - started)}", style="bold")]
+    newest = max([updated, *(path.stat().st_mtime for path in folder.logs.glob("*.log"))])
     if not ended and now - newest > _SILENT:
-        lines.append(
-            Text(f"nothing was written for {(now - newest) / 60:.0f} minutes: the study may have been stopped")
-        )
+        lines.append(Text(f"nothing was written for {duration(now - newest)}: the study may have been stopped"))
     parts: list[Table | Text] = [*lines, _stages(states)]
     if any(state.state == "running" for state in states.values()):
         parts.append(_running(folder, states, now))
@@ -73,13 +72,13 @@ def _stages(states: dict[str, State]) -> Table:
     return table_of(["stage", *columns], rows)
 
 
-def _running(folder: Path, states: dict[str, State], now: float) -> Table:
+def _running(folder: StudyDirectory, states: dict[str, State], now: float) -> Table:
     rows = [
         [
             name,
-            None if state.started is None else f"{(now - state.started) / 60:.1f} min",
+            None if state.started is None else duration(now - state.started),
             state.attempts,
-            _last_line(log_file(folder, name)),
+            _last_line(folder.log(name)),
         ]
         for name, state in states.items()
         if state.state == "running"
@@ -97,16 +96,15 @@ def _last_line(path: Path) -> str:
     return re.sub(r"^\d{4}-\d\d-\d\d [\d:]+ ", "", lines[-1]) if lines else ""
 
 
-def _reliabilities(folder: Path) -> list[str]:
+def _reliabilities(folder: StudyDirectory) -> list[str]:
     """A line a map that is there: how far it can be trusted."""
     found = []
-    for path in sorted((folder / "maps").glob(f"*/{MAP_FILE}")):
+    for path in sorted(folder.maps.glob(f"*/{MAP_FILE}")):
         try:
             reliability = ConflictMap.load(path).metadata["reliability"]
         except ArtifactError as error:
             found.append(str(error))
             continue
-        value = reliability["reliability"]
-        shown = "undefined" if value is None else f"{value:.2f}"
+        shown = number(reliability["reliability"])
         found.append(f"map {path.parent.name}: reliability of C {shown}; " + " ".join(reliability["warnings"]))
     return found

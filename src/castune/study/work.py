@@ -1,37 +1,43 @@
-"""What a unit of a study does, in whatever process it is done: the pipeline's own steps on shared run directories."""
+"""What a unit of a study does, in whatever process it is done, and whether it is done: the steps of a run, on shared
+run directories.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from castune.artifacts import EvalResult
-from castune.artifacts.conflict_map import MAP_FILE
+from castune.artifacts import EvalResult, TuneResult
+from castune.artifacts.conflict_map import DOMAINS_FOLDER, MAP_FILE
+from castune.artifacts.drift_result import DRIFT_FILE
+from castune.artifacts.eval_result import METRICS_FILE, SAMPLES_FILE
 from castune.artifacts.files import locked, replacing
-from castune.config import Recipe
+from castune.artifacts.records import ModelRecord
+from castune.artifacts.tune_result import adapter_hash
+from castune.config import Recipe, TuneConfig
 from castune.core.loading import LoadedModel, load_model
-from castune.errors import MapUnfinished
+from castune.diagnosis.stored import GRADIENTS_FILE, OUTCOMES_FILE
+from castune.errors import CastuneError, MapUnfinished
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
 from castune.steps.diagnose import diagnose_step, rerank_step
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.drift import drift_step
-from castune.steps.evaluate import evaluate_step, judge_step
-from castune.steps.inputs import (
-    Calibration,
-    TrainingData,
-    load_calibration,
-    load_training,
-)
+from castune.steps.evaluate import evaluate_step, identity_by_map, judge_step, stored_evaluation
+from castune.steps.inputs import Calibration, TrainingData, load_calibration, load_training
 from castune.steps.readiness import require_ready, suite_tokens, training_tokens
 from castune.steps.select import select_arm
 from castune.steps.tune import tune_step
 from castune.study.graph import Unit
 
+logger = logging.getLogger(__name__)
+
 # What lies beside a map and is needed to tell its noise from drift.
-_OF_MAP = ("ablation.parquet", "gradients.parquet")
+_OF_MAP = (OUTCOMES_FILE, GRADIENTS_FILE)
 
 
 def perform(unit: Unit) -> None:
@@ -48,6 +54,59 @@ def perform(unit: Unit) -> None:
         "judge": _judge,
         "drift": _drift,
     }[unit.stage](unit)
+
+
+def is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
+    """Whether the result of a unit is there; what cannot be told, for a file is missing or damaged, is not done.
+
+    The unit then makes it again, or fails with what is wrong, and the study goes on.
+    """
+    try:
+        return _is_done(unit, suites)
+    except (CastuneError, OSError) as error:
+        logger.warning("%s: %s", unit.name, error)
+        return False
+
+
+def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
+    """Whether the result of a unit is there, told from files alone: no model is loaded for it.
+
+    Diagnoses and trainings lie in directories whose names are digests of what they were made from. An evaluation must
+    be of these suites and settings, and of the adapter that is there. Judging is always asked for: it finds itself
+    whether there is something to do.
+    """
+    folder = RunDirectory(unit.folder)
+    if unit.stage == "diagnose":
+        return folder.map_file.is_file()
+    if unit.stage == "tune":
+        assert unit.arm is not None
+        arm = folder.side_arm(unit.arm)
+        if not (arm.is_trained and arm.selection_file.is_file()):
+            return False
+        wanted = unit.recipe.tune.changed(**dict(ArmName.parse(unit.arm).changes))
+        # If not, the unit says what differs.
+        return TuneConfig(**TuneResult.load(arm.adapter).settings) == wanted
+    if unit.stage == "base":
+        found = _stored(folder, unit.recipe, BASE, suites, None)
+        # It may have been killed before its replies were judged.
+        return found is not None and found.settings["judge"] == unit.recipe.evaluate.judge
+    if unit.stage == "evaluate":
+        assert unit.arm is not None
+        adapter = adapter_hash(folder.side_arm(unit.arm).adapter)
+        return _stored(folder, unit.recipe, unit.arm, suites, adapter) is not None
+    if unit.stage == "drift":
+        assert unit.arm is not None
+        return (folder.drift(folder.side_arm(unit.arm)) / DRIFT_FILE).is_file()
+    return False
+
+
+def _stored(
+    folder: RunDirectory, recipe: Recipe, arm: str, suites: Sequence[Suite], adapter: str | None
+) -> EvalResult | None:
+    if not folder.is_evaluated(arm):
+        return None
+    model: ModelRecord = {**identity_by_map(folder, recipe), "adapter": adapter}
+    return stored_evaluation(folder.evaluation(arm), model, recipe.evaluate, suites)
 
 
 def _diagnose(unit: Unit) -> None:
@@ -105,16 +164,16 @@ def _opened(unit: Unit) -> RunDirectory:
             folder.save_recipe(unit.recipe)
         base = RunDirectory(unit.base_folder).evaluation(BASE)
         # The map last of its files, metrics last of theirs: where these are, all are.
-        parts = [*sorted((unit.map_folder / "domains").glob("*.parquet"))]
+        parts = [*sorted((unit.map_folder / DOMAINS_FOLDER).glob("*.parquet"))]
         parts += [path for name in _OF_MAP if (path := unit.map_folder / name).is_file()]
         shared = [*parts, unit.map_folder / MAP_FILE]
         for file in shared:
             _share(file, folder.path / file.relative_to(unit.map_folder))
-        if (base / "metrics.json").is_file():
+        if (base / METRICS_FILE).is_file():
             EvalResult.settle(base)
             with locked(base, shared=True):
-                for name in ("samples.jsonl", "metrics.json"):
-                    _share(base / name, folder.evaluation(BASE) / name, private=name == "samples.jsonl")
+                for name in (SAMPLES_FILE, METRICS_FILE):
+                    _share(base / name, folder.evaluation(BASE) / name, private=name == SAMPLES_FILE)
     return folder
 
 

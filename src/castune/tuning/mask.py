@@ -25,7 +25,7 @@ from castune.artifacts import Certificate, HeadSelection, MaskedAdapter
 from castune.artifacts.files import check_vacant, new_directory
 from castune.artifacts.fingerprints import same_model
 from castune.artifacts.masked_adapter import MASK_FILE
-from castune.artifacts.tune_result import adapter_hash
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, adapter_hash
 from castune.core.heads import HeadLayout
 from castune.core.loading import display_name
 from castune.core.provenance import fingerprint, model_record, provenance
@@ -111,7 +111,7 @@ def mask_adapter(
         config.save_pretrained(aside)
         save_file(
             _masked(base, layout, selection, pairs, sources[0].rank),
-            aside / "adapter_model.safetensors",
+            aside / ADAPTER_WEIGHTS,
             metadata={"format": "pt"},
         )
         selection.save(aside)
@@ -161,7 +161,7 @@ def _read(adapter: Path, base: Any, layout: HeadLayout, selection: HeadSelection
     _check_base(adapter, config, base)
     layer_of = {layout.at(layer).query_path: layer for layer in layout.layers_with_heads}
     modules = dict(base.named_modules())
-    weights = adapter / "adapter_model.safetensors"
+    weights = adapter / ADAPTER_WEIGHTS
     rank = config["r"]
     pairs: dict[int, Pair] = {}
     dropped: Counter[str] = Counter()
@@ -186,7 +186,7 @@ def _read(adapter: Path, base: Any, layout: HeadLayout, selection: HeadSelection
 
 def _check_base(adapter: Path, config: dict[str, Any], base: Any) -> None:
     """Refuse an adapter of another base model: by its certificate where it has one, else by the name it gives."""
-    if (adapter / "certificate.json").is_file():
+    if (adapter / CERTIFICATE_FILE).is_file():
         certified, loaded = Certificate.load(adapter).model_fingerprint, fingerprint(base)
         if not same_model(certified, loaded):
             raise CastuneError(f"{adapter} was made for model {certified}, this model is {loaded}")
@@ -195,7 +195,7 @@ def _check_base(adapter: Path, config: dict[str, Any], base: Any) -> None:
     # Directories may lie elsewhere and hub ids may be mirrored: only the model's own name counts.
     if wanted and found and _model_name(str(wanted)) != _model_name(str(found)):
         raise CastuneError(
-            f"{adapter / 'adapter_config.json'}: base_model_name_or_path is {wanted!r}, the base model here is "
+            f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path is {wanted!r}, the base model here is "
             f"{display_name(str(found))!r}; if they are one model under two names, change it in that file"
         )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from castune.artifacts import Certificate, HeadSelection
+from castune.artifacts.tune_result import ADAPTER_WEIGHTS
 from castune.core.heads import HeadLayout
 from castune.core.quantisation import is_quantised
 from castune.errors import CastuneError, CertificateError
@@ -97,7 +98,7 @@ def merged_into(base: nn.Module, adapter: Path, selection: HeadSelection) -> Ite
     scaling = config["lora_alpha"] / config["r"]
     before: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
-        for path, a, b in lora_pairs(adapter / "adapter_model.safetensors"):
+        for path, a, b in lora_pairs(adapter / ADAPTER_WEIGHTS):
             target = selected[path]
             # Detached: whoever diagnoses the merged model needs gradients, and writing into its weights must not.
             weight: Tensor = base.get_submodule(path).weight.detach()  # type: ignore[operator]

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from castune.artifacts import HeadSelection
 from castune.artifacts.files import new_directory
+from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.records import Phase
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from castune.config import TuneConfig
 from castune.errors import CastuneError
 from castune.tuning.stacking import stack
@@ -88,13 +90,13 @@ class Phases:
         """The phases with the one that comes after the current one, whose end has a checkpoint."""
         assert self.end is not None
         step, folder = self.end, self._folder(self.end)
-        if (folder / "selection.json").is_file():
+        if (folder / SELECTION_FILE).is_file():
             return self._with(HeadSelection.load(folder))
         with self.workspace.writing(f"the phase after step {step}"):
             if not (folder / "adapter").is_dir():
                 checkpoint = self.workspace.folder / f"checkpoint-{step}"
                 with new_directory(folder / "adapter") as aside:
-                    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+                    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"):
                         if (checkpoint / name).is_file():
                             shutil.copyfile(checkpoint / name, aside / name)
             with new_directory(folder / "stacked", replace=True) as aside:

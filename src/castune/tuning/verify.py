@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from castune.artifacts import Certificate, HeadSelection
-from castune.artifacts.tune_result import adapter_hash
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_hash
 from castune.core.heads import HeadLayout
 from castune.core.quantisation import dense_weight
 from castune.core.units import UnitLayout
@@ -98,7 +98,7 @@ def certificate_of(
     else:
         _check_scope(adapter, config, names, selection.layers)
     rank, scaling = int(config["r"]), config["lora_alpha"] / config["r"]
-    weights = adapter / "adapter_model.safetensors"
+    weights = adapter / ADAPTER_WEIGHTS
     missing = dict(wanted)
     counts = Counter[str]()
     largest = 0.0
@@ -159,7 +159,7 @@ def plain_lora_config(adapter: Path) -> dict[str, Any]:
     Raises:
         CertificateError: missing, damaged, or an adapter that changes more than its tensors A and B say.
     """
-    path = adapter / "adapter_config.json"
+    path = adapter / ADAPTER_CONFIG
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
         peft_type = config["peft_type"]
@@ -195,7 +195,7 @@ def plain_lora_config(adapter: Path) -> dict[str, Any]:
 
 def _check_scope(adapter: Path, config: dict[str, Any], names: set[str], layers: tuple[int, ...]) -> None:
     """Refuse an adapter that addresses more than the query projections `names` of `layers`."""
-    path, targets = adapter / "adapter_config.json", config["target_modules"]
+    path, targets = adapter / ADAPTER_CONFIG, config["target_modules"]
     for key in ("layers_pattern", "exclude_modules"):
         if config.get(key):
             raise CertificateError(f"{path}: {key} is {config[key]!r}, accepted here: none")
@@ -209,7 +209,7 @@ def _check_scope(adapter: Path, config: dict[str, Any], names: set[str], layers:
 
 def _check_paths(adapter: Path, config: dict[str, Any], wanted: Collection[str], modules: Collection[str]) -> None:
     """Refuse an adapter whose settings address other modules of the base than `wanted`, as PEFT would match them."""
-    path, names = adapter / "adapter_config.json", config["target_modules"]
+    path, names = adapter / ADAPTER_CONFIG, config["target_modules"]
     for key in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if config.get(key):
             raise CertificateError(f"{path}: {key} is {config[key]!r}, accepted here: none, target_modules alone")
@@ -242,13 +242,13 @@ def check_loaded(adapter: Path, config: Mapping[str, Any], paths: Collection[str
     for path in paths:
         if path not in modules:
             raise CertificateError(
-                f"{adapter / 'adapter_model.safetensors'}: adapts {PREFIX}{path}, which this model does not have: made "
+                f"{adapter / ADAPTER_WEIGHTS}: adapts {PREFIX}{path}, which this model does not have: made "
                 "for another model"
             )
         if config["target_modules"] != "all-linear" and not check_target_module_exists(settings, path):
             told = ", ".join(f"{key} = {config[key]!r}" for key in keys if config.get(key))
             raise CertificateError(
-                f"{adapter / 'adapter_config.json'}: by {told} PEFT would not load the tensors of {PREFIX}{path}"
+                f"{adapter / ADAPTER_CONFIG}: by {told} PEFT would not load the tensors of {PREFIX}{path}"
             )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from castune.stats.estimates import correlation, utility_cost_ratio
+from castune.stats.correlations import correlation
+from castune.stats.estimates import utility_cost_ratio
 
 # Utility, safety and MMLU of the base models (Table 1).
 BASE = {"Llama": (66.10, 67.22, 59.38), "Qwen": (76.89, 57.33, 68.63), "Mistral": (35.47, 50.11, 46.98)}

@@ -23,6 +23,7 @@ from castune.artifacts import (
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
+from castune.config import TuneConfig
 from castune.report.page import write_report
 from castune.stats.estimates import CostRatio, PairedDifference
 
@@ -197,7 +198,7 @@ def make_tuning(selection: HeadSelection, start: float) -> TuneResult:
             "trainable_parameters": 1_105_920,
             "effective_parameters": 690_176,
         },
-        settings={"rank": 32, "alpha": 32, "learning_rate": 2e-4, "seed": 21},
+        settings=TuneConfig(rank=32, alpha=32, learning_rate=2e-4, seed=21).model_dump(mode="json"),
         data={"source": "starter-align", "n": 1600, "hash": "a119a119a119a119", "cut": 7},
         losses=losses,
         steps=200,

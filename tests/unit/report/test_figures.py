@@ -20,7 +20,7 @@ from fake_run import (
 
 from castune.artifacts import ConflictMap
 from castune.report import figures
-from castune.report.labels import place_labels
+from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.page import write_figures
 from castune.selection import select
 
@@ -181,15 +181,18 @@ def test_training_loss_has_the_logged_pairs(run: Run) -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 0.2])
 def test_labels_do_not_cover_each_other(spread: float) -> None:
-    points = [{"arm": f"arm-{i}", "x": 0.5 + spread * (i % 2), "y": 0.5 + spread * i / 5} for i in range(5)]
+    places = [(0.5 + spread * (i % 2), 0.5 + spread * i / 5) for i in range(5)]
+    points = [
+        ScatterPoint.of(f"arm-{i}", Coordinate(x, 0, ""), Coordinate(y, 0, "")) for i, (x, y) in enumerate(places)
+    ]
     place_labels(points, (0, 1), (0, 1), 380, 300)
     boxes = []
     for point in points:
-        assert point["align"] in ("left", "right")
-        text = 6.6 * len(str(point["arm"]))
-        start = float(str(point["x"])) * 380 + float(str(point["dx"]))
-        left = start if point["align"] == "left" else start - text
-        middle = (1 - float(str(point["y"]))) * 300 + float(str(point["dy"]))
+        assert point.align in ("left", "right")
+        text = 6.6 * len(point.arm)
+        start = point.x * 380 + point.dx
+        left = start if point.align == "left" else start - text
+        middle = (1 - point.y) * 300 + point.dy
         boxes.append((left, middle - 7, left + text, middle + 7))
     for a, b in itertools.combinations(boxes, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]

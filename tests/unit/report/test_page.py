@@ -285,7 +285,14 @@ def many_samples(run: Run, count: int, reply: str) -> Run:
     for arm, evaluation in run.evaluations.items():
         kept = {"safe": count - 1, "risky": count - 2}.get(arm)
         samples = [
-            {"suite": "many", "id": f"m{i}", "purpose": "over-refusal", "prompt": f"Question {i}.", "reply": reply}
+            {
+                "suite": "many",
+                "id": f"m{i}",
+                "purpose": "over-refusal",
+                "group": None,
+                "prompt": f"Question {i}.",
+                "reply": reply,
+            }
             | {"outcome": (i in (count - 2, count - 1)) if arm == "base" else kept is not None and i != kept}
             for i in range(count)
         ]

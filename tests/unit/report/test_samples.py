@@ -32,7 +32,14 @@ def small(run: Run) -> Run:
         arm: dataclasses.replace(
             run.evaluations[arm],
             samples=tuple(
-                {"suite": suite, "id": key, "purpose": purpose, "prompt": f"{suite} {key}", "reply": f"{arm}: {ATTACK}"}
+                {
+                    "suite": suite,
+                    "id": key,
+                    "purpose": purpose,
+                    "group": None,
+                    "prompt": f"{suite} {key}",
+                    "reply": f"{arm}: {ATTACK}",
+                }
                 | {"outcome": outcomes[at] if suite == "harm" else True}
                 for suite, purpose in (("harm", "safety"), ("plain", "over-refusal"))
                 for key, outcomes in OUTCOMES.items()

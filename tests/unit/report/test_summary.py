@@ -6,9 +6,7 @@ from fake_run import Run, make_evaluation, make_suite
 from castune.report.summary import (
     NO_DIFFERENCE,
     NOT_MEASURED,
-    Rate,
     cost_ratio,
-    is_seen,
     mean_change,
     mean_rate,
     number,
@@ -17,7 +15,7 @@ from castune.report.summary import (
     verdict,
     with_error,
 )
-from castune.stats.estimates import PairedDifference
+from castune.stats.estimates import Estimate, PairedDifference
 
 
 def test_mean_rate_averages_suites_without_weights_and_their_errors_as_independent() -> None:
@@ -44,9 +42,9 @@ def test_a_mean_over_a_suite_without_a_value_is_not_measured() -> None:
 def test_mean_change_needs_every_suite_of_the_purpose() -> None:
     suites = [make_suite("safety", 0.2, 0.03, suite="a"), make_suite("safety", 0.4, 0.03, suite="b")]
     evaluation = make_evaluation("safe", suites)
-    change = Rate(0.1, 0.03, 50)
+    change = Estimate(0.1, 0.03, 50)
     assert mean_change(evaluation, {"a": change}, "safety") is None
-    both = mean_change(evaluation, {"a": change, "b": Rate(0.3, 0.04, 50)}, "safety")
+    both = mean_change(evaluation, {"a": change, "b": Estimate(0.3, 0.04, 50)}, "safety")
     assert both is not None
     assert both.value == pytest.approx(0.2)
     assert both.standard_error == pytest.approx(0.025)
@@ -67,7 +65,7 @@ def test_mean_change_needs_every_suite_of_the_purpose() -> None:
 def test_a_change_is_seen_from_two_standard_errors_on(
     value: float | None, error: float | None, seen: bool | None
 ) -> None:
-    assert is_seen(Rate(value, error, 10)) is seen
+    assert Estimate(value, error, 10).is_seen is seen
 
 
 def test_verdict_says_which_changes_are_seen(run: Run) -> None:
@@ -100,8 +98,8 @@ def test_a_cost_ratio_that_was_not_measured_is_not_called_undefined(run: Run) ->
 
 
 def test_a_paired_test_decides_whether_a_change_is_seen() -> None:
-    assert is_seen(PairedDifference(0.04, 0.0197, 100, 0, 4, 0, 0.125)) is False
-    assert is_seen(PairedDifference(0.08, 0.03, 100, 0, 8, 0, 0.0078)) is True
+    assert PairedDifference(0.04, 0.0197, 100, 0, 4, 0, 0.125).is_seen is False
+    assert PairedDifference(0.08, 0.03, 100, 0, 8, 0, 0.0078).is_seen is True
 
 
 def test_numbers_in_words() -> None:
@@ -110,8 +108,8 @@ def test_numbers_in_words() -> None:
     assert points(-0.125) == "−12.5"
     assert points(0.02) == "+2.0"
     assert points(-0.0001) == "0.0"
-    assert with_error(Rate(None, None, 0), percent) == NOT_MEASURED
-    assert with_error(Rate(0.5, None, 1), percent) == f"50.0\u202f%\u00a0±\u00a0{NOT_MEASURED}"
+    assert with_error(Estimate(None, None, 0), percent) == NOT_MEASURED
+    assert with_error(Estimate(0.5, None, 1), percent) == f"50.0\u202f%\u00a0±\u00a0{NOT_MEASURED}"
     assert number(1_234_567) == "1,234,567"
     assert number(-0.012345) == "−0.01235"
     assert number(None) == number(float("nan")) == NOT_MEASURED

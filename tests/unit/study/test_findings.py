@@ -18,7 +18,8 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.config import StudyConfig
 from castune.selection import select
 from castune.stats.comparisons import holm
-from castune.stats.estimates import CostRatio, correlation
+from castune.stats.correlations import correlation
+from castune.stats.estimates import CostRatio
 from castune.study.figures import charts
 from castune.study.findings import findings
 from castune.study.tables import finding_tables, over_seeds, tables

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from castune.config import Recipe
 from castune.errors import ArtifactError
-from castune.study.executors import Ending, Executor, LocalExecutor, Outcome, Resources, attempt
+from castune.study.directory import StudyDirectory
+from castune.study.executors import Executor, LocalExecutor, Resources
 from castune.study.graph import Graph, Unit
-from castune.study.schedule import STATUS_FILE, Schedule, State, load_states, progress_line
+from castune.study.schedule import Schedule, State, load_states, progress_line
+from castune.study.worker import Ending, Outcome, attempt
 
 SMALL = Recipe.of(
     out="x", study={"arms": ["safe", "all"], "methods": ["sft"], "buckets": [], "shares": [], "seeds": [1, 2]}
@@ -53,7 +55,7 @@ class Scripted(Executor):
 
 def test_everything_is_done_once(tmp_path: Path) -> None:
     graph, executor = Graph(SMALL, 8), Scripted(lambda *_: "done")
-    assert Schedule(graph.units, tmp_path, lambda _: False).run(executor)
+    assert Schedule(graph.units, tmp_path / "status.json", lambda _: False).run(executor)
     assert sorted(executor.done) == sorted(unit.name for unit in graph.units)
     assert set(executor.attempts.values()) == {1}
 
@@ -65,7 +67,7 @@ def test_a_failure_blocks_what_needs_it_and_nothing_else(
 ) -> None:
     graph = Graph(SMALL, 8)
     bad = {unit.name for number, unit in enumerate(graph.units) if number in fails}
-    schedule = Schedule(graph.units, tmp_path_factory.mktemp("s"), lambda _: False)
+    schedule = Schedule(graph.units, tmp_path_factory.mktemp("s") / "status.json", lambda _: False)
     finished = schedule.run(Scripted(lambda name, _: "failed" if name in bad else "done", slots))
     by_name = {unit.name: unit for unit in graph.units}
 
@@ -85,13 +87,13 @@ def test_a_unit_whose_process_died_is_tried_three_times(tmp_path: Path, caplog: 
     graph = Graph(SMALL, 8)
     dying = "tune main/1/safe"
     executor = Scripted(lambda name, attempt: "died" if name == dying and attempt < 3 else "done")
-    assert Schedule(graph.units, tmp_path, lambda _: False).run(executor)
+    assert Schedule(graph.units, tmp_path / "status.json", lambda _: False).run(executor)
     assert executor.attempts[dying] == 3
     assert "attempt 2 follows" in caplog.text
     assert "attempt 3 follows" in caplog.text
 
     executor = Scripted(lambda name, _: "died" if name == dying else "done")
-    schedule = Schedule(graph.units, tmp_path, lambda _: False)
+    schedule = Schedule(graph.units, tmp_path / "status.json", lambda _: False)
     assert not schedule.run(executor)
     assert executor.attempts[dying] == 3
     assert schedule.states[dying].state == "failed"
@@ -104,34 +106,34 @@ def test_what_is_there_is_not_started_but_only_where_all_it_needs_is(tmp_path: P
     graph = Graph(SMALL, 8)
     there = {"diagnose main", "evaluate base", "tune main/1/safe", "evaluate main/1/safe", "evaluate main/2/all"}
     executor = Scripted(lambda *_: "done", there=there)
-    assert Schedule(graph.units, tmp_path, lambda unit: unit.name in there).run(executor)
+    assert Schedule(graph.units, tmp_path / "status.json", lambda unit: unit.name in there).run(executor)
     # An evaluation whose training is missing was of something else.
     assert set(executor.attempts) == {unit.name for unit in graph.units} - (there - {"evaluate main/2/all"})
 
 
 def test_the_status_on_disk(tmp_path: Path) -> None:
     graph = Graph(SMALL, 8)
-    Schedule(graph.units, tmp_path, lambda _: False).run(
+    Schedule(graph.units, tmp_path / "status.json", lambda _: False).run(
         Scripted(lambda name, _: "failed" if "all" in name else "done")
     )
-    states, started, updated = load_states(tmp_path)
+    states, started, updated = load_states(StudyDirectory(tmp_path))
     assert started <= updated
     assert states["tune main/1/all"] == State("tune", "failed", 1, 1.0, "why", None)
     assert states["evaluate main/1/all"].state == "blocked"
-    (tmp_path / STATUS_FILE).write_text(json.dumps({"kind": "study status", "schema_version": 1}))
+    (tmp_path / "status.json").write_text(json.dumps({"kind": "study status", "schema_version": 1}))
     with pytest.raises(ArtifactError, match=r"status\.json: damaged"):
-        load_states(tmp_path)
+        load_states(StudyDirectory(tmp_path))
 
 
 def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    (tmp_path / STATUS_FILE).mkdir()
-    assert Schedule(Graph(SMALL, 8).units, tmp_path, lambda _: False).run(Scripted(lambda *_: "done"))
+    (tmp_path / "status.json").mkdir()
+    assert Schedule(Graph(SMALL, 8).units, tmp_path / "status.json", lambda _: False).run(Scripted(lambda *_: "done"))
 
 
 def executor_of(program: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> LocalExecutor:
     """An executor whose workers are another program."""
     monkeypatch.setattr(sys, "executable", str(program))
-    return LocalExecutor(folder, 1, Resources(threads=1))
+    return LocalExecutor(StudyDirectory(folder), 1, Resources(threads=1))
 
 
 def ending_of(executor: LocalExecutor) -> Outcome:
