@@ -29,11 +29,12 @@ from castune.core.modes import evaluation_mode
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.gradients import gram_matrices, partial_gradients
 from castune.diagnosis.measurements import Domain, Measurements
 from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.reliability import split_half
-from castune.diagnosis.sweep import Ablator, Outcomes, sweep
+from castune.diagnosis.sweep import Outcomes, sweep
 
 # Examples of a gradient chunk: a subset takes whole chunks, so that gradients and outcomes are of the same examples.
 CHUNK = 2

@@ -19,9 +19,10 @@ from castune.core.journal import Journal
 from castune.core.refusals import is_settled, read_by
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.objectives import Objectives
-from castune.diagnosis.sweep import Ablator, Measure, sweep
+from castune.diagnosis.sweep import Measure, sweep
 
 Loaded = tuple[Any, Any]
 

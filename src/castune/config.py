@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from castune.errors import CastuneError
-from castune.names import SEEDED_ZONES, ArmName, JudgeName, Score, SurgeryMethod, TuneMethod, Zone
+from castune.names import KINDS, SEEDED_ZONES, ArmName, JudgeName, Score, SurgeryMethod, TuneMethod, UnitKind, Zone
 from castune.secrets import has_secret
 
 # What chat templates that print the date are told, so that two days, and the two sides of midnight, measure the same.
@@ -27,7 +27,6 @@ Count = Annotated[int, Field(ge=1)]
 SurgeryGranularity = Literal["global", "tensor", "head"]
 SensitivityRank = Literal["difference", "of-difference"]
 Measure = Literal["decision", "margin"]
-UnitKind = Literal["q_heads", "k_groups", "v_groups", "o_heads", "mlp_blocks", "mlp_groups"]
 
 
 class _Config(BaseModel):
@@ -137,6 +136,11 @@ class DiagnoseConfig(_Config):
     domains: Literal["mean", "worst"] = "mean"
     """How the maps of several utility domains become one. `mean`: of every column. `worst`: a head's row is that of
     the domain in which its C is highest."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of unit that are diagnosed, in the singular."""
+        return tuple(KINDS[kind] for kind in self.units)
 
     def measure_of(self, *, problems: bool) -> Measure:
         """How utility is measured on problems, or on questions."""

@@ -20,8 +20,9 @@ from castune.core.refusals import decides_by
 from castune.core.shards import Shard
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
-from castune.diagnosis.sweep import Ablator, sweep
+from castune.diagnosis.sweep import sweep
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 # Of random weights by which some head changes a decision.

@@ -13,6 +13,7 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.tune_result import adapter_hash
+from castune.artifacts.unit import only_heads
 from castune.config import DiagnoseConfig, Recipe
 from castune.data.example import Example
 from castune.diagnosis.domains import Utility
@@ -100,5 +101,5 @@ def require_query_heads(cmap: ConflictMap, what: str) -> None:
     Raises:
         CastuneError: the message begins with `what`.
     """
-    if cmap.kinds != ["q_head"]:
+    if not only_heads(cmap.units):
         raise CastuneError(f"{what} on maps of query heads; this one has {', '.join(cmap.kinds)}")

@@ -20,8 +20,9 @@ from castune.artifacts import Certificate, HeadSelection
 from castune.core.heads import HeadLayout
 from castune.core.quantisation import is_quantised
 from castune.errors import CastuneError, CertificateError
+from castune.tuning.adapter_files import WEIGHTS_FILE, lora_pairs, plain_lora_config
 from castune.tuning.targets import Target, targets, units_for
-from castune.tuning.verify import bits, certify, lora_pairs, merged_rows, plain_lora_config
+from castune.tuning.verify import bits, certify, merged_rows
 
 _WEIGHT = ".weight"
 
@@ -97,7 +98,7 @@ def merged_into(base: nn.Module, adapter: Path, selection: HeadSelection) -> Ite
     scaling = config["lora_alpha"] / config["r"]
     before: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
-        for path, a, b in lora_pairs(adapter / "adapter_model.safetensors"):
+        for path, a, b in lora_pairs(adapter / WEIGHTS_FILE):
             target = selected[path]
             # Detached: whoever diagnoses the merged model needs gradients, and writing into its weights must not.
             weight: Tensor = base.get_submodule(path).weight.detach()  # type: ignore[operator]

@@ -20,9 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from castune.tuning.verify import PREFIX, lora_pairs, plain_lora_config
-
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from castune.tuning.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, lora_pairs, plain_lora_config
 
 
 def stack(adapters: Sequence[Path], out: Path, *, layers_of: Sequence[Path] = ()) -> None:
@@ -45,19 +43,19 @@ def stack(adapters: Sequence[Path], out: Path, *, layers_of: Sequence[Path] = ()
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([a for a, _ in parts]).contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([b for _, b in parts], dim=1).contiguous()
     shutil.copytree(adapters[-1], out, dirs_exist_ok=True)  # PEFT's own card of an adapter too
-    save_file(tensors, out / _WEIGHTS, metadata={"format": "pt"})
-    record = json.loads((adapters[-1] / _CONFIG).read_text(encoding="utf-8")) | {
+    save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    record = json.loads((adapters[-1] / CONFIG_FILE).read_text(encoding="utf-8")) | {
         "r": sum(config["r"] for config in configs[: len(adapters)]),
         "lora_alpha": sum(config["lora_alpha"] for config in configs[: len(adapters)]),
         "target_modules": sorted({name for config in configs for name in config["target_modules"]}),
         "layers_to_transform": sorted({layer for config in configs for layer in config["layers_to_transform"]}),
         "fan_in_fan_out": any(config["fan_in_fan_out"] for config in configs),
     }
-    (out / _CONFIG).write_text(json.dumps(record, indent=2, sort_keys=True), encoding="utf-8")
+    (out / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _pairs(adapter: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    return {path: (a, b) for path, a, b in lora_pairs(adapter / _WEIGHTS)}
+    return {path: (a, b) for path, a, b in lora_pairs(adapter / WEIGHTS_FILE)}
 
 
 class FrozenUpdate:

@@ -22,10 +22,11 @@ from castune.core.units import KINDS, UnitLayout, unit
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.gradients import gradient_passes, gram_matrices, partial_gradients
 from castune.diagnosis.groups import ablate_groups
-from castune.diagnosis.sweep import Ablator, sweep
+from castune.diagnosis.sweep import sweep
 
 MARGIN = DiagnoseConfig(measure="margin", max_new_tokens=4, mlp_groups=3)
 ROWS = [

@@ -17,8 +17,9 @@ from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.objectives import Objectives
-from castune.diagnosis.sweep import Ablator, Measure, sweep
+from castune.diagnosis.sweep import Measure, sweep
 from castune.errors import CastuneError, UnsupportedArchitecture
 from castune.plan import calibrate
 from castune.plan.diagnosis import ACCELERATORS, Plan, Stage, plan
