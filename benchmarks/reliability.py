@@ -72,6 +72,7 @@ def measured(
     out.mkdir(parents=True, exist_ok=True)
     seconds_file, gram_file = out / "seconds.json", out / "gram.npy"
     seconds = json.loads(seconds_file.read_text()) if seconds_file.is_file() else {}
+    units = UnitLayout(layout)
     with evaluation_mode(model):
         if not gram_file.is_file():
             with noted(seconds, "gradients", seconds_file):
@@ -86,10 +87,8 @@ def measured(
                         batch_tokens=2048,
                     )
                 ]
-            np.save(gram_file, gram_matrices(UnitLayout(layout), layout.heads, chunks))
-        objectives = Objectives(
-            Ablator(model, layout, layout.heads, can_resume(model, layout)), tokenizer, chat, config
-        )
+            np.save(gram_file, gram_matrices(units, units.units, chunks))
+        objectives = Objectives(Ablator(model, units, units.units, can_resume(model, layout)), tokenizer, chat, config)
         replies = objectives.replies(safety)
 
         def measure(name: str) -> Any:

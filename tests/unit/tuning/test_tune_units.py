@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
+from castune.artifacts.unit import joined
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
@@ -132,7 +133,7 @@ def test_only_chosen_rows_and_columns_move(
     assert [found.selected_rows, found.checked_rows] == counts[0]
     assert [found.selected_columns, found.checked_columns] == counts[1]
     assert (found.changed_rows, found.changed_columns) == (found.selected_rows, found.selected_columns)
-    assert (found.selection, found.units, found.mlp_groups) == (HEADS, tuple(sorted(UNITS)), 4)
+    assert (found.units, found.mlp_groups) == (joined(HEADS, sorted(UNITS)), 4)
     assert certify(model, tmp_path / "adapter", selection) == found
 
 
