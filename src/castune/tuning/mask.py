@@ -9,10 +9,8 @@ Shape letters: R LoRA rank, D model width.
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,16 +38,10 @@ from castune.tuning.adapter_files import (
     plain_lora_config,
     save_config,
 )
-from castune.tuning.row_lora import lora_config, lora_layers
+from castune.tuning.combining import Combining, Pair
+from castune.tuning.row_lora import lora_config
 from castune.tuning.targets import Target, check_selection, targets
 from castune.tuning.verify import certify
-
-COMBINATIONS = ("linear", "ties")
-# Share of the values that TIES keeps where none is asked for.
-DENSITY = 0.5
-
-# A and B of an adapted layer: `[R, D]` and `[rows, R]`.
-Pair = tuple[Tensor, Tensor]
 
 
 def mask_adapter(
@@ -83,7 +75,7 @@ def mask_adapter(
         CertificateError: an adapter is no plain LoRA adapter; the message names the setting or the tensor.
     """
     paths, out = [Path(adapter)] if isinstance(adapter, str | Path) else [*map(Path, adapter)], Path(out)
-    combining = _Combining.of(len(paths), combination, weights, density)
+    combining = Combining.of(len(paths), combination, weights, density)
     again = overwrite and (out / MASK_FILE).is_file()
     if not again:
         check_vacant(out)
@@ -114,24 +106,6 @@ def every_head(model: nn.Module) -> HeadSelection:
     heads = HeadLayout.of(model).heads
     chosen = HeadSelection.custom(heads, n_total=len(heads), model_fingerprint=fingerprint(model))
     return replace(chosen, zone="all", fraction=1.0)
-
-
-@dataclass(frozen=True)
-class _Combining:
-    """How several adapters become one; for one adapter nothing is set."""
-
-    how: str | None
-    weights: tuple[float, ...] | None
-    density: float | None
-
-    @classmethod
-    def of(cls, n_adapters: int, how: str | None, weights: Sequence[float] | None, density: float | None) -> _Combining:
-        """The settings, checked, with what is usual where nothing was said."""
-        checked = _checked_weights(n_adapters, how, weights)
-        if how == "ties" and density is None:
-            density = DENSITY
-        _check_density(how, density)
-        return cls(how, checked, density)
 
 
 @dataclass(frozen=True)
@@ -194,13 +168,15 @@ class _Masking:
             target.layer for path, target in self.wanted.items() if not any(path in source.pairs for source in sources)
         )
 
-    def write(self, sources: Sequence[_Source], combining: _Combining, folder: Path) -> None:
+    def write(self, sources: Sequence[_Source], combining: Combining, folder: Path) -> None:
         """Write the adapter that the sources become."""
         first = sources[0]
         pairs, alpha = first.pairs, first.alpha
         if combining.how is not None:
             # PEFT puts the scaling of the parts into the matrices: alpha = r.
-            pairs, alpha = self._combined(sources, combining), first.rank
+            configs = [self._config(one.rank, one.alpha) for one in sources]
+            pairs = combining.combined(self.base, configs, [one.pairs for one in sources], self.wanted)
+            alpha = first.rank
         config = self._config(first.rank, alpha)
         config.base_model_name_or_path = first.base_name or getattr(self.base.config, "_name_or_path", "") or None
         config.inference_mode = True
@@ -252,39 +228,6 @@ class _Masking:
             ).contiguous()
         return tensors
 
-    def _combined(self, sources: Sequence[_Source], combining: _Combining) -> dict[str, Pair]:
-        """A and B of every selected layer, combined by PEFT with whole rows; a source's absent layer counts as zero."""
-        assert combining.weights is not None
-        names = [f"adapter_{number}" for number in range(len(sources))]
-        with _adapted(self.base, names, [self._config(one.rank, one.alpha) for one in sources]) as peft_model:
-            modules = dict(lora_layers(peft_model))
-            if modules.keys() != self.wanted.keys():
-                others = sorted(modules.keys() ^ self.wanted.keys())
-                raise CastuneError(f"PEFT wrapped {others} beside the selected layers")
-            for path, module in modules.items():
-                for name, source in zip(names, sources, strict=True):
-                    _fill(module, name, source.pairs.get(path))
-            peft_model.add_weighted_adapter(
-                names,
-                list(combining.weights),
-                "combined",
-                combination_type=combining.how,
-                density=combining.density,
-            )
-            return {path: _pair_of(modules[path], "combined") for path in self.wanted}
-
-
-@torch.no_grad()
-def _fill(module: Any, name: str, pair: Pair | None) -> None:
-    """Give an adapter of a wrapped projection these matrices; None: zeros."""
-    for matrix, values in zip((module.lora_A[name], module.lora_B[name]), pair or (None, None), strict=True):
-        matrix.weight.zero_() if values is None else matrix.weight.copy_(values)
-
-
-def _pair_of(module: Any, name: str) -> Pair:
-    a, b = (matrix[name].weight.detach().cpu().clone() for matrix in (module.lora_A, module.lora_B))
-    return a, b
-
 
 def _check_base(adapter: Path, config: dict[str, Any], base: Any) -> None:
     """Refuse an adapter of another base model: by its certificate where it has one, else by the name it gives."""
@@ -306,55 +249,6 @@ def _model_name(path: str) -> str:
     # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     cached = [part.rpartition("--")[2] for part in Path(path).parts if part.startswith("models--")]
     return (cached[0] if cached else display_name(path).rstrip("/").rpartition("/")[2]).lower()
-
-
-@contextlib.contextmanager
-def _adapted(base: Any, names: Sequence[str], configs: Sequence[Any]) -> Iterator[Any]:
-    """The base model with adapters; afterwards as it was."""
-    from peft import get_peft_model
-
-    required_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-    modes = [(module, module.training) for module in base.modules()]
-    # New adapters are initialised at random, and then overwritten.
-    with torch.random.fork_rng(devices=[]):
-        peft_model = get_peft_model(base, configs[0], adapter_name=names[0])
-        try:
-            for name, config in zip(names[1:], configs[1:], strict=True):
-                peft_model.add_adapter(name, config)
-            yield peft_model
-        finally:
-            peft_model.unload()
-            for module, training in modes:
-                module.training = training
-            for name, parameter in base.named_parameters():
-                parameter.requires_grad_(required_grad[name])
-
-
-def _checked_weights(n: int, combination: str | None, weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    accepted = ", ".join(COMBINATIONS)
-    if combination is not None and combination not in COMBINATIONS:
-        raise CastuneError(f"combination is {combination!r}, accepted: {accepted}")
-    if n > 1 and combination is None:
-        raise CastuneError(f"{n} adapters: say how they are combined, with --combination and one of {accepted}")
-    if n < 2 and (combination is not None or weights is not None):
-        raise CastuneError("a combination and its weights need at least two adapters")
-    if combination is None:
-        return None
-    chosen = [1.0] * n if weights is None else [float(weight) for weight in weights]
-    if len(chosen) != n or not all(map(math.isfinite, chosen)):
-        raise CastuneError(
-            f"weights are {', '.join(f'{w:g}' for w in chosen)}: accepted is a number for each of {n} adapters"
-        )
-    return tuple(chosen)
-
-
-def _check_density(combination: str | None, density: float | None) -> None:
-    if density is None:
-        return
-    if combination != "ties":
-        raise CastuneError("density is a setting of --combination ties")
-    if not 0 < density <= 1:
-        raise CastuneError(f"density is {density:g}, accepted: above 0, at most 1")
 
 
 def _listed(ranks: dict[str, int]) -> str:

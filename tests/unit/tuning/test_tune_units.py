@@ -137,6 +137,19 @@ def test_only_chosen_rows_and_columns_move(
     assert certify(model, tmp_path / "adapter", selection) == found
 
 
+def test_one_training_has_one_hash(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], tmp_path: Path
+) -> None:
+    """PEFT keeps module names in a set, whose order is another in every process."""
+    model, out = tiny_model("llama"), tmp_path / "adapter"
+    config = CONFIG.model_copy(update={"snapshot_steps": 2})
+    tune(model, tiny_tokenizer, mixed(model), data=aligned, out=out, config=config)
+    for folder in (out, out / "snapshots" / "2"):
+        names = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+        assert len(names) == len(chosen_lines("llama"))
+        assert names == sorted(names)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_merged_model_differs_in_the_selection_alone(
     tiny_model: Callable[..., Any],
