@@ -29,11 +29,12 @@ from castune.core.modes import evaluation_mode
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.gradients import gram_matrices, partial_gradients
 from castune.diagnosis.measurements import Domain, Measurements
 from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.reliability import split_half
-from castune.diagnosis.sweep import Ablator, Outcomes, sweep
+from castune.diagnosis.sweep import Outcomes, sweep
 
 # Examples of a gradient chunk: a subset takes whole chunks, so that gradients and outcomes are of the same examples.
 CHUNK = 2
@@ -71,6 +72,7 @@ def measured(
     out.mkdir(parents=True, exist_ok=True)
     seconds_file, gram_file = out / "seconds.json", out / "gram.npy"
     seconds = json.loads(seconds_file.read_text()) if seconds_file.is_file() else {}
+    units = UnitLayout(layout)
     with evaluation_mode(model):
         if not gram_file.is_file():
             with noted(seconds, "gradients", seconds_file):
@@ -85,10 +87,8 @@ def measured(
                         batch_tokens=2048,
                     )
                 ]
-            np.save(gram_file, gram_matrices(UnitLayout(layout), layout.heads, chunks))
-        objectives = Objectives(
-            Ablator(model, layout, layout.heads, can_resume(model, layout)), tokenizer, chat, config
-        )
+            np.save(gram_file, gram_matrices(units, units.units, chunks))
+        objectives = Objectives(Ablator(model, units, units.units, can_resume(model, layout)), tokenizer, chat, config)
         replies = objectives.replies(safety)
 
         def measure(name: str) -> Any:

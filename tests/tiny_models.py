@@ -92,3 +92,11 @@ def make_tiny_tokenizer() -> Any:
         pad_token=SPECIAL[1],
         chat_template=CHATML,
     )
+
+
+def query_rows_mask(layout: Any, selection: Any, layer: int, n_rows: int) -> torch.Tensor:
+    """True for the rows of the selected heads of a layer, over all rows of its query projection."""
+    mask = torch.zeros(n_rows, dtype=torch.bool)
+    for head in selection.heads_of(layer):
+        mask[layout.query_rows(layer, head)] = True
+    return mask

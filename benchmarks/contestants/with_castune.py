@@ -11,6 +11,7 @@ from typing import Any
 from work import Outcome, Work, main
 
 import castune as ct
+from castune.artifacts.unit import joined
 from castune.core.ablation import can_resume
 from castune.core.flops import ForwardFlops
 from castune.core.generation import generate_replies
@@ -18,10 +19,12 @@ from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.refusals import is_settled, read_by
 from castune.core.shards import Shard
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.objectives import Objectives
-from castune.diagnosis.sweep import Ablator, Measure, sweep
+from castune.diagnosis.sweep import Measure, sweep
 
 Loaded = tuple[Any, Any]
 
@@ -35,7 +38,7 @@ def load(work: Work) -> Loaded:
 
 def _ablator(model: Any, work: Work) -> Ablator:
     layout = HeadLayout.of(model)
-    return Ablator(model, layout, [ct.HeadId(*head) for head in work.heads], can_resume(model, layout))
+    return Ablator(model, UnitLayout(layout), joined(work.heads), can_resume(model, layout))
 
 
 def _ablated(name: str, ablator: Ablator, measure: Measure) -> list[list[float]]:

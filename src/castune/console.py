@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from castune.core.numbers import duration, gigabytes, number, percent, span, with_error
+from castune.names import KINDS, plural
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,7 @@ def show_diagnosis(cmap: ConflictMap) -> None:
     domains = metadata.get("domains", {})
     of_domains = f" of {len(domains)} domains ({metadata['combined']})" if domains else ""
     kinds = metadata.get("kinds", {})
-    counted = ", ".join(f"{found['n']} {kind}s" for kind, found in kinds.items()) or f"{len(cmap)} heads"
+    counted = ", ".join(f"{found['n']} {plural(kind)}" for kind, found in kinds.items()) or f"{len(cmap)} heads"
     say(
         f"{counted}, measure {metadata['settings']['measure']}, "
         f"n = {metadata['data']['utility']['n']} questions{of_domains} and {metadata['data']['safety']['n']} harmful "
@@ -54,7 +55,7 @@ def show_diagnosis(cmap: ConflictMap) -> None:
         f"({number(zones['safe_by_chance'])} by chance)"
     )
     for kind, found in kinds.items():
-        say(f"  {kind}s: reliability of C {number(found['reliability']['reliability'])}, within the kind")
+        say(f"  {plural(kind)}: reliability of C {number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():
         say(
             f"  domain {name} (n = {record['data']['n']}): accuracy {_rate(record['utility_accuracy'])}, reliability "
@@ -165,7 +166,7 @@ def _time(seconds: float | None) -> str:
 
 def selected_in(budget: dict[str, int]) -> str:
     """How many units of each kind are trained."""
-    others = [f"{n} {name}" for name, n in budget.items() if name.endswith(("_groups", "_heads", "_blocks"))]
+    others = [f"{n} {name}" for name, n in budget.items() if name in KINDS]
     return ", ".join([f"{budget['heads']} heads"] * bool(budget["heads"] or not others) + others)
 
 
@@ -179,10 +180,9 @@ def show_certificate(certificate: Certificate) -> None:
 
 def show_masked(masked: MaskedAdapter) -> None:
     """What was made of existing adapters, what was left out, and the proof."""
-    heads = masked.certificate.selection
-    layers = len({layer for layer, _ in heads})
+    kept = masked.certificate
     made = "" if masked.combination is None else f"{len(masked.sources)} adapters, {masked.combination}; "
-    say(f"{made}{masked.zone}: {len(heads)} of {masked.n_total} heads kept, in {layers} layers")
+    say(f"{made}{masked.zone}: {len(kept.units)} of {masked.n_total} heads kept, in {len(kept.layers)} layers")
     if masked.dropped:
         counts = ", ".join(f"{count} {name}" for name, count in masked.dropped.items())
         say(f"left out: {counts} (modules adapted by the sources that hold no selected head)")

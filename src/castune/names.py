@@ -1,4 +1,4 @@
-"""Names of arms: which heads an arm trains, and how.
+"""Names of arms (which heads an arm trains, and how), of judges, and of kinds of unit.
 
     safe  risky-50  random  layer-matched  all  bucket-2-of-4  safe-gradient  risky-sensitivity  safe+pcgrad  all+dpo
 
@@ -20,10 +20,22 @@ TuneMethod = Literal["sft", "dpo"]
 SurgeryMethod = Literal[
     "none", "pcgrad", "pcgrad-symmetric", "cagrad", "upgrad", "mgda", "gradvac", "alignedmtl", "imtlg"
 ]
+UnitKind = Literal["q_heads", "k_groups", "v_groups", "o_heads", "mlp_blocks", "mlp_groups"]
 ZONES: tuple[str, ...] = get_args(Zone)
 SCORES: tuple[str, ...] = get_args(Score)
 # Zones that are drawn at random, and need a seed.
 SEEDED_ZONES = ("random", "layer-matched")
+
+# Kinds of unit as they are asked for and counted, and what a single one is called.
+KINDS: dict[UnitKind, str] = {
+    "q_heads": "q_head",
+    "k_groups": "k_group",
+    "v_groups": "v_group",
+    "o_heads": "o_head",
+    "mlp_blocks": "mlp_block",
+    "mlp_groups": "mlp_group",
+}
+_PLURALS: dict[str, str] = {single: many for many, single in KINDS.items()}
 
 _HEADS = re.compile(
     rf"(?:(?P<zone>{'|'.join(ZONES)})(?:-(?P<percent>\d+(?:\.\d+)?))?|bucket-(?P<bucket>\d+)-of-(?P<buckets>\d+))"
@@ -124,6 +136,11 @@ def _change(text: str, change: str) -> tuple[str, Any]:
 
 def _change_name(key: str, value: Any) -> str:
     return f"replay-{round(100 * value, 6):g}" if key == "replay" else str(value)
+
+
+def plural(kind: str) -> str:
+    """What several units of a kind are called; a kind that this castune does not know keeps its name."""
+    return _PLURALS.get(kind, kind)
 
 
 # The kinds, and what stands after the equals sign where none is given; "" needs none, None needs one.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from itertools import chain
 
-from castune.artifacts import ConflictMap, HeadSelection
+from castune.artifacts import ConflictMap, HeadSelection, Unit
 from castune.errors import CastuneError
 from castune.names import SEEDED_ZONES, ZONES
 from castune.stats.ranking import by_descending, equal_parts
-
-Unit = tuple[str, int, int]
-"""Kind, layer, number."""
 
 SCORE_COLUMNS = {
     "conflict": "conflict_score",
@@ -55,32 +53,17 @@ def select(
     """
     if score not in SCORE_COLUMNS:
         raise CastuneError(f"score is {score!r}, accepted: {', '.join(SCORE_COLUMNS)}")
-    scores = cmap.column(SCORE_COLUMNS[score])
+    units, scores = cmap.units, cmap.column(SCORE_COLUMNS[score])
     ordered_by_kind = [
-        by_descending([cmap.units[row] for row in rows], scores[rows]) for rows in map(cmap.rows_of, cmap.kinds)
+        by_descending([units[row] for row in rows], scores[rows]) for rows in map(cmap.rows_of, cmap.kinds)
     ]
-    chosen: list[Unit] = []
     share = None
     if buckets is not None or bucket is not None:
-        if buckets is None or bucket is None:
-            raise CastuneError("buckets and bucket go together, for example --buckets 4 --bucket 1")
-        fewest = min(map(len, ordered_by_kind))
-        if not 1 <= buckets <= fewest:
-            raise CastuneError(f"buckets is {buckets}, accepted: 1 to {fewest}, the number of heads")
-        if not 1 <= bucket <= buckets:
-            raise CastuneError(f"bucket is {bucket}, accepted: 1 (highest conflict) to {buckets}")
-        zone = "bucket"
-        for ordered in ordered_by_kind:
-            chosen += equal_parts(ordered, buckets)[bucket - 1]
+        zone, parts = "bucket", _bucket(ordered_by_kind, buckets, bucket)
     else:
-        if not 0 < fraction <= 1 or math.isnan(fraction):
-            raise CastuneError(f"fraction is {fraction}, accepted: above 0, at most 1")
-        share = fraction
-        for ordered in ordered_by_kind:
-            chosen += _zone(ordered, zone, max(1, round(fraction * len(ordered))), seed)
-    units = tuple(one for one in chosen if one[0] != "q_head")
+        share, parts = fraction, _zone(ordered_by_kind, zone, fraction, seed)
     return HeadSelection(
-        heads=tuple((layer, head) for kind, layer, head in chosen if kind == "q_head"),
+        units=tuple(chain(*parts)),
         zone=zone,
         fraction=1.0 if zone == "all" else share,
         buckets=buckets,
@@ -90,7 +73,6 @@ def select(
         n_total=len(cmap),
         model_fingerprint=cmap.fingerprint,
         conflict_map_hash=cmap.content_hash,
-        units=units,
         mlp_groups=cmap.mlp_groups,
     )
 
@@ -126,7 +108,26 @@ def require_rule(zone: str) -> None:
         )
 
 
-def _zone(ordered: list[Unit], zone: str, count: int, seed: int | None) -> list[Unit]:
+def _bucket(ordered_by_kind: list[list[Unit]], buckets: int | None, bucket: int | None) -> list[list[Unit]]:
+    """One of equal parts of the units of each kind."""
+    if buckets is None or bucket is None:
+        raise CastuneError("buckets and bucket go together, for example --buckets 4 --bucket 1")
+    fewest = min(map(len, ordered_by_kind))
+    if not 1 <= buckets <= fewest:
+        raise CastuneError(f"buckets is {buckets}, accepted: 1 to {fewest}, the number of heads")
+    if not 1 <= bucket <= buckets:
+        raise CastuneError(f"bucket is {bucket}, accepted: 1 (highest conflict) to {buckets}")
+    return [equal_parts(ordered, buckets)[bucket - 1] for ordered in ordered_by_kind]
+
+
+def _zone(ordered_by_kind: list[list[Unit]], zone: str, fraction: float, seed: int | None) -> list[list[Unit]]:
+    """The same share of the units of each kind."""
+    if not 0 < fraction <= 1 or math.isnan(fraction):
+        raise CastuneError(f"fraction is {fraction}, accepted: above 0, at most 1")
+    return [_of_kind(ordered, zone, max(1, round(fraction * len(ordered))), seed) for ordered in ordered_by_kind]
+
+
+def _of_kind(ordered: list[Unit], zone: str, count: int, seed: int | None) -> list[Unit]:
     if zone == "safe":
         return ordered[-count:]
     if zone == "risky":
@@ -136,15 +137,15 @@ def _zone(ordered: list[Unit], zone: str, count: int, seed: int | None) -> list[
     if zone in SEEDED_ZONES:
         if seed is None:
             raise CastuneError(f"a {zone} selection needs a seed, for example --seed 21")
-        kind = ordered[0][0]
+        first = ordered[0]
         # Kinds with as many units must not get the same draws.
-        generator = random.Random(seed if kind == "q_head" else f"{seed} {kind}")
+        generator = random.Random(seed if first.is_head else f"{seed} {first.kind}")
         if zone == "random":
             return generator.sample(sorted(ordered), count)
-        layers = Counter(layer for _, layer, _ in ordered[-count:])
+        layers = Counter(one.layer for one in ordered[-count:])
         return [
             one
             for layer, n in sorted(layers.items())
-            for one in generator.sample(sorted(other for other in ordered if other[1] == layer), n)
+            for one in generator.sample(sorted(other for other in ordered if other.layer == layer), n)
         ]
     raise CastuneError(f"zone is {zone!r}, accepted: {', '.join(ZONES)}")

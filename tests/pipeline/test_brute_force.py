@@ -18,10 +18,12 @@ from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.refusals import decides_by
 from castune.core.shards import Shard
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
-from castune.diagnosis.sweep import Ablator, sweep
+from castune.diagnosis.sweep import sweep
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 # Of random weights by which some head changes a decision.
@@ -159,7 +161,8 @@ def test_refusal_outcomes_equal_brute_force(
         return [None if not r else sum(r.encode()) % 2 == 0 for r in replies]
 
     layout, chat = HeadLayout.of(model), ChatFormat(tiny_tokenizer)
-    ablator = Ablator(model, layout, layout.heads, can_resume(model, layout))
+    units = UnitLayout(layout)
+    ablator = Ablator(model, units, units.units, can_resume(model, layout))
     prompts = [chat.prompt_ids(example)[0] for example in harmful]
     options: dict[str, Any] = {
         "end_tokens": chat.end_tokens(model), "max_new_tokens": MAX_NEW_TOKENS, "batch_tokens": batch_tokens,

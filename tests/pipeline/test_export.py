@@ -13,10 +13,12 @@ import pytest
 import torch
 from command_line import assert_one_error, castune
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import query_rows_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from castune.artifacts import Certificate, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts.unit import joined
 from castune.cli import app
 from castune.config import Recipe
 from castune.core.heads import HeadLayout
@@ -26,7 +28,6 @@ from castune.evaluation.suites import load_suites
 from castune.pipeline import run
 from castune.report.card import CardFacts, Merging, model_card
 from castune.steps.export import export
-from castune.tuning.row_lora import projection_mask
 
 Models = Callable[..., Path]
 RecipeOf = Callable[..., Recipe]
@@ -78,7 +79,7 @@ def test_a_merged_model_is_base_and_adapter(models: Models, recipe_of: RecipeOf,
         different = (tensor.view(torch.int32) != old[name].view(torch.int32)).any(int(not layout.at(0).transposed)) \
             if tensor.ndim == 2 else (tensor != old[name]).any()  # fmt: skip
         if name in layer_of:
-            assert not different[~projection_mask(layout, selection, layer_of[name], len(different))].any()
+            assert not different[~query_rows_mask(layout, selection, layer_of[name], len(different))].any()
             assert different.any()
         else:
             assert not different.any(), name
@@ -150,7 +151,7 @@ def test_a_mask_of_a_run(finished: Path, plain: Callable[..., Path], tmp_path: P
     assert "safe: 3 of 12 heads kept" in done.stdout
     assert re.search(r"left out: .*3 v_proj", done.stdout)
     result = MaskedAdapter.load(tmp_path / "out")
-    assert result.certificate.selection == HeadSelection.load(finished).heads
+    assert result.certificate.units == HeadSelection.load(finished).units
     assert result.dropped["v_proj"] == 3
     exported = castune(
         "export", tmp_path / "out", "--merged", "--base", tmp_path / "model", "--out", tmp_path / "m", cwd=tmp_path
@@ -294,7 +295,7 @@ def test_an_evaluation_of_another_adapter_is_not_in_the_card(finished: Path, tmp
 
 
 def test_names_from_outside_stay_in_their_cells() -> None:
-    certificate = Certificate("f" * 16, ((0, 1),), "a-b", 24, 30, 8, 8, 0.5)
+    certificate = Certificate("f" * 16, joined([(0, 1)]), "a-b", 24, 30, 8, 8, 0.5)
     name = 'x|y\n# title <script>alert(1)</script> [l](http://x) `c` "q"\n```'
     tuning = TuneResult("adapter", certificate, {}, {"rank": 4}, {"source": name, "n": 2}, (), 1, 2, 3.0, {}, {})
     card = model_card(CardFacts({"name": name}, certificate, tuning=tuning))

@@ -125,7 +125,7 @@ def test_every_selection_is_that_of_the_map_of_the_model_as_it_is_then(
             )  # fmt: skip
             assert heads_of(record) == list(again.heads)
         union |= set(heads_of(record))
-    assert result.certificate.selection == tuple(sorted(union))
+    assert result.certificate.heads == tuple(sorted(union))
 
 
 def test_a_whole_run_from_a_recipe_its_export_and_its_drift(
@@ -143,7 +143,7 @@ def test_a_whole_run_from_a_recipe_its_export_and_its_drift(
         assert certify(model, arm.adapter, result.trained(selection)) == result.certificate
         # Any other heads than those of the training are refused.
         with pytest.raises(ArtifactError, match="another selection"):
-            folder.load_tuning(arm, replace(selection, heads=result.certificate.selection[:1]))
+            folder.load_tuning(arm, replace(selection, units=result.certificate.units[:1]))
     # The same run again finds everything there.
     stamps = {path: path.stat().st_mtime_ns for path in folder.path.rglob("adapter/*")}
     run(recipe)

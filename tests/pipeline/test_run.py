@@ -92,7 +92,7 @@ def test_the_whole_recipe(models: Models, recipe_of: RecipeOf, own_data: dict[st
     assert cmap.fingerprint == fingerprint(model)
     for name, place in (("safe", folder / "adapter"), ("risky", folder / "arms/risky/adapter")):
         tuning = TuneResult.load(place)
-        assert tuning.certificate.selection == selections[name].heads
+        assert tuning.certificate.units == selections[name].units
         assert tuning.certificate.changed_rows == tuning.certificate.selected_rows == 24
         assert tuning.data["source"] == str(own_data["align"])
         assert tuning.steps == 2

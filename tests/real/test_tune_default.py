@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import castune as ct
 from castune.artifacts import Certificate, HeadSelection
+from castune.artifacts.unit import joined
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
@@ -47,7 +48,7 @@ def test_only_the_chosen_rows_of_the_default_model_move(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     base_logits = logits(model, tokenizer)
     selection = HeadSelection(
-        heads=HEADS, zone="custom", fraction=None, buckets=None, bucket=None, score="conflict", seed=None,
+        units=joined(HEADS), zone="custom", fraction=None, buckets=None, bucket=None, score="conflict", seed=None,
         n_total=len(HeadLayout.of(model).heads), model_fingerprint=fingerprint(model), conflict_map_hash=None,
     )  # fmt: skip
     assert selection.n_total == 270

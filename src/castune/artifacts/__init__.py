@@ -5,5 +5,15 @@ from castune.artifacts.eval_result import EvalResult, SuiteResult
 from castune.artifacts.head_selection import HeadSelection
 from castune.artifacts.masked_adapter import MaskedAdapter
 from castune.artifacts.tune_result import Certificate, TuneResult
+from castune.artifacts.unit import Unit
 
-__all__ = ["Certificate", "ConflictMap", "EvalResult", "HeadSelection", "MaskedAdapter", "SuiteResult", "TuneResult"]
+__all__ = [
+    "Certificate",
+    "ConflictMap",
+    "EvalResult",
+    "HeadSelection",
+    "MaskedAdapter",
+    "SuiteResult",
+    "TuneResult",
+    "Unit",
+]

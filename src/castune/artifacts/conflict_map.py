@@ -26,6 +26,7 @@ from castune.artifacts.files import (
 )
 from castune.artifacts.records import DataRecord, ModelRecord, Provenance
 from castune.artifacts.rules import warn_of_old_rules
+from castune.artifacts.unit import Unit
 from castune.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -109,13 +110,13 @@ class ConflictMap:
 
     @property
     def heads(self) -> list[tuple[int, int]]:
-        """(layer, head) of every row."""
+        """(layer, head) of every row; of other units than heads (layer, index)."""
         return list(zip(self.table["layer"].to_pylist(), self.table["head"].to_pylist(), strict=True))
 
     @property
-    def units(self) -> list[tuple[str, int, int]]:
-        """(kind, layer, number) of every row; kinds are `q_head` and those of `castune.core.units`."""
-        return [(kind, layer, index) for kind, (layer, index) in zip(self._kinds, self.heads, strict=True)]
+    def units(self) -> list[Unit]:
+        """(kind, layer, index) of every row."""
+        return [Unit(kind, layer, index) for kind, (layer, index) in zip(self._kinds, self.heads, strict=True)]
 
     @property
     def kinds(self) -> list[str]:

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from castune.artifacts.files import read_json, typed, write_json
+from castune.artifacts.unit import QUERY_HEAD, Unit, heads_of, joined, layers_of, only_heads
 from castune.errors import ArtifactError
-from castune.names import SCORES, ZONES
+from castune.names import SCORES, ZONES, plural
 
 SELECTION_FILE = "selection.json"
 _KIND = "head selection"
-# Fields that only selections with units of other kinds than query heads have.
-_OF_UNITS = ("units", "mlp_groups")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Units as they stand in the file: query heads apart from the others."""
+
+    heads: tuple[tuple[int, int], ...]
+    units: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class HeadSelection:
     """A set of heads of one model, and of units of other kinds.
 
     Attributes:
-        heads: sorted (layer, head) pairs.
+        units: the selected units, sorted.
         zone: safe | risky | random | layer-matched | all | bucket | custom.
         fraction: the share of all heads (of all units of each kind) that was asked for; None for a bucket.
         buckets: number of equal buckets, and `bucket` (1: highest conflict) of them; else None.
@@ -32,11 +39,10 @@ class HeadSelection:
         n_total: number of heads, and units of other kinds, the selection was made from.
         model_fingerprint: the model the heads belong to.
         conflict_map_hash: hash of the map's table the selection was made from, None for a custom one.
-        units: sorted (kind, layer, number) of the units that are no query heads (`castune.core.units`).
         mlp_groups: into how many groups the neurons of a layer are cut; None without such groups.
     """
 
-    heads: tuple[tuple[int, int], ...]
+    units: tuple[Unit, ...]
     zone: str
     fraction: float | None
     buckets: int | None
@@ -46,19 +52,14 @@ class HeadSelection:
     n_total: int
     model_fingerprint: str
     conflict_map_hash: str | None
-    units: tuple[tuple[str, int, int], ...] = ()
     mlp_groups: int | None = None
 
     def __post_init__(self) -> None:
-        heads = tuple(sorted((int(layer), int(head)) for layer, head in self.heads))
-        units = tuple(sorted((str(kind), int(layer), int(number)) for kind, layer, number in self.units))
-        if len(set(heads)) != len(heads) or len(set(units)) != len(units):
+        units = tuple(sorted(Unit(str(kind), int(layer), int(index)) for kind, layer, index in self.units))
+        if len(set(units)) != len(units):
             raise ValueError("a head is selected twice")
-        if any(kind == "q_head" for kind, _, _ in units):
-            raise ValueError("query heads are selected by `heads`, not by `units`")
-        if any(kind == "mlp_group" for kind, _, _ in units) != (self.mlp_groups is not None):
+        if any(one.kind == "mlp_group" for one in units) != (self.mlp_groups is not None):
             raise ValueError("groups of neurons and `mlp_groups`, how many there are in a layer, go together")
-        object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "units", units)
 
     @classmethod
@@ -74,14 +75,14 @@ class HeadSelection:
         """Heads, and units of other kinds, chosen by hand, from no conflict map.
 
         Args:
-            heads: (layer, head) pairs.
+            heads: (layer, head) pairs of query heads.
             n_total: number of heads of the model; with other units of all units of these kinds.
             model_fingerprint: the model (`core.provenance.fingerprint`).
-            units: (kind, layer, number) triples.
+            units: (kind, layer, index) of units of other kinds.
             mlp_groups: how many groups of neurons a layer has, where there are such units.
         """
         return cls(
-            heads=tuple(heads),
+            units=joined(heads, units),
             zone="custom",
             fraction=None,
             buckets=None,
@@ -91,32 +92,34 @@ class HeadSelection:
             n_total=n_total,
             model_fingerprint=model_fingerprint,
             conflict_map_hash=None,
-            units=tuple(units),
             mlp_groups=mlp_groups,
         )
 
     @property
-    def all_units(self) -> tuple[tuple[str, int, int], ...]:
-        """(kind, layer, number) of everything selected, query heads first."""
-        return (*(("q_head", layer, head) for layer, head in self.heads), *self.units)
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """Sorted (layer, head) pairs of the selected query heads."""
+        return heads_of(self.units)
+
+    @property
+    def only_heads(self) -> bool:
+        """Whether no unit of another kind than query heads is selected."""
+        return only_heads(self.units)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of unit that are selected, query heads first."""
-        return tuple(dict.fromkeys(kind for kind, _, _ in self.all_units))
+        return tuple(dict.fromkeys(one.kind for one in self.units))
 
     @property
     def counted(self) -> str:
         """How many units of each kind are selected, in words."""
-        numbers = Counter(kind for kind, _, _ in self.all_units)
-        return (
-            ", ".join(f"{n} {'heads' if kind == 'q_head' else f'{kind}s'}" for kind, n in numbers.items()) or "0 heads"
-        )
+        numbers = Counter(one.kind for one in self.units) or {QUERY_HEAD: 0}
+        return ", ".join(f"{n} {'heads' if kind == QUERY_HEAD else plural(kind)}" for kind, n in numbers.items())
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers that hold a selected head, or a selected unit of another kind, sorted."""
-        return tuple(sorted({layer for _, layer, _ in self.all_units}))
+        """Layers that hold a selected unit, sorted."""
+        return layers_of(self.units)
 
     def heads_of(self, layer: int) -> tuple[int, ...]:
         """Selected heads of a layer, sorted."""
@@ -125,17 +128,17 @@ class HeadSelection:
     def joined(self, others: Iterable[HeadSelection]) -> HeadSelection:
         """With everything that others select too; how the first was chosen is kept, for the record."""
         every = (self, *others)
-        return replace(
-            self,
-            heads=tuple(sorted({head for one in every for head in one.heads})),
-            units=tuple(sorted({one for selection in every for one in selection.units})),
-        )
+        return replace(self, units=tuple({one for selection in every for one in selection.units}))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON content; of a selection of query heads alone that of before there were other units."""
-        content = {**asdict(self), "heads": [list(pair) for pair in self.heads]}
-        others = {name: content.pop(name) for name in _OF_UNITS}
-        return {**content, **others, "units": [list(one) for one in self.units]} if self.units else content
+        """Plain JSON content: query heads first, and at the end units of other kinds where there are any."""
+        content = asdict(self)
+        del content["units"], content["mlp_groups"]
+        content = {"heads": [list(head) for head in self.heads], **content}
+        if self.only_heads:
+            return content
+        others = [list(one) for one in self.units if not one.is_head]
+        return {**content, "units": others, "mlp_groups": self.mlp_groups}
 
     def save(self, path: str | Path) -> Path:
         """Write `selection.json` (or the given file), atomically. Returns the file."""
@@ -148,7 +151,8 @@ class HeadSelection:
         """Read a selection from its file or its directory."""
         path = _file(path)
         record = read_json(path, _KIND, f"castune select {path.parent}")
-        selection = typed(path, _KIND, cls, record)
+        written = typed(path, _KIND, _Written, record)
+        selection = typed(path, _KIND, cls, {**record, "units": joined(written.heads, written.units)})
         # They become names of directories: a file that came from elsewhere must not lead to others.
         if selection.zone not in (*ZONES, "bucket", "custom") or selection.score not in SCORES:
             raise ArtifactError(

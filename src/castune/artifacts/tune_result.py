@@ -10,6 +10,7 @@ from castune.artifacts.files import file_hash, parsed, read_json, typed, write_j
 from castune.artifacts.head_selection import HeadSelection
 from castune.artifacts.records import DataRecord, ModelRecord, Phase, Provenance, Settings
 from castune.artifacts.rules import warn_of_old_rules
+from castune.artifacts.unit import Unit, heads_of, joined, layers_of, only_heads
 
 _CERTIFICATE = "certificate"
 _TUNE_RESULT = "tune result"
@@ -19,8 +20,8 @@ CERTIFICATE_FILE = "certificate.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SNAPSHOTS = "snapshots"
 RESELECTIONS = "reselections"
-# Fields that only certificates with units of other kinds than query heads have.
-_OF_UNITS = ("units", "mlp_groups", "checked_columns", "changed_columns", "selected_columns")
+# Fields that only certificates with units of other kinds than query heads have, beside these units.
+_OF_OTHERS = ("mlp_groups", "checked_columns", "changed_columns", "selected_columns")
 
 
 def adapter_hash(adapter: Path) -> str:
@@ -35,12 +36,20 @@ def snapshots_of(adapter: Path) -> dict[int, Path]:
 
 
 @dataclass(frozen=True)
+class _Written:
+    """Units as they stand in a certificate's file: query heads apart from the others."""
+
+    selection: tuple[tuple[int, int], ...]
+    units: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Proof that an adapter changes nothing but the rows and columns that the selected heads and other units own.
 
     Attributes:
         model_fingerprint: the base model.
-        selection: the selected (layer, head) pairs.
+        units: the selected units, sorted.
         adapter_hash: hash of the adapter's weights and configuration (`adapter_hash`).
         checked_rows: rows of the adapted projections outside the selection that were compared bit by bit, all
             identical; of query heads alone these are query rows.
@@ -49,7 +58,6 @@ class Certificate:
         changed_rows: selected rows whose merged weight differs from the base.
         selected_rows: rows of the selected heads and other units.
         largest_change: largest absolute change of a merged weight.
-        units: the selected (kind, layer, number) of other kinds than query heads.
         mlp_groups: into how many groups the neurons of a layer are cut; None without such groups.
         checked_columns: as `checked_rows`, of projections of which units own columns.
         changed_columns: as `changed_rows`.
@@ -57,14 +65,13 @@ class Certificate:
     """
 
     model_fingerprint: str
-    selection: tuple[tuple[int, int], ...]
+    units: tuple[Unit, ...]
     adapter_hash: str
     checked_rows: int
     checked_tensors: int
     changed_rows: int
     selected_rows: int
     largest_change: float
-    units: tuple[tuple[str, int, int], ...] = ()
     mlp_groups: int | None = None
     checked_columns: int = 0
     changed_columns: int = 0
@@ -79,21 +86,31 @@ class Certificate:
         return f"{text} changed"
 
     @property
-    def n_units(self) -> int:
-        """How many heads and units of other kinds were selected."""
-        return len(self.selection) + len(self.units)
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """Sorted (layer, head) pairs of the selected query heads."""
+        return heads_of(self.units)
+
+    @property
+    def only_heads(self) -> bool:
+        """Whether no unit of another kind than query heads was selected."""
+        return only_heads(self.units)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers that hold a selected unit, sorted."""
-        return tuple(sorted({layer for layer, _ in self.selection} | {layer for _, layer, _ in self.units}))
+        return layers_of(self.units)
 
     def save(self, path: str | Path) -> Path:
         """Write `certificate.json` into an adapter directory (or to the given file), atomically."""
         path = _named(path, CERTIFICATE_FILE)
         content = asdict(self)
-        others = {name: content.pop(name) for name in _OF_UNITS}
-        write_json(path, _CERTIFICATE, {**content, **others} if self.units else content)
+        del content["units"]
+        columns = {name: content.pop(name) for name in _OF_OTHERS}
+        fingerprint = content.pop("model_fingerprint")
+        content = {"model_fingerprint": fingerprint, "selection": self.heads, **content}
+        if not self.only_heads:
+            content |= {"units": [one for one in self.units if not one.is_head], **columns}
+        write_json(path, _CERTIFICATE, content)
         return path
 
     @classmethod
@@ -101,7 +118,8 @@ class Certificate:
         """Read a certificate from its file or its adapter directory."""
         path = _named(path, CERTIFICATE_FILE)
         record = read_json(path, _CERTIFICATE, f"castune tune {path.parent.parent} --data DATA")
-        return typed(path, _CERTIFICATE, cls, record)
+        written = typed(path, _CERTIFICATE, _Written, record)
+        return typed(path, _CERTIFICATE, cls, {**record, "units": joined(written.selection, written.units)})
 
 
 @dataclass(frozen=True)
@@ -146,12 +164,12 @@ class TuneResult:
 
     def trained(self, selection: HeadSelection) -> HeadSelection:
         """Everything that was trained at any time, of the arm that began with `selection`."""
-        phases = [{(int(layer), int(i)) for _, layer, i in record["units"]} for record in self.selections]
-        return selection.joined(replace(selection, heads=tuple(heads)) for heads in phases)
+        phases = [tuple(Unit(str(k), int(layer), int(i)) for k, layer, i in one["units"]) for one in self.selections]
+        return selection.joined(replace(selection, units=units) for units in phases)
 
     def began_with(self, selection: HeadSelection) -> bool:
         """Whether the training began with these heads; True where it was not noted, and they never changed."""
-        return not self.selections or self.selections[0]["units"] == [list(one) for one in selection.all_units]
+        return not self.selections or self.selections[0]["units"] == [list(one) for one in selection.units]
 
     def save(self, path: str | Path) -> Path:
         """Write `tune.json` into an adapter directory (or to the given file), atomically."""

@@ -132,9 +132,9 @@ def select(
             f"{folder.side_arm(arm.name).folder}"
         )
     chosen.save(arm.folder)
-    what = f"units ({chosen.counted})" if chosen.units else "heads"
+    what = "heads" if chosen.only_heads else f"units ({chosen.counted})"
     say(
-        f"{arm.name}: {len(chosen.all_units)} of {chosen.n_total} {what} in {len(chosen.layers)} layers: "
+        f"{arm.name}: {len(chosen.units)} of {chosen.n_total} {what} in {len(chosen.layers)} layers: "
         f"{arm.selection_file}"
     )
 

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from castune.config.base import Config, Count
+from castune.names import KINDS, UnitKind
 
 SensitivityRank = Literal["difference", "of-difference"]
 Measure = Literal["decision", "margin"]
-UnitKind = Literal["q_heads", "k_groups", "v_groups", "o_heads", "mlp_blocks", "mlp_groups"]
 
 
 class DiagnoseConfig(Config):
@@ -55,6 +55,11 @@ class DiagnoseConfig(Config):
     domains: Literal["mean", "worst"] = "mean"
     """How the maps of several utility domains become one. `mean`: of every column. `worst`: a head's row is that of
     the domain in which its C is highest."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of unit that are diagnosed, in the singular."""
+        return tuple(KINDS[kind] for kind in self.units)
 
     def measure_of(self, *, problems: bool) -> Measure:
         """How utility is measured on problems, or on questions."""

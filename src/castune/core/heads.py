@@ -1,5 +1,5 @@
-"""Where the attention heads of a model live. With its siblings, `key_values.py` and
-`mlps.py`, the only file that knows architectures.
+"""Where the attention heads of a model live. With its siblings, `key_values.py` and `mlps.py`, the only file that knows
+architectures.
 
 A query head h of layer l owns rows of the query projection (what is trained) and a contiguous slice of the
 *input* of the output projection (what is ablated): every supported family ends its attention with
@@ -12,15 +12,14 @@ Shape letters: B batch row, S sequence position, D model width, L layer, H query
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from castune.core.modes import evaluation_mode
+from castune.core.attention import SUPPORTED, AttentionLayer, features
+from castune.core.probes import probe_heads
 from castune.core.quantisation import dense_weight, keep_trainable
 from castune.errors import UnsupportedArchitecture
 
@@ -29,82 +28,12 @@ _QUERY = ("q_proj", "q_b_proj", "wq")
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack")
 _OUTPUT = ("o_proj", "dense", "c_proj", "out_proj", "wo")
 
-SUPPORTED = (
-    "llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, smollm3, mixtral, qwen3_moe, falcon, llama4, "
-    "gpt_oss, qwen3_next, deepseek_v3, opt, bloom, granite, cohere2, glm4, starcoder2, exaone4 and models with the "
-    "same attention layout"
-)
-
 
 class HeadId(NamedTuple):
     """One query head; sorts by layer, then head."""
 
     layer: int
     head: int
-
-    @property
-    def kind(self) -> str:
-        """What it is among the units of `core.units`."""
-        return "q_head"
-
-    @property
-    def number(self) -> int:
-        """Its number within the layer."""
-        return self.head
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """The query and output projection of one decoder layer.
-
-    `layout` says how the query rows of head h lie in the projection's output dimension:
-    `separate` and `block` start at h * q_dim; `interleaved` at h * 3 * q_dim (`[q_h | k_h | v_h]` a head);
-    `interleaved_gqa` at (h // g) * (g + 2) * q_dim + (h % g) * q_dim with g query heads in a KV group.
-    q_dim and o_dim differ where a head's rows hold an output gate beside the query (qwen3_next) or where queries
-    and values have different widths (deepseek_v3).
-    """
-
-    layer: int
-    path: str
-    query_name: str
-    output_name: str
-    n_heads: int
-    n_kv_groups: int
-    q_dim: int
-    o_dim: int
-    layout: str
-    transposed: bool  # Conv1D stores its weight as (in, out)
-
-    def query_rows(self, head: int) -> slice:
-        """Rows of head `head` in the query projection's output dimension."""
-        if self.layout == "interleaved":
-            start = head * 3 * self.q_dim
-        elif self.layout == "interleaved_gqa":
-            group = self.n_heads // self.n_kv_groups
-            start = (head // group) * (group + 2) * self.q_dim + (head % group) * self.q_dim
-        else:
-            start = head * self.q_dim
-        return slice(start, start + self.q_dim)
-
-    def output_columns(self, head: int) -> slice:
-        """Columns of head `head` in the output projection's input dimension."""
-        return slice(head * self.o_dim, (head + 1) * self.o_dim)
-
-    @property
-    def n_query_rows(self) -> int:
-        """Rows of the whole query projection; of a fused one keys and values included."""
-        n_heads = self.n_heads if self.layout == "separate" else self.n_heads + 2 * self.n_kv_groups
-        return n_heads * self.q_dim
-
-    @property
-    def query_path(self) -> str:
-        """Module path of the (possibly fused) query projection."""
-        return f"{self.path}.{self.query_name}"
-
-    @property
-    def output_path(self) -> str:
-        """Module path of the output projection."""
-        return f"{self.path}.{self.output_name}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +55,8 @@ class HeadLayout:
         """
         layout = cls.unproven(model)
         keep_trainable(model)  # the probe may be the first forward pass
-        return replace(layout, layers_return_tuples=_probe(model, layout))
+        layers = [layout.at(layer) for layer in layout.layers_with_heads]
+        return replace(layout, layers_return_tuples=probe_heads(model, layout.decoder_layers(model)[0], layers))
 
     @classmethod
     def unproven(cls, model: nn.Module) -> HeadLayout:
@@ -300,142 +230,3 @@ def _first_int(module: nn.Module, config: Any, *names: str) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
-
-
-def features(projection: Any) -> tuple[int, int]:
-    """(inputs, outputs) of a Linear, a quantised Linear or a Conv1D."""
-    if hasattr(projection, "in_features"):
-        return int(projection.in_features), int(projection.out_features)
-    if hasattr(projection, "nx"):
-        return int(projection.nx), int(projection.nf)
-    raise UnsupportedArchitecture(
-        f"{type(projection).__name__} is not a linear projection; castune supports {SUPPORTED}"
-    )
-
-
-class Call(NamedTuple):
-    """How a module was called."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@torch.no_grad()
-def _probe(model: nn.Module, layout: HeadLayout) -> bool:
-    """Prove the layout: noise on a head's queries moves that head's slice of the o_proj input, at the same tokens.
-
-    One forward records how each attention module is called; each is then called again on its own with noise on
-    one head, so the cost is three attention calls a layer whatever the depth. Returns whether decoder layers return
-    tuples.
-    """
-    outputs: list[Any] = []
-    with evaluation_mode(model):
-        seen = layout.decoder_layers(model)[0].register_forward_hook(lambda _m, _a, output: outputs.append(output))
-        try:
-            calls = recorded_calls(model, [layout.at(layer).path for layer in layout.layers_with_heads])
-        finally:
-            seen.remove()
-        global_norms = [
-            layout.at(layer).path
-            for layer in layout.layers_with_heads
-            if _probe_layer(model, layout.at(layer), calls[layout.at(layer).path])
-        ]
-    if global_norms:
-        warnings.warn(
-            f"{global_norms[0]} normalises queries across all heads: training one head's rows changes the scale of "
-            "the others. Diagnosis is exact, but frozen heads do not stay functionally frozen.",
-            stacklevel=4,  # the caller of HeadLayout.of; torch.no_grad is a frame of its own
-        )
-    return isinstance(outputs[0], tuple)
-
-
-@torch.no_grad()
-def recorded_calls(model: nn.Module, paths: Sequence[str]) -> dict[str, Call]:
-    """How each of the modules at `paths` is called in a forward of eight tokens, to call it again alone."""
-    calls: dict[str, Call] = {}
-
-    def record(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[path] = Call(args, kwargs)
-
-        return hook
-
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(record(path), with_kwargs=True) for path in set(paths)
-    ]
-    try:
-        ids = torch.arange(5, 13, device=next(model.parameters()).device)[None]
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _probe_layer(model: nn.Module, attention: AttentionLayer, call: Call) -> bool:
-    """Probe the first two heads and the last; returns whether a query norm spans all heads of the layer."""
-    module = model.get_submodule(attention.path)
-    global_norm = _normalises_across_heads(module, attention)
-    before = _output_projection_input(module, attention, call, noisy_head=None)
-    for head in sorted({0, 1, attention.n_heads - 1} & set(range(attention.n_heads))):
-        after = _output_projection_input(module, attention, call, noisy_head=head)
-        moved_SH = (after - before).abs().flatten(0, -2).unflatten(-1, (attention.n_heads, attention.o_dim)).amax(-1)
-        moved_H = moved_SH.amax(0)
-        others = torch.cat([moved_H[:head], moved_H[head + 1 :]])
-        # The heads do not share arithmetic, so the others should not move at all; 1e-3 leaves room for kernels
-        # whose rounding depends on neighbours.
-        limit = 1e-3 * moved_H[head]
-        effect = None
-        if others.numel() and others.max() > limit and not global_norm:
-            effect = "also moved other heads"
-        elif moved_H[head] == 0:
-            effect = "did not move its output"
-        elif moved_SH[-1].max() > limit:
-            effect = "moved a token whose queries had no noise: the rows hold keys or values"
-        if effect:
-            raise UnsupportedArchitecture(
-                f"layer {attention.layer} ({attention.path}): noise on the query rows of head {head} {effect}; "
-                f"castune supports {SUPPORTED}"
-            )
-    return global_norm
-
-
-def _normalises_across_heads(module: nn.Module, attention: AttentionLayer) -> bool:
-    """Whether a query norm spans all heads (olmo2, olmoe) instead of each head's width.
-
-    A weight `[H, K]` scales every head on its own and normalises each by itself (cohere).
-    """
-    norm = getattr(module, "q_norm", None)
-    weight = getattr(norm, "weight", None)
-    return attention.n_heads > 1 and weight is not None and weight.shape == (attention.n_heads * attention.q_dim,)
-
-
-def _output_projection_input(
-    module: nn.Module, attention: AttentionLayer, call: Call, noisy_head: int | None
-) -> Tensor:
-    captured: list[Tensor] = []
-    generator = torch.Generator().manual_seed(0)
-
-    def add_noise(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        assert noisy_head is not None
-        rows = attention.query_rows(noisy_head)
-        noise = torch.randn(output[..., :-1, rows].shape, generator=generator).to(output)
-        noisy = output.clone()
-        # Ten standard deviations: enough to change where the head attends, whatever the scale of the weights. The
-        # last token's query stays: it would notice if the rows held keys or values.
-        noisy[..., :-1, rows] += 10 * (output.std() + 1) * noise
-        return noisy
-
-    handles = [
-        module.get_submodule(attention.output_name).register_forward_pre_hook(
-            lambda _module, args: captured.append(args[0].detach().float())
-        )
-    ]
-    if noisy_head is not None:
-        handles.append(module.get_submodule(attention.query_name).register_forward_hook(add_noise))
-    try:
-        module(*call.args, **call.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return captured[0]

@@ -15,18 +15,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from castune.core.heads import SUPPORTED, AttentionLayer, Call, HeadLayout, features, recorded_calls
+from castune.core.attention import SUPPORTED, AttentionLayer, features
+from castune.core.heads import HeadLayout
 from castune.core.modes import evaluation_mode
+from castune.core.probes import BUT_THE_LAST, QUIET, Call, probed_input, recorded_calls, with_noise
 from castune.errors import UnsupportedArchitecture
 
 _KEY, _VALUE = ("k_proj", "wk"), ("v_proj", "wv")
-# A head of another group must not move by more than this share of what the own heads move by: see `heads.py`.
-_QUIET = 1e-3
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,8 @@ def probe_key_values(model: nn.Module, layers: list[KeyValueLayer]) -> None:
 
 
 def _probe(module: nn.Module, layer: KeyValueLayer, call: Call) -> None:
-    attention = layer.attention
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(output: Tensor, rows: slice) -> Tensor:
-        noisy = output.clone()
-        drawn = torch.randn(output[..., :-1, rows].shape, generator=generator).to(output)
-        # Ten standard deviations change where the heads look, whatever the scale of the weights. The last token's own
-        # key stays: what it reads must change because it reads the others'.
-        noisy[..., :-1, rows] += 10 * (output.std() + 1) * drawn
-        return noisy
+    attention, output = layer.attention, module.get_submodule(layer.attention.output_name)
+    noise = partial(with_noise, generator=torch.Generator().manual_seed(0), tokens=BUT_THE_LAST)
 
     def zero(output: Tensor, rows: slice) -> Tensor:
         silent = output.clone()
@@ -140,7 +133,8 @@ def _probe(module: nn.Module, layer: KeyValueLayer, call: Call) -> None:
 
     def heads(name: str | None = None, rows: slice = slice(0), change: Callable[..., Tensor] = zero) -> Tensor:
         """The input of the output projection by head, `[S, H, K]`, with a change of some rows of a projection."""
-        found = _output_input(module, attention, call, name, lambda output: change(output, rows))
+        changed = None if name is None else (module.get_submodule(name), partial(change, rows=rows))
+        found = probed_input(output, module, call, changed)
         return found.reshape(-1, attention.n_heads, attention.o_dim)
 
     before_SHK = heads()
@@ -150,7 +144,7 @@ def _probe(module: nn.Module, layer: KeyValueLayer, call: Call) -> None:
         keys, values = layer.key_rows(group), layer.value_rows(group)
         moved_SH = (heads(layer.key_name, keys, noise) - before_SHK).abs().amax(-1)
         silenced_SHK = heads(layer.value_name, values)
-        moved, limit = moved_SH[:, own_H].max(), _QUIET * moved_SH[:, own_H].max()
+        moved, limit = moved_SH[:, own_H].max(), QUIET * moved_SH[:, own_H].max()
         apart = (silenced_SHK - before_SHK)[:, ~own_H].abs()
         effect = None
         if moved == 0 or moved_SH[-1, own_H].max() == 0:
@@ -161,7 +155,7 @@ def _probe(module: nn.Module, layer: KeyValueLayer, call: Call) -> None:
             effect = "zero key rows silenced the heads of group {}: they hold values"
         elif silenced_SHK[:, own_H].any():
             effect = "the heads of group {} were not silent with its value rows at zero"
-        elif apart.numel() and apart.max() > _QUIET * before_SHK.abs().max():
+        elif apart.numel() and apart.max() > QUIET * before_SHK.abs().max():
             effect = "zero value rows of group {} also moved heads of other groups"
         if effect:
             raise _refusal(attention, effect.format(group))
@@ -171,25 +165,6 @@ def _has_global_norm(module: nn.Module, layer: KeyValueLayer) -> bool:
     """Whether a norm of the keys spans all groups (olmo2) instead of each group's width."""
     weight = getattr(getattr(module, "k_norm", None), "weight", None)
     return layer.n_groups > 1 and weight is not None and weight.shape == (layer.n_groups * layer.k_dim,)
-
-
-def _output_input(
-    module: nn.Module, attention: AttentionLayer, call: Call, name: str | None, change: Callable[[Tensor], Tensor]
-) -> Tensor:
-    captured: list[Tensor] = []
-    handles = [
-        module.get_submodule(attention.output_name).register_forward_pre_hook(
-            lambda _module, args: captured.append(args[0].detach().float())
-        )
-    ]
-    if name is not None:
-        handles.append(module.get_submodule(name).register_forward_hook(lambda _module, _args, output: change(output)))
-    try:
-        module(*call.args, **call.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return captured[0]
 
 
 def _refusal(attention: AttentionLayer, reason: str) -> UnsupportedArchitecture:

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from castune.core.heads import Call, HeadLayout, features, recorded_calls
+from castune.core.attention import features
+from castune.core.heads import HeadLayout
 from castune.core.modes import evaluation_mode
+from castune.core.probes import QUIET, Call, probed_input, recorded_calls, with_noise
 from castune.errors import UnsupportedArchitecture
 from castune.stats.ranking import equal_parts
 
@@ -37,8 +40,6 @@ _SUPPORTED = (
     "gated MLPs (gate, up and down, or gate and up fused, as in llama, qwen, gemma and phi3) and plain ones (as in "
     "gpt2, opt, gpt_neox, bloom, falcon and starcoder2)"
 )
-# Neurons of other groups must not move by more than this share of what the own ones move by: see `heads.py`.
-_QUIET = 1e-3
 
 
 @dataclass(frozen=True)
@@ -134,46 +135,22 @@ def _probe(model: nn.Module, layers: Sequence[MlpLayer], n_groups: int) -> None:
 
 def _probe_layer(model: nn.Module, mlp: MlpLayer, call: Call, n_groups: int) -> None:
     groups = mlp.groups(n_groups)
-    before = _out_input(model, mlp, call, None)
+    module, out = model.get_submodule(mlp.path), model.get_submodule(mlp.out_path)
+    before = probed_input(out, module, call)
     for number in sorted({0, 1, len(groups) - 1} & set(range(len(groups)))):
         neurons = groups[number]
         for path, rows in mlp.in_rows(neurons):
-            moved_N = (_out_input(model, mlp, call, (path, rows)) - before).abs().flatten(0, -2).amax(0)
+            after = probed_input(out, module, call, (model.get_submodule(path), partial(with_noise, rows=rows)))
+            moved_N = (after - before).abs().flatten(0, -2).amax(0)
             own = moved_N[neurons].max()
             others = torch.cat([moved_N[: neurons.start], moved_N[neurons.stop :]])
             effect = None
             if own == 0:
                 effect = "did not move its neurons"
-            elif others.numel() and others.max() > _QUIET * own:
+            elif others.numel() and others.max() > QUIET * own:
                 effect = "also moved neurons of other groups"
             if effect:
                 raise _refusal(mlp.layer, path, f"noise on the rows of group {number} {effect}")
-
-
-def _out_input(model: nn.Module, mlp: MlpLayer, call: Call, noisy: tuple[str, slice] | None) -> Tensor:
-    captured: list[Tensor] = []
-
-    def add_noise(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        assert noisy is not None
-        changed, rows = output.clone(), noisy[1]
-        noise = torch.randn(output[..., rows].shape, generator=torch.Generator().manual_seed(0)).to(output)
-        # Ten standard deviations: an activation that is flat here and there is left.
-        changed[..., rows] += 10 * (output.std() + 1) * noise
-        return changed
-
-    handles = [
-        model.get_submodule(mlp.out_path).register_forward_pre_hook(
-            lambda _module, args: captured.append(args[0].detach().float())
-        )
-    ]
-    if noisy is not None:
-        handles.append(model.get_submodule(noisy[0]).register_forward_hook(add_noise))
-    try:
-        model.get_submodule(mlp.path)(*call.args, **call.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return captured[0]
 
 
 def _refusal(layer: int, path: str, reason: str) -> UnsupportedArchitecture:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from castune.core.heads import SUPPORTED, HeadLayout
+from castune.core.attention import SUPPORTED
+from castune.core.heads import HeadLayout
 from castune.errors import UnsupportedArchitecture
 
 _BLOCK = 1 << 20

@@ -20,33 +20,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from castune.core.heads import HeadId, HeadLayout
+from castune.artifacts.unit import QUERY_HEAD, Unit
+from castune.core.heads import HeadLayout
 from castune.core.key_values import KeyValueLayer, key_value_layers
 from castune.core.mlps import MlpLayer, mlp_layers
-
-KINDS = ("q_heads", "k_groups", "v_groups", "o_heads", "mlp_blocks", "mlp_groups")
-"""Kinds of unit as they are asked for; a single one is called by the same name without its last letter."""
-
-
-class UnitId(NamedTuple):
-    """A unit that is no query head. Query heads are `HeadId`, whose `kind` is q_head."""
-
-    layer: int
-    number: int
-    kind: str
-
-
-Unit = HeadId | UnitId
-
-
-def unit(kind: str, layer: int, number: int) -> Unit:
-    """The unit of a kind (in the singular), layer and number."""
-    return HeadId(layer, number) if kind == "q_head" else UnitId(layer, number, kind)
 
 
 @dataclass(frozen=True)
@@ -92,7 +74,7 @@ class UnitLayout:
     """All units of some kinds of a model, and where they live. Holds no reference to the model."""
 
     heads: HeadLayout
-    kinds: tuple[str, ...] = ("q_heads",)
+    kinds: tuple[str, ...] = (QUERY_HEAD,)
     n_mlp_groups: int = 0
     """Groups that the neurons of a layer are cut into."""
     key_values: dict[int, KeyValueLayer] = field(default_factory=dict)
@@ -103,7 +85,7 @@ class UnitLayout:
         cls,
         model: nn.Module,
         heads: HeadLayout,
-        kinds: Sequence[str] = ("q_heads",),
+        kinds: Sequence[str] = (QUERY_HEAD,),
         *,
         n_mlp_groups: int = 0,
         layers: Sequence[int] | None = None,
@@ -114,7 +96,7 @@ class UnitLayout:
         Args:
             model: the model.
             heads: its head layout.
-            kinds: of `KINDS`.
+            kinds: of `castune.names.KINDS`, in the singular.
             n_mlp_groups: groups that the neurons of a layer are cut into.
             layers: locate units in these layers only.
             prove: run the probes; not on models without weights.
@@ -124,9 +106,9 @@ class UnitLayout:
         """
         wanted = range(heads.n_layers) if layers is None else sorted(set(layers))
         with_heads = [layer for layer in wanted if heads.n_heads(layer)]
-        of_groups = {"k_groups", "v_groups"} & set(kinds)
-        of_mlps = {"mlp_blocks", "mlp_groups"} & set(kinds)
-        n_groups = n_mlp_groups if "mlp_groups" in kinds else 1
+        of_groups = {"k_group", "v_group"} & set(kinds)
+        of_mlps = {"mlp_block", "mlp_group"} & set(kinds)
+        n_groups = n_mlp_groups if "mlp_group" in kinds else 1
         return cls(
             heads=heads,
             kinds=tuple(kinds),
@@ -136,7 +118,7 @@ class UnitLayout:
         )
 
     def n_units(self, kind: str, layer: int) -> int:
-        """Number of units of a kind (in the singular) in a layer."""
+        """Number of units of a kind in a layer."""
         if kind in ("q_head", "o_head"):
             return self.heads.n_heads(layer)
         if kind in ("k_group", "v_group"):
@@ -145,30 +127,30 @@ class UnitLayout:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """All units, kind by kind, each sorted by layer and number."""
+        """All units, kind by kind, each sorted by layer and index."""
         return tuple(
-            unit(kind[:-1], layer, index)
+            Unit(kind, layer, index)
             for kind in self.kinds
             for layer in range(self.heads.n_layers)
-            for index in range(self.n_units(kind[:-1], layer))
+            for index in range(self.n_units(kind, layer))
         )
 
     def parts(self, one: Unit) -> tuple[Part, ...]:
         """The slices of weights that a unit owns."""
-        layer, index = one.layer, one.number
-        if one.kind in ("q_head", "o_head"):
+        kind, layer, index = one
+        if kind in ("q_head", "o_head"):
             attention = self.heads.at(layer)
-            if one.kind == "q_head":
+            if kind == "q_head":
                 n_rows = attention.n_query_rows
                 at = attention.query_rows(index)
                 return (Part(attention.query_path, 0, at, n_rows, attention.transposed),)
             n_columns = attention.n_heads * attention.o_dim
             return (Part(attention.output_path, 1, attention.output_columns(index), n_columns, attention.transposed),)
-        if one.kind in ("k_group", "v_group"):
+        if kind in ("k_group", "v_group"):
             found = self.key_values[layer]
             path, at, n_rows = (
                 (found.key_path, found.key_rows(index), found.n_key_rows)
-                if one.kind == "k_group"
+                if kind == "k_group"
                 else (found.value_path, found.value_rows(index), found.n_value_rows)
             )
             return (Part(path, 0, at, n_rows, found.attention.transposed),)
@@ -177,7 +159,7 @@ class UnitLayout:
         return (*rows, Part(mlp.out_path, 1, neurons, mlp.n_neurons, mlp.transposed))
 
     def site(self, kind: str, layer: int) -> Site:
-        """Where the units of a kind (in the singular) and layer are ablated."""
+        """Where the units of a kind and layer are ablated."""
         numbers = range(self.n_units(kind, layer))
         if kind in ("q_head", "o_head"):
             attention = self.heads.at(layer)
@@ -189,7 +171,7 @@ class UnitLayout:
                 return Site(found.key_path, True, _spans(map(found.key_rows, numbers)), found.n_key_rows)
             return Site(found.value_path, True, _spans(map(found.value_rows, numbers)), found.n_value_rows)
         mlp = self.mlps[layer]
-        neurons = _spans(self._neurons(UnitId(layer, number, kind)) for number in numbers)
+        neurons = _spans(self._neurons(Unit(kind, layer, number)) for number in numbers)
         return Site(mlp.out_path, False, neurons, mlp.n_neurons)
 
     def weight(self, model: nn.Module, path: str) -> Any:
@@ -198,7 +180,7 @@ class UnitLayout:
 
     def _neurons(self, one: Unit) -> slice:
         mlp = self.mlps[one.layer]
-        return mlp.groups(self.n_mlp_groups)[one.number] if one.kind == "mlp_group" else slice(0, mlp.n_neurons)
+        return mlp.groups(self.n_mlp_groups)[one.index] if one.kind == "mlp_group" else slice(0, mlp.n_neurons)
 
 
 def _spans(slices: Iterable[slice]) -> tuple[tuple[int, int], ...]:

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from castune.artifacts import Unit
+from castune.config import DiagnoseConfig
 from castune.core.ablation import site_means
 from castune.core.batching import ExampleBatch, example_batches
 from castune.core.losses import RowBatch, batches_by_length, token_log_probs
-from castune.core.units import Site, Unit
+from castune.core.units import Site, UnitLayout
 from castune.data.rows import Row
+from castune.diagnosis.ablator import Ablator, RecordedBatch
 from castune.diagnosis.score import Floats
-from castune.diagnosis.sweep import Ablator, RecordedBatch, place_of
 
 Outcome = Callable[[int, Sequence[Floats]], float]
 """Number of an example and the log-probabilities of its rows' scored tokens -> its decision or margin."""
@@ -53,8 +55,8 @@ class ScoredMeasure:
     def ablated(self, heads: Sequence[Unit]) -> Floats:
         """Outcomes without each head."""
         outcomes: list[Floats] = []
-        for (kind, layer), of_layer in groupby(heads, key=place_of):
-            values_HBT = self._recorded.ablated(layer, [head.number for head in of_layer], token_log_probs, kind)
+        for _, of_place in groupby(heads, key=lambda head: head.place):
+            values_HBT = self._recorded.ablated([*of_place], token_log_probs)
             outcomes += [self._outcomes(self._batch, values_BT) for values_BT in values_HBT]
         self.batch_tokens = self._recorded.batch_tokens
         return np.array(outcomes)
@@ -66,10 +68,14 @@ class ScoredMeasure:
         return np.array([float(self.outcome(example, values)) for example, values in found])
 
 
-def mean_replacements(
-    model: nn.Module, sites: Iterable[Site], rows: Sequence[Row], *, batch_tokens: int
-) -> dict[Site, Tensor]:
-    """Mean of what is ablated at every site over the calibration tokens, for mean ablation."""
+def replacements(
+    model: nn.Module, layout: UnitLayout, units: Iterable[Unit], rows: Iterable[Row], config: DiagnoseConfig
+) -> dict[Site, Tensor] | None:
+    """What is put in the place of units: None for zero, or their means over the calibration tokens, `rows`."""
+    if config.ablation == "zero":
+        return None
+    assert config.batch_tokens != "auto"
+    batch_tokens, rows = config.batch_tokens, list(rows)
 
     def forwards() -> Iterator[Tensor]:
         for indices in batches_by_length([len(row.ids) for row in rows], batch_tokens):
@@ -78,4 +84,4 @@ def mean_replacements(
                 model(input_ids=batch.ids_BS, logits_to_keep=1, use_cache=False)
             yield batch.real_BS
 
-    return site_means(model, sites, forwards)
+    return site_means(model, dict.fromkeys(layout.site(*one.place) for one in units), forwards)

@@ -19,14 +19,14 @@ import numpy as np
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from castune.artifacts import Unit
 from castune.core.batching import ExampleBatch, example_batches
 from castune.core.continuation import Context, KeysValues, cache_of, can_continue, context_of, read_keys_values
 from castune.core.generation import Reply, ReplyText, generate_replies
 from castune.core.losses import RowBatch, scored_logits
-from castune.core.units import Unit
 from castune.data.rows import Row
+from castune.diagnosis.ablator import Ablator, RecordedBatch
 from castune.diagnosis.score import Floats
-from castune.diagnosis.sweep import Ablator, RecordedBatch, place_of
 
 # A step of decoding reads all weights, however few rows it has. Keys and values take much less memory than what a
 # forward computes on the way, so more rows fit.
@@ -119,9 +119,9 @@ class ReplyMeasure:
                 waiting.clear()
 
         first = 0
-        for (kind, layer), found in groupby(heads, key=place_of):
-            of_layer = [head.number for head in found]
-            for pair_p, (top_PT, recorded) in self._recorded.ablated_parts(layer, of_layer, self._top_tokens, kind):
+        for _, found in groupby(heads, key=lambda head: head.place):
+            of_place = [*found]
+            for pair_p, (top_PT, recorded) in self._recorded.ablated_parts(of_place, self._top_tokens):
                 for p, (pair, top_T) in enumerate(zip(pair_p.tolist(), top_PT.tolist(), strict=True)):
                     h, row = divmod(pair, len(self._batch.rows))
                     found_here = (recorded, p), self._below[row]
@@ -130,7 +130,7 @@ class ReplyMeasure:
                 del recorded, found_here
                 if sum(map(self._room, waiting)) > self._decoded_tokens:
                     settle()
-            first += len(of_layer)
+            first += len(of_place)
         settle()
         self.batch_tokens = self._recorded.batch_tokens
         return verdicts_HN

@@ -22,8 +22,9 @@ import numpy as np
 
 from castune.artifacts.drift_result import ColumnDrift, HeadChange, ZoneOverlap
 from castune.diagnosis.measurements import COLUMNS, Measurements, Weights
-from castune.diagnosis.reliability import random_halves, spearman, spearman_brown, zone_stability
+from castune.diagnosis.reliability import random_halves, spearman, spearman_brown
 from castune.diagnosis.score import Floats
+from castune.diagnosis.zones import zone_stability
 from castune.stats.distributions import ENDS
 from castune.stats.ranking import bucket_numbers
 

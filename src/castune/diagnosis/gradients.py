@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from castune.artifacts import Unit
 from castune.core.losses import RowBatch, batches_by_length, reply_nll, run_batches
 from castune.core.memory import return_freed_memory
 from castune.core.progress import Advance, no_progress
-from castune.core.units import Part, Unit, UnitLayout
+from castune.core.units import Part, UnitLayout
 from castune.data.rows import Row
 from castune.diagnosis.score import Floats
 from castune.errors import CastuneError

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from castune.artifacts import Unit
 from castune.config import DiagnoseConfig
 from castune.core.journal import Journal
 from castune.core.progress import progress
-from castune.core.units import Unit, UnitLayout
+from castune.core.units import UnitLayout
 from castune.data.rows import Row
 from castune.diagnosis.gradients import gradient_passes, gram_matrices, partial_gradients
 from castune.diagnosis.score import Floats

@@ -16,19 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from castune.artifacts import Unit
 from castune.config import DiagnoseConfig
 from castune.core.batching import tuned_batch_tokens
-from castune.core.heads import HeadId, HeadLayout
+from castune.core.heads import HeadLayout
 from castune.core.modes import evaluation_mode
 from castune.core.progress import progress
-from castune.core.units import Unit, UnitId, UnitLayout
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, require_replies
-from castune.diagnosis.ablate import ScoredMeasure, mean_replacements
-from castune.diagnosis.domains import Utility, utility_sets
+from castune.diagnosis.ablate import ScoredMeasure, replacements
+from castune.diagnosis.ablator import Ablator
+from castune.diagnosis.domains import Utility, UtilitySet, utility_sets
 from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.score import Floats, shift_of
-from castune.diagnosis.sweep import Ablator, place_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def ablate_groups(
     model: Any,
     tokenizer: Any,
     *,
-    groups: Sequence[Sequence[tuple[int, int] | Unit]],
+    groups: Sequence[Sequence[Unit]],
     safety: Sequence[Example],
     utility: Utility,
     config: DiagnoseConfig | None = None,
@@ -58,7 +59,7 @@ def ablate_groups(
     Args:
         model: a transformers model for causal language modelling; it is left as it was.
         tokenizer: its tokenizer, with a chat template.
-        groups: the units of each group; plain (layer, head) pairs are query heads.
+        groups: the units of each group.
         safety: D_safe, harmful prompts with a safe reply each.
         utility: D_util, multiple-choice questions; or several such sets, by the names of their domains.
         config: settings of the diagnosis that the groups are compared with.
@@ -69,54 +70,72 @@ def ablate_groups(
     """
     config = config or DiagnoseConfig()
     require_replies(safety, "safety", "prompt, target")
-    domains = utility_sets(utility)
-    sets = [one.examples for one in domains]
-    chat, layout = ChatFormat(tokenizer, max_length=config.max_length), HeadLayout.of(model)
-    found = [[one if isinstance(one, UnitId) else HeadId(*one) for one in group] for group in groups]
-    units = UnitLayout.of(model, layout, config.units, n_mlp_groups=config.mlp_groups, layers=config.layers)
+    sets, chat, heads = utility_sets(utility), ChatFormat(tokenizer, max_length=config.max_length), HeadLayout.of(model)
+    layout = UnitLayout.of(model, heads, config.kinds, n_mlp_groups=config.mlp_groups, layers=config.layers)
     with evaluation_mode(model), progress("groups of heads", len(groups) + 1) as advance:
         if config.batch_tokens == "auto":
             config = config.model_copy(update={"batch_tokens": tuned_batch_tokens(model)})
-        assert config.batch_tokens != "auto"
-        filling = None
-        if config.ablation == "mean":
-            rows = [chat.loss_row(example) for example in chain(safety, *sets)]
-            sites = dict.fromkeys(units.site(*place_of(one)) for group in found for one in group)
-            filling = mean_replacements(model, sites, rows, batch_tokens=config.batch_tokens)
-        ablator = Ablator(model, layout, (), resumable=False, replacements=filling, units=units)
-        objectives = Objectives(ablator, tokenizer, chat, config)
-        replies = objectives.replies(safety)
-        # Where answers are worked out there is nothing to be scored in one forward.
-        solves = [one.is_of_problems and one.measure(config) == "decision" for one in domains]
-        of_utility = [None if solved else objectives.utility_measure(x) for x, solved in zip(sets, solves, strict=True)]
-        of_margins = objectives.margin_measure(safety, replies) if config.measure == "margin" else None
-
-        def measured() -> list[Floats]:
-            """Outcomes of every utility set, then those of the safety set."""
-            found = [
-                objectives.right_answers(examples, objectives.solutions(examples))
-                if measure is None
-                else _outcomes(measure, len(examples))
-                for measure, examples in zip(of_utility, sets, strict=True)
-            ]
-            if of_margins is not None:
-                return [*found, _outcomes(of_margins, len(safety))]
-            return [*found, objectives.refusals(safety, objectives.replies(safety))]
-
+        rows = (chat.loss_row(example) for example in chain(safety, *(one.examples for one in sets)))
+        filling = replacements(model, layout, chain(*groups), rows, config)
+        ablator = Ablator(model, layout, (), resumable=False, replacements=filling)
+        measured = _Measured.of(Objectives(ablator, tokenizer, chat, config), sets, safety)
         baseline = measured()
         advance()
         ablated: list[list[Floats]] = []
-        for group in found:
+        for group in groups:
             with _without(ablator, group):
                 ablated.append(measured())
             advance()
-    shifts = [shift_of(one.measure(config)) for one in domains] + [shift_of(config.measure)]
-    outcomes = zip(shifts, zip(*ablated, strict=True), baseline, strict=True)
+    measures = [one.measure(config) for one in sets] + [config.measure]
+    outcomes = zip(map(shift_of, measures), zip(*ablated, strict=True), baseline, strict=True)
     *of_domains, (safety_shift, safety_se) = [shift(np.array(some_GN), whole_N) for shift, some_GN, whole_N in outcomes]
     shifts_D2G = np.array(of_domains)
     # Domains are independent samples.
     utility_se = np.sqrt((shifts_D2G[:, 1] ** 2).sum(0)) / len(sets)
     return GroupShifts(shifts_D2G[:, 0].mean(0), utility_se, safety_shift, safety_se)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Measures, of the model as it is when called, the outcomes of every utility set and then of the safety set.
+
+    Attributes:
+        objectives: what is measured.
+        sets: the utility sets.
+        safety: D_safe.
+        of_utility: the measure of each utility set; None where answers are worked out, for there is nothing to be
+            scored in one forward.
+        of_margins: the measure of refusal margins; None where refusals are decided.
+    """
+
+    objectives: Objectives
+    sets: Sequence[UtilitySet]
+    safety: Sequence[Example]
+    of_utility: Sequence[ScoredMeasure | None]
+    of_margins: ScoredMeasure | None
+
+    @classmethod
+    def of(cls, objectives: Objectives, sets: Sequence[UtilitySet], safety: Sequence[Example]) -> _Measured:
+        config, replies = objectives.config, objectives.replies(safety)
+        solves = [one.is_of_problems and one.measure(config) == "decision" for one in sets]
+        of_utility = [
+            None if solved else objectives.utility_measure(one.examples)
+            for one, solved in zip(sets, solves, strict=True)
+        ]
+        of_margins = objectives.margin_measure(safety, replies) if config.measure == "margin" else None
+        return cls(objectives, sets, safety, of_utility, of_margins)
+
+    def __call__(self) -> list[Floats]:
+        objectives = self.objectives
+        found = [
+            objectives.right_answers(one.examples, objectives.solutions(one.examples))
+            if measure is None
+            else _outcomes(measure, len(one.examples))
+            for measure, one in zip(self.of_utility, self.sets, strict=True)
+        ]
+        if self.of_margins is not None:
+            return [*found, _outcomes(self.of_margins, len(self.safety))]
+        return [*found, objectives.refusals(self.safety, objectives.replies(self.safety))]
 
 
 def _outcomes(measure: ScoredMeasure, n_examples: int) -> Floats:
@@ -130,5 +149,5 @@ def _outcomes(measure: ScoredMeasure, n_examples: int) -> Floats:
 def _without(ablator: Ablator, group: Sequence[Unit]) -> Iterator[None]:
     with ExitStack() as stack:
         for one in group:
-            stack.enter_context(ablator.without(one.layer, one.number, one.kind))
+            stack.enter_context(ablator.without(one.place, one.index))
         yield

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from castune.artifacts import ConflictMap
+from castune.artifacts import ConflictMap, Unit
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.records import DataRecord
 from castune.config import DiagnoseConfig
-from castune.core.units import Unit
 from castune.diagnosis.domains import UtilitySet, utility_hash
 from castune.diagnosis.grams import Gram
 from castune.diagnosis.measurements import Domain, Measurements
@@ -121,7 +120,7 @@ def _domain_map(results: Results, objective: str, config: DiagnoseConfig, metada
     columns = {
         "unit": [head.kind for head in results.heads],
         "layer": [head.layer for head in results.heads],
-        "head": [head.number for head in results.heads],
+        "head": [head.index for head in results.heads],
         "optimization_conflict": conflict,
         "optimization_conflict_se": conflict_standard_error([gram.products_HCC], gram.n_safety),
         "utility_shift": utility_shift,

@@ -27,10 +27,11 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.said import said
 from castune.diagnosis.ablate import ScoredMeasure
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.domains import UtilitySet
 from castune.diagnosis.score import Floats
-from castune.diagnosis.sweep import Ablator, Outcomes, sweep
+from castune.diagnosis.sweep import Outcomes, sweep
 
 
 @dataclass(frozen=True)

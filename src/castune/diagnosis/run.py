@@ -5,42 +5,34 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import MAP_FILE
-from castune.artifacts.files import locked, write_parquet
-from castune.artifacts.records import AdapterRecord
+from castune.artifacts.files import locked
+from castune.artifacts.records import AdapterRecord, DataRecord, ModelRecord, Provenance
+from castune.artifacts.unit import only_heads
 from castune.config import DiagnoseConfig
-from castune.core.ablation import can_resume
-from castune.core.answers import require_math_verify
 from castune.core.batching import tuned_batch_tokens
 from castune.core.checksum import unchanged
-from castune.core.heads import HeadId, HeadLayout
 from castune.core.journal import Journal
 from castune.core.memory import return_freed_memory
 from castune.core.modes import evaluation_mode
 from castune.core.provenance import model_record, provenance
-from castune.core.quantisation import is_quantised
 from castune.core.shards import Shard
-from castune.core.units import Unit, UnitLayout
-from castune.data.chat import ChatFormat
-from castune.data.example import Example, require_replies
+from castune.data.example import Example
 from castune.data.record import data_record
-from castune.data.rows import Row
-from castune.diagnosis.ablate import mean_replacements
-from castune.diagnosis.domains import Utility, UtilitySet, utility_sets
-from castune.diagnosis.grams import journaled_grams, measure_grams
+from castune.diagnosis.ablator import distinct
+from castune.diagnosis.domains import Utility
+from castune.diagnosis.grams import journaled_grams
 from castune.diagnosis.maps import Results, conflict_map
-from castune.diagnosis.objectives import Measured, Objectives
-from castune.diagnosis.stored import OUTCOMES_FILE, save_gradients
-from castune.diagnosis.sweep import Ablator, Outcomes, distinct, place_of
-from castune.errors import CastuneError, DataError, MapUnfinished
+from castune.diagnosis.objectives import Objectives
+from castune.diagnosis.stored import save_gradients, save_outcomes
+from castune.diagnosis.sweep import Outcomes
+from castune.diagnosis.task import Task
+from castune.errors import CastuneError, MapUnfinished
 
 logger = logging.getLogger(__name__)
 
@@ -89,85 +81,15 @@ def diagnose(
         MapUnfinished: this share is done, others are missing.
     """
     config = config or DiagnoseConfig()
-    started = time.perf_counter()
-    was_there = out is not None and (Path(out) / MAP_FILE).is_file()
-    chat = ChatFormat(tokenizer, max_length=config.max_length)
-    sets = _checked(safety, utility, config)
-    examples = {"safety": safety, **{one.objective: one.examples for one in sets}}
-    rows = {name: [chat.loss_row(example) for example in found] for name, found in examples.items()}
-    if is_quantised(model):
-        raise CastuneError(
-            "the model is quantised, and its packed weights have no gradients; diagnose the full model. Its selections "
-            "can be trained on the quantised one (castune tune --quantization nf4)"
-        )
-    layout = HeadLayout.of(model)
-    layers = _layers(layout, config)
-    units = UnitLayout.of(model, layout, config.units, n_mlp_groups=config.mlp_groups, layers=layers)
-    heads = [one for one in units.units if layers is None or one.layer in layers]
-    share = Shard.of(shard)
-    if share.count > 1 and out is None:
-        raise CastuneError("processes share their work through the run directory: give `out`")
-    identity = model_record(model, tokenizer)
-    if adapter is not None:
-        identity["adapter"] = adapter
-    data = {name: data_record(name, (sources or {}).get(name), found, rows[name]) for name, found in examples.items()}
-    settings, record = config.model_dump(mode="json"), provenance(seed)
-    # How domains are combined changes nothing that is measured.
-    measured_by = {key: value for key, value in settings.items() if key != "domains"}
-    made_by: list[object] = [identity["fingerprint"], identity["chat_template"], identity["dtype"]]
-    made_by += [record["versions"]["castune"], record["rules"]]
-    # A fingerprint samples weights: it need not see a small update.
-    made_by += [] if adapter is None else [adapter]
-    journal = Journal.of(None if out is None else Path(out), [*made_by, measured_by, data])
-    with unchanged(model, "diagnosing"), evaluation_mode(model):
-        config = _with_batch_tokens(model, config, journal, share)
-        # The first share's work, which costs no more than a few heads.
-        grams = measure_grams(model, units, heads, rows, config, journal) if share.is_first else {}
-        return_freed_memory()
-        swept, twins = distinct(units, heads)
-        ablator = _ablator(model, units, swept, list(chain(*rows.values())), config)
-        objectives = Objectives(ablator, tokenizer, chat, config)
-        of_utility = {one.objective: objectives.utility(one, journal, share) for one in sets}
-        return_freed_memory()
-        of_safety = objectives.safety(safety, journal, share)
-    grams = grams or journaled_grams(journal)
-    complete = {objective: measured for objective, measured in of_utility.items() if measured is not None}
-    if of_safety is None or not of_utility.keys() == grams.keys() == complete.keys():
-        raise MapUnfinished(
-            f"share {share.index + 1} of {share.count} is done, others are missing; the last one to end makes the map, "
-            "or the same command without a shard does what is missing"
-        )
-    metadata = {
-        "model": identity,
-        "settings": settings,
-        "measures": {"safety": config.measure, **{one.objective: one.measure(config) for one in sets}},
-        "batch_tokens": config.batch_tokens,
-        "resumed": ablator.resumable,
-        "replies": _reply_counts(of_safety.outcomes, config),
-        "seconds": round(time.perf_counter() - started, 2),
-        "provenance": record,
-    }
-    complete = {objective: measured.of(twins) for objective, measured in complete.items()}
-    of_safety = of_safety.of(twins)
-    results = Results(heads=heads, grams=grams, utility=complete, safety=of_safety, sets=sets, data=data)
+    place = _Place.of(out, shard)
+    task = Task.of(model, tokenizer, safety, utility, config)
+    origin = _Origin.of(task, sources or {}, seed, adapter)
+    journal = Journal.of(place.out, origin.key)
+    results, metadata = _measured(task, origin, place, journal)
     cmap = conflict_map(results, config, metadata)
     for warning in cmap.metadata["reliability"]["warnings"]:
         logger.warning(warning)
-    share.wait()  # all ranks have read the journal before it is removed
-    if out is not None and share.writes:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        with locked(out):
-            if (Path(out) / MAP_FILE).is_file() and not was_there:
-                # The same command twice: arms may have been chosen from the other's map, whose last digits may differ.
-                cmap = ConflictMap.load(out)
-            else:
-                _save_outcomes(Path(out), heads, examples, {**complete, "safety": of_safety})
-                if cmap.kinds == ["q_head"]:
-                    save_gradients(Path(out), query_heads(layout, config), grams)
-                cmap.save(out)
-        journal.remove()
-    share.wait()
-    return cmap
+    return place.keep(cmap, results, task.examples, journal)
 
 
 def measure_gradients(
@@ -177,56 +99,129 @@ def measure_gradients(
 
     The arguments are those of `diagnose`.
     """
-    chat = ChatFormat(tokenizer, max_length=config.max_length)
-    examples = {"safety": safety, **{one.objective: one.examples for one in _checked(safety, utility, config)}}
-    rows = {name: [chat.loss_row(example) for example in found] for name, found in examples.items()}
-    layout = HeadLayout.of(model)
-    heads = query_heads(layout, config)
+    task = Task.of(model, tokenizer, safety, utility, config)
     with unchanged(model, "measuring gradients"), evaluation_mode(model):
-        grams = measure_grams(model, UnitLayout(layout), heads, rows, config, Journal.of(None, None))
-        save_gradients(out, heads, grams)
+        save_gradients(out, task.units, task.grams(Journal.of(None, None)))
 
 
-def query_heads(layout: HeadLayout, config: DiagnoseConfig) -> list[HeadId]:
-    """The query heads of the layers that are diagnosed."""
-    layers = _layers(layout, config)
-    return [head for head in layout.heads if layers is None or head.layer in layers]
+@dataclass(frozen=True)
+class _Origin:
+    """What a map is made from, for the record: the model, its data by objective, and versions, machine and time."""
+
+    model: ModelRecord
+    data: dict[str, DataRecord]
+    provenance: Provenance
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, task: Task, sources: Mapping[str, str | None], seed: int | None, adapter: AdapterRecord | None
+    ) -> _Origin:
+        model = model_record(task.model, task.tokenizer)
+        if adapter is not None:
+            model["adapter"] = adapter
+        data = {
+            name: data_record(name, sources.get(name), found, task.rows[name]) for name, found in task.examples.items()
+        }
+        return cls(model, data, provenance(seed), task.config.model_dump(mode="json"))
+
+    @property
+    def key(self) -> list[Any]:
+        """What a diagnosis that is continued must have in common with this one."""
+        made_by: list[object] = [self.model["fingerprint"], self.model["chat_template"], self.model["dtype"]]
+        made_by += [self.provenance["versions"]["castune"], self.provenance["rules"]]
+        # A fingerprint samples weights: it need not see a small update.
+        made_by += [self.model["adapter"]] if "adapter" in self.model else []
+        # How domains are combined changes nothing that is measured.
+        measured_by = {key: value for key, value in self.settings.items() if key != "domains"}
+        return [*made_by, measured_by, self.data]
 
 
-def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig) -> list[UtilitySet]:
-    """The utility sets; refuses data that cannot be diagnosed."""
-    if len(safety) < 2:
-        raise DataError(f"safety: {len(safety)} examples, a diagnosis needs at least 2")
-    require_replies(safety, "safety", "prompt, target")
-    sets = utility_sets(utility)
-    for one in sets:
-        if one.is_of_problems and one.measure(config) == "decision":
-            if any(example.scoring == "boxed" for example in one.examples):
-                require_math_verify()
-            logger.warning(
-                "%s: %d problems are answered in up to %d tokens without every head, which costs far more than "
-                "anything else (castune plan says how much); diagnose.problems = margin takes the log-probability of "
-                "their worked solutions instead",
-                one.objective,
-                len(one.examples),
-                config.solution_tokens,
-            )
-    if len(sets) == 1 and config.domains != DiagnoseConfig.model_fields["domains"].default:
-        logger.warning("diagnose.domains = %r has no effect: there is one utility set", config.domains)
-    return sets
+@dataclass(frozen=True)
+class _Place:
+    """Where a diagnosis leaves what it measured, and its share of the work.
+
+    Attributes:
+        out: the run directory; None: nothing is written.
+        share: this process's share.
+        was_there: whether a map lay there when it began.
+        started: when it began, in seconds.
+    """
+
+    out: Path | None
+    share: Shard
+    was_there: bool
+    started: float
+
+    @classmethod
+    def of(cls, out: str | Path | None, shard: str | None) -> _Place:
+        share = Shard.of(shard)
+        if share.count > 1 and out is None:
+            raise CastuneError("processes share their work through the run directory: give `out`")
+        folder = None if out is None else Path(out)
+        return cls(folder, share, folder is not None and (folder / MAP_FILE).is_file(), time.perf_counter())
+
+    def keep(
+        self, cmap: ConflictMap, results: Results, examples: Mapping[str, Sequence[Example]], journal: Journal
+    ) -> ConflictMap:
+        """Write the map and what it was made from, and remove the journal; returns the map that is there then."""
+        self.share.wait()  # all ranks have read the journal before it is removed
+        if self.out is not None and self.share.writes:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with locked(self.out):
+                if (self.out / MAP_FILE).is_file() and not self.was_there:
+                    # The same command twice: arms may have been chosen from the other's map, whose last digits may
+                    # differ.
+                    cmap = ConflictMap.load(self.out)
+                else:
+                    save_outcomes(self.out, results, examples)
+                    if only_heads(results.heads):
+                        save_gradients(self.out, results.heads, results.grams)
+                    cmap.save(self.out)
+            journal.remove()
+        self.share.wait()
+        return cmap
 
 
-def _layers(layout: HeadLayout, config: DiagnoseConfig) -> Sequence[int] | None:
-    """The layers that are diagnosed, None for all; refuses those that have no units."""
-    layers = config.layers
-    if layers is None:
-        return None
-    of_mlps = {"mlp_blocks", "mlp_groups"} & set(config.units)
-    unknown = [layer for layer in layers if layer >= layout.n_layers or not (of_mlps or layout.n_heads(layer))]
-    if unknown or not layers:
-        what = "layers" if of_mlps else "layers with heads"
-        raise CastuneError(f"layers {list(layers)}: accepted are {what}, of 0 to {layout.n_layers - 1}")
-    return layers
+def _measured(task: Task, origin: _Origin, place: _Place, journal: Journal) -> tuple[Results, dict[str, Any]]:
+    """Gradients, then the ablations of every objective; and the metadata of the map.
+
+    Raises:
+        MapUnfinished: other shares are missing.
+    """
+    share = place.share
+    with unchanged(task.model, "diagnosing"), evaluation_mode(task.model):
+        task = replace(task, config=_with_batch_tokens(task.model, task.config, journal, share))
+        # The first share's work, which costs no more than a few heads.
+        grams = task.grams(journal) if share.is_first else {}
+        return_freed_memory()
+        swept, twins = distinct(task.layout, task.units)
+        ablator = task.ablator(swept)
+        objectives = Objectives(ablator, task.tokenizer, task.chat, task.config)
+        of_utility = {one.objective: objectives.utility(one, journal, share) for one in task.sets}
+        return_freed_memory()
+        safety = objectives.safety(task.examples["safety"], journal, share)
+    grams = grams or journaled_grams(journal)
+    utility = {name: measured.of(twins) for name, measured in of_utility.items() if measured is not None}
+    if safety is None or not of_utility.keys() == grams.keys() == utility.keys():
+        raise MapUnfinished(
+            f"share {share.index + 1} of {share.count} is done, others are missing; the last one to end makes the map, "
+            "or the same command without a shard does what is missing"
+        )
+    metadata = {
+        "model": origin.model,
+        "settings": origin.settings,
+        "measures": {"safety": task.config.measure, **{one.objective: one.measure(task.config) for one in task.sets}},
+        "batch_tokens": task.config.batch_tokens,
+        "resumed": ablator.resumable,
+        "replies": _reply_counts(safety.outcomes, task.config),
+        "seconds": round(time.perf_counter() - place.started, 2),
+        "provenance": origin.provenance,
+    }
+    found = Results(
+        heads=task.units, sets=task.sets, data=origin.data, grams=grams, utility=utility, safety=safety.of(twins)
+    )
+    return found, metadata
 
 
 def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, share: Shard) -> DiagnoseConfig:
@@ -244,46 +239,8 @@ def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, sha
     return config.model_copy(update={"batch_tokens": noted() or config.batch_tokens})
 
 
-def _ablator(
-    model: Any, units: UnitLayout, heads: Sequence[Unit], rows: Sequence[Row], config: DiagnoseConfig
-) -> Ablator:
-    filling = None
-    assert config.batch_tokens != "auto"
-    if config.ablation == "mean":
-        sites = dict.fromkeys(units.site(*place_of(one)) for one in heads)
-        filling = mean_replacements(model, sites, rows, batch_tokens=config.batch_tokens)
-    return Ablator(model, units.heads, heads, can_resume(model, units.heads), filling, units)
-
-
 def _reply_counts(outcomes: Outcomes, config: DiagnoseConfig) -> dict[str, int] | None:
     """How many replies were verified and how many of them decoded; None where none are generated under ablation."""
     if config.measure == "margin":
         return None
     return {"verified": outcomes.ablated_HN.size, "decoded": outcomes.n_decoded}
-
-
-def _save_outcomes(
-    out: Path, heads: Sequence[Unit], examples: Mapping[str, Sequence[Example]], measured: Mapping[str, Measured]
-) -> None:
-    """`ablation.parquet`: head x example outcomes by objective, null where unscored."""
-    tables = []
-    for objective, outcomes in ((name, one.outcomes) for name, one in measured.items()):
-        n_heads, n_examples = outcomes.ablated_HN.shape
-        # Of query heads alone the table is as it was before there were other units.
-        kinds = (
-            {} if all(h.kind == "q_head" for h in heads) else {"unit": np.repeat([h.kind for h in heads], n_examples)}
-        )
-        tables.append(
-            pa.table(
-                {
-                    "objective": [objective] * (n_heads * n_examples),
-                    **kinds,
-                    "layer": pa.array(np.repeat([h.layer for h in heads], n_examples), pa.int32()),
-                    "head": pa.array(np.repeat([h.number for h in heads], n_examples), pa.int32()),
-                    "example": [example.id for example in examples[objective]] * n_heads,
-                    "baseline": pa.array(np.tile(outcomes.baseline_N, n_heads), from_pandas=True),
-                    "ablated": pa.array(outcomes.ablated_HN.ravel(), from_pandas=True),
-                }
-            )
-        )
-    write_parquet(out / OUTCOMES_FILE, pa.concat_tables(tables))

@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from castune.artifacts import ConflictMap
+from castune.artifacts import ConflictMap, Unit
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import read_parquet, write_parquet
+from castune.artifacts.unit import only_heads
 from castune.config import DiagnoseConfig, SensitivityRank
-from castune.core.heads import HeadId
+from castune.data.example import Example
 from castune.diagnosis.grams import Gram
-from castune.diagnosis.maps import finished
+from castune.diagnosis.maps import Results, finished
 from castune.diagnosis.measurements import Domain, Measurements
 from castune.diagnosis.score import (
     Floats,
@@ -46,14 +47,14 @@ class _Pairs:
     ablated_HN: Floats
 
 
-def save_gradients(out: Path, heads: Sequence[HeadId], grams: Mapping[str, Gram]) -> None:
+def save_gradients(out: Path, heads: Sequence[Unit], grams: Mapping[str, Gram]) -> None:
     """Write `gradients.parquet`, atomically: a row a head and utility objective, the matrix row by row."""
     tables = [
         pa.table(
             {
                 "objective": [objective] * len(heads),
                 "layer": pa.array([head.layer for head in heads], pa.int32()),
-                "head": pa.array([head.head for head in heads], pa.int32()),
+                "head": pa.array([head.index for head in heads], pa.int32()),
                 "n_safety": pa.array([gram.n_safety] * len(heads), pa.int32()),
                 "products": pa.array(list(gram.products_HCC.reshape(len(heads), -1)), pa.list_(pa.float64())),
             }
@@ -61,6 +62,26 @@ def save_gradients(out: Path, heads: Sequence[HeadId], grams: Mapping[str, Gram]
         for objective, gram in sorted(grams.items())
     ]
     write_parquet(out / GRADIENTS_FILE, pa.concat_tables(tables))
+
+
+def save_outcomes(out: Path, results: Results, examples: Mapping[str, Sequence[Example]]) -> None:
+    """Write `ablation.parquet`, atomically: head x example outcomes by objective, null where unscored."""
+    tables, heads = [], results.heads
+    for objective, measured in {**results.utility, "safety": results.safety}.items():
+        outcomes = measured.outcomes
+        n_heads, n_examples = outcomes.ablated_HN.shape
+        columns: dict[str, Any] = {"objective": [objective] * (n_heads * n_examples)}
+        if not only_heads(heads):
+            columns["unit"] = np.repeat([h.kind for h in heads], n_examples)
+        columns |= {
+            "layer": pa.array(np.repeat([h.layer for h in heads], n_examples), pa.int32()),
+            "head": pa.array(np.repeat([h.index for h in heads], n_examples), pa.int32()),
+            "example": [example.id for example in examples[objective]] * n_heads,
+            "baseline": pa.array(np.tile(outcomes.baseline_N, n_heads), from_pandas=True),
+            "ablated": pa.array(outcomes.ablated_HN.ravel(), from_pandas=True),
+        }
+        tables.append(pa.table(columns))
+    write_parquet(out / OUTCOMES_FILE, pa.concat_tables(tables))
 
 
 def stored_measurements(folder: Path, cmap: ConflictMap, made_by: str) -> Measurements:

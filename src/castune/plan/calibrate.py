@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from transformers import DynamicCache
 
+from castune.artifacts import Unit
 from castune.core.batching import ExampleBatch
 from castune.core.continuation import Context, cache_of, context_of, read_keys_values
 from castune.core.flops import ForwardFlops
@@ -22,11 +23,10 @@ from castune.core.generation import generate_replies
 from castune.core.losses import RowBatch, scored_logits, token_log_probs
 from castune.core.memory import Peak, peak_memory
 from castune.core.skeleton import at_depth
-from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.rows import Row
+from castune.diagnosis.ablator import Ablator, RecordedBatch
 from castune.diagnosis.gradients import partial_gradients
-from castune.diagnosis.sweep import Ablator, RecordedBatch
 
 T = TypeVar("T")
 
@@ -139,8 +139,10 @@ def sweep_speed(ablator: Ablator, batches: Sequence[ExampleBatch], batch_tokens:
         n_heads = min(ablator.layout.n_heads(layer), max(1, -(-2 * batch_tokens // batch.n_tokens)))
         recorded = RecordedBatch(ablator, RowBatch.of(batch.rows, device), batch_tokens)
 
-        def ablated(recorded: RecordedBatch = recorded, heads: Sequence[int] = range(n_heads)) -> None:
-            recorded.ablated(layer, heads, token_log_probs)
+        heads = [Unit.head(layer, head) for head in range(n_heads)]
+
+        def ablated(recorded: RecordedBatch = recorded, heads: Sequence[Unit] = heads) -> None:
+            recorded.ablated(heads, token_log_probs)
 
         # Memory that was freed lies scattered and is not all used again: the peak is higher after a few runs.
         with peak_memory(device) as found:
@@ -157,7 +159,7 @@ def gradient_speed(ablator: Ablator, rows: Sequence[Row], batch_tokens: int) -> 
     device = next(ablator.model.parameters()).device
 
     def gradients() -> None:
-        units = ablator.units or UnitLayout(ablator.layout)
+        units = ablator.units
         parts = [part for one in units.units if one.layer < _depth(ablator) for part in units.parts(one)]
         paths = list(dict.fromkeys(part.path for part in parts))
         partial_gradients(ablator.model, paths, rows, n_chunks=1, batch_tokens=batch_tokens)

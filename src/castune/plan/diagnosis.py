@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from castune.artifacts import Unit
 from castune.config import DiagnoseConfig, Recipe
 from castune.core.ablation import can_resume
 from castune.core.batching import ExampleBatch
@@ -29,16 +30,17 @@ from castune.core.loading import device_of, torch_dtype_of
 from castune.core.losses import batches_by_length
 from castune.core.memory import resident_memory
 from castune.core.skeleton import random_slice, skeleton
-from castune.core.units import Unit, UnitLayout
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 from castune.data.sources import examples
+from castune.diagnosis.ablator import Ablator, distinct, part_size
 from castune.diagnosis.decode import DECODED_TOKENS
 from castune.diagnosis.domains import Utility, utility_sets
 from castune.diagnosis.gradients import gradient_passes
 from castune.diagnosis.objectives import Objectives
-from castune.diagnosis.sweep import Ablator, distinct, part_size, place_of, units_of
+from castune.diagnosis.sweep import units_of
 from castune.errors import CastuneError
 from castune.plan.accelerators import ACCELERATORS, Accelerator
 from castune.plan.calibrate import GRADIENT_PASSES, Calibration, calibrate
@@ -177,7 +179,7 @@ def plan(
         raise CastuneError('batch_tokens is "auto"; a plan needs a number, for example 2048')
     model = skeleton(config, dtype)
     layout = HeadLayout.unproven(model)
-    units = UnitLayout.of(model, layout, settings.units, n_mlp_groups=settings.mlp_groups, prove=False)
+    units = UnitLayout.of(model, layout, settings.kinds, n_mlp_groups=settings.mlp_groups, prove=False)
     chunks = 2 * settings.gradient_chunks
     limit = settings.gradient_memory * 1e9
     passes = gradient_passes(model, units, units.units, n_chunks=chunks, limit=limit)
@@ -369,7 +371,7 @@ class _Work:
         found = Stage()
         for batch in batches:
             found += self._repeated(batch, 1, 0)
-            for (_, layer), n_units in Counter(map(place_of, self.heads)).items():
+            for (_, layer), n_units in Counter(one.place for one in self.heads).items():
                 first = layer if self.ablator.resumable else 0
                 found += self._repeated(batch, n_units, first)
         return found
@@ -424,8 +426,8 @@ def slice_ablator(
     deeper = min(_MOST_SLICE_LAYERS, max(2, round(_SLICE_WEIGHTS / weights)))
     cut = random_slice(config, min(layout.n_layers, first + 1 + deeper), dtype=dtype, device=device)
     slice_layout = HeadLayout.of(cut)
-    units = UnitLayout.of(cut, slice_layout, settings.units, n_mlp_groups=settings.mlp_groups)
-    return Ablator(cut, slice_layout, units.units, can_resume(cut, slice_layout), units=units)
+    units = UnitLayout.of(cut, slice_layout, settings.kinds, n_mlp_groups=settings.mlp_groups)
+    return Ablator(cut, units, units.units, can_resume(cut, slice_layout))
 
 
 def _as_calibrated(found: Plan, work: _Work, own_memory: int) -> Plan:

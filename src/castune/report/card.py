@@ -10,11 +10,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, SuiteResult, TuneResult
 from castune.artifacts.records import DataRecord, ModelRecord
+from castune.artifacts.unit import QUERY_HEAD
 from castune.core import numbers
+from castune.names import plural
 from castune.report.sections import cut_words
 from castune.report.summary import BASE, interval
 from castune.stats.estimates import CostRatio, PairedDifference
@@ -78,10 +81,10 @@ def model_card(facts: CardFacts) -> str:
     name = str(facts.model["name"])
     kind = "merged model" if facts.merging else "LoRA adapter"
     layers = len(facts.certificate.layers)
-    heads = f"{facts.certificate.n_units:,}"
+    heads = f"{len(facts.certificate.units):,}"
     heads += f" of {facts.n_total:,}" if facts.n_total else ""
     owned = f"the query rows of {heads} attention heads"
-    if facts.certificate.units:
+    if not facts.certificate.only_heads:
         owned = f"the rows and columns of {heads} units (query heads or other parts of a layer)"
     how = "cut down from existing adapters" if facts.masked else "trained"
     parts = [
@@ -124,14 +127,13 @@ def _heads(facts: CardFacts) -> str:
             ("Trainable parameters", budget.get("trainable_parameters")),
             ("of which effective (rows of B that are not masked)", budget.get("effective_parameters")),
         ]
-    by_layer: dict[int, list[int]] = {}
-    for layer, head in facts.certificate.selection:
-        by_layer.setdefault(layer, []).append(head)
-    chosen = [(f"layer {layer}", "heads " + ", ".join(map(str, heads))) for layer, heads in by_layer.items()]
-    others: dict[tuple[str, int], list[int]] = {}
-    for kind, layer, number in facts.certificate.units:
-        others.setdefault((kind, layer), []).append(number)
-    chosen += [(f"layer {layer}", f"{kind}s " + ", ".join(map(str, found))) for (kind, layer), found in others.items()]
+    chosen = [
+        (
+            f"layer {layer}",
+            f"{'heads' if kind == QUERY_HEAD else plural(kind)} {', '.join(str(one.index) for one in found)}",
+        )
+        for (kind, layer), found in groupby(facts.certificate.units, key=lambda one: one.place)
+    ]
     listed = _pairs(chosen, ("Layer", "Heads (counted from 0)"))
     return f"{_pairs(rows)}\n\n<details><summary>The chosen heads</summary>\n\n{listed}\n\n</details>"
 
@@ -224,7 +226,7 @@ def _evaluation(facts: CardFacts) -> str:
 
 def _certificate(facts: CardFacts) -> str:
     proof = facts.certificate
-    what, whose = ("rows and columns", "units") if proof.units else ("query rows", "heads")
+    what, whose = ("query rows", "heads") if proof.only_heads else ("rows and columns", "units")
     columns: list[tuple[str, object]] = []
     if proof.selected_columns:
         columns = [
@@ -234,7 +236,7 @@ def _certificate(facts: CardFacts) -> str:
     rows: list[tuple[str, object]] = [
         ("Adapter", proof.adapter_hash),
         (
-            f"Selected {'' if proof.units else 'query '}rows that changed",
+            f"Selected {'query ' if proof.only_heads else ''}rows that changed",
             f"{proof.changed_rows:,} of {proof.selected_rows:,}",
         ),
         ("Other rows of the adapted projections, all identical", proof.checked_rows),

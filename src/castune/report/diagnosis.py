@@ -8,6 +8,7 @@ from typing import Any
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.records import DataRecord, Settings
 from castune.core.numbers import duration, number
+from castune.names import plural
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import NOT_RECORDED, cut_words, figure, known, recorded_rate, section
@@ -31,7 +32,7 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
         *_reliability(cmap.metadata.get("reliability", {})),
         *(
-            (f"Reliability of C over {kind}s alone", number(found["reliability"]["reliability"]))
+            (f"Reliability of C over {plural(kind)} alone", number(found["reliability"]["reliability"]))
             for kind, found in cmap.metadata.get("kinds", {}).items()
         ),
         ("Time", NOT_RECORDED if seconds is None else duration(seconds)),
@@ -72,7 +73,7 @@ def _explorers(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> li
     """The map to explore; of several kinds of unit each by itself, for their scores do not compare."""
     if len(cmap.kinds) == 1:
         return [explorer(cmap, selections)]
-    return [tag("div", tag("h3", f"{kind}s"), explorer(cmap.only(kind), selections)) for kind in cmap.kinds]
+    return [tag("div", tag("h3", plural(kind)), explorer(cmap.only(kind), selections)) for kind in cmap.kinds]
 
 
 _COMBINED = {
@@ -146,8 +147,8 @@ def _selection_table(selections: Mapping[str, HeadSelection]) -> Markup | str:
         if selection.bucket is not None:
             zone += f" {selection.bucket} of {selection.buckets}"
         seed = "–" if selection.seed is None else str(selection.seed)
-        share = f"{len(selection.all_units):,} of {selection.n_total:,}"
-        share += f" ({selection.counted})" if selection.units else ""
+        share = f"{len(selection.units):,} of {selection.n_total:,}"
+        share += "" if selection.only_heads else f" ({selection.counted})"
         score = "–" if zone in ("random", "all") else selection.score
         rows.append([arm, zone, score, share, f"{len(selection.layers):,}", seed])
     head = ["Arm", "Zone", "Sorted by", "Heads", "Layers", "Seed"]

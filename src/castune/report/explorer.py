@@ -121,7 +121,7 @@ def _data(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> dict[st
             for column, label in SCORES.items()
         ],
         "arms": [
-            {"name": arm, "rows": [rows[unit] for unit in selection.all_units if unit in rows]}
+            {"name": arm, "rows": [rows[unit] for unit in selection.units if unit in rows]}
             for arm, selection in selections.items()
         ],
         "maps": [_map(one, cmap) for one in (cmap, *cmap.domains.values())],

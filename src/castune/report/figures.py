@@ -13,6 +13,7 @@ import altair as alt
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.drift_result import DriftResult
+from castune.names import plural
 from castune.report.drift import drift_charts
 from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.maps import SCORES, conflict_heatmap, zones
@@ -48,8 +49,8 @@ def score_distribution(cmap: ConflictMap) -> Chart:
     scores, buckets = cmap.column("conflict_score").tolist(), cmap.table["bucket"].to_pylist()
     several = len(cmap.kinds) > 1
     records = [
-        {"conflict_score": score, "bucket": bucket, **({"unit": f"{unit}s"} if several else {})}
-        for score, bucket, (unit, _, _) in zip(scores, buckets, cmap.units, strict=True)
+        {"conflict_score": score, "bucket": bucket, **({"unit": plural(unit.kind)} if several else {})}
+        for score, bucket, unit in zip(scores, buckets, cmap.units, strict=True)
         if math.isfinite(score)
     ]
     domain = sorted({record["bucket"] for record in records})

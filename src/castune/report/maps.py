@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import altair as alt
 
-from castune.artifacts import ConflictMap, HeadSelection
+from castune.artifacts import ConflictMap, HeadSelection, Unit
+from castune.artifacts.unit import only_heads
+from castune.names import plural
 from castune.report.theme import NEUTRAL, Chart, arm_colours
 
 SCORES = {
@@ -64,7 +66,7 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
         .add_params(score)
     )
     if len(cmap.kinds) > 1:
-        kinds = alt.binding_select(options=cmap.kinds, labels=[f"{kind}s" for kind in cmap.kinds], name="Units ")
+        kinds = alt.binding_select(options=cmap.kinds, labels=[*map(plural, cmap.kinds)], name="Units ")
         unit = alt.param(name="shown_unit", value=cmap.kinds[0], bind=kinds)
         chart = chart.transform_filter("datum.unit === shown_unit").add_params(unit)
     if cmap.domains:
@@ -91,10 +93,10 @@ def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Chart:
     for arm, kind in ((arm, kind) for arm in selections for kind in cmap.kinds):
         selection = selections[arm]
         chosen = f"indexof(datum.arms, {json.dumps(arm)}) >= 0"
-        n = sum(found == kind for found, _, _ in selection.all_units)
+        n = sum(one.kind == kind for one in selection.units)
         title, cells = f"{arm}: {n:,} of {selection.n_total:,} heads", grid.cells()
         if len(cmap.kinds) > 1:
-            title = f"{arm}: {n:,} of {len(cmap.rows_of(kind)):,} {kind}s"
+            title = f"{arm}: {n:,} of {len(cmap.rows_of(kind)):,} {plural(kind)}"
             cells = cells.transform_filter(f"datum.unit === {json.dumps(kind)}")
         grids.append(
             cells.properties(title=title).encode(
@@ -139,7 +141,7 @@ class _Grid:
         return cls(
             layers,
             heads,
-            "Head" if cmap.kinds == ["q_head"] else "Unit",
+            "Head" if only_heads(cmap.units) else "Unit",
             max(smallest[0], min(largest[0], width // len(heads))),
             max(smallest[1], min(largest[1], height // len(layers))),
         )
@@ -173,9 +175,9 @@ def _bands(indices: list[int], cell: int, apart: int) -> dict[str, alt.Axis | al
 
 
 def _records(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> list[dict[str, object]]:
-    owners: dict[tuple[str, int, int], list[str]] = {}
+    owners: dict[Unit, list[str]] = {}
     for arm, selection in selections.items():
-        for one in selection.all_units:
+        for one in selection.units:
             owners.setdefault(one, []).append(arm)
     columns = {
         name: [value if math.isfinite(value) else None for value in cmap.column(name).tolist()]
@@ -184,10 +186,11 @@ def _records(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> list
     buckets = cmap.table["bucket"].to_pylist()
     records = []
     several = len(cmap.kinds) > 1
-    for i, (kind, layer, head) in enumerate(cmap.units):
-        arms = owners.get((kind, layer, head), [])
+    for i, unit in enumerate(cmap.units):
+        arms = owners.get(unit, [])
         values = {name: column[i] for name, column in columns.items()}
-        place = {**({"unit": kind} if several else {}), "layer": layer, "head": head, "bucket": buckets[i]}
+        kind = {"unit": unit.kind} if several else {}
+        place = {**kind, "layer": unit.layer, "head": unit.index, "bucket": buckets[i]}
         records.append({**place, **values, "arms": arms, "zones": ", ".join(arms) or "no arm"})
     return records
 

@@ -33,7 +33,7 @@ def training(
         return section("Training", "training", tag("p", "Nothing has been trained in this run."))
     made: dict[str, TuneResult | MaskedAdapter] = {**tunings, **masked}
     proofs = [_proof(arm, result) for arm, result in made.items()]
-    only_heads = not any(result.certificate.units for result in made.values())
+    only_heads = all(result.certificate.only_heads for result in made.values())
     certificate = (
         "Every adapter was merged and compared with the base model bit by bit: nothing but "
         f"{'query rows of the selected heads' if only_heads else 'rows and columns of the selected units'} differs."
@@ -58,8 +58,8 @@ def _budgets(tunings: Mapping[str, TuneResult], selections: Mapping[str, HeadSel
     for arm, result in tunings.items():
         keys = ("heads", "query_rows", "a_matrices", "trainable_parameters", "effective_parameters")
         heads, *rest = (known(result.budget.get(key)) for key in keys)
-        if result.certificate.units:
-            heads = f"{heads} and {len(result.certificate.units):,} other units"
+        if not result.certificate.only_heads:
+            heads = f"{heads} and {sum(not one.is_head for one in result.certificate.units):,} other units"
         layers = known(len(selections[arm].layers)) if arm in selections else NOT_RECORDED
         cut = cut_words(result.data)
         examples = known(result.data.get("n")) + (f" ({cut})" if cut else "")
@@ -129,7 +129,7 @@ def _sources(masked: Mapping[str, MaskedAdapter]) -> Markup | str:
         how = known(made.combination) if made.combination else "–"
         density = "" if made.density is None else f", density {made.density:g}"
         dropped = ", ".join(f"{n:,} {name}" for name, n in made.dropped.items()) or "none"
-        rows.append([arm, ", ".join(sources), how + density, f"{len(made.certificate.selection):,}", dropped])
+        rows.append([arm, ", ".join(sources), how + density, f"{len(made.certificate.units):,}", dropped])
     head = ["Arm", "Adapters", "Combined by", "Heads kept", "Modules left out"]
     return tag(
         "div",

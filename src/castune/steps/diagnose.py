@@ -14,7 +14,6 @@ from castune.core.journal import Journal
 from castune.core.loading import LoadedModel
 from castune.core.provenance import fingerprint, provenance
 from castune.core.shards import Shard
-from castune.core.units import unit
 from castune.data.example import content_hash
 from castune.diagnosis.domains import utility_hash, utility_sets
 from castune.diagnosis.groups import ablate_groups
@@ -102,10 +101,9 @@ def group_step(
         error and the sum over its heads ablated one at a time.
     """
     cmap = folder.load_map(fingerprint(loaded.model))
-    groups = [select(cmap, buckets=buckets, bucket=number).all_units for number in range(1, buckets + 1)]
-    of_groups = [[unit(*one) for one in group] for group in groups]
+    groups = [select(cmap, buckets=buckets, bucket=number).units for number in range(1, buckets + 1)]
     safety, utility = calibration
-    shifts = ablate_groups(*loaded, groups=of_groups, safety=safety, utility=utility, config=recipe.diagnose)
+    shifts = ablate_groups(*loaded, groups=groups, safety=safety, utility=utility, config=recipe.diagnose)
     row_of = {one: row for row, one in enumerate(cmap.units)}
     # The combined map may hold of each head the shift on its worst domain only.
     maps = list(cmap.domains.values()) or [cmap]

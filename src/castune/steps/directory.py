@@ -270,8 +270,8 @@ class RunDirectory:
                 f"{arm.adapter}: the adapter ({found}) is not the one its certificate was made for "
                 f"({certificate.adapter_hash}); run: {again}"
             )
-        wanted = (selection.heads, selection.units, selection.mlp_groups, selection.model_fingerprint)
-        if (certificate.selection, certificate.units, certificate.mlp_groups, certificate.model_fingerprint) != wanted:
+        wanted = (selection.units, selection.mlp_groups, selection.model_fingerprint)
+        if (certificate.units, certificate.mlp_groups, certificate.model_fingerprint) != wanted:
             raise _other_selection(arm, again)
 
     def load_evaluations(self) -> dict[str, EvalResult]:

@@ -147,17 +147,16 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
     record = tuning or masked
     model = record.model if record else {"name": display_name(_named_base(adapter) or "") or "unknown"}
     selection = HeadSelection(
-        heads=certificate.selection,
+        units=certificate.units,
         zone=masked.zone if masked else "custom",
         fraction=None,
         buckets=None,
         bucket=None,
         score="conflict",
         seed=None,
-        n_total=masked.n_total if masked else len(certificate.selection) + len(certificate.units),
+        n_total=masked.n_total if masked else len(certificate.units),
         model_fingerprint=certificate.model_fingerprint,
         conflict_map_hash=None,
-        units=certificate.units,
         mlp_groups=certificate.mlp_groups,
     )
     facts = CardFacts(

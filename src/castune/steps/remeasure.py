@@ -12,6 +12,7 @@ from pathlib import Path
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.records import AdapterRecord
 from castune.artifacts.tune_result import adapter_hash
+from castune.artifacts.unit import only_heads
 from castune.config import DiagnoseConfig, Recipe
 from castune.core.loading import LoadedModel
 from castune.diagnosis.run import diagnose
@@ -92,5 +93,5 @@ def require_query_heads(cmap: ConflictMap, what: str) -> None:
     Raises:
         CastuneError: the message begins with `what`.
     """
-    if cmap.kinds != ["q_head"]:
+    if not only_heads(cmap.units):
         raise CastuneError(f"{what} on maps of query heads; this one has {', '.join(cmap.kinds)}")

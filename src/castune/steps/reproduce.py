@@ -237,9 +237,9 @@ def _arm_again(
     place = again.main_arm(chosen) if arm.folder == folder.path else again.side_arm(arm.name)
     chosen.save(place.folder)
     of_heads = f"heads of {arm.name}"
-    lost = set(selection.all_units) - set(chosen.all_units)
+    lost = set(selection.units) - set(chosen.units)
     if lost:
-        n = len(selection.all_units)
+        n = len(selection.units)
         yield Comparison(of_heads, "different", f"{len(lost)} of {n} are others: rounding decided between near ties")
     else:
         yield Comparison(of_heads, "same", selection.counted)

@@ -25,9 +25,9 @@ def select_arm(folder: RunDirectory, name: ArmName, config: SelectConfig, cmap: 
     main = folder.main_selection()
     size = config.fraction
     if main is not None:
-        size = len(main.heads) / main.n_total
-        if main.units:  # the same share of each kind, which rounds apart for each
-            size = main.fraction or (1 / main.buckets if main.buckets else len(main.all_units) / main.n_total)
+        size = len(main.units) / main.n_total
+        if not main.only_heads:  # the same share of each kind, which rounds apart for each
+            size = main.fraction or (1 / main.buckets if main.buckets else size)
     selection = select(
         cmap,
         zone=name.zone or "safe",

@@ -173,7 +173,7 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
 
 def _anchor(folder: RunDirectory, cmap: ConflictMap, curve: CostCurve, name: str) -> Anchor:
     arm = folder.arm(name)
-    heads = folder.load_selection(arm, cmap).all_units
+    heads = folder.load_selection(arm, cmap).units
     safest = {cmap.units[row] for row in curve.order_H[: len(heads)]}
     if set(heads) != safest:
         raise CastuneError(f"--anchor {name}: accepted are arms of the safest heads: all, safe, safe-50, ...")

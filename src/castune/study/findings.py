@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from castune.artifacts import ConflictMap
+from castune.artifacts import ConflictMap, Unit
 from castune.config import StudyConfig, method_suffix
 from castune.selection import SCORE_COLUMNS
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
@@ -221,9 +221,9 @@ def _depth_controls(results: Results) -> list[DepthControl]:
     usual = results.of(REFERENCE)
     if not usual:
         return []
-    n_heads = len(usual[0].selection.all_units)
+    n_heads = len(usual[0].selection.units)
     # Buckets differ by a head where the number of heads is no multiple.
-    arms = _unlike([t for t in _plain(results) if abs(len(t.selection.all_units) - n_heads) <= 1])
+    arms = _unlike([t for t in _plain(results) if abs(len(t.selection.units) - n_heads) <= 1])
     found = []
     for score in SCORE_COLUMNS:
         for cost in ("ucr", "utility_lost"):
@@ -289,12 +289,12 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
     predicted, lost, heads = [], [], []
     for name in names:
         trials = results.of(name)
-        shares = [predicted_cost(score_H, [row_of[unit] for unit in trial.selection.all_units]) for trial in trials]
+        shares = [predicted_cost(score_H, [row_of[unit] for unit in trial.selection.units]) for trial in trials]
         losses = [loss for loss, _ in costs_of(trials, results.base, "utility_lost")]
         known = [loss for loss in losses if loss is not None]
         predicted.append(sum(shares) / len(shares))
         lost.append(sum(known) / len(known) if len(known) == len(losses) else None)
-        heads.append(len(trials[0].selection.all_units))
+        heads.append(len(trials[0].selection.units))
     return BudgetCheck(
         curve=map_curve(cmap),
         arms=tuple(names),
@@ -316,9 +316,9 @@ def _plain(results: Results) -> list[Trial]:
 
 def _unlike(trials: Sequence[Trial]) -> list[Trial]:
     """Without arms that have nearly the heads of one before, which add no evidence: safe and the last bucket."""
-    kept: dict[str, set[tuple[str, int, int]]] = {}
+    kept: dict[str, set[Unit]] = {}
     for trial in trials:
-        units = set(trial.selection.all_units)
+        units = set(trial.selection.units)
         if trial.arm not in kept and all(len(units & other) <= _ALIKE * len(units | other) for other in kept.values()):
             kept[trial.arm] = units
     return [trial for trial in trials if trial.arm in kept]

@@ -204,7 +204,7 @@ def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
     model = skeleton(config, torch_dtype_of(recipe.dtype, recipe.device))
     wanted, layers = recipe.diagnose, recipe.diagnose.layers
     units = UnitLayout.of(
-        model, HeadLayout.unproven(model), wanted.units, n_mlp_groups=wanted.mlp_groups, layers=layers, prove=False
+        model, HeadLayout.unproven(model), wanted.kinds, n_mlp_groups=wanted.mlp_groups, layers=layers, prove=False
     ).units
     n_heads = sum(layers is None or unit.layer in layers for unit in units)
     hashes = _checked_data(recipe) if data else {}

@@ -174,7 +174,7 @@ def _arm_rows(results: Results, arms: Iterable[str], *, calibration: str = "main
     for arm in arms:
         trials = results.of(arm, calibration)
         if trials:
-            head: Row = {"calibration": calibration, "arm": arm, "heads": len(trials[0].selection.all_units)}
+            head: Row = {"calibration": calibration, "arm": arm, "heads": len(trials[0].selection.units)}
             head["mean_conflict"] = _mean(trial.scores["conflict"] for trial in trials)
             rows.append({**head, **summary_row(trials, results.base)})
     if rows and base and results.base is not None:
@@ -249,7 +249,7 @@ def _cost(trial: Trial, cost: str) -> float | None:
 def _trial_row(trial: Trial) -> Row:
     row: Row = {
         "calibration": trial.calibration, "arm": trial.arm, "trained": trial.trained, "seed": trial.seed,
-        "heads": len(trial.selection.all_units),
+        "heads": len(trial.selection.units),
         "layers": len(trial.selection.layers), "mean_conflict": trial.scores["conflict"],
         "mean_gradient": trial.scores["gradient"], "mean_sensitivity": trial.scores["sensitivity"],
         "mean_layer": trial.depth,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult, Unit
 from castune.selection import SCORE_COLUMNS
 from castune.stats.estimates import CostRatio
 from castune.steps.changes import cost_ratios
@@ -164,8 +164,8 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
             seed=run.seed,
             is_draw=run.is_draw,
             selection=selection,
-            scores=mean_scores(cmap, selection.all_units),
-            depth=float(np.mean([layer for _, layer, _ in selection.all_units])),
+            scores=mean_scores(cmap, selection.units),
+            depth=float(np.mean([one.layer for one in selection.units])),
             measured=Measured.of(result),
             cost_ratio=cost_ratios(pair).get(name),
             mmlu_cost_ratio=cost_ratios(pair, MMLU).get(name),
@@ -177,7 +177,7 @@ def _data_of(result: EvalResult) -> list[tuple[str, str]]:
     return [(suite.suite, suite.data_hash) for suite in result.suites]
 
 
-def mean_scores(cmap: ConflictMap, units: Sequence[tuple[str, int, int]]) -> dict[str, float]:
+def mean_scores(cmap: ConflictMap, units: Sequence[Unit]) -> dict[str, float]:
     """Mean C, O and S over heads, or other units, of a map: what a bucket's cost is predicted by (Section 5.3)."""
     row_of = {unit: row for row, unit in enumerate(cmap.units)}
     rows = [row_of[unit] for unit in units]

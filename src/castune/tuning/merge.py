@@ -21,8 +21,9 @@ from castune.artifacts.tune_result import ADAPTER_WEIGHTS
 from castune.core.heads import HeadLayout
 from castune.core.quantisation import is_quantised
 from castune.errors import CastuneError, CertificateError
+from castune.tuning.adapter_files import lora_pairs, plain_lora_config
 from castune.tuning.targets import Target, targets, units_for
-from castune.tuning.verify import bits, certify, lora_pairs, merged_rows, plain_lora_config
+from castune.tuning.verify import bits, certify, merged_rows
 
 _WEIGHT = ".weight"
 

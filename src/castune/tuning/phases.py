@@ -134,7 +134,7 @@ class Phases:
         return tuple(
             {
                 "step": start,
-                "units": [list(one) for one in found.all_units],
+                "units": [list(one) for one in found.units],
                 "map_hash": found.conflict_map_hash,
             }
             for start, found in zip(self.starts, self.selections, strict=True)
@@ -159,7 +159,7 @@ def require_reselection(config: TuneConfig, selection: HeadSelection, reselect: 
     """
     if config.reselect_steps is None:
         return
-    if selection.units:
+    if not selection.only_heads:
         raise CastuneError(
             f"reselect_steps = {config.reselect_steps} is for query heads; selected are {selection.counted}"
         )

@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from castune.artifacts import HeadSelection
 from castune.core.heads import HeadLayout
 from castune.core.units import UnitLayout
 from castune.errors import CastuneError
+from castune.names import plural
+from castune.tuning.adapter_files import ADAPTER_NAME, PREFIX
 from castune.tuning.targets import Target, targets, units_for
-
-ADAPTER_NAME = "default"
 
 
 class MaskedLinear(nn.Linear):
@@ -75,7 +74,7 @@ def sparse_lora(
     layout = HeadLayout.of(model)
     wanted = targets(units_for(model, layout, selection), selection)
     peft_model = get_peft_model(model, lora_config(model, layout, selection, wanted, r=r, alpha=alpha))
-    wrapped = {name.removeprefix("base_model.model.") for name, _ in lora_layers(peft_model)}
+    wrapped = {path for path, _ in lora_layers(peft_model)}
     if wrapped != wanted.keys():
         peft_model.unload()
         raise CastuneError(f"PEFT wrapped {sorted(wrapped ^ wanted.keys())} beside the selected layers of this model")
@@ -99,36 +98,25 @@ def lora_config(
     alpha: float,
 ) -> Any:
     """The `LoraConfig` of plain LoRA on the projections that hold a part of a selected unit, and on no others."""
-    config = query_lora_config(model, layout, selection, r=r, alpha=alpha)
-    if selection.units:
-        # Names and layers could not tell apart projections that are chosen in different layers.
-        config.target_modules = set(wanted)
-        config.layers_to_transform = None
-        config.fan_in_fan_out = any(target.transposed for target in wanted.values())
-    return config
-
-
-def query_lora_config(model: nn.Module, layout: HeadLayout, selection: HeadSelection, *, r: int, alpha: float) -> Any:
-    """The `LoraConfig` of plain LoRA on the query projections of the layers that hold a selected head."""
     from peft import LoraConfig
 
-    layers = sorted({layer for layer, _ in selection.heads})
-    by_path = _names_others(model, layout, layers)
+    names = {path.rpartition(".")[2] for path in wanted}
+    # Names and layers could not tell apart projections that are chosen in different layers.
+    by_path = not selection.only_heads or _names_others(model, layout, names)
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules=sorted({layout.at(n).query_path if by_path else layout.at(n).query_name for n in layers}),
-        layers_to_transform=None if by_path else layers,
-        fan_in_fan_out=any(layout.at(layer).transposed for layer in layers),
+        target_modules=sorted(wanted if by_path else names),
+        layers_to_transform=None if by_path else list(selection.layers),
+        fan_in_fan_out=any(target.transposed for target in wanted.values()),
         task_type="CAUSAL_LM",
     )
 
 
-def _names_others(model: nn.Module, layout: HeadLayout, layers: Sequence[int]) -> bool:
+def _names_others(model: nn.Module, layout: HeadLayout, names: Collection[str]) -> bool:
     """Whether other modules are called as the query projections are: those of a vision tower, say."""
-    names = {layout.at(layer).query_name for layer in layers}
     paths = {layout.at(layer).query_path for layer in layout.layers_with_heads}
     return any(path.rpartition(".")[2] in names and path not in paths for path, _ in model.named_modules())
 
@@ -144,51 +132,11 @@ def _refuse_adapted(model: nn.Module) -> None:
             )
 
 
-def row_mask(layout: HeadLayout, selection: HeadSelection, layer: int) -> Tensor:
-    """True for the query rows of the selected heads of a layer, over the projection's output dimension."""
-    heads = selection.heads_of(layer)
-    n_rows = max(layout.query_rows(layer, head).stop for head in range(layout.n_heads(layer)))
-    mask = torch.zeros(n_rows, dtype=torch.bool)
-    for head in heads:
-        mask[layout.query_rows(layer, head)] = True
-    return mask
-
-
-def projection_mask(layout: HeadLayout, selection: HeadSelection, layer: int, n_rows: int) -> Tensor:
-    """`row_mask` over all rows of the projection: a fused one has keys and values after or between its queries."""
-    mask = torch.zeros(n_rows, dtype=torch.bool)
-    selected = row_mask(layout, selection, layer)
-    mask[: len(selected)] = selected
-    return mask
-
-
 def lora_layers(peft_model: nn.Module) -> list[tuple[str, Any]]:
-    """(path, module) of every module that carries a LoRA adapter."""
-    return [(name, module) for name, module in peft_model.named_modules() if hasattr(module, "lora_B")]
-
-
-def save_adapter(peft_model: Any, weights: dict[str, Tensor] | None, folder: str | Path) -> None:
-    """Write an adapter as a standard PEFT adapter.
-
-    Args:
-        peft_model: the wrapped model.
-        weights: the adapter's parameters (`adapter_weights`); None: those that the model holds.
-        folder: where to.
-    """
-    # PEFT would ask the hub whether the vocabulary was resized, and then save embeddings, which are never trained here.
-    peft_model.save_pretrained(
-        folder, selected_adapters=[ADAPTER_NAME], state_dict=weights, save_embedding_layers=False
-    )
-
-
-def adapter_weights(peft_model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's parameters by name, gathered where FSDP has sharded them: all processes have to call this."""
-    found = {}
-    for name, parameter in peft_model.named_parameters():
-        if "lora_" in name:
-            full_tensor = getattr(parameter, "full_tensor", None)
-            found[name] = (parameter if full_tensor is None else full_tensor()).detach()
-    return found
+    """(path in the base model, module) of every module that carries a LoRA adapter."""
+    return [
+        (name.removeprefix(PREFIX), module) for name, module in peft_model.named_modules() if hasattr(module, "lora_B")
+    ]
 
 
 def budget(peft_model: nn.Module, layout: UnitLayout, selection: HeadSelection) -> dict[str, int]:
@@ -200,8 +148,8 @@ def budget(peft_model: nn.Module, layout: UnitLayout, selection: HeadSelection) 
     """
     wanted = targets(layout, selection)
     n_trained_a = n_effective = 0
-    for name, module in lora_layers(peft_model):
-        target = wanted[name.removeprefix("base_model.model.")]
+    for path, module in lora_layers(peft_model):
+        target = wanted[path]
         a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
         rank, n_chosen = a.shape[0], int(target.mask.sum())
         n_effective += rank * n_chosen if target.axis == 0 else b.numel()
@@ -215,8 +163,8 @@ def budget(peft_model: nn.Module, layout: UnitLayout, selection: HeadSelection) 
         "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
         "effective_parameters": n_effective,
     }
-    if selection.units:
-        found |= {f"{kind}s": number for kind, number in Counter(kind for kind, _, _ in selection.units).items()}
+    if not selection.only_heads:
+        found |= Counter(plural(one.kind) for one in selection.units if not one.is_head)
         for axis, name in enumerate(("rows", "columns")):
             found[name] = sum(int(target.mask.sum()) for target in wanted.values() if target.axis == axis)
     return found

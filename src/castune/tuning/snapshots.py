@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from castune.artifacts.files import new_directory
 from castune.config import TuneConfig
 from castune.core.shards import Shard
-from castune.tuning.row_lora import adapter_weights, save_adapter
+from castune.tuning.adapter_files import adapter_weights, save_adapter
 from castune.tuning.workspace import Workspace
 
 

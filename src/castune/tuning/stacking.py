@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from castune.tuning.verify import PREFIX, lora_pairs, plain_lora_config
+from castune.tuning.adapter_files import PREFIX, lora_pairs, plain_lora_config
 
 
 def stack(adapters: Sequence[Path], out: Path, *, layers_of: Sequence[Path] = ()) -> None:

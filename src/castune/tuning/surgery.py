@@ -24,7 +24,7 @@ from castune.core.units import UnitLayout
 from castune.data.rows import Row
 from castune.errors import CastuneError, TrainingError
 from castune.names import SurgeryMethod
-from castune.tuning.row_lora import ADAPTER_NAME
+from castune.tuning.adapter_files import ADAPTER_NAME
 from castune.tuning.targets import selected_units, targets
 
 Weights = tuple[float, float]

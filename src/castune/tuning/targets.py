@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from castune.artifacts import HeadSelection
+from castune.artifacts import HeadSelection, Unit
 from castune.artifacts.fingerprints import same_model
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
-from castune.core.units import Unit, UnitLayout, unit
+from castune.core.units import UnitLayout
 from castune.errors import CastuneError
 
 
@@ -48,26 +48,23 @@ class Target:
 
 def selected_units(selection: HeadSelection) -> list[Unit]:
     """The units of a selection, layer by layer."""
-    return sorted((unit(*one) for one in selection.all_units), key=lambda one: one.layer)
+    return sorted(selection.units, key=lambda one: one.layer)
 
 
 def units_for(model: nn.Module, layout: HeadLayout, selection: HeadSelection) -> UnitLayout:
     """Where the units of a selection are, checked: see `check_selection`; those of other layers are not located."""
     check_selection(model, layout, selection)
-    if not selection.units:
-        return UnitLayout(layout)
-    kinds = [f"{kind}s" for kind in selection.kinds]
     layers = [layer for layer in selection.layers if 0 <= layer < layout.n_layers]
-    found = UnitLayout.of(model, layout, kinds, n_mlp_groups=selection.mlp_groups or 0, layers=layers)
-    unknown = sorted(set(selection.all_units) - {(one.kind, one.layer, one.number) for one in found.units})
+    found = UnitLayout.of(model, layout, selection.kinds, n_mlp_groups=selection.mlp_groups or 0, layers=layers)
+    unknown = sorted(set(selection.units) - set(found.units))
     if unknown:
-        raise CastuneError(f"the selection names units this model does not have: {unknown[:5]}")
+        raise CastuneError(f"the selection names units this model does not have: {', '.join(map(str, unknown[:5]))}")
     return found
 
 
 def check_selection(model: nn.Module, layout: HeadLayout, selection: HeadSelection) -> None:
     """Refuse a selection that is empty, was made for another model, or names heads that do not exist."""
-    if not selection.heads and not selection.units:
+    if not selection.units:
         raise CastuneError("the selection has no heads; nothing would be trained")
     found = fingerprint(model)
     if not same_model(selection.model_fingerprint, found):

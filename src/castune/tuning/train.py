@@ -32,9 +32,10 @@ from castune.data.example import Example, require_replies
 from castune.data.record import data_record
 from castune.data.rows import Row
 from castune.errors import CastuneError, DataError, TrainingError
+from castune.tuning.adapter_files import adapter_weights, save_adapter
 from castune.tuning.phases import Phases, Reselect, require_reselection
 from castune.tuning.preferences import Pair, preference_pairs, preference_trainer, require_trl
-from castune.tuning.row_lora import adapter_weights, budget, save_adapter, sparse_lora
+from castune.tuning.row_lora import budget, sparse_lora
 from castune.tuning.snapshots import Snapshots, snapshot_steps
 from castune.tuning.stacking import frozen_updates
 from castune.tuning.surgery import Operation, parameter_groups, require_method
@@ -112,8 +113,8 @@ def tune(
                 {
                     "model": identity["fingerprint"],
                     "chat_template": identity["chat_template"],
-                    "heads": selection.heads,
-                    **({"units": selection.units, "mlp_groups": selection.mlp_groups} if selection.units else {}),
+                    "units": [*map(str, selection.units)],
+                    "mlp_groups": selection.mlp_groups,
                     # Later selections depend on the settings and the data of the map.
                     **({"map": selection.conflict_map_hash} if config.reselect_steps else {}),
                     "settings": config.model_dump(mode="json"),

@@ -17,7 +17,7 @@ from castune.core.losses import RowBatch, reply_nll
 from castune.core.progress import Progress
 from castune.data.rows import Row
 from castune.errors import TrainingError
-from castune.tuning.row_lora import save_adapter
+from castune.tuning.adapter_files import save_adapter
 from castune.tuning.surgery import Operation
 from castune.tuning.workspace import Workspace
 

@@ -18,6 +18,7 @@ import pytest
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import SCHEMA_VERSION, new_directory, replacing, write_json, write_text
+from castune.artifacts.unit import joined
 from castune.errors import ArtifactError
 
 MODEL = {"name": "tiny", "fingerprint": "0123456789abcdef", "parameters": 7}
@@ -41,14 +42,16 @@ def without_digest(path: Path) -> dict[str, Any]:
 
 
 SELECTION = HeadSelection(
-    heads=((1, 2), (0, 1)), zone="safe", fraction=0.25, buckets=None, bucket=None, score="conflict", seed=None,
+    units=joined([(1, 2), (0, 1)]), zone="safe", fraction=0.25, buckets=None, bucket=None, score="conflict", seed=None,
     n_total=6, model_fingerprint="0123456789abcdef", conflict_map_hash="fedcba9876543210",
 )  # fmt: skip
 MIXED = dataclasses.replace(
-    SELECTION, units=(("o_head", 1, 0), ("mlp_group", 0, 3), ("mlp_group", 0, 1)), mlp_groups=4
-)  # fmt: skip
+    SELECTION,
+    units=joined([(1, 2), (0, 1)], [("o_head", 1, 0), ("mlp_group", 0, 3), ("mlp_group", 0, 1)]),
+    mlp_groups=4,
+)
 CERTIFICATE = Certificate(
-    model_fingerprint="0123456789abcdef", selection=((0, 1), (1, 2)), adapter_hash="aa", checked_rows=16,
+    model_fingerprint="0123456789abcdef", units=joined([(0, 1), (1, 2)]), adapter_hash="aa", checked_rows=16,
     checked_tensors=3, changed_rows=15, selected_rows=16, largest_change=0.125,
 )  # fmt: skip
 MIXED_CERTIFICATE = dataclasses.replace(
@@ -148,7 +151,7 @@ def test_an_interrupt_between_the_maps_leaves_no_combined_one(tmp_path: Path, mo
 def test_equality_sees_every_field(tmp_path: Path) -> None:
     for artifact in (MIXED, CERTIFICATE, TUNING, EVALUATION, SUITE):
         for field in dataclasses.fields(artifact):
-            changed = {"heads": ((0, 0),), "units": (("mlp_group", 0, 0),)}.get(field.name, "changed")
+            changed = {"units": joined([], [("mlp_group", 0, 0)])}.get(field.name, "changed")
             assert dataclasses.replace(artifact, **{field.name: changed}) != artifact
     assert conflict_map() != conflict_map(conflict_score=np.zeros(6))
     other = ConflictMap(conflict_map().table, {**conflict_map().metadata, "seconds": 2.0})
@@ -162,13 +165,13 @@ def test_samples_with_line_separators_inside_are_one_line_each(tmp_path: Path) -
 
 
 def test_what_was_trained_is_the_union_of_all_selections() -> None:
-    first = dataclasses.replace(SELECTION, heads=((0, 1), (1, 2)))
+    first = dataclasses.replace(SELECTION, units=joined([(0, 1), (1, 2)]))
     tuning = dataclasses.replace(
         RESELECTED, selections=(*RESELECTED.selections, {"step": 2, "units": [["q_head", 1, 0]], "map_hash": "ba"})
     )
-    assert tuning.trained(first) == dataclasses.replace(first, heads=((0, 1), (1, 0), (1, 2)))
+    assert tuning.trained(first) == dataclasses.replace(first, units=joined([(0, 1), (1, 0), (1, 2)]))
     assert tuning.began_with(first)
-    assert not tuning.began_with(dataclasses.replace(first, heads=((0, 1),)))
+    assert not tuning.began_with(dataclasses.replace(first, units=joined([(0, 1)])))
     assert TUNING.trained(first) == first
     assert MIXED.joined([SELECTION]) == MIXED
 
@@ -178,7 +181,7 @@ def test_selection_sorts_its_heads_and_refuses_doubles() -> None:
     assert SELECTION.layers == (0, 1)
     assert SELECTION.heads_of(1) == (2,)
     with pytest.raises(ValueError, match="twice"):
-        dataclasses.replace(SELECTION, heads=((0, 1), (0, 1)))
+        dataclasses.replace(SELECTION, units=joined([(0, 1), (0, 1)]))
 
 
 # -- atomic writes
@@ -392,10 +395,11 @@ def test_every_missing_field_is_a_damaged_artifact(tmp_path: Path, name: str) ->
     record = without_digest(tmp_path / file)
     # Records from before there was something (gradient surgery, other units, intervals) do not have it.
     optional = {field.name for field in dataclasses.fields(artifact) if field.default is not dataclasses.MISSING}
-    assert optional < {"surgery", "utility", "selections", "units", "mlp_groups", "samples_hash"} | {
+    assert optional < {"surgery", "utility", "selections", "mlp_groups", "samples_hash"} | {
         f"{what}_columns" for what in ("checked", "changed", "selected")
     }
-    for key in record.keys() - optional - {"kind", "schema_version", "samples_hash"}:
+    # Query heads are apart in a file: `units` are others.
+    for key in record.keys() - optional - {"units", "kind", "schema_version", "samples_hash"}:
         write_text(tmp_path / file, json.dumps({k: v for k, v in record.items() if k != key}))
         with pytest.raises(ArtifactError, match=f"{file}.*{key}"):
             type(artifact).load(tmp_path)

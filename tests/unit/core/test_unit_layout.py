@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from castune import HeadLayout, UnsupportedArchitecture
+from castune.artifacts import Unit
 from castune.core.ablation import ablate_at, record_residuals, resume_from, site_means
-from castune.core.heads import HeadId
-from castune.core.units import KINDS, UnitId, UnitLayout
+from castune.core.units import UnitLayout
+from castune.names import KINDS
 
 IDS = torch.arange(40, 100).reshape(3, 20)  # longer than the sliding windows of 16
 N_GROUPS = 5  # does not divide the 48 neurons
 EXPERTS = ("mixtral", "qwen3_moe", "llama4_text", "gpt_oss", "qwen3_next", "deepseek_v3")
 NOT_THERE = {
-    **{(family, kind): "mixture of experts" for family in EXPERTS for kind in ("mlp_blocks", "mlp_groups")},
-    **{("deepseek_v3", kind): "no projection of keys and of values" for kind in ("k_groups", "v_groups")},
+    **{(family, kind): "mixture of experts" for family in EXPERTS for kind in ("mlp_block", "mlp_group")},
+    **{("deepseek_v3", kind): "no projection of keys and of values" for kind in ("k_group", "v_group")},
 }
 
 
@@ -45,7 +46,7 @@ def layout_of(model: Any, *kinds: str, **options: Any) -> UnitLayout:
 def layouts(any_family: str, any_tiny_model: Any) -> dict[str, UnitLayout]:
     """Where the units of every kind are that the family has."""
     heads = HeadLayout.of(any_tiny_model)
-    kinds = [kind for kind in KINDS if (any_family, kind) not in NOT_THERE]
+    kinds = [kind for kind in KINDS.values() if (any_family, kind) not in NOT_THERE]
     return {kind: UnitLayout.of(any_tiny_model, heads, (kind,), n_mlp_groups=N_GROUPS) for kind in kinds}
 
 
@@ -69,8 +70,8 @@ def test_parts_tile_the_projections_and_are_what_each_family_computes(
     for kind, layout in layouts.items():
         claimed: dict[str, Tensor] = {}
         fused = layout.heads.at(layout.heads.layers_with_heads[0]).layout != "separate"
-        together = kind in ("q_heads", "k_groups", "v_groups") and fused
-        every = UnitLayout.of(any_tiny_model, layout.heads, ("q_heads", "k_groups", "v_groups")) if together else layout
+        together = kind in ("q_head", "k_group", "v_group") and fused
+        every = UnitLayout.of(any_tiny_model, layout.heads, ("q_head", "k_group", "v_group")) if together else layout
         for one in every.units:
             for part in every.parts(one):
                 weight = every.weight(any_tiny_model, part.path)
@@ -102,7 +103,7 @@ def expected_keys_and_values(model: Any, weight: Tensor) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox", "bloom", "falcon", "falcon_multi_query"])
 def test_gradients_of_fused_keys_and_values(tiny_model: Callable[..., Any], family: str) -> None:
     model = tiny_model(family)
-    layout = layout_of(model, "k_groups", "v_groups")
+    layout = layout_of(model, "k_group", "v_group")
     model(IDS, labels=IDS).loss.backward()
     for layer in range(3):
         gradient = layout.weight(model, layout.key_values[layer].key_path).grad
@@ -135,9 +136,9 @@ def test_ablation_equals_zeroed_weights_and_resumes(any_tiny_model: Any, layouts
             logits(any_tiny_model)
         for one in layout.units:
             # A query head is ablated behind the attention, as its columns of the output projection are.
-            as_columns = UnitId(one.layer, one.number, "o_head") if one.kind == "q_head" else one
+            as_columns = one._replace(kind="o_head") if one.kind == "q_head" else one
             expected = logits(silenced(any_tiny_model, layout, as_columns))
-            with ablate_at(any_tiny_model, layout.site(one.kind, one.layer), one.number):
+            with ablate_at(any_tiny_model, layout.site(*one.place), one.index):
                 found = logits(any_tiny_model)
                 with resume_from(any_tiny_model, layout.heads, one.layer, residuals[one.layer]):
                     assert torch.equal(logits(any_tiny_model, IDS.flip(0)), found)
@@ -151,7 +152,7 @@ def test_one_unit_a_row_equals_one_by_one(any_family: str, any_tiny_model: Any, 
     for kind, layout in layouts.items():
         whole = logits(any_tiny_model)
         for layer in sorted({one.layer for one in layout.units}):
-            site, last = layout.site(kind[:-1], layer), layout.n_units(kind[:-1], layer) - 1
+            site, last = layout.site(kind, layer), layout.n_units(kind, layer) - 1
             units = torch.tensor([last, -1, 0])
             with ablate_at(any_tiny_model, site, units):
                 together = logits(any_tiny_model)
@@ -167,22 +168,22 @@ def test_one_unit_a_row_equals_one_by_one(any_family: str, any_tiny_model: Any, 
 def test_units_of_several_kinds_in_one_batch(tiny_model: Callable[..., Any], family: str) -> None:
     """A row each, of whatever kinds and layers; two kinds may share a fused projection."""
     model = tiny_model(family)
-    layout = layout_of(model, *KINDS)
-    units = [UnitId(0, 1, "k_group"), UnitId(0, 0, "v_group"), UnitId(2, 3, "mlp_group")]
+    layout = layout_of(model, *KINDS.values())
+    units = [Unit("k_group", 0, 1), Unit("v_group", 0, 0), Unit("mlp_group", 2, 3)]
     with ExitStack() as stack:
         for row, one in enumerate(units):
-            of_row = torch.tensor([one.number if other == row else -1 for other in range(3)])
-            stack.enter_context(ablate_at(model, layout.site(one.kind, one.layer), of_row))
+            of_row = torch.tensor([one.index if other == row else -1 for other in range(3)])
+            stack.enter_context(ablate_at(model, layout.site(*one.place), of_row))
         together = logits(model)
     for row, one in enumerate(units):
-        with ablate_at(model, layout.site(one.kind, one.layer), one.number):
+        with ablate_at(model, layout.site(*one.place), one.index):
             torch.testing.assert_close(together[row], logits(model)[row], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
 def test_means_of_sites_equal_hand_computation(tiny_model: Callable[..., Any], family: str) -> None:
     model = tiny_model(family)
-    layout = layout_of(model, "k_groups", "mlp_groups")
+    layout = layout_of(model, "k_group", "mlp_group")
     sites = {name: layout.site(name, 1) for name in ("k_group", "mlp_group")}
     mask = torch.arange(20) < torch.tensor([20, 7, 13])[:, None]
 
@@ -204,7 +205,7 @@ def test_means_of_sites_equal_hand_computation(tiny_model: Callable[..., Any], f
 
 
 def test_all_groups_together_are_the_whole_mlp(tiny_model: Callable[..., Any]) -> None:
-    layout = layout_of(tiny_model("llama"), "mlp_groups", "mlp_blocks")
+    layout = layout_of(tiny_model("llama"), "mlp_group", "mlp_block")
     spans = layout.site("mlp_group", 1).spans
     assert [stop - start for start, stop in spans] == [10, 10, 10, 9, 9]
     assert [spans[0][0], *(stop for _, stop in spans)] == [0, *(start for start, _ in spans[1:]), 48]
@@ -215,15 +216,15 @@ def test_all_groups_together_are_the_whole_mlp(tiny_model: Callable[..., Any]) -
 def test_query_heads_need_no_location_of_anything_else(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("mixtral")
     heads = HeadLayout.of(model)
-    assert UnitLayout(heads).units == heads.heads
-    assert all(isinstance(one, HeadId) for one in layout_of(model, "q_heads").units)
+    assert UnitLayout(heads).units == tuple(Unit("q_head", *head) for head in heads.heads)
+    assert layout_of(model, "q_head").units == UnitLayout(heads).units
 
 
 @pytest.mark.parametrize(("family", "dense"), [("llama4_text", [0, 2]), ("deepseek_v3", [0])])
 def test_dense_layers_of_a_model_with_experts_can_be_chosen(
     tiny_model: Callable[..., Any], family: str, dense: list[int]
 ) -> None:
-    layout = layout_of(tiny_model(family), "mlp_groups", layers=dense)
+    layout = layout_of(tiny_model(family), "mlp_group", layers=dense)
     assert {one.layer for one in layout.units} == set(dense)
 
 
@@ -237,7 +238,7 @@ def test_keys_and_values_in_each_others_place_are_refused(tiny_model: Callable[.
     split = attention._reshape
     attention._reshape = lambda fused: tuple(split(fused)[i] for i in (0, 2, 1))
     with pytest.raises(UnsupportedArchitecture, match=r"layer 1 \(transformer\.h\.1\.self_attention\): .*hold values"):
-        layout_of(model, "k_groups")
+        layout_of(model, "k_group")
 
 
 class _Rolled(nn.Module):
@@ -255,7 +256,7 @@ def test_neurons_that_are_mixed_are_refused(tiny_model: Callable[..., Any]) -> N
     model = tiny_model("llama")
     model.model.layers[2].mlp.act_fn = _Rolled()
     with pytest.raises(UnsupportedArchitecture, match=r"layer 2 .*gate_proj.*also moved neurons of other groups"):
-        layout_of(model, "mlp_groups")
+        layout_of(model, "mlp_group")
     assert hooks_left(model) == 0
 
 
@@ -263,13 +264,13 @@ def test_neurons_without_effect_are_refused(tiny_model: Callable[..., Any]) -> N
     model = tiny_model("gpt2")
     model.transformer.h[1].mlp.act = _Nothing()
     with pytest.raises(UnsupportedArchitecture, match=r"layer 1 .*did not move its neurons"):
-        layout_of(model, "mlp_groups")
+        layout_of(model, "mlp_group")
 
 
 def test_more_groups_than_neurons_are_refused(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     with pytest.raises(UnsupportedArchitecture, match="48 neurons cannot be cut into 49 groups"):
-        UnitLayout.of(model, HeadLayout.of(model), ("mlp_groups",), n_mlp_groups=49)
+        UnitLayout.of(model, HeadLayout.of(model), ("mlp_group",), n_mlp_groups=49)
 
 
 def test_a_norm_over_all_kv_groups_is_told(tiny_model: Callable[..., Any]) -> None:
@@ -277,7 +278,7 @@ def test_a_norm_over_all_kv_groups_is_told(tiny_model: Callable[..., Any]) -> No
     with pytest.warns(UserWarning, match="normalises queries"):
         heads = HeadLayout.of(model)
     with pytest.warns(UserWarning, match="normalises keys across all KV groups") as caught:
-        layout = UnitLayout.of(model, heads, ("k_groups",))
+        layout = UnitLayout.of(model, heads, ("k_group",))
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert len(layout.units) == 6

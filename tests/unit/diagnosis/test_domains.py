@@ -19,6 +19,7 @@ from castune.core.journal import Journal
 from castune.data.example import Example
 from castune.diagnosis import grams
 from castune.diagnosis.domains import utility_hash, utility_sets
+from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.reliability import spearman
 from castune.errors import ArtifactError, MapUnfinished
 from castune.stats.ranking import bucket_numbers
@@ -380,7 +381,7 @@ def test_a_domain_that_cannot_be_measured_is_named(
 ) -> None:
     """Scores that are not finite in one domain."""
     broken = [replace(example, id=f"broken-{example.id}") for example in questions]
-    plain = castune.diagnose.__globals__["Objectives"].utility_measure
+    plain = Objectives.utility_measure
 
     def measure(self: Any, examples: Sequence[Example]) -> Any:
         found = plain(self, examples)
@@ -388,7 +389,7 @@ def test_a_domain_that_cannot_be_measured_is_named(
             object.__setattr__(found, "outcome", lambda _n, _values: np.nan)
         return found
 
-    monkeypatch.setattr(castune.diagnose.__globals__["Objectives"], "utility_measure", measure)
+    monkeypatch.setattr(Objectives, "utility_measure", measure)
     with pytest.raises(CastuneError, match="the utility:b shift of 12 heads could not be measured"):
         diagnosed({"a": questions, "b": broken})
 

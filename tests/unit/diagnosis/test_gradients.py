@@ -60,8 +60,9 @@ def test_gradients_of_some_layers_are_those_of_all(tiny_model: Callable[..., Any
 
 def test_gram_is_the_inner_products_of_head_blocks(any_tiny_model: Any) -> None:
     layout = HeadLayout.of(any_tiny_model)
+    units = UnitLayout(layout)
     chunks = partial_gradients(any_tiny_model, query_paths(layout, (1, 2)), ROWS, n_chunks=3, batch_tokens=100)
-    grams = gram_matrices(UnitLayout(layout), [head for head in layout.heads if head.layer > 0], chunks)
+    grams = gram_matrices(units, [one for one in units.units if one.layer > 0], chunks)
     assert grams.shape == (8, 3, 3)
     assert grams.dtype == np.float64
     for number, (layer, head) in enumerate([(layer, head) for layer in (1, 2) for head in range(4)]):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import castune
+from castune.artifacts.unit import joined
 from castune.config import DiagnoseConfig
 from castune.core.heads import HeadLayout
 from castune.data.example import Example
@@ -35,7 +36,7 @@ def test_groups_of_one_head_are_the_map(
     model = tiny_model("qwen2")
     arguments: dict[str, Any] = {"safety": harmful, "utility": questions, "config": config}
     cmap = castune.diagnose(model, tiny_tokenizer, **arguments)
-    found = ablate_groups(model, tiny_tokenizer, groups=[[head] for head in cmap.heads], **arguments)
+    found = ablate_groups(model, tiny_tokenizer, groups=[[one] for one in cmap.units], **arguments)
     for name in COLUMNS:
         np.testing.assert_allclose(getattr(found, name), cmap.column(name), atol=1e-5)
 
@@ -54,7 +55,7 @@ def test_utility_shifts_are_means_over_domains(
     arguments: dict[str, Any] = {"safety": harmful, "config": config}
     utility = {"b": questions[:4], "a": questions[3:]}
     cmap = castune.diagnose(model, tiny_tokenizer, utility=utility, **arguments)
-    groups = [[head] for head in cmap.heads]
+    groups = [[one] for one in cmap.units]
     found = ablate_groups(model, tiny_tokenizer, groups=groups, utility=utility, **arguments)
     for name in COLUMNS:
         np.testing.assert_allclose(getattr(found, name), cmap.column(name), atol=1e-5)
@@ -64,10 +65,10 @@ def test_a_group_equals_zeroed_columns(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], harmful: list[Example]
 ) -> None:
     model = tiny_model("llama")
-    group = [(0, 1), (0, 3), (2, 0)]
+    group = joined([(0, 1), (0, 3), (2, 0)])
     layout, cut = HeadLayout.of(model), copy.deepcopy(model)
     with torch.no_grad():
-        for layer, head in group:
+        for _, layer, head in group:
             layout.output_projection(cut, layer).weight[:, layout.output_columns(layer, head)] = 0
     arguments: dict[str, Any] = {"safety": harmful, "utility": questions}
     found = ablate_groups(model, tiny_tokenizer, groups=[group, [], group[:1]], config=MARGIN, **arguments)

@@ -18,14 +18,16 @@ from castune.core.ablation import can_resume
 from castune.core.generation import generate_replies
 from castune.core.journal import Journal
 from castune.core.shards import Shard
-from castune.core.units import KINDS, UnitLayout, unit
+from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.gradients import gradient_passes, gram_matrices, partial_gradients
 from castune.diagnosis.groups import ablate_groups
-from castune.diagnosis.sweep import Ablator, sweep
+from castune.diagnosis.sweep import sweep
+from castune.names import KINDS
 
 MARGIN = DiagnoseConfig(measure="margin", max_new_tokens=4, mlp_groups=3)
 ROWS = [
@@ -38,7 +40,7 @@ MEASURED = ("optimization_conflict", "optimization_conflict_se", "utility_shift"
 def test_gram_is_the_inner_products_of_what_a_unit_owns(tiny_model: Callable[..., Any], family: str) -> None:
     """By masks over whole gradients: those of a projection's units are disjoint and add up to it."""
     model = tiny_model(family)
-    layout = UnitLayout.of(model, HeadLayout.of(model), KINDS, n_mlp_groups=5)
+    layout = UnitLayout.of(model, HeadLayout.of(model), [*KINDS.values()], n_mlp_groups=5)
     paths = [path for one in gradient_passes(model, layout, layout.units, n_chunks=3, limit=1e9) for path in one]
     assert len(set(paths)) == len(paths)
     chunks = partial_gradients(model, paths, ROWS, n_chunks=3, batch_tokens=100)
@@ -65,7 +67,7 @@ def test_passes_hold_what_fits_and_change_nothing(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], harmful: list[Example]
 ) -> None:
     model = tiny_model("llama")
-    layout = UnitLayout.of(model, HeadLayout.of(model), ("q_heads", "mlp_groups"), n_mlp_groups=3)
+    layout = UnitLayout.of(model, HeadLayout.of(model), ("q_head", "mlp_group"), n_mlp_groups=3)
     size = {path: 4 * 16 * layout.weight(model, path).numel() for path in _paths(layout)}
     limit = max(size.values()) * 2.5
     passes = gradient_passes(model, layout, layout.units, n_chunks=16, limit=limit)
@@ -121,10 +123,10 @@ def test_every_kind_has_the_rows_of_a_map_of_its_own(
     assert together.mlp_groups == 3
     for kind in kinds:
         alone = castune.diagnose(model, tiny_tokenizer, config=config.model_copy(update={"units": (kind,)}), **data)
-        rows = together.rows_of(kind[:-1])
+        rows = together.rows_of(KINDS[kind])
         for name in alone.table.column_names[3:]:
             np.testing.assert_allclose(together.column(name)[rows], alone.column(name), rtol=1e-6, atol=1e-6)
-        assert together.metadata["kinds"][kind[:-1]]["ties"] == alone.metadata["ties"]
+        assert together.metadata["kinds"][KINDS[kind]]["ties"] == alone.metadata["ties"]
         # Of one kind alone the record says what it always said.
         assert "kinds" not in alone.metadata
     # Without a head's columns of the output projection the model is the one without the head.
@@ -165,7 +167,7 @@ def test_groups_of_one_unit_are_the_map(
     config = MARGIN.model_copy(update={"units": ("k_groups", "mlp_groups")})
     data: dict[str, Any] = {"safety": harmful, "utility": questions, "config": config}
     cmap = castune.diagnose(model, tiny_tokenizer, **data)
-    found = ablate_groups(model, tiny_tokenizer, groups=[[unit(*one)] for one in cmap.units], **data)
+    found = ablate_groups(model, tiny_tokenizer, groups=[[one] for one in cmap.units], **data)
     for name in ("utility_shift", "safety_shift"):
         np.testing.assert_allclose(getattr(found, name), cmap.column(name), atol=1e-5)
 
@@ -213,10 +215,10 @@ def test_replies_without_a_unit_are_those_of_a_model_with_zeroed_weights(
         return [None if not reply else sum(reply.encode()) % 2 == 0 for reply in replies]
 
     model, harmful = tiny_model(family, seed=3), harmful[:3]
-    layout = UnitLayout.of(model, HeadLayout.of(model), ("k_groups", "v_groups", "mlp_groups"), n_mlp_groups=2)
+    layout = UnitLayout.of(model, HeadLayout.of(model), ("k_group", "v_group", "mlp_group"), n_mlp_groups=2)
     chat, ablator = (
         ChatFormat(tiny_tokenizer),
-        Ablator(model, layout.heads, layout.units, can_resume(model, layout.heads), units=layout),
+        Ablator(model, layout, layout.units, can_resume(model, layout.heads)),
     )
     prompts = [chat.prompt_ids(example)[0] for example in harmful]
     options: dict[str, Any] = {"end_tokens": chat.end_tokens(model), "max_new_tokens": 6, "batch_tokens": 600}
@@ -268,10 +270,10 @@ def test_one_objective_twice_is_no_conflict_on_any_unit(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, family: str
 ) -> None:
     safety, utility = _same_objective(4)
-    config = MARGIN.model_copy(update={"units": KINDS})
+    config = MARGIN.model_copy(update={"units": tuple(KINDS)})
     cmap = castune.diagnose(tiny_model(family), tiny_tokenizer, safety=safety, utility=utility, config=config)
     assert np.abs(cmap.column("optimization_conflict")).max() < 1e-6
-    assert cmap.kinds == [kind[:-1] for kind in KINDS]
+    assert cmap.kinds == [*KINDS.values()]
 
 
 class _Opposed(nn.Module):
@@ -329,7 +331,7 @@ def test_a_planted_conflict_in_a_group_of_neurons_ranks_first(
     assert min(cmap.column("utility_shift")[first], cmap.column("safety_shift")[first]) > 1e-3, "it must matter"
     assert cmap.column("bucket")[first] == 1
     risky = castune.select(cmap, zone="risky", fraction=0.1)
-    assert risky.units == (("mlp_group", layer, planted),)
+    assert [one for one in risky.units if not one.is_head] == [("mlp_group", layer, planted)]
     assert ("mlp_group", layer, planted) not in castune.select(cmap, zone="safe", fraction=0.5).units
 
 

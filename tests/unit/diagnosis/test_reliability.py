@@ -21,12 +21,10 @@ from castune.diagnosis.reliability import (
     RELIABLE,
     bootstrap,
     examples_needed,
-    expected_jaccard,
     reliability,
     spearman,
     spearman_brown,
     split_half,
-    zone_stability,
 )
 from castune.diagnosis.score import (
     conflict_from_gram,
@@ -35,6 +33,7 @@ from castune.diagnosis.score import (
     functional_sensitivity,
     margin_shift,
 )
+from castune.diagnosis.zones import expected_jaccard, zone_stability
 from castune.stats.ranking import bucket_numbers
 
 Floats = NDArray[np.float64]

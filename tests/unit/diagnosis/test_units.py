@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-import castune as ct
+from castune.artifacts import Unit
 from castune.core.batching import ExampleBatch
 from castune.data.rows import Row
 from castune.diagnosis.sweep import units_of
@@ -25,7 +25,7 @@ def batch_of(n_tokens: int) -> ExampleBatch:
 def test_units_cover_everything_once_and_are_as_large_as_asked(
     n_heads: list[int], lengths: list[int], unit_tokens: int
 ) -> None:
-    heads = [ct.HeadId(layer, head) for layer, n in enumerate(n_heads) for head in range(n)]
+    heads = [Unit.head(layer, head) for layer, n in enumerate(n_heads) for head in range(n)]
     batches = [batch_of(length) for length in lengths]
     units = units_of(heads, batches, unit_tokens)
     assert Counter((unit.batch, number) for unit in units for number in unit.heads) == Counter(

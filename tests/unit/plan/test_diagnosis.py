@@ -17,9 +17,11 @@ from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
+from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.objectives import Objectives
-from castune.diagnosis.sweep import Ablator, Measure, sweep
+from castune.diagnosis.sweep import Measure, sweep
 from castune.errors import CastuneError, UnsupportedArchitecture
+from castune.names import KINDS
 from castune.plan import calibrate
 from castune.plan.diagnosis import ACCELERATORS, Plan, Stage, plan
 
@@ -77,10 +79,9 @@ def test_the_planned_work_is_what_a_diagnosis_does(
     model = tiny_model(family)
     layout = HeadLayout.of(model)
     found = planned(model.config)
-    resumable = found.resumable
-    objectives = Objectives(
-        Ablator(model, layout, layout.heads, resumable), tiny_tokenizer, ChatFormat(tiny_tokenizer), SETTINGS
-    )
+    units = UnitLayout(layout)
+    ablator = Ablator(model, units, units.units, found.resumable)
+    objectives = Objectives(ablator, tiny_tokenizer, ChatFormat(tiny_tokenizer), SETTINGS)
     stage = found.stages["utility"]
     expected = work_of(model, layout, objectives.utility_measure(questions))
     # Scored positions of a forward are padded to a multiple of 8.
@@ -95,9 +96,9 @@ def test_the_planned_work_of_other_units_is_what_a_diagnosis_does(
     layout = HeadLayout.of(model)
     settings = SETTINGS.model_copy(update={"units": kinds, "mlp_groups": 5, "gradient_memory": 1e-3})
     found = planned(model.config, settings=settings)
-    units = UnitLayout.of(model, layout, kinds, n_mlp_groups=5)
+    units = UnitLayout.of(model, layout, [KINDS[kind] for kind in kinds], n_mlp_groups=5)
     swept = [one for one in units.units if one.kind != "o_head"]
-    ablator = Ablator(model, layout, swept, found.resumable, units=units)
+    ablator = Ablator(model, units, swept, found.resumable)
     objectives = Objectives(ablator, tiny_tokenizer, ChatFormat(tiny_tokenizer), settings)
     expected = work_of(model, layout, objectives.utility_measure(questions))
     assert {name: getattr(found.stages["utility"], name) for name in expected} == expected

@@ -163,7 +163,7 @@ def make_selection(cmap: ConflictMap, zone: str) -> HeadSelection:
         "random": np.random.default_rng(21).permutation(len(cmap))[:count],
     }[zone]
     return HeadSelection(
-        heads=tuple(cmap.heads[i] for i in chosen),
+        units=tuple(cmap.units[i] for i in chosen),
         zone=zone,
         fraction=0.25,
         buckets=None,
@@ -183,7 +183,7 @@ def make_tuning(selection: HeadSelection, start: float) -> TuneResult:
         adapter=f"adapter-{selection.zone}",
         certificate=Certificate(
             model_fingerprint=selection.model_fingerprint,
-            selection=selection.heads,
+            units=selection.units,
             adapter_hash="adadadadadadadad",
             checked_rows=12_928,
             checked_tensors=272,

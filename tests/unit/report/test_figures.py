@@ -111,7 +111,7 @@ def test_one_kind_of_unit_is_shown_at_a_time() -> None:
     assert [(row["unit"], row["layer"], row["head"]) for row in found] == cmap.units
     for arm, selection in selections.items():
         chosen = {(row["unit"], row["layer"], row["head"]) for row in found if arm in row["arms"]}
-        assert chosen == set(selection.all_units)
+        assert chosen == set(selection.units)
     drawn = {}
     for kind in ("q_head", "mlp_group"):
         switch["value"] = kind

@@ -13,6 +13,7 @@ import pytest
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.tune_result import adapter_hash
+from castune.artifacts.unit import joined
 from castune.config import Recipe
 from castune.errors import ArtifactError
 from castune.selection import select
@@ -30,8 +31,8 @@ def save_tuning(selection: HeadSelection, adapter: Path, *later: tuple[int, int]
     adapter.mkdir(parents=True, exist_ok=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (adapter / name).write_text(name)
-    heads = tuple(sorted({*selection.heads, *later}))
-    certificate = Certificate(selection.model_fingerprint, heads, adapter_hash(adapter), 1, 1, 1, 1, 0.5)
+    units = tuple(sorted({*selection.units, *joined(later)}))
+    certificate = Certificate(selection.model_fingerprint, units, adapter_hash(adapter), 1, 1, 1, 1, 0.5)
     phases = [selection.heads, later] if later else []
     selections = tuple(
         {"step": step, "units": [["q_head", *head] for head in phase], "map_hash": "x"}
@@ -194,14 +195,14 @@ def test_an_adapter_of_several_selections_belongs_to_the_first(folder: RunDirect
     selection.save(folder.path)
     arm = folder.arm(None)
     saved = save_tuning(selection, arm.adapter, *select(cmap, zone="risky").heads)
-    assert len(saved.certificate.selection) == 2 * len(selection.heads)
+    assert len(saved.certificate.units) == 2 * len(selection.heads)
     assert folder.load_tuning(arm, selection) == folder.load_adapter(arm, selection) == saved
     for other in (select(cmap, zone="risky"), saved.trained(selection)):
         with pytest.raises(ArtifactError, match="another selection"):
             folder.load_tuning(arm, other)
     # A certificate for fewer heads, or for more, is that of another adapter.
-    for heads in (saved.certificate.selection[:-1], (*saved.certificate.selection, (1, 3), (0, 3))):
-        dataclasses.replace(saved.certificate, selection=heads).save(arm.adapter)
+    for units in (saved.certificate.units[:-1], (*saved.certificate.units, *joined([(1, 3), (0, 3)]))):
+        dataclasses.replace(saved.certificate, units=units).save(arm.adapter)
         with pytest.raises(ArtifactError, match="another selection"):
             folder.load_tuning(arm, selection)
 

@@ -73,7 +73,7 @@ def trial(cmap: ConflictMap, arm: str, seed: int, found: Measured, **values: Any
     given = {"cost_ratio": None, "mmlu_cost_ratio": None, **values}
     return Trial(
         calibration="main", arm=arm, trained=arm, seed=seed, is_draw=False, selection=selection,
-        scores=mean_scores(cmap, selection.all_units), depth=float(np.mean([layer for layer, _ in selection.heads])),
+        scores=mean_scores(cmap, selection.units), depth=float(np.mean([layer for layer, _ in selection.heads])),
         measured=found, **given,
     )  # fmt: skip
 

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from castune.artifacts import HeadSelection
+from castune.artifacts.unit import joined
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
 from castune.data.example import Example
 
 
-def make_selection(model: Any, heads: Sequence[tuple[int, int]], **changes: Any) -> HeadSelection:
+def make_selection(
+    model: Any, heads: Sequence[tuple[int, int]], others: Sequence[tuple[str, int, int]] = (), **changes: Any
+) -> HeadSelection:
     values: dict[str, Any] = {
-        "heads": tuple(heads), "zone": "custom", "fraction": None, "buckets": None, "bucket": None, "score": "conflict",
+        "units": joined(heads, others), "zone": "custom", "fraction": None, "buckets": None, "bucket": None, "score": "conflict",
         "seed": None, "n_total": len(HeadLayout.of(model).heads), "model_fingerprint": fingerprint(model),
         "conflict_map_hash": None,
     }  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import query_rows_mask
 from torch import Tensor
 
 from castune.artifacts import HeadSelection, MaskedAdapter
@@ -18,7 +19,6 @@ from castune.core.heads import HeadLayout
 from castune.errors import CastuneError, CertificateError
 from castune.tuning.mask import every_head, mask_adapter
 from castune.tuning.merge import write_merged
-from castune.tuning.row_lora import projection_mask
 from castune.tuning.verify import certify
 
 SelectionOf = Callable[..., HeadSelection]
@@ -86,7 +86,7 @@ def test_selected_rows_are_the_adapters_and_all_else_is_the_bases(
     assert len(tensors) == 4, "layers 0 and 2, A and B"
     for layer in (0, 2):
         (a, b), (old_a, old_b) = (pair(where, layout.at(layer).query_path) for where in (tmp_path / "out", adapter))
-        chosen = projection_mask(layout, selection, layer, len(b))
+        chosen = query_rows_mask(layout, selection, layer, len(b))
         assert chosen.sum() == 8 * len(selection.heads_of(layer))
         assert torch.equal(a, old_a)
         assert torch.equal(b[chosen], old_b[chosen])
@@ -129,7 +129,7 @@ def test_a_combination_is_pefts_own_restricted_to_the_rows(
     for layer in (0, 2):
         a, b = pair(tmp_path / "out", layout.at(layer).query_path)
         module = peft_model.base_model.model.get_submodule(layout.at(layer).query_path)
-        chosen = projection_mask(layout, selection, layer, len(b))
+        chosen = query_rows_mask(layout, selection, layer, len(b))
         assert torch.equal(a, module.lora_A["m"].weight)
         assert torch.equal(b[chosen], module.lora_B["m"].weight[chosen])
         assert b[chosen].any()
@@ -307,9 +307,9 @@ def test_what_is_there_is_kept(
     mask_adapter(model, adapter, chosen, out)
     with pytest.raises(CastuneError, match="exists already"):
         mask_adapter(model, adapter, fewer, out)
-    assert MaskedAdapter.load(out).certificate.selection == SOME
+    assert MaskedAdapter.load(out).certificate.heads == SOME
     mask_adapter(model, adapter, fewer, out, overwrite=True)
-    assert MaskedAdapter.load(out).certificate.selection == SOME[:1]
+    assert MaskedAdapter.load(out).certificate.heads == SOME[:1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
@@ -344,7 +344,7 @@ def test_a_merged_model_differs_in_selected_rows_alone(
             continue
         transposed = layout.at(paths[name]).transposed
         new, old, merged = (t.t() if transposed else t for t in (tensor, before[name], peft_merged.state_dict()[name]))
-        chosen = projection_mask(layout, selection, paths[name], len(new))
+        chosen = query_rows_mask(layout, selection, paths[name], len(new))
         assert same_bits(new[~chosen], old[~chosen])
         assert torch.equal(new[chosen], merged[chosen]), "PEFT's own arithmetic"
         assert not torch.equal(new[chosen], old[chosen])

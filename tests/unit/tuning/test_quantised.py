@@ -111,7 +111,7 @@ def test_columns_train_on_a_quantised_base(
     quantised, tokenizer = loaded(path, "nf4")
     full, _ = loaded(path)
     units = (("o_head", 0, 2), ("k_group", 1, 1), ("mlp_group", 2, 1))
-    selection = selection_of(full, SOME, units=units, mlp_groups=4)
+    selection = selection_of(full, SOME, units, mlp_groups=4)
     result = tune(quantised, tokenizer, selection, data=aligned, out=tmp_path / "a", config=CONFIG)
     for found in (result.certificate, certify(full, tmp_path / "a", selection)):
         assert (found.changed_rows, found.selected_rows) == (24 + 8 + 24, 24 + 8 + 24)

@@ -15,17 +15,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import query_rows_mask
 from torch import Tensor
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.tune_result import snapshots_of
+from castune.artifacts.unit import joined
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.losses import reply_nll
 from castune.data.example import Example
 from castune.errors import CastuneError
 from castune.tuning.merge import merged_into, write_merged
-from castune.tuning.row_lora import projection_mask
 from castune.tuning.stacking import frozen_updates, stack
 from castune.tuning.train import tune
 from castune.tuning.trainer import ReplyTrainer
@@ -65,7 +66,7 @@ class Scripted:
         out.mkdir(parents=True, exist_ok=True)
         (out / "conflict_map.parquet").write_text(f"map {step}")
         shutil.copytree(adapter, self.folder / str(step), dirs_exist_ok=True)
-        return replace(self.first, heads=self.heads[step], conflict_map_hash=f"map {step}")
+        return replace(self.first, units=joined(self.heads[step]), conflict_map_hash=f"map {step}")
 
 
 class Trained:
@@ -152,7 +153,7 @@ def test_nothing_of_a_phase_moves_after_its_end(
         for layer in range(3):
             path = layout.at(layer).query_path
             a, b = final[path][0][own], final[path][1][:, own]
-            mask = projection_mask(layout, selection, layer, len(b))
+            mask = query_rows_mask(layout, selection, layer, len(b))
             assert torch.equal(b.abs().sum(1) > 0, mask)
             if not mask.any():
                 assert not a.any()
@@ -188,7 +189,7 @@ def test_merged_rows_outside_the_current_selection_stay(train: Trained, tmp_path
         before, after = merged(stages[begin], begin // 2), merged(stages[end], end // 2)
         selection = train.selection_of(train.model, HEADS[begin])
         for layer in range(3):
-            mask = projection_mask(layout, selection, layer, len(before[layer]))
+            mask = query_rows_mask(layout, selection, layer, len(before[layer]))
             assert torch.equal(before[layer][~mask].view(torch.int32), after[layer][~mask].view(torch.int32))
             assert (before[layer][mask] != after[layer][mask]).any(1).all()
 
@@ -326,7 +327,7 @@ def test_the_same_heads_again_and_again_train_on(train: Trained, tmp_path: Path)
     same = dict.fromkeys(range(0, 24, 4), HEADS[0])
     changes = {"reselect_steps": 4, "epochs": 12, "scheduler": "constant", "weight_decay": 0.0}
     result = train("one", same, **changes)
-    assert result.certificate.selection == HEADS[0]
+    assert result.certificate.heads == HEADS[0]
     assert len(result.selections) == 6
     losses = [loss for _, loss in result.losses]
     assert [step for step, _ in result.losses] == list(range(1, 25))
@@ -369,7 +370,7 @@ def test_bfloat16(train: Trained, tmp_path: Path, tiny_model: Callable[..., Any]
     train.model_of = lambda family: tiny_model(family).to(torch.bfloat16)
     result = train("one")
     assert result.model["dtype"] == "bfloat16"
-    assert result.certificate.selection == EVERY
+    assert result.certificate.heads == EVERY
     assert {tensor.dtype for tensor in load_file(tmp_path / "one/adapter_model.safetensors").values()} == {
         torch.float32
     }
@@ -531,7 +532,7 @@ def test_what_cannot_be_selected_again(
         return str(error.value)
 
     assert "give `reselect`" in refused(selection)
-    others = train.selection_of(model, [], units=(("o_head", 0, 1),))
+    others = train.selection_of(model, [], [("o_head", 0, 1)])
     assert "is for query heads" in refused(others, reselect=lambda *_: others)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "works in one process, and there are 2" in refused(selection, reselect=lambda *_: selection)

@@ -15,7 +15,8 @@ from castune.artifacts import HeadSelection
 from castune.core.heads import HeadLayout
 from castune.core.units import UnitLayout
 from castune.errors import CastuneError
-from castune.tuning.row_lora import budget, row_mask, sparse_lora
+from castune.tuning.row_lora import budget, sparse_lora
+from castune.tuning.targets import targets
 
 SelectionOf = Callable[..., HeadSelection]
 SOME = ((0, 1), (0, 3), (2, 0))  # layer 1 holds none
@@ -140,9 +141,14 @@ def test_masks_of_heads_partition_the_query_rows(
 ) -> None:
     model = tiny_model(family)
     layout = HeadLayout.of(model)
-    masks = [row_mask(layout, selection_of(model, [(1, head)]), 1) for head in range(4)]
+    path = layout.at(1).query_path
+
+    def mask_of(*heads: tuple[int, int]) -> torch.Tensor:
+        return targets(UnitLayout(layout), selection_of(model, heads))[path].mask
+
+    masks = [mask_of((1, head)) for head in range(4)]
     assert all(set(mask.nonzero().flatten().tolist()) == head_rows(family, (h,)) for h, mask in enumerate(masks))
-    both = row_mask(layout, selection_of(model, [(1, 0), (1, 2), (0, 1)]), 1)
+    both = mask_of((1, 0), (1, 2), (0, 1))
     assert torch.equal(both, masks[0] | masks[2])
 
 
@@ -211,7 +217,7 @@ def test_empty_selection_is_refused(tiny_model: Callable[..., Any], selection_of
     with pytest.raises(CastuneError, match="no heads"):
         sparse_lora(model, selection_of(model, []))
     with pytest.raises(CastuneError, match="no heads"):
-        sparse_lora(model, dataclasses.replace(selection_of(model, SOME), heads=()))
+        sparse_lora(model, dataclasses.replace(selection_of(model, SOME), units=()))
 
 
 def test_unloading_gives_the_base_back(

@@ -93,7 +93,7 @@ def test_only_chosen_rows_move(
     )
     assert (certificate.selected_rows, certificate.changed_rows) == (24, 24)
     assert certificate.checked_rows == 2 * rows_per_layer - 24
-    assert certificate.selection == SOME
+    assert certificate.heads == SOME
     assert certificate.adapter_hash == adapter_hash(tmp_path / "adapter")
     largest = max((merged[name] - before[name]).abs().max().item() for name in projections)
     assert certificate.largest_change == pytest.approx(largest, rel=1e-6)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
+from castune.artifacts.unit import joined
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
@@ -132,8 +133,21 @@ def test_only_chosen_rows_and_columns_move(
     assert [found.selected_rows, found.checked_rows] == counts[0]
     assert [found.selected_columns, found.checked_columns] == counts[1]
     assert (found.changed_rows, found.changed_columns) == (found.selected_rows, found.selected_columns)
-    assert (found.selection, found.units, found.mlp_groups) == (HEADS, tuple(sorted(UNITS)), 4)
+    assert (found.units, found.mlp_groups) == (joined(HEADS, sorted(UNITS)), 4)
     assert certify(model, tmp_path / "adapter", selection) == found
+
+
+def test_one_training_has_one_hash(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, aligned: list[Example], tmp_path: Path
+) -> None:
+    """PEFT keeps module names in a set, whose order is another in every process."""
+    model, out = tiny_model("llama"), tmp_path / "adapter"
+    config = CONFIG.model_copy(update={"snapshot_steps": 2})
+    tune(model, tiny_tokenizer, mixed(model), data=aligned, out=out, config=config)
+    for folder in (out, out / "snapshots" / "2"):
+        names = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+        assert len(names) == len(chosen_lines("llama"))
+        assert names == sorted(names)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -1,0 +1,183 @@
+"""A LoRA adapter on disk, as PEFT writes it and reads it: settings and pairs of A and B."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from castune.errors import CertificateError
+
+ADAPTER_NAME = "default"
+# What PEFT puts before the module paths of the base model.
+PREFIX = "base_model.model."
+_COMPILED = "_orig_mod."
+
+# Settings of an adapter under which more than the selected rows would change, with what castune accepts.
+_REFUSED = {
+    "use_dora": "DoRA rescales every row",
+    "use_rslora": "rank-stabilised LoRA scales by another factor",
+    "modules_to_save": "it replaces whole modules",
+    "trainable_token_indices": "it trains embeddings",
+    "rank_pattern": "ranks must be equal",
+    "alpha_pattern": "alphas must be equal",
+    "target_parameters": "it adapts parameters outside the query projections",
+    "lora_bias": "it trains biases",
+    "layer_replication": "it repeats layers",
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "use_qalora": "it pools the inputs",
+    "use_bdlora": "its matrices are block diagonal",
+    "arrow_config": "it routes between adapters",
+}
+# Settings that say which modules an adapter is for.
+_ADDRESSES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_PLAIN_INITS = (True, False, "gaussian")
+
+
+def save_adapter(peft_model: Any, weights: dict[str, Tensor] | None, folder: str | Path) -> None:
+    """Write an adapter as a standard PEFT adapter.
+
+    Args:
+        peft_model: the wrapped model.
+        weights: the adapter's parameters (`adapter_weights`); None: those that the model holds.
+        folder: where to.
+    """
+    # PEFT would ask the hub whether the vocabulary was resized, and then save embeddings, which are never trained here.
+    peft_model.save_pretrained(
+        folder, selected_adapters=[ADAPTER_NAME], state_dict=weights, save_embedding_layers=False
+    )
+    _sort_modules(Path(folder))
+
+
+def adapter_weights(peft_model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's parameters by name, gathered where FSDP has sharded them: all processes have to call this."""
+    found = {}
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            full_tensor = getattr(parameter, "full_tensor", None)
+            found[name] = (parameter if full_tensor is None else full_tensor()).detach()
+    return found
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Write the settings of an adapter into a directory, as PEFT does but for the order of modules."""
+    config.save_pretrained(folder)
+    _sort_modules(folder)
+
+
+def _sort_modules(folder: Path) -> None:
+    """PEFT keeps module names in a set: without an order of their own, one training would have many hashes."""
+    path = folder / ADAPTER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def plain_lora_config(adapter: Path) -> dict[str, Any]:
+    """The settings of a plain LoRA adapter, `r` an int and `lora_alpha` a float; updates are scaled by alpha / r.
+
+    Args:
+        adapter: directory of a PEFT adapter.
+
+    Raises:
+        CertificateError: missing, damaged, or an adapter that changes more than its tensors A and B say.
+    """
+    path = adapter / ADAPTER_CONFIG
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        peft_type = config["peft_type"]
+        rank, alpha = int(config.get("r", 0)), float(config.get("lora_alpha", 0))
+        layers = config.get("layers_to_transform")
+        if isinstance(layers, list) and not all(type(layer) is int for layer in layers):
+            raise ValueError(f"layers_to_transform is {layers!r}")
+        targets = config["target_modules"]
+        if isinstance(targets, list) and not all(isinstance(name, str) for name in targets):
+            raise ValueError(f"target_modules is {targets!r}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha is {alpha}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CertificateError(f"{path}: no such file; give the directory of a PEFT adapter") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise CertificateError(f"{path}: damaged: {error!r}") from None
+    if peft_type != "LORA":
+        raise CertificateError(f"{path}: peft_type is {peft_type}, accepted: LORA")
+    if rank < 1:
+        raise CertificateError(f"{path}: r is {rank}, accepted: at least 1")
+    for key, reason in _REFUSED.items():
+        if config.get(key):
+            raise CertificateError(f"{path}: {key} is set: {reason}; accepted: plain LoRA")
+    if config.get("bias", "none") != "none":
+        raise CertificateError(f"{path}: bias is {config['bias']!r}, accepted: none")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise CertificateError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}: it changes the base weights; "
+            f"accepted: {', '.join(map(str, _PLAIN_INITS))}"
+        )
+    return {**config, "r": rank, "lora_alpha": alpha}
+
+
+def lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(module path, A, B) of every module an adapter's weights file adapts.
+
+    Raises:
+        CertificateError: no readable safetensors file, or it holds anything but pairs of A and B.
+    """
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise CertificateError(f"{weights}: no readable safetensors file ({error})") from None
+    for key in tensors:
+        if not key.startswith(PREFIX) or _COMPILED in key:
+            found = (
+                f"has the prefix {_COMPILED!r} of torch.compile"
+                if _COMPILED in key
+                else f"does not begin with {PREFIX!r}"
+            )
+            raise CertificateError(
+                f"{weights}: {key} {found}: PEFT would not load it, and the model would stay as it is"
+            )
+    paths = sorted({key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in tensors})
+    known = {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}
+    if known != tensors.keys():
+        raise CertificateError(f"{weights}: {sorted(known ^ tensors.keys())[0]}: unexpected or missing tensor")
+    for path in paths:
+        yield path.removeprefix(PREFIX), tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
+
+
+def addressed_modules(config: Mapping[str, Any], modules: Collection[str]) -> set[str]:
+    """Those of some modules of the base that PEFT would adapt by an adapter's settings."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    settings = LoraConfig(**{key: config.get(key) for key in _ADDRESSES})
+    return {path for path in modules if check_target_module_exists(settings, path)}
+
+
+def check_loaded(adapter: Path, config: Mapping[str, Any], paths: Collection[str], modules: Collection[str]) -> None:
+    """Refuse an adapter with tensors that PEFT leaves out without a word, by its own way of matching.
+
+    Args:
+        adapter: directory of a PEFT adapter.
+        config: its settings.
+        paths: of the modules that its weights file has tensors for.
+        modules: of the base.
+    """
+    addressed = addressed_modules(config, paths)
+    for path in paths:
+        if path not in modules:
+            raise CertificateError(
+                f"{adapter / ADAPTER_WEIGHTS}: adapts {PREFIX}{path}, which this model does not have: made "
+                "for another model"
+            )
+        if config["target_modules"] != "all-linear" and path not in addressed:
+            told = ", ".join(f"{key} = {config[key]!r}" for key in _ADDRESSES if config.get(key))
+            raise CertificateError(
+                f"{adapter / ADAPTER_CONFIG}: by {told} PEFT would not load the tensors of {PREFIX}{path}"
+            )
