@@ -247,7 +247,8 @@ def plan(
 ) -> None:
     """What a diagnosis will cost, before anything is spent: from the config alone, and half a minute of measuring."""
     from castune.config import Recipe
-    from castune.plan.diagnosis import plan_diagnosis
+    from castune.plan.planner import Planner
+    from castune.steps.inputs import load_calibration
 
     recipe = Recipe.of(
         model=model,
@@ -268,8 +269,10 @@ def plan(
             "mlp_groups": mlp_groups,
         },
     )
-    found, notes = plan_diagnosis(recipe, accelerator=accelerator, decoded_share=decoded_share)
-    show_plan(found, notes, accelerator)
+    safety_examples, utility_examples = load_calibration(recipe)
+    planner = Planner.of(recipe, accelerator=accelerator)
+    found = planner.diagnosis(safety_examples, utility_examples, recipe.diagnose, decoded_share=decoded_share)
+    show_plan(planner, found, accelerator)
 
 
 @app.command()

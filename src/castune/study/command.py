@@ -12,8 +12,7 @@ from castune.config import Recipe
 from castune.console import say, show_rows
 from castune.core.shards import Shard
 from castune.errors import CastuneError
-from castune.plan.recipe import paper_hours
-from castune.study.cost import study_cost
+from castune.study.cost import paper_hours, study_cost
 from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
 from castune.study.graph import Graph
 from castune.study.run import load_study_suites, run_share, run_study, study_graph

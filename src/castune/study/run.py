@@ -17,13 +17,13 @@ from castune.config import Recipe, TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config, torch_dtype_of
 from castune.core.shards import Shard
-from castune.core.skeleton import skeleton
 from castune.core.units import UnitLayout
 from castune.data.example import content_hash
 from castune.diagnosis.domains import utility_hash, utility_sets
 from castune.errors import CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
+from castune.plan.skeleton import skeleton
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.evaluate import identity_by_map, require_evaluation, stored_evaluation
 from castune.steps.inputs import check_held_out, load_align, load_calibration
