@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from castune.artifacts.unit import QUERY_HEAD
 from castune.core.numbers import duration, gigabytes, number, percent, span, with_error
 from castune.names import KINDS, plural
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
     from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
-    from castune.plan.diagnosis import Plan
+    from castune.plan.planner import DiagnosisCost, Planner
     from castune.stats.estimates import CostRatio
     from castune.steps.reproduce import Difference, Reproduction
 
@@ -114,54 +115,76 @@ def show_reproduction(found: Reproduction) -> None:
     say("reproduced" if found.is_reproduced else "not reproduced: see the results that are different")
 
 
-def show_plan(found: Plan, notes: list[str], accelerator: str | None) -> None:
-    """Work, time and memory of a diagnosis to come."""
-    where = f"on one {accelerator}" if accelerator else "here"
+_PARTS = {
+    "gradients": "gradients",
+    "utility": "utility sweep",
+    "margins": "safety sweep, margins",
+    "decisions": "safety sweep, decisions",
+    "solutions": "utility sweep, problems worked out",
+}
+
+
+def show_plan(planner: Planner, found: DiagnosisCost, accelerator: str | None) -> None:
+    """Work, time and memory of a diagnosis to come, and the memory of a training."""
+    shape, where = planner.shape, f"on one {accelerator}" if accelerator else "here"
+    what = "heads" if planner.units.kinds == (QUERY_HEAD,) else "units"
     say(
-        f"{found.model_type}: {found.n_layers} layers, {found.n_heads} {found.what}, "
-        f"{found.n_parameters / 1e6:,.1f} M parameters, {gigabytes(found.weight_bytes)} of weights in {found.dtype}"
+        f"{shape.model_type}: {shape.n_layers} layers, {shape.n_units} {what}, "
+        f"{shape.n_parameters / 1e6:,.1f} M parameters, {gigabytes(shape.weight_bytes)} of weights in "
+        f"{str(shape.dtype).removeprefix('torch.')}"
     )
-    names = {
-        "gradients": "gradients",
-        "utility": "utility sweep",
-        "margins": "safety sweep, margins",
-        "decisions": "safety sweep, decisions",
-        "solutions": "utility sweep, problems worked out",
-    }
     rows = []
-    for name, label in names.items():
-        if name not in found.stages:
-            continue
-        stage = found.stages[name]
-        counts = [f"{stage.forwards:,}", f"{stage.tokens:,}", f"{stage.step_tokens:,}"]
-        rows.append([label, *counts, f"{found.stage_flops(name) / 1e15:,.3f}", _time(stage.seconds)])
+    for name, label in _PARTS.items():
+        if name in found.costs:
+            cost = found.costs[name]
+            counts = [f"{n:,}" for n in (cost.work.forwards, cost.work.tokens, cost.work.step_tokens)]
+            flops = f"{shape.all_flops(cost.work) / 1e15:,.3f}"
+            rows.append([label, *counts, flops, duration(cost.seconds)])
     _show(table_of(["part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}"], rows))
     for measure in ("margin", "decision"):
-        flops = sum(map(found.stage_flops, found.parts(measure)))
-        say(f"map by {measure}s: {_time(found.seconds(measure))} {where}, {flops / 1e15:,.2f} PFLOP")
-    if "solutions" in found.stages and not found.solves:
-        seconds = found.stages["solutions"].seconds
-        say(f"with diagnose.problems = decision the utility sweep takes {_time(seconds)} {where} instead")
+        total = found.total(measure)
+        flops = f"{shape.all_flops(total.work) / 1e15:,.2f}"
+        say(f"map by {measure}s: {duration(total.seconds)} {where}, {flops} PFLOP")
+    if "solutions" in found.costs and not found.solves:
+        seconds = found.costs["solutions"].seconds
+        say(f"with diagnose.problems = decision the utility sweep takes {duration(seconds)} {where} instead")
+    _show_plan_memory(planner, found)
+    _show_plan_notes(planner, found)
+
+
+def _show_plan_memory(planner: Planner, found: DiagnosisCost) -> None:
+    from castune.config import TuneConfig
+
     if found.peak_memory:
         by_measure = (f"{gigabytes(n_bytes)} by {measure}s" for measure, n_bytes in found.peak_memory.items())
         say(f"peak memory: about {', '.join(by_measure)}")
-    say(f"partial gradients: {gigabytes(found.gradient_sums)} of the CPU's memory (diagnose.gradient_chunks)")
-    if accelerator:
-        notes = [
-            *notes,
+    say(f"partial gradients: {gigabytes(found.gradient_bytes)} of the CPU's memory (diagnose.gradient_chunks)")
+    config = TuneConfig()
+    usual, less = (
+        gigabytes(planner.most_training_memory(config.changed(gradient_checkpointing=checkpointing)))
+        for checkpointing in (False, True)
+    )
+    has = "" if planner.accelerator is None else f", of {gigabytes(planner.accelerator.memory)}"
+    say(
+        f"peak memory of a training: at most about {usual} (micro-batches of {config.batch_size} x "
+        f"{config.max_length:,} tokens), {less} with gradient checkpointing{has}"
+    )
+
+
+def _show_plan_notes(planner: Planner, found: DiagnosisCost) -> None:
+    notes = list(planner.notes)
+    if planner.accelerator is not None:
+        notes.append(
             "time: a roofline at 40 % of the data sheet's FLOP/s and 80 % of its bandwidth, not measured; "
-            "a decoding step waits for the host 0.5 ms a layer",
-        ]
+            "a decoding step waits for the host 0.5 ms a layer"
+        )
     else:
-        notes = [*notes, f"time and memory: measured on {found.slice_layers} layers with random weights"]
+        notes.append(f"time and memory: measured on {found.slice_layers} layers with random weights")
     if not found.resumable:
-        notes = [*notes, "this architecture cannot resume: every ablation runs all layers"]
+        notes.append("this architecture cannot resume: every ablation runs all layers")
+    notes.append("memory of a training: an estimate, the framework's own and what an allocator wastes not counted")
     for note in notes:
         say(f"note: {note}")
-
-
-def _time(seconds: float | None) -> str:
-    return "unknown" if seconds is None else duration(seconds)
 
 
 def selected_in(budget: dict[str, int]) -> str:

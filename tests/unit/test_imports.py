@@ -31,7 +31,8 @@ ALLOWED = {
     # No stage imports another.
     **dict.fromkeys(STAGES, SHARED),
     "steps": SHARED | STAGES,
-    "plan": SHARED | STAGES | {"steps"},
+    # Of no run: whoever has the data asks what they cost.
+    "plan": SHARED | STAGES,
     "pipeline": SHARED | STAGES | {"steps"},
     "console": SHARED | STAGES | {"steps", "plan"},
     "study": SHARED | STAGES | {"steps", "plan", "console"},

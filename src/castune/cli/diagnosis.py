@@ -40,15 +40,18 @@ def plan(
     ] = None,
 ) -> None:
     """What a diagnosis will cost, before anything is spent: from the config alone, and half a minute of measuring."""
-    from castune.plan.diagnosis import plan_diagnosis
+    from castune.plan.planner import Planner
+    from castune.steps.inputs import load_calibration
 
     if accelerator and of_model["dtype"] == "auto":
         of_model["dtype"] = "bfloat16"
     recipe = Recipe.of(
         model=model, out="unused", safety=safety, utility=_by_domain(**utility), diagnose=settings, **of_model
     )
-    found, notes = plan_diagnosis(recipe, accelerator=accelerator, decoded_share=decoded_share)
-    show_plan(found, notes, accelerator)
+    calibration = load_calibration(recipe)
+    planner = Planner.of(recipe, accelerator=accelerator)
+    found = planner.diagnosis(*calibration, recipe.diagnose, decoded_share=decoded_share)
+    show_plan(planner, found, accelerator)
 
 
 def diagnose(

@@ -1,8 +1,10 @@
-"""Seconds of work on an accelerator, from its data sheet: a roofline, not a measurement."""
+"""Accelerators by their data sheets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from castune.errors import CastuneError
 
 # What big matrix products and weight streaming reach in practice, as shares of the data sheet.
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.4, 0.8
@@ -20,7 +22,7 @@ class Accelerator:
     memory: float
 
     def seconds(self, flops: float, n_bytes: float) -> float:
-        """As long as the arithmetic or the memory traffic takes, whichever is longer."""
+        """As long as the arithmetic or the memory traffic takes, whichever is longer: a roofline."""
         return max(flops / (COMPUTE_SHARE * self.flops), n_bytes / (BANDWIDTH_SHARE * self.bandwidth))
 
     def decoding_seconds(self, n_steps: int, n_layers: int, flops: float, n_bytes: float) -> float:
@@ -34,3 +36,14 @@ ACCELERATORS = {
     "h200": Accelerator(989e12, 4.8e12, 141e9),
     "l40s": Accelerator(362e12, 0.86e12, 48e9),
 }
+
+
+def accelerator_named(name: str) -> Accelerator:
+    """The accelerator of that name.
+
+    Raises:
+        CastuneError: it is not known.
+    """
+    if name not in ACCELERATORS:
+        raise CastuneError(f"accelerator {name!r}: accepted are {', '.join(ACCELERATORS)}")
+    return ACCELERATORS[name]

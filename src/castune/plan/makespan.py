@@ -27,16 +27,6 @@ class Unit:
     is_divisible: bool = False
 
 
-def longest_chain(units: Sequence[Unit], n_devices: int = 1) -> float:
-    """Seconds of the longest chain of units that wait for each other, each divisible one shared by all devices."""
-    parts = _order(units)
-    end: dict[str, float] = {}
-    for unit in parts:
-        seconds = unit.seconds / n_devices if unit.is_divisible else unit.seconds
-        end[unit.name] = max((end[name] for name in unit.after), default=0.0) + seconds
-    return max(end.values(), default=0.0)
-
-
 def makespan(units: Sequence[Unit], n_devices: int) -> float:
     """Seconds until all units are done, when a free device takes the ready unit with the longest chain behind it.
 

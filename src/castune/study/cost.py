@@ -1,19 +1,32 @@
-"""What a study costs: the cost of its recipes, unit by unit of its graph."""
+"""What a study costs, unit by unit of its graph, from configs alone. Data that are not here are stood in for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from castune.config import SelectConfig
+from castune.config import TuneConfig
+from castune.data.example import Example
+from castune.evaluation.suites import load_suites
 from castune.names import ArmName
 from castune.plan import makespan
-from castune.plan.diagnosis import Stage, plan_diagnosis
-from castune.plan.recipe import RecipeCost, recipe_cost
+from castune.plan.planner import DiagnosisCost, Planner, TrainingCost
+from castune.plan.shape import ModelShape
 from castune.plan.stand_ins import DataOrStandIns
+from castune.plan.work import Cost
+from castune.steps.inputs import load_calibration, load_data
 from castune.study.graph import MAIN, Graph, Unit
 from castune.tuning.snapshots import snapshot_steps
+
+# What the paper's diagnosis takes a head on an H800 (Appendix F.5, 100 examples): utility, and safety.
+PAPER_HEAD_SECONDS = 7 + 60
+
+
+def paper_hours(n_heads: int) -> float:
+    """GPU-hours of a diagnosis of so many heads as the paper does it: 19.1 for Llama-3.1-8B's 1,024."""
+    return n_heads * PAPER_HEAD_SECONDS / 3600
 
 
 @dataclass(frozen=True)
@@ -21,14 +34,18 @@ class StudyCost:
     """Cost of a study.
 
     Attributes:
+        shape: of the model.
         units: the graph's, with seconds on one device.
-        work: of all units of a stage.
+        costs: of all units of a stage.
+        peak_memory: bytes of a unit of a stage at the peak, where they are known.
         diagnosis_hours: of the main map, on one device.
         notes: what the user should know.
     """
 
+    shape: ModelShape
     units: Sequence[makespan.Unit]
-    work: Mapping[str, Stage]
+    costs: Mapping[str, Cost]
+    peak_memory: Mapping[str, int]
     diagnosis_hours: float
     notes: Sequence[str]
 
@@ -38,82 +55,117 @@ class StudyCost:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a stage."""
-        counts: dict[str, int] = {}
-        for unit in self.units:
-            stage = unit.name.partition(" ")[0]
-            counts[stage] = counts.get(stage, 0) + 1
+        stages = [_stage(unit.name) for unit in self.units]
         return [
             {
                 "stage": name,
-                "units": counts[name],
-                "forwards": f"{stage.forwards:,}",
-                "tokens": f"{stage.tokens:,}",
-                "decoded": f"{stage.step_tokens:,}",
-                "hours on one device": (stage.seconds or 0.0) / 3600,
+                "units": stages.count(name),
+                "forwards": f"{cost.work.forwards:,}",
+                "tokens": f"{cost.work.tokens:,}",
+                "decoded": f"{cost.work.step_tokens:,}",
+                "PFLOP": f"{self.shape.all_flops(cost.work) / 1e15:,.3f}",
+                "hours on one device": cost.seconds / 3600,
+                "peak memory, GB": self.peak_memory[name] / 1e9 if name in self.peak_memory else None,
             }
-            for name, stage in self.work.items()
-            if name in counts
+            for name, cost in self.costs.items()
+            if name in stages
         ]
 
 
 def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
-    """What a study costs, from configs alone; see `recipe_cost`. Judging is not counted."""
-    main = _cost(graph, MAIN, accelerator)
-    of_map = {name: main if name == MAIN else _of_calibration(graph, name, main, accelerator) for name in graph.maps}
-    calibration_of = {recipe.out: name for name, recipe in graph.maps.items()}
-    evaluation = main.evaluation
-    units, work = [], dict.fromkeys(("diagnose", "tune", "evaluate", "drift"), Stage(seconds=0.0))
-    names = {unit.name for unit in graph.units if unit.stage != "judge"}
-    for unit in graph.units:
-        if unit.stage == "judge":
-            continue
-        cost = of_map[calibration_of[str(unit.map_folder)]]
-        done = _of_unit(unit, cost, evaluation)
-        stage = unit.name.partition(" ")[0]
-        work[stage] = _sum(work[stage], done)
+    """What a study costs, see `Planner`. Judging is not counted.
+
+    Args:
+        graph: of the study; `model` may be a directory that holds a config.json alone.
+        accelerator: take seconds from this one's data sheet (`ACCELERATORS`) instead of timing a slice here.
+
+    Raises:
+        CastuneError: an unknown accelerator, no config, data that are neither here nor known, or settings that a plan
+            refuses.
+    """
+    pieces = _Pieces(graph, Planner.of(graph.maps[MAIN], accelerator=accelerator))
+    planned = [unit for unit in graph.units if unit.stage != "judge"]
+    names = {unit.name for unit in planned}
+    units, costs = [], dict.fromkeys(("diagnose", "tune", "evaluate", "drift"), Cost())
+    for unit in planned:
+        cost = pieces.cost(unit)
+        costs[_stage(unit.name)] += cost
         needs = tuple(name for name in unit.needs if name in names)
-        units.append(makespan.Unit(unit.name, done.seconds or 0.0, needs, is_divisible=unit.stage == "diagnose"))
-    notes = list(dict.fromkeys(note for cost in of_map.values() for note in cost.notes))
-    return StudyCost(units, work, main.diagnosis_seconds / 3600, notes)
+        units.append(makespan.Unit(unit.name, cost.seconds, needs, is_divisible=unit.stage == "diagnose"))
+    return StudyCost(
+        shape=pieces.planner.shape,
+        units=units,
+        costs=costs,
+        peak_memory=pieces.peak_memory,
+        diagnosis_hours=pieces.whole_diagnosis(MAIN).seconds / 3600,
+        notes=[*pieces.planner.notes, *pieces.read.notes],
+    )
 
 
-def _cost(graph: Graph, calibration: str, accelerator: str | None) -> RecipeCost:
-    """The cost of a map and of all arms that any of its runs trains."""
-    arms = dict.fromkeys(arm for run in graph.runs if run.calibration == calibration for arm in run.trained)
-    select = SelectConfig(zone="all", fraction=1.0, compare=tuple(arm for arm in arms if arm != "all"), seed=0)
-    return recipe_cost(graph.maps[calibration].model_copy(update={"select": select}), accelerator=accelerator)
+class _Pieces:
+    """What the units of a study do: each thing counted, and timed, once."""
 
+    def __init__(self, graph: Graph, planner: Planner) -> None:
+        self.graph, self.planner, self.read = graph, planner, DataOrStandIns()
+        self._recipe = graph.maps[MAIN]
+        self._map_of = {recipe.out: name for name, recipe in graph.maps.items()}
+        self._diagnoses: dict[str, DiagnosisCost] = {}
+        self._trainings: dict[tuple[str, str], TrainingCost] = {}
 
-def _of_calibration(graph: Graph, name: str, main: RecipeCost, accelerator: str | None) -> RecipeCost:
-    """The cost of another map: its trainings cost what the main map's do, where no utility data take part in them."""
-    arms = [ArmName.parse(arm) for run in graph.runs if run.calibration == name for arm in run.trained]
-    if any(arm.changes for arm in arms):
-        return _cost(graph, name, accelerator)
-    recipe, read = graph.maps[name], DataOrStandIns()
-    diagnosis, notes = plan_diagnosis(recipe, accelerator=accelerator, read=read)
-    return replace(main, diagnosis=diagnosis, measure=recipe.diagnose.measure, notes=[*notes, *read.notes])
+    def cost(self, unit: Unit) -> Cost:
+        """The cost of a unit of any stage but judging."""
+        name = self._map_of[str(unit.map_folder)]
+        if unit.stage == "diagnose":
+            # A map that ranks the outcomes of another one in its own way measures nothing.
+            return self.whole_diagnosis(name) if unit.folder == unit.map_folder else Cost()
+        if unit.stage == "tune":
+            return self._training(unit, name).cost
+        if unit.stage == "drift":
+            n_maps = len(snapshot_steps(unit.recipe.tune, self._training(unit, name).steps)) + 1
+            return self.whole_diagnosis(name) * n_maps
+        return self._evaluation
 
+    def whole_diagnosis(self, name: str) -> Cost:
+        """The cost of a map that is measured."""
+        return self._diagnosis(name).total(self.graph.maps[name].diagnose.measure)
 
-def _of_unit(unit: Unit, cost: RecipeCost, evaluation: Stage) -> Stage:
-    if unit.stage == "diagnose":
-        return _diagnosis(cost)
-    if unit.stage == "tune":
+    @property
+    def peak_memory(self) -> dict[str, int]:
+        """The most that a unit of a stage needs, of the units whose cost was asked for."""
+        by_map = {name: found.peak_memory for name, found in self._diagnoses.items()}
+        measured = [most[self.graph.maps[name].diagnose.measure] for name, most in by_map.items() if most]
+        found = {"diagnose": measured, "tune": [one.peak_memory for one in self._trainings.values()]}
+        return {stage: max(sizes) for stage, sizes in found.items() if sizes}
+
+    def _diagnosis(self, name: str) -> DiagnosisCost:
+        if name not in self._diagnoses:
+            recipe = self.graph.maps[name]
+            safety, utility = load_calibration(recipe, self.read)
+            self._diagnoses[name] = self.planner.diagnosis(safety, utility, recipe.diagnose)
+        return self._diagnoses[name]
+
+    def _training(self, unit: Unit, name: str) -> TrainingCost:
+        """Arms that differ in their heads alone cost the same; so do maps, but for utility data that take part."""
         assert unit.arm is not None
-        arm = cost.arms.get(unit.arm, cost.arms["main"])
-        return Stage(**{**vars(arm.training.stage), "seconds": arm.seconds})
-    if unit.stage == "drift":
-        assert unit.arm is not None
-        n_maps = len(snapshot_steps(unit.recipe.tune, cost.arms[unit.arm].training.steps)) + 1
-        one = _diagnosis(cost)
-        return Stage(**{name: value * n_maps for name, value in vars(one).items()})
-    return evaluation
+        config: TuneConfig = self._recipe.tune.changed(**dict(ArmName.parse(unit.arm).changes))
+        key = config.model_dump_json(), name if config.needs_utility else MAIN
+        if key not in self._trainings:
+            utility = load_calibration(self.graph.maps[name], self.read).all_utility
+            self._trainings[key] = self.planner.training(self._align, utility, config)
+        return self._trainings[key]
+
+    @cached_property
+    def _align(self) -> list[Example]:
+        return load_data(self._recipe.align, self._recipe.seed, self.read)
+
+    @cached_property
+    def _evaluation(self) -> Cost:
+        """All suites on one model."""
+        settings = self._recipe.evaluate
+        suites = load_suites(settings.suites, limit=settings.limit, seed=settings.seed, read=self.read)
+        return sum((self.planner.suite(suite, settings) for suite in suites), Cost())
 
 
-def _diagnosis(cost: RecipeCost) -> Stage:
-    parts = cost.diagnosis.parts(cost.measure).values()
-    total = sum(parts, Stage())
-    return Stage(**{**vars(total), "seconds": cost.diagnosis_seconds})
-
-
-def _sum(one: Stage, other: Stage) -> Stage:
-    return Stage(**{**vars(one + other), "seconds": (one.seconds or 0.0) + (other.seconds or 0.0)})
+def _stage(unit: str) -> str:
+    """The stage of a unit by its name; that of the base model is an evaluation."""
+    return unit.partition(" ")[0]

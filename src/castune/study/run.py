@@ -19,19 +19,18 @@ from castune.console import say, show_rows
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config, torch_dtype_of
 from castune.core.shards import Shard
-from castune.core.skeleton import skeleton
 from castune.core.units import UnitLayout
 from castune.data.example import content_hash
 from castune.diagnosis.domains import utility_hash, utility_sets
 from castune.errors import CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
-from castune.plan.recipe import paper_hours
+from castune.plan.skeleton import skeleton
 from castune.steps.arms import require_trainable
 from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
 from castune.steps.inputs import load_calibration, load_training
-from castune.study.cost import study_cost
+from castune.study.cost import paper_hours, study_cost
 from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
 from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, Unit

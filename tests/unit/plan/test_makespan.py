@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castune.errors import CastuneError
-from castune.plan.makespan import Unit, longest_chain, makespan
+from castune.plan.makespan import Unit, makespan
 
 
 @st.composite
@@ -19,6 +19,17 @@ def work(draw: st.DrawFn) -> list[Unit]:
         seconds = draw(st.floats(0, 1e6))
         units.append(Unit(str(i), seconds, tuple(map(str, after)), draw(st.booleans())))
     return draw(st.permutations(units))
+
+
+def longest_chain(units: list[Unit], n_devices: int) -> float:
+    """Seconds of the longest chain of units that wait for each other, each divisible one shared by all devices."""
+    by_name = {unit.name: unit for unit in units}
+
+    def end(unit: Unit) -> float:
+        seconds = unit.seconds / n_devices if unit.is_divisible else unit.seconds
+        return seconds + max((end(by_name[name]) for name in unit.after), default=0.0)
+
+    return max(map(end, units))
 
 
 @given(units=work(), n=st.integers(1, 9))

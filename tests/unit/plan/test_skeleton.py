@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config
-from castune.core.skeleton import at_depth, random_slice, skeleton
+from castune.plan.skeleton import at_depth, random_slice, skeleton
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[3] / "recipes" / "configs"
