@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from castune.artifacts.unit import QUERY_HEAD
 from castune.core.numbers import duration, gigabytes, number, percent, span, with_error
 from castune.names import KINDS, plural
 
@@ -126,8 +125,10 @@ _PARTS = {
 
 def show_plan(planner: Planner, found: DiagnosisCost, accelerator: str | None) -> None:
     """Work, time and memory of a diagnosis to come, and the memory of a training."""
+    from castune.artifacts.unit import only_heads
+
     shape, where = planner.shape, f"on one {accelerator}" if accelerator else "here"
-    what = "heads" if planner.units.kinds == (QUERY_HEAD,) else "units"
+    what = "heads" if only_heads(planner.units.units) else "units"
     say(
         f"{shape.model_type}: {shape.n_layers} layers, {shape.n_units} {what}, "
         f"{shape.n_parameters / 1e6:,.1f} M parameters, {gigabytes(shape.weight_bytes)} of weights in "

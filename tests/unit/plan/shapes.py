@@ -10,6 +10,7 @@ import torch
 
 from castune.core.heads import HeadLayout
 from castune.core.units import UnitLayout
+from castune.names import KINDS
 from castune.plan.shape import ModelShape
 from castune.plan.skeleton import skeleton
 
@@ -18,7 +19,9 @@ def shape_of(config: Any, *kinds: str, dtype: torch.dtype = torch.float32) -> Mo
     """The shape of a config's model, with units of these kinds; of query heads by default."""
     model = skeleton(config, dtype)
     heads = HeadLayout.unproven(model)
-    return ModelShape.of(model, UnitLayout.of(model, heads, kinds or ("q_heads",), n_mlp_groups=4, prove=False))
+    return ModelShape.of(
+        model, UnitLayout.of(model, heads, [KINDS[kind] for kind in kinds or ("q_heads",)], n_mlp_groups=4, prove=False)
+    )
 
 
 @contextmanager
