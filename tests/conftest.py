@@ -20,7 +20,8 @@ import torch
 from browser import Browser
 from tiny_models import TINY_CONFIGS, make_tiny_model, make_tiny_tokenizer
 
-from castune.core.loading import find_default_gguf, load
+from castune.core.gguf import find_default_gguf
+from castune.core.loading import load
 from castune.data.example import Example
 
 torch.set_num_threads(1)

@@ -14,16 +14,9 @@ from command_line import command, refused
 from castune.artifacts import ConflictMap, EvalResult, TuneResult
 from castune.config import Recipe
 from castune.core.loading import load_model
+from castune.steps.compare import compare_adapters, compare_evaluations, compare_maps
 from castune.steps.directory import RunDirectory
-from castune.steps.reproduce import (
-    REPRODUCTION_FILE,
-    Reproduction,
-    compare_adapters,
-    compare_evaluations,
-    compare_maps,
-    conditions,
-    reproduce,
-)
+from castune.steps.reproduce import REPRODUCTION_FILE, Reproduction, conditions, reproduce
 from castune.tuning.mask import mask_adapter
 
 Models = Callable[..., Path]

@@ -10,7 +10,7 @@ import pytest
 from command_line import castune
 
 from castune.artifacts import ConflictMap, HeadSelection, TuneResult
-from castune.artifacts.files import read_json
+from castune.artifacts.formats import read_json
 from castune.config import Recipe
 from castune.core.loading import LoadedModel, load_model
 from castune.errors import CastuneError

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from castune.config import EvaluateConfig
-from castune.data.sources import NAMED_SOURCES, SOURCE_NAMES, NamedSource
+from castune.data.named import NAMED_SOURCES, NamedSource
+from castune.data.sources import SOURCE_NAMES
 
 EVALUATION = Path(__file__).parents[2] / "docs" / "evaluation.md"
 

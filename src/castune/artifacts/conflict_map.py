@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from castune.artifacts.files import (
+from castune.artifacts.formats import (
     DIGEST,
     SCHEMA_VERSION,
     check_digest,

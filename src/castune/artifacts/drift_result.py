@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import read_json, typed, write_json
+from castune.artifacts.formats import read_json, typed, write_json
 from castune.artifacts.records import ModelRecord, Provenance, Settings
 
 _KIND = "conflict drift"

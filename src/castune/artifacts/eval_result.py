@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from castune.artifacts.files import locked, read_json, text_hash, typed, write_json, write_text
+from castune.artifacts.files import locked, text_hash, write_text
+from castune.artifacts.formats import read_json, typed, write_json
 from castune.artifacts.records import ModelRecord, Provenance, Settings
 from castune.artifacts.rules import warn_of_old_rules
 from castune.artifacts.samples import Sample, is_letter, is_problem

@@ -1,20 +1,17 @@
-"""Atomic writes, and reading JSON artifacts with a check of kind and schema version."""
+"""Files and directories that are whole or not there: written aside, moved into place, locked while they are used."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from castune.errors import ArtifactError, CastuneError
 
@@ -26,21 +23,11 @@ except ModuleNotFoundError:
         "macOS, and Windows under WSL 2"
     ) from None
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from pydantic import TypeAdapter
-
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-# Key of a JSON artifact's digest of everything else in it.
-DIGEST = "digest"
 
 # Mode of files with replies to harmful prompts: readable and writable by their owner alone.
 PRIVATE = 0o600
-
-T = TypeVar("T")
-
 
 # The umask is the process's and can only be read by changing it: two threads at once would leave it changed.
 _UMASK = threading.Lock()
@@ -225,100 +212,6 @@ def write_text(path: str | Path, text: str, *, private: bool = False) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, kind: str, content: dict[str, Any]) -> None:
-    """Write a JSON artifact and the digest of its content, atomically.
-
-    NaN and infinity are refused: they are no JSON and no result.
-    """
-    record = {"kind": kind, "schema_version": SCHEMA_VERSION, **content}
-    record[DIGEST] = json_digest(record)
-    write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def json_digest(record: Any) -> str:
-    """Digest of plain JSON, however it is laid out (first 16 hex digits of SHA-256)."""
-    # As it is when it has been read again: keys are text, tuples are lists.
-    plain = json.loads(json.dumps(record, allow_nan=False))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read_json(path: str | Path, kind: str, made_by: str) -> dict[str, Any]:
-    """Read a JSON artifact.
-
-    Args:
-        path: the file.
-        kind: what it must be.
-        made_by: the command that makes it, for the message when it is missing.
-
-    Raises:
-        ArtifactError: missing, damaged (also by a single changed digit), of another kind or schema version.
-    """
-    path = Path(path)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such {kind}; make it with: {made_by}") from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read as a {kind}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise ArtifactError(f"{path}: damaged {kind}: {error}; remove it and run: {made_by}") from None
-    check_schema(record, path, kind)
-    check_digest(record, path, kind, made_by)
-    found: dict[str, Any] = record
-    return found
-
-
-def check_digest(record: dict[str, Any], path: Path, kind: str, made_by: str) -> None:
-    """Take the digest out of a record, and refuse one whose content is not what was written.
-
-    Records from before there were digests, and those made by hand, have none.
-    """
-    noted = record.pop(DIGEST, None)
-    if noted is None:
-        return
-    try:
-        found = json_digest(record)
-    except ValueError as error:  # NaN, which Python's reader takes
-        raise ArtifactError(f"{path}: damaged {kind}: {error}; remove it and run: {made_by}") from None
-    if noted != found:
-        raise ArtifactError(
-            f"{path}: damaged {kind}: its content has digest {found}, noted is {noted}; remove it and run: {made_by}. "
-            f"Where it was edited on purpose, take the key {DIGEST!r} out"
-        )
-
-
-def check_schema(record: Any, path: Path, kind: str) -> None:
-    """Refuse a record of another kind or schema version, naming both sides."""
-    if not isinstance(record, dict) or record.get("kind") != kind:
-        found = record.get("kind") if isinstance(record, dict) else type(record).__name__
-        raise ArtifactError(f"{path}: expected a {kind}, found {found}")
-    if record.get("schema_version") != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path}: schema version {record.get('schema_version')}, this castune reads {SCHEMA_VERSION}; "
-            "make it again with this version"
-        )
-
-
-def write_parquet(path: str | Path, table: pa.Table) -> None:
-    """Write a Parquet file atomically, with a checksum of every page."""
-    import pyarrow.parquet as pq
-
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, write_page_checksum=True)
-
-
-def read_parquet(path: str | Path) -> pa.Table:
-    """Read a Parquet file of castune's and compare the checksums of its pages.
-
-    Raises:
-        OSError, pyarrow.ArrowException: it is damaged.
-    """
-    import pyarrow.parquet as pq
-
-    # One thread: which error is told must not depend on which came first.
-    return pq.read_table(path, page_checksum_verification=True, use_threads=False)
-
-
 def text_hash(text: str) -> str:
     """SHA-256 of a text in UTF-8 (first 16 hex digits)."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -327,37 +220,3 @@ def text_hash(text: str) -> str:
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file (first 16 hex digits)."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def typed(path: Path, kind: str, cls: type[T], record: Mapping[str, Any]) -> T:
-    """An artifact's dataclass from plain JSON: every field there, and of its type; others are left out.
-
-    Raises:
-        ArtifactError: the message names the field.
-    """
-    from pydantic import ValidationError
-
-    fields = {name: record[name] for name in cls.__dataclass_fields__ if name in record}  # type: ignore[attr-defined]
-    try:
-        # Strict as JSON is: a list may be a tuple, a text is no number.
-        found: T = _adapter(cls).validate_json(json.dumps(fields), strict=True)  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "as a whole"
-        raise ArtifactError(f"{path}: damaged {kind}: {where}: {first['msg']}") from None
-    return found
-
-
-@lru_cache
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(cls)
-
-
-def parsed(path: Path, kind: str, build: Callable[[], T]) -> T:
-    """`build()`, with missing or ill-typed fields reported as a damaged artifact."""
-    try:
-        return build()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: damaged {kind}: {error!r}") from None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import read_json, typed, write_json
+from castune.artifacts.formats import read_json, typed, write_json
 from castune.artifacts.unit import QUERY_HEAD, Unit, heads_of, joined, layers_of, only_heads
 from castune.errors import ArtifactError
 from castune.names import SCORES, ZONES, plural

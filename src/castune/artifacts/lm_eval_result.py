@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from castune.artifacts.files import read_json, typed, write_json
+from castune.artifacts.formats import read_json, typed, write_json
 from castune.artifacts.records import ModelRecord, Provenance, Settings
 
 _KIND = "lm-eval result"

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts.files import file_hash, parsed, read_json, typed, write_json
+from castune.artifacts.files import file_hash
+from castune.artifacts.formats import parsed, read_json, typed, write_json
 from castune.artifacts.head_selection import HeadSelection
 from castune.artifacts.records import DataRecord, ModelRecord, Phase, Provenance, Settings
 from castune.artifacts.rules import warn_of_old_rules

@@ -13,7 +13,7 @@ def doctor() -> None:
 
     import torch
 
-    from castune.core.loading import DEFAULT_WHEEL, cache_home, find_default_gguf
+    from castune.core.gguf import DEFAULT_WHEEL, cache_home, find_default_gguf
 
     say(f"castune {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in (

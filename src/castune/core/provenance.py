@@ -18,7 +18,7 @@ from castune.artifacts.files import text_hash
 from castune.artifacts.fingerprints import QUANTISED
 from castune.artifacts.records import CodeRecord, ModelRecord, Provenance
 from castune.artifacts.rules import RULES
-from castune.core.loading import display_name
+from castune.core.gguf import display_name
 from castune.core.quantisation import is_quantised
 from castune.data.template import prints_date, template_date
 from castune.secrets import redacted

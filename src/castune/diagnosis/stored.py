@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from castune.artifacts import ConflictMap, Unit
 from castune.artifacts.conflict_map import SCHEMA
-from castune.artifacts.files import read_parquet, write_parquet
+from castune.artifacts.formats import read_parquet, write_parquet
 from castune.artifacts.unit import only_heads
 from castune.config import DiagnoseConfig, SensitivityRank
 from castune.data.example import Example

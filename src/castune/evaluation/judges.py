@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from castune.core.generation import generate_replies
-from castune.core.loading import cache_home, load
+from castune.core.gguf import cache_home
+from castune.core.loading import load
 from castune.core.progress import progress
 from castune.core.refusals import read_by
 from castune.data.said import said

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from castune.config import DiagnoseConfig, EvaluateConfig, Recipe, TuneConfig
+from castune.core.devices import device_of, torch_dtype_of
+from castune.core.gguf import find_default_gguf
 from castune.core.heads import HeadLayout
-from castune.core.loading import device_of, find_default_gguf, load_config, torch_dtype_of
+from castune.core.loading import load_config
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example

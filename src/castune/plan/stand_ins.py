@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from itertools import count
 
 from castune.data.example import Example
-from castune.data.sources import NAMED_SOURCES, examples, source_name
+from castune.data.named import NAMED_SOURCES
+from castune.data.sources import examples, source_name
 from castune.errors import DataError, SourceUnreachable
 
 # Common words, each one token of every usual tokenizer when a space is before it.

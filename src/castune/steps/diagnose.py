@@ -8,7 +8,8 @@ from math import isfinite
 from typing import Any
 
 from castune.artifacts import ConflictMap
-from castune.artifacts.files import replacing, write_json
+from castune.artifacts.files import replacing
+from castune.artifacts.formats import write_json
 from castune.config import DataConfig, DiagnoseConfig, Recipe
 from castune.core.journal import Journal
 from castune.core.loading import LoadedModel

@@ -16,7 +16,8 @@ from castune.artifacts.files import check_vacant, new_directory, write_text
 from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, TUNE_FILE, adapter_hash
-from castune.core.loading import display_name, load, load_config
+from castune.core.gguf import display_name
+from castune.core.loading import load, load_config
 from castune.errors import ArtifactError
 from castune.report.card import CardFacts, Merging, model_card
 from castune.steps.changes import cost_ratios, differences

@@ -16,8 +16,9 @@ from typing import NamedTuple
 from castune.artifacts.files import locked, write_text
 from castune.config import Recipe
 from castune.console import say, show_rows
+from castune.core.devices import torch_dtype_of
 from castune.core.heads import HeadLayout
-from castune.core.loading import load_config, torch_dtype_of
+from castune.core.loading import load_config
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.example import content_hash

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from castune.artifacts.files import parsed, read_json, write_json
+from castune.artifacts.formats import parsed, read_json, write_json
 from castune.core.numbers import duration
 from castune.study.directory import StudyDirectory
 from castune.study.executors import Executor

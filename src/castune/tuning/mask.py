@@ -24,8 +24,8 @@ from castune.artifacts.files import check_vacant, new_directory
 from castune.artifacts.fingerprints import same_model
 from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, adapter_hash
+from castune.core.gguf import display_name
 from castune.core.heads import HeadLayout
-from castune.core.loading import display_name
 from castune.core.provenance import fingerprint, model_record, provenance
 from castune.core.quantisation import dense_weight
 from castune.core.units import UnitLayout

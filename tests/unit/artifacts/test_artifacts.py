@@ -17,7 +17,8 @@ import pytest
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
 from castune.artifacts.conflict_map import SCHEMA
-from castune.artifacts.files import SCHEMA_VERSION, new_directory, replacing, write_json, write_text
+from castune.artifacts.files import new_directory, replacing, write_text
+from castune.artifacts.formats import SCHEMA_VERSION, write_json
 from castune.artifacts.unit import joined
 from castune.errors import ArtifactError
 

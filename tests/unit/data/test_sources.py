@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from castune.data.example import Message, content_hash
-from castune.data.sources import NAMED_SOURCES, SOURCE_NAMES, examples, purpose_of
+from castune.data.named import NAMED_SOURCES
+from castune.data.sources import SOURCE_NAMES, examples, purpose_of
 from castune.errors import DataError, SourceUnreachable
 from castune.plan.stand_ins import DataOrStandIns
 

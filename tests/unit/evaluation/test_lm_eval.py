@@ -19,7 +19,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from castune.artifacts.files import SCHEMA_VERSION
+from castune.artifacts.formats import SCHEMA_VERSION
 from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
 from castune.errors import ArtifactError, CastuneError
 from castune.evaluation.lm_eval import lm_eval_results

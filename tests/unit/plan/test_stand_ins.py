@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castune.core.loading import load_config
-from castune.data.sources import NAMED_SOURCES, examples
+from castune.data.named import NAMED_SOURCES
+from castune.data.sources import examples
 from castune.errors import DataError, SourceUnreachable
 from castune.plan.stand_ins import TYPICAL_SOURCES, DataOrStandIns, lengths_of, stand_ins
 
