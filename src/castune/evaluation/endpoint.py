@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import importlib.util
 import json
 import logging
 import os
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import urlsplit
 
 from castune.core.progress import Advance, no_progress
 from castune.errors import CastuneError
+from castune.evaluation.address import checked_key, require_openai, server_address
 from castune.evaluation.reply_cache import ReplyCache
 from castune.evaluation.responses import BadBody, Completion, Failed, bounded, completion_of, failure
 
@@ -32,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_HOSTED = "https://api.openai.com/v1"
 # What a server without keys is sent: the library insists on one.
 _NO_KEY = "none"
 
@@ -44,21 +41,6 @@ _LONGEST_WAIT = 60.0
 _CONNECT = 10.0
 # Conversations lost one after the other before a server counts as dead.
 _GIVE_UP = 20
-
-
-def server_address() -> str:
-    """The base URL that an endpoint takes when it is given none: OPENAI_BASE_URL, else OpenAI's.
-
-    Raises:
-        CastuneError: it is no URL, or holds a key or password.
-    """
-    return _checked_url(os.environ.get("OPENAI_BASE_URL", "").strip() or _HOSTED)
-
-
-def require_openai() -> None:
-    """Refuse to ask a server where the library for it is not installed."""
-    if importlib.util.find_spec("openai") is None:
-        raise CastuneError("a model behind a server needs the package openai: pip install 'castune[openai]'")
 
 
 class Endpoint:
@@ -107,8 +89,8 @@ class Endpoint:
             )
         given = base_url or os.environ.get("OPENAI_BASE_URL", "").strip()
         self.model = model
-        self.base_url = _checked_url(given or _HOSTED)
-        self._key = _checked_key(api_key or os.environ.get("OPENAI_API_KEY", ""))
+        self.base_url = server_address(given)
+        self._key = checked_key(api_key or os.environ.get("OPENAI_API_KEY", ""))
         self._needs_key = not given
         self._timeout, self._attempts, self._parallel = timeout, attempts, parallel
         self._cache = ReplyCache(cache)
@@ -367,28 +349,3 @@ class _Call:
 
     def __post_init__(self) -> None:
         self.completions: list[Completion | None] = [None] * len(self.conversations)
-
-
-def _checked_url(url: str) -> str:
-    """A base URL that can be shown, without a slash at its end."""
-    try:
-        parts = urlsplit(url)
-        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        ok = False
-    if not ok:
-        raise CastuneError("the base URL of a server looks like http://localhost:8000/v1; the one given does not")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise CastuneError(
-            f"{parts.scheme}://{parts.hostname}: a base URL is shown and stored, so it has no user, password, query or "
-            "fragment; a key goes into OPENAI_API_KEY"
-        )
-    return url.rstrip("/")
-
-
-def _checked_key(key: str) -> str:
-    """A key that fits in a header: what does not would be shown by the error of the library."""
-    key = key.strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise CastuneError("OPENAI_API_KEY: a key is of visible ASCII characters without blanks; is it whole?")
-    return key

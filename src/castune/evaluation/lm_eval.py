@@ -77,16 +77,9 @@ def lm_eval_results(
             All of them before anything is computed.
     """
     tasks = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
-    settings: Settings = {
-        "tasks": tasks,
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "batch_size": batch_size,
-        "apply_chat_template": apply_chat_template,
-        "fewshot_as_multiturn": apply_chat_template,
-        "include_path": None if include_path is None else str(include_path),
-        "seed": seed,
-    }
+    settings: Settings = {"tasks": tasks, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+    settings |= {"apply_chat_template": apply_chat_template, "fewshot_as_multiturn": apply_chat_template}
+    settings |= {"include_path": None if include_path is None else str(include_path), "seed": seed}
     require_lm_eval()
     _check_settings(tasks, limit, num_fewshot, batch_size)
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):

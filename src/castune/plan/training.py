@@ -18,8 +18,8 @@ from castune.plan.shape import ModelShape
 from castune.plan.speed import Sample
 from castune.plan.work import Size, Work, again, backward, forward
 from castune.tuning.preferences import Pair
+from castune.tuning.rows import replayed_rows
 from castune.tuning.surgery import utility_batches
-from castune.tuning.train import replayed_rows
 from castune.tuning.trainer import ByLength
 
 

@@ -8,7 +8,7 @@ from castune.config import Recipe, TuneConfig
 from castune.errors import CastuneError
 from castune.names import ArmName
 from castune.selection import require_rule
-from castune.tuning.train import require_extras
+from castune.tuning.rows import require_extras
 
 
 def planned_arms(recipe: Recipe) -> list[ArmName]:

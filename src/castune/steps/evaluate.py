@@ -15,8 +15,9 @@ from castune.core.loading import LoadedModel, load_config, load_model, model_sou
 from castune.core.provenance import model_record
 from castune.data.example import content_hash
 from castune.errors import ArtifactError, NothingScored
+from castune.evaluation.address import require_openai, server_address
 from castune.evaluation.backend import Host, TransformersHost
-from castune.evaluation.endpoint import Endpoint, require_openai, server_address
+from castune.evaluation.endpoint import Endpoint
 from castune.evaluation.judges import NotJudged, judge
 from castune.evaluation.judging import judge_again
 from castune.evaluation.run import evaluate_on

@@ -27,7 +27,8 @@ from castune.steps.remeasure import Remeasure, require_query_heads
 from castune.steps.same import check_same, check_template
 from castune.steps.select import select_arm
 from castune.tuning.phases import Reselect
-from castune.tuning.train import require_extras, require_utility, tune
+from castune.tuning.rows import require_extras, require_utility
+from castune.tuning.train import tune
 from castune.tuning.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from castune.artifacts.files import write_text
 from castune.artifacts.records import DataRecord, Settings
 from castune.artifacts.tune_result import SNAPSHOTS
-from castune.errors import CheckpointError
+from castune.errors import CheckpointError, TrainingError
 
 # Written into a checkpoint after everything else: a checkpoint without it is not whole.
 _STATE = "castune.json"
@@ -104,6 +104,18 @@ class Workspace:
         shutil.rmtree(self.adapter, ignore_errors=True)
         if self.last_checkpoint() is None:
             self.remove()
+
+    @contextmanager
+    def kept_for_later(self) -> Iterator[None]:
+        """Around a training: what it left can be continued from, unless it would come to the same error again."""
+        try:
+            yield
+        except TrainingError:
+            self.remove()
+            raise
+        except BaseException:
+            self.leave()
+            raise
 
     def remove_of(self, settings: Settings, data: DataRecord) -> None:
         """Remove the folder if it is of a training with these settings and data, which has ended since."""

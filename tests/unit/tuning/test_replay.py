@@ -17,7 +17,8 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash
 from castune.data.rows import Row
 from castune.errors import CastuneError
-from castune.tuning.train import replayed_rows, tune
+from castune.tuning.rows import replayed_rows
+from castune.tuning.train import tune
 
 SOME = ((0, 1), (2, 0))
 CONFIG = TuneConfig(rank=4, learning_rate=0.01, epochs=1, batch_size=2, accumulation=1, replay=0.2)

@@ -199,7 +199,7 @@ def test_merged_rows_outside_the_current_selection_stay(train: Trained, tmp_path
 def test_trained_and_saved_model_differ_by_rounding_only(
     train: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any], family: str
 ) -> None:
-    module = importlib.import_module("castune.tuning.train")
+    module = importlib.import_module("castune.tuning.run")
     logits = []
 
     @contextlib.contextmanager
