@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from castune.core.losses import SCORED_MULTIPLE, batches_by_length
 from castune.core.scoring import can_share_prompts
 from castune.data.rows import Row, shared_prefix
 from castune.errors import CastuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Floats = NDArray[np.float64]
 
@@ -79,7 +82,7 @@ class ExampleBatch:
 
 
 def example_batches(
-    model: Any, layout: HeadLayout, rows_of: Sequence[Sequence[Row]], batch_tokens: int
+    model: PreTrainedModel, layout: HeadLayout, rows_of: Sequence[Sequence[Row]], batch_tokens: int
 ) -> list[ExampleBatch]:
     """Batches of at most `batch_tokens` rows x tokens, longest examples first; the rows of an example stay together.
 
@@ -114,7 +117,7 @@ def example_batches(
 
 
 @torch.no_grad()
-def tuned_batch_tokens(model: Any) -> int:
+def tuned_batch_tokens(model: PreTrainedModel) -> int:
     """The number of tokens in a forward at which this model runs about fastest on its device.
 
     The smallest power of two that comes within a tenth of the best, so that noise rarely changes it.
@@ -139,14 +142,14 @@ def tuned_batch_tokens(model: Any) -> int:
     return next(n for n, speed in speeds.items() if speed >= 0.9 * max(speeds.values()))
 
 
-def _seconds(model: Any, ids: Tensor) -> float:
+def _seconds(model: PreTrainedModel, ids: Tensor) -> float:
     started = time.perf_counter()
     model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[0, 0, 0].item()  # waits for the device
     return time.perf_counter() - started
 
 
 def _packed_units(
-    model: Any, layout: HeadLayout, rows_of: Sequence[Sequence[Row]], batch_tokens: int
+    model: PreTrainedModel, layout: HeadLayout, rows_of: Sequence[Sequence[Row]], batch_tokens: int
 ) -> list[list[int]]:
     """Which examples to put into one row, so that the least work is done; each alone where the model takes no trees."""
     order = sorted(range(len(rows_of)), key=lambda n: (-max(len(row.ids) for row in rows_of[n]), n))

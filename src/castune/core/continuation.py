@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from castune.core.ablation import record_residuals, resume_from
 from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, scored_logits
 from castune.data.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ def context_of(row: Row, position: int, places: Sequence[tuple[KeysValues, int]]
     return context
 
 
-def cache_of(model: Any, contexts: Sequence[Context]) -> Cache:
+def cache_of(model: PreTrainedModel, contexts: Sequence[Context]) -> Cache:
     """A cache in which every batch row holds a context, padded on the left to the longest."""
 
     def padded(contexts_NHK: Sequence[Tensor]) -> Tensor:
@@ -78,7 +81,7 @@ def cache_of(model: Any, contexts: Sequence[Context]) -> Cache:
 
 
 @torch.no_grad()
-def can_continue(model: Any, layout: HeadLayout) -> bool:
+def can_continue(model: PreTrainedModel, layout: HeadLayout) -> bool:
     """Whether this model goes on from recorded keys and values as if it had run everything.
 
     Checked on two rows of unequal length, with a forward that begins at the middle layer. Families that keep another

@@ -10,11 +10,14 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from castune.core.unloadable import NOT_LOADABLE, unloadable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
     reader = GGUFReader(gguf)
     split_by = reader.get_field("tokenizer.ggml.pre")
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Digits are split first. transformers' GGUF conversion drops that, which mis-tokenises numbered lists and
     # arithmetic ("\n\n12").
     if split_by is not None and split_by.contents() == "smollm":

@@ -13,7 +13,7 @@ Shape letters: B batch row, S sequence position, D model width, L layer, H query
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from castune.core.attention import SUPPORTED, AttentionLayer, features
 from castune.core.probes import probe_heads
 from castune.core.quantisation import dense_weight, keep_trainable
 from castune.errors import UnsupportedArchitecture
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Names of the query projection where it stands alone, of fused projections, and of the output projection.
 _QUERY = ("q_proj", "q_b_proj", "wq")
@@ -173,7 +176,7 @@ def _attention_child(layer: nn.Module) -> tuple[str, nn.Module, str, str] | None
     return None
 
 
-def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any) -> AttentionLayer | None:
+def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: PretrainedConfig) -> AttentionLayer | None:
     found = _attention_child(layer)
     if found is None or _is_linear(config, index):
         return None
@@ -217,13 +220,13 @@ def _attention_layer(index: int, layer: nn.Module, layer_path: str, config: Any)
     )
 
 
-def _is_linear(config: Any, index: int) -> bool:
+def _is_linear(config: PretrainedConfig, index: int) -> bool:
     """Whether the config declares linear attention here; some such layers (olmo_hybrid) have a q_proj and an o_proj."""
     layer_types = getattr(config, "layer_types", None) or ()
     return index < len(layer_types) and layer_types[index] == "linear_attention"
 
 
-def _first_int(module: nn.Module, config: Any, *names: str) -> int | None:
+def _first_int(module: nn.Module, config: PretrainedConfig, *names: str) -> int | None:
     for owner in (module, config):
         for name in names:
             value = getattr(owner, name, None)

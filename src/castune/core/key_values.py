@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from castune.core.heads import HeadLayout
 from castune.core.modes import evaluation_mode
 from castune.core.probes import BUT_THE_LAST, QUIET, Call, probed_input, recorded_calls, with_noise
 from castune.errors import UnsupportedArchitecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KEY, _VALUE = ("k_proj", "wk"), ("v_proj", "wv")
 
@@ -174,7 +177,9 @@ def _refusal(attention: AttentionLayer, reason: str) -> UnsupportedArchitecture:
     )
 
 
-def key_value_layers(model: Any, heads: HeadLayout, layers: list[int], *, prove: bool) -> dict[int, KeyValueLayer]:
+def key_value_layers(
+    model: PreTrainedModel, heads: HeadLayout, layers: list[int], *, prove: bool
+) -> dict[int, KeyValueLayer]:
     """The key and value rows of `layers` by layer, proven unless the model has no weights."""
     found = {layer: locate_key_values(model, heads.at(layer)) for layer in layers}
     if prove:

@@ -159,7 +159,7 @@ def model_source(name: str | Path) -> str:
     return str(name)
 
 
-def _with_template(tokenizer: Any, name: str | Path, day: str) -> Any:
+def _with_template(tokenizer: PreTrainedTokenizerBase, name: str | Path, day: str) -> Any:
     """The tokenizer with a chat template that can be used; warns of what a user should know about it."""
     if not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -208,7 +208,7 @@ def _with_template(tokenizer: Any, name: str | Path, day: str) -> Any:
     return tokenizer
 
 
-def _check_embeddings(model: Any, tokenizer: Any, name: str | Path) -> None:
+def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
     """Refuse a tokenizer whose turns are made of tokens that the model has no embedding for."""
     n_rows = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch.nn import functional
 
 from castune.data.rows import Row
 from castune.errors import CastuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -116,7 +119,7 @@ def scored_logits(model: nn.Module, batch: RowBatch, cache: Any = None) -> Tenso
 
 
 @contextmanager
-def float32_head(model: Any) -> Iterator[None]:
+def float32_head(model: PreTrainedModel) -> Iterator[None]:
     """Let the output head of a 16-bit model give float32 logits inside the `with` block.
 
     The 16-bit weights and inputs stay what they are; only sums and logits are no longer rounded. Heads without plain

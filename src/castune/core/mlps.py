@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from castune.core.modes import evaluation_mode
 from castune.core.probes import QUIET, Call, probed_input, recorded_calls, with_noise
 from castune.errors import UnsupportedArchitecture
 from castune.stats.ranking import equal_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Names of the projections into the neurons, then of the one out of them.
 _SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -81,7 +84,7 @@ class MlpLayer:
 
 
 def mlp_layers(
-    model: Any, heads: HeadLayout, layers: Sequence[int], n_groups: int, *, prove: bool
+    model: PreTrainedModel, heads: HeadLayout, layers: Sequence[int], n_groups: int, *, prove: bool
 ) -> dict[int, MlpLayer]:
     """The MLPs of `layers` by layer, proven unless the model has no weights.
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from castune.core.gguf import display_name
 from castune.core.quantisation import is_quantised
 from castune.data.template import prints_date, template_date
 from castune.secrets import redacted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Elements sampled from every tensor for the fingerprint.
 _SAMPLES = 4096
@@ -57,13 +60,15 @@ def _add(digest: Any, name: str, parameter: Tensor) -> None:
     digest.update(sample.view(torch.int16).numpy().tobytes())
 
 
-def chat_template_digest(tokenizer: Any) -> str:
+def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of the template that prompts go through, on its day: with another everything measured is another thing."""
     text = str(getattr(tokenizer, "chat_template", None) or "")
     return text_hash(text + template_date(tokenizer).isoformat() if prints_date(tokenizer) else text)
 
 
-def model_record(model: Any, tokenizer: Any = None, *, name: str | None = None) -> ModelRecord:
+def model_record(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase = None, *, name: str | None = None
+) -> ModelRecord:
     """Identity of a model as it is stored in artifacts; with its chat template where a tokenizer is given."""
     config = model.config
     record: ModelRecord = {

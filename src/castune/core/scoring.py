@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from castune.core.losses import RowBatch, batches_by_length, token_log_probs
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ def reply_means(rows: Sequence[Row], values: Sequence[Floats]) -> Floats:
 
 
 @torch.no_grad()
-def can_share_prompts(model: Any, *, longest: int) -> bool:
+def can_share_prompts(model: PreTrainedModel, *, longest: int) -> bool:
     """Whether replies that share one prompt row score as they do alone, for this model.
 
     It holds where the attention takes an explicit mask and position ids. It is checked on a small example, and
@@ -97,7 +100,7 @@ def can_share_prompts(model: Any, *, longest: int) -> bool:
     return bool(np.abs(shared - alone).max() <= tolerance)
 
 
-def shared_if_exact(model: Any, build: Callable[[bool], list[list[Row]]]) -> list[list[Row]]:
+def shared_if_exact(model: PreTrainedModel, build: Callable[[bool], list[list[Row]]]) -> list[list[Row]]:
     """Rows whose replies share their prompt where this model scores them as it does alone, else a row a reply."""
     rows_of = build(True)
     longest = max(len(row.ids) for rows in rows_of for row in rows)

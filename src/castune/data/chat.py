@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from castune.data.example import LETTERS, Example
 from castune.data.rows import Row
 from castune.data.template import Template
 from castune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ChatFormat:
@@ -26,7 +29,7 @@ class ChatFormat:
         max_length: limit of prompt + reply in tokens.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int = 1024) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 1024) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.template = Template(tokenizer)
@@ -34,7 +37,7 @@ class ChatFormat:
         self.opens_thought = self.template.opens_thought
         self.letter_token = lru_cache(self._letter_token)
 
-    def end_tokens(self, model: Any) -> list[int]:
+    def end_tokens(self, model: PreTrainedModel) -> list[int]:
         """Tokens that end a reply: the template's end of turn first, then the model's own list."""
         configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         others = configured if isinstance(configured, list) else [configured]

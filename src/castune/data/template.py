@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
 
 from castune.config import TEMPLATE_DATE
 from castune.data.said import is_reasoning_mark, opens_thought
 from castune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Used, with a visible note at load, for models that bring no chat template.
 PLAIN_TEMPLATE = (
@@ -55,14 +58,14 @@ class SpelledTokens:
         tokens: the texts of the tokens that must not be forged.
     """
 
-    def __init__(self, tokenizer: Any, tokens: Iterable[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> None:
         self.tokenizer = tokenizer
         # Longer ones first: one may begin as another does.
         self.tokens = sorted({token for token in tokens if token.strip()}, key=lambda token: (-len(token), token))
         self._openings = {token[:2] for token in self.tokens}
 
     @classmethod
-    def special(cls, tokenizer: Any) -> SpelledTokens:
+    def special(cls, tokenizer: PreTrainedTokenizerBase) -> SpelledTokens:
         """All special tokens of a tokenizer."""
         return cls(
             tokenizer, (str(added.content) for added in tokenizer.added_tokens_decoder.values() if added.special)
@@ -124,7 +127,7 @@ class Template:
         DataError: the template leaves out what the assistant says, or there is no token that could end a turn.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._options = {"chat_template": _dated(tokenizer, template_date(tokenizer))} if prints_date(tokenizer) else {}
         self._leading = _leading_tokens(tokenizer) if tokenizer.chat_template == PLAIN_TEMPLATE else []
@@ -262,12 +265,12 @@ class Template:
         return [*self._leading, *self._spelled.ids(found)]
 
 
-def template_date(tokenizer: Any) -> date:
+def template_date(tokenizer: PreTrainedTokenizerBase) -> date:
     """The day that templates which print the date are told; see `with_date`."""
     return date.fromisoformat(getattr(tokenizer.apply_chat_template, "day", TEMPLATE_DATE))
 
 
-def prints_date(tokenizer: Any) -> bool:
+def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template asks for the date."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
@@ -275,7 +278,7 @@ def prints_date(tokenizer: Any) -> bool:
 class _Dated:
     """`apply_chat_template` of a tokenizer, on one day."""
 
-    def __init__(self, tokenizer: Any, day: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, day: str) -> None:
         self.tokenizer, self.day = tokenizer, day
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -284,14 +287,14 @@ class _Dated:
         return type(self.tokenizer).apply_chat_template(self.tokenizer, *args, **options)
 
 
-def with_date(tokenizer: Any, day: str) -> Any:
+def with_date(tokenizer: PreTrainedTokenizerBase, day: str) -> Any:
     """The tokenizer, whose chat template is told `day` (ISO) whoever applies it, if it prints the date at all."""
     if prints_date(tokenizer):
         tokenizer.apply_chat_template = _Dated(tokenizer, day)
     return tokenizer
 
 
-def _dated(tokenizer: Any, day: date, tools: Any = None) -> str:
+def _dated(tokenizer: PreTrainedTokenizerBase, day: date, tools: Any = None) -> str:
     """The chat template with a macro in place of transformers' clock; no function can be handed to a template."""
     noon = datetime.combine(day, time(12))
     values = {f"%{flag}{letter}": noon.strftime(f"%{flag}{letter}") for flag in ("-", "") for letter in _DIRECTIVES}
@@ -308,7 +311,7 @@ def _n_common(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _leading_tokens(tokenizer: Any) -> list[int]:
+def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer itself puts before a text, as a beginning of sequence."""
     plain, own = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     starts = (i for i in range(len(own) - len(plain) + 1) if own[i : i + len(plain)] == plain)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch
 from castune.core.units import Site, UnitLayout
 from castune.errors import CastuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ Read = Callable[[Any, RowBatch], T]
 class Ablator:
     """A model with the units to ablate and what to put in their place."""
 
-    model: Any
+    model: PreTrainedModel
     units: UnitLayout
     """Where they are."""
     heads: Sequence[Unit]

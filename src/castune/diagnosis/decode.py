@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -27,6 +27,9 @@ from castune.core.losses import RowBatch, scored_logits
 from castune.data.rows import Row
 from castune.diagnosis.ablator import Ablator, RecordedBatch
 from castune.diagnosis.score import Floats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # A step of decoding reads all weights, however few rows it has. Keys and values take much less memory than what a
 # forward computes on the way, so more rows fit.
@@ -70,7 +73,7 @@ class ReplyMeasure:
     def __init__(
         self,
         ablator: Ablator,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Sequence[int]],
         texts: Sequence[str],
         replies: Sequence[Reply],
@@ -162,7 +165,7 @@ class ReplyMeasure:
     def _room(self, found: _Diverged) -> int:
         return 0 if found.is_done else len(self.prompts[found.example]) + self.max_new_tokens
 
-    def _top_tokens(self, model: Any, rows: RowBatch) -> tuple[Tensor, KeysValues]:
+    def _top_tokens(self, model: PreTrainedModel, rows: RowBatch) -> tuple[Tensor, KeysValues]:
         """The most likely token at every scored position, `[B, T]`, and the keys and values if they are of use."""
         if not self._continues:
             return scored_logits(model, rows).argmax(-1).cpu(), []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from castune.data.rows import Row
 from castune.diagnosis.gradients import gradient_passes, gram_matrices, partial_gradients
 from castune.diagnosis.score import Floats
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -30,7 +33,7 @@ class Gram:
 
 
 def measure_grams(
-    model: Any,
+    model: PreTrainedModel,
     layout: UnitLayout,
     units: Sequence[Unit],
     rows: Mapping[str, Sequence[Row]],

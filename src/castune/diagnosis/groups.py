@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from castune.diagnosis.domains import Utility, UtilitySet, utility_sets
 from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.score import Floats, shift_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class GroupShifts:
@@ -46,8 +49,8 @@ class GroupShifts:
 
 
 def ablate_groups(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     groups: Sequence[Sequence[Unit]],
     safety: Sequence[Example],

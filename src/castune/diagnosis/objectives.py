@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from castune.diagnosis.domains import UtilitySet
 from castune.diagnosis.score import Floats
 from castune.diagnosis.sweep import Outcomes, sweep
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -51,7 +54,7 @@ class Objectives:
     """What is measured on D_util and on D_safe, and the sweeps over the heads."""
 
     ablator: Ablator
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     chat: ChatFormat
     config: DiagnoseConfig
 

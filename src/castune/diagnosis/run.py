@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import MAP_FILE
@@ -34,12 +34,15 @@ from castune.diagnosis.sweep import Outcomes
 from castune.diagnosis.task import Task
 from castune.errors import CastuneError, MapUnfinished
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
 def diagnose(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     safety: Sequence[Example],
     utility: Utility,
@@ -93,7 +96,13 @@ def diagnose(
 
 
 def measure_gradients(
-    model: Any, tokenizer: Any, *, safety: Sequence[Example], utility: Utility, config: DiagnoseConfig, out: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    safety: Sequence[Example],
+    utility: Utility,
+    config: DiagnoseConfig,
+    out: Path,
 ) -> None:
     """Write `gradients.parquet` alone, for a map of query heads that was made before it was kept.
 
@@ -224,7 +233,9 @@ def _measured(task: Task, origin: _Origin, place: _Place, journal: Journal) -> t
     return found, metadata
 
 
-def _with_batch_tokens(model: Any, config: DiagnoseConfig, journal: Journal, share: Shard) -> DiagnoseConfig:
+def _with_batch_tokens(
+    model: PreTrainedModel, config: DiagnoseConfig, journal: Journal, share: Shard
+) -> DiagnoseConfig:
     """The settings with `batch_tokens` as a number: what this diagnosis began with, else what is measured now."""
 
     def noted() -> int | None:

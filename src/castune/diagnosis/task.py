@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 from castune.artifacts import Unit
 from castune.config import DiagnoseConfig
@@ -24,6 +24,9 @@ from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.domains import Utility, UtilitySet, utility_sets
 from castune.diagnosis.grams import Gram, measure_grams
 from castune.errors import CastuneError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,8 @@ class Task:
         units: the units that are measured.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     config: DiagnoseConfig
     chat: ChatFormat
     sets: list[UtilitySet]
@@ -56,7 +59,12 @@ class Task:
 
     @classmethod
     def of(
-        cls, model: Any, tokenizer: Any, safety: Sequence[Example], utility: Utility, config: DiagnoseConfig
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        safety: Sequence[Example],
+        utility: Utility,
+        config: DiagnoseConfig,
     ) -> Task:
         """What there is to do, checked: data first, then the model."""
         chat = ChatFormat(tokenizer, max_length=config.max_length)

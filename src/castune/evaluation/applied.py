@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from castune.artifacts.tune_result import ADAPTER_WEIGHTS
 from castune.errors import AdapterNotApplied
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def require_applied(peft_model: Any, adapter: Path) -> None:
+
+def require_applied(peft_model: PeftModel, adapter: Path) -> None:
     """Refuse a PEFT model that does not hold every weight of the adapter, or does not compute with it.
 
     Args:

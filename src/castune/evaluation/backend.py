@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, final
+from typing import TYPE_CHECKING, NotRequired, TypedDict, final
 
 from castune.config import EvaluateConfig
 from castune.core.checksum import unchanged
@@ -25,6 +25,9 @@ from castune.data.example import Example
 from castune.data.rows import Row
 from castune.evaluation.applied import require_applied
 from castune.evaluation.suites import Suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # A decoding step computes one token a row and reads all weights, so rows x length may be far larger than in a forward
 # over whole rows: what fills up are keys and values. The prompts, which do run as whole rows, are held to less.
@@ -109,7 +112,7 @@ class Host(ABC):
 class TransformersHost(Host):
     """A transformers model in this process."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def check(self, adapters: Mapping[str, Path | None], suites: Sequence[Suite], config: EvaluateConfig) -> None:
@@ -138,7 +141,7 @@ class TransformersHost(Host):
 class TransformersBackend(Backend):
     """A transformers or PEFT model in this process."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def work(self, suite: Suite, config: EvaluateConfig) -> Work:

@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,12 +33,15 @@ from castune.core.provenance import model_record, provenance
 from castune.errors import CastuneError
 from castune.evaluation.lm_eval_tasks import load_tasks, set_examples
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
 def lm_eval_results(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     tasks: Sequence[str],
     limit: int | None = None,
@@ -123,8 +126,8 @@ def _check_settings(tasks: Sequence[str], limit: int | None, num_fewshot: int | 
 
 
 def _run(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     loaded: dict[str, Any],
     limit: int | None,
     batch_size: int,
@@ -152,7 +155,7 @@ def _run(
     return dict(found)
 
 
-def _language_model(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
+def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, label: str) -> Any:
     """The model as lm-eval takes it, with castune's progress in the place of lm-eval's bars."""
     from lm_eval.models.huggingface import HFLM
 
@@ -242,7 +245,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_generation_config(model: Any) -> Iterator[None]:
+def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """A copy in the place of the generation config, for generation to change."""
     # A PEFT model shows the config of the model it wraps, unless it was given one of its own.
     wrapped = [model.get_base_model()] if hasattr(model, "get_base_model") else []

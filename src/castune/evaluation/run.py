@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from castune.artifacts import EvalResult
 from castune.artifacts.records import ModelRecord
@@ -24,12 +24,15 @@ from castune.evaluation.metrics import suite_result
 from castune.evaluation.reading import read
 from castune.evaluation.suites import Suite, check_names, load_suite
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     suites: Sequence[str | Suite] | None = None,
     config: EvaluateConfig | None = None,

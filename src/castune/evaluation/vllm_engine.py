@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from castune.data.example import Example
 from castune.errors import CastuneError
 from castune.evaluation.backend import Backend, Host, Work, plain_reply, probes
 from castune.evaluation.suites import Suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Ranks that vLLM makes room for.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -56,7 +59,7 @@ class VllmEngine(Host):
     def __init__(
         self,
         model: str,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         revision: str | None = None,
         dtype: str = "auto",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, final
+from typing import TYPE_CHECKING, TypeVar, final
 
 import torch
 from transformers import DynamicCache
@@ -31,6 +31,9 @@ from castune.plan.memory import Memory, Peak, peak_memory, resident_memory
 from castune.plan.skeleton import at_depth, random_slice
 from castune.plan.speed import Clock, Measured, Sample
 from castune.plan.work import Cost, Size, Work, backward, forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -60,7 +63,7 @@ class Slice(Clock):
         self._device = next(ablator.model.parameters()).device
 
     @classmethod
-    def of(cls, model: Any, units: UnitLayout, chat: ChatFormat, device: torch.device) -> Slice:
+    def of(cls, model: PreTrainedModel, units: UnitLayout, chat: ChatFormat, device: torch.device) -> Slice:
         """The slice that stands for a model: two layers beyond the first with heads, more where layers are small.
 
         Args:

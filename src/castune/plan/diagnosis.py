@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from castune.artifacts import Unit
 from castune.config import DiagnoseConfig
@@ -34,6 +34,9 @@ from castune.plan.speed import Sample
 from castune.plan.work import Size, Work, backward, forward
 from castune.stats.ranking import equal_parts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Of the replies that are still the whole model's, the share that changes at the next token once a head is gone. Of the
 # default model's, which is small and unsure, 89 % had changed after 48 tokens, 43 % after the 15 or so that the prefix
 # judge needs: 4.6 and 3.7 % a token. Larger models should change fewer, and their plans are then too high.
@@ -53,7 +56,9 @@ class GradientPass:
     n_weights: int
 
     @classmethod
-    def all_of(cls, model: Any, units: UnitLayout, heads: Sequence[Unit], config: DiagnoseConfig) -> list[GradientPass]:
+    def all_of(
+        cls, model: PreTrainedModel, units: UnitLayout, heads: Sequence[Unit], config: DiagnoseConfig
+    ) -> list[GradientPass]:
         """The passes of a diagnosis, within its memory for gradients."""
         layer_of = {part.path: one.layer for one in heads for part in units.parts(one)}
         limit = config.gradient_memory * 1e9

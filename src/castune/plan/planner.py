@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,6 +37,9 @@ from castune.plan.speed import Clock, OnAccelerator
 from castune.plan.training import training_sample, training_work
 from castune.plan.work import Cost, Size
 from castune.tuning.preferences import preference_pairs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class Planner:
         notes: what the user should know.
     """
 
-    model: Any
+    model: PreTrainedModel
     units: UnitLayout
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     device: torch.device
     accelerator: Accelerator | None = None
     notes: Sequence[str] = ()
@@ -127,8 +130,8 @@ class Planner:
     @classmethod
     def of_config(
         cls,
-        config: Any,
-        tokenizer: Any,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         settings: DiagnoseConfig,
         dtype: torch.dtype,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from castune.core.flops import ForwardFlops
 from castune.core.heads import HeadLayout
 from castune.core.units import UnitLayout
 from castune.plan.work import Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ModelShape:
     outputs_L: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, model: Any, units: UnitLayout) -> ModelShape:
+    def of(cls, model: PreTrainedModel, units: UnitLayout) -> ModelShape:
         """The shape of a model without weights (`skeleton`), and of its units."""
         layout, dtype = units.heads, model.dtype
         layers = layout.decoder_layers(model)
@@ -107,7 +110,7 @@ class ModelShape:
         return self.pass_flops(work) + self.step_flops(work)
 
 
-def _adapted(model: Any, units: UnitLayout) -> tuple[tuple[int, int], ...]:
+def _adapted(model: PreTrainedModel, units: UnitLayout) -> tuple[tuple[int, int], ...]:
     found = [(0, 0)] * units.heads.n_layers
     of_path = {part.path: (one.layer, part.transposed) for one in units.units for part in units.parts(one)}
     for path, (layer, transposed) in of_path.items():
@@ -118,7 +121,7 @@ def _adapted(model: Any, units: UnitLayout) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _key_numbers(model: Any, layout: HeadLayout) -> float:
+def _key_numbers(model: PreTrainedModel, layout: HeadLayout) -> float:
     """Keys and values of one token; by a forward without data, or as of full heads where that does not work (gpt2)."""
     n_tokens, dtype = 2, model.dtype
     ids = torch.zeros(1, n_tokens, dtype=torch.long, device="meta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,10 +14,13 @@ from castune.core.attention import SUPPORTED
 from castune.core.heads import HeadLayout
 from castune.errors import UnsupportedArchitecture
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 _BLOCK = 1 << 20
 
 
-def skeleton(config: Any, dtype: torch.dtype) -> Any:
+def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on the meta device: names and shapes, no memory.
 
     Raises:
@@ -35,7 +38,9 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def random_slice(config: Any, n_layers: int, *, dtype: torch.dtype, device: torch.device) -> Any:
+def random_slice(
+    config: PretrainedConfig, n_layers: int, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """The model's first `n_layers` decoder layers, with embeddings and output head, and random weights.
 
     It computes nonsense at the model's own speed. Every matrix is filled with copies of one random block, which takes
@@ -65,7 +70,7 @@ def random_slice(config: Any, n_layers: int, *, dtype: torch.dtype, device: torc
 
 
 @contextmanager
-def at_depth(model: Any, layout: HeadLayout, n_layers: int) -> Iterator[None]:
+def at_depth(model: PreTrainedModel, layout: HeadLayout, n_layers: int) -> Iterator[None]:
     """The model with its first `n_layers` decoder layers only, inside the `with` block."""
     config = model.config.get_text_config(decoder=True)
     path, _, name = layout.decoder_path.rpartition(".")
@@ -79,7 +84,7 @@ def at_depth(model: Any, layout: HeadLayout, n_layers: int) -> Iterator[None]:
         config.num_hidden_layers = n_before
 
 
-def _cut_layers(config: Any, n_layers: int) -> None:
+def _cut_layers(config: PretrainedConfig, n_layers: int) -> None:
     """Shorten a config to its first layers, with every list that has an entry a layer."""
     text = config.get_text_config(decoder=True)
     before = text.num_hidden_layers

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castune.artifacts import Certificate, ConflictMap, HeadSelection
 from castune.artifacts.conflict_map import MAP_FILE
@@ -28,6 +28,9 @@ from castune.steps.directory import Arm, RunDirectory
 from castune.steps.inputs import load_calibration
 from castune.steps.remeasure import Remeasure, require_query_heads
 from castune.tuning.verify import certify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +109,7 @@ def _adapters(folder: RunDirectory, arm: Arm, selection: HeadSelection) -> tuple
     return {**found, result.steps: arm.adapter}, result.trained(selection)
 
 
-def _certificate(model: Any, adapter: Path, selection: HeadSelection) -> Certificate:
+def _certificate(model: PreTrainedModel, adapter: Path, selection: HeadSelection) -> Certificate:
     """The proof for an adapter, made again; refused when the adapter has changed since it was trained."""
     before, now = Certificate.load(adapter), certify(model, adapter, selection)
     if before.adapter_hash != now.adapter_hash:

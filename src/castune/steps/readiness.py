@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 from castune.config import DiagnoseConfig, EvaluateConfig, TuneConfig
 from castune.core.heads import HeadLayout
@@ -18,6 +18,9 @@ from castune.diagnosis.domains import Utility, utility_sets
 from castune.errors import DataError
 from castune.evaluation.suites import Suite
 from castune.tuning.preferences import preference_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[str, Example, Iterable[int]]
 
@@ -47,7 +50,7 @@ def require_ready(loaded: LoadedModel, *sets: Iterator[Tokens]) -> None:
 
 
 def calibration_tokens(
-    tokenizer: Any, config: DiagnoseConfig, safety: Sequence[Example], utility: Utility
+    tokenizer: PreTrainedTokenizerBase, config: DiagnoseConfig, safety: Sequence[Example], utility: Utility
 ) -> Iterator[Tokens]:
     """Every example of D_safe and D_util as a diagnosis takes it."""
     chat = ChatFormat(tokenizer, max_length=config.max_length)
@@ -62,7 +65,9 @@ def calibration_tokens(
                 yield name, example, chat.prompt_ids(example, reserve=config.max_new_tokens)[0]
 
 
-def training_tokens(tokenizer: Any, configs: Iterable[TuneConfig], align: Sequence[Example]) -> Iterator[Tokens]:
+def training_tokens(
+    tokenizer: PreTrainedTokenizerBase, configs: Iterable[TuneConfig], align: Sequence[Example]
+) -> Iterator[Tokens]:
     """Every example of D_align as the trainings of these settings take it."""
     for config in {(config.method, config.max_length): config for config in configs}.values():
         chat = ChatFormat(tokenizer, max_length=config.max_length)
@@ -75,7 +80,9 @@ def training_tokens(tokenizer: Any, configs: Iterable[TuneConfig], align: Sequen
             yield "training data", example, (*row.ids, *row.tokens)
 
 
-def suite_tokens(tokenizer: Any, config: EvaluateConfig, suites: Sequence[Suite]) -> Iterator[Tokens]:
+def suite_tokens(
+    tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, suites: Sequence[Suite]
+) -> Iterator[Tokens]:
     """Every example of the suites as an evaluation takes it; none where a server tokenises."""
     if config.backend == "openai":
         return

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castune.artifacts.records import ModelRecord
 from castune.core.provenance import chat_template_digest
 from castune.errors import ArtifactError
 from castune.steps.directory import RunDirectory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def check_template(what: str, model: ModelRecord, tokenizer: Any, folder: RunDirectory) -> None:
+
+def check_template(what: str, model: ModelRecord, tokenizer: PreTrainedTokenizerBase, folder: RunDirectory) -> None:
     """Refuse what was made with another chat template; records from before it was noted know of none."""
     digest = chat_template_digest(tokenizer)
     if model.get("chat_template", digest) != digest:

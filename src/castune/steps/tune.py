@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from castune.artifacts import HeadSelection, TuneResult
 from castune.artifacts.files import alone_at
@@ -30,6 +30,9 @@ from castune.tuning.phases import Reselect
 from castune.tuning.rows import require_extras, require_utility
 from castune.tuning.train import tune
 from castune.tuning.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,12 @@ def tune_step(
 
 
 def _stored_training(
-    folder: RunDirectory, arm: Arm, selection: HeadSelection, tokenizer: Any, data: TrainingData, config: TuneConfig
+    folder: RunDirectory,
+    arm: Arm,
+    selection: HeadSelection,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    config: TuneConfig,
 ) -> TuneResult:
     """The training that is there; refused where it was another one."""
     result = folder.load_tuning(arm, selection)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from castune.errors import CertificateError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 ADAPTER_NAME = "default"
 # What PEFT puts before the module paths of the base model.
@@ -41,7 +44,7 @@ _ADDRESSES = ("target_modules", "exclude_modules", "layers_to_transform", "layer
 _PLAIN_INITS = (True, False, "gaussian")
 
 
-def save_adapter(peft_model: Any, weights: dict[str, Tensor] | None, folder: str | Path) -> None:
+def save_adapter(peft_model: PeftModel, weights: dict[str, Tensor] | None, folder: str | Path) -> None:
     """Write an adapter as a standard PEFT adapter.
 
     Args:
@@ -66,7 +69,7 @@ def adapter_weights(peft_model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def save_config(config: Any, folder: Path) -> None:
+def save_config(config: LoraConfig, folder: Path) -> None:
     """Write the settings of an adapter into a directory, as PEFT does but for the order of modules."""
     config.save_pretrained(folder)
     _sort_modules(folder)

@@ -6,13 +6,17 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from castune.errors import CastuneError
 from castune.tuning.row_lora import lora_layers
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 COMBINATIONS = ("linear", "ties")
 # Share of the values that TIES keeps where none is asked for.
@@ -40,7 +44,11 @@ class Combining:
         return cls(how, checked, density)
 
     def combined(
-        self, base: Any, configs: Sequence[Any], pairs: Sequence[Mapping[str, Pair]], paths: Collection[str]
+        self,
+        base: PreTrainedModel,
+        configs: Sequence[LoraConfig],
+        pairs: Sequence[Mapping[str, Pair]],
+        paths: Collection[str],
     ) -> dict[str, Pair]:
         """A and B of every module, combined with whole rows; a module that an adapter does not have counts as zero.
 
@@ -78,7 +86,7 @@ def _pair_of(module: Any, name: str) -> Pair:
 
 
 @contextlib.contextmanager
-def _adapted(base: Any, names: Sequence[str], configs: Sequence[Any]) -> Iterator[Any]:
+def _adapted(base: PreTrainedModel, names: Sequence[str], configs: Sequence[LoraConfig]) -> Iterator[PeftModel]:
     """The base model with adapters; afterwards as it was."""
     from peft import get_peft_model
 

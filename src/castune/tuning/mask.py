@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,9 +42,12 @@ from castune.tuning.row_lora import lora_config
 from castune.tuning.targets import Target, check_selection, targets
 from castune.tuning.verify import certify
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def mask_adapter(
-    base: Any,
+    base: PreTrainedModel,
     adapter: str | Path | Sequence[str | Path],
     selection: HeadSelection,
     out: str | Path,
@@ -135,13 +138,13 @@ class _Masking:
         wanted: the query projections that hold one, by module path.
     """
 
-    base: Any
+    base: PreTrainedModel
     layout: HeadLayout
     selection: HeadSelection
     wanted: dict[str, Target]
 
     @classmethod
-    def of(cls, base: Any, selection: HeadSelection) -> _Masking:
+    def of(cls, base: PreTrainedModel, selection: HeadSelection) -> _Masking:
         layout = HeadLayout.of(base)
         check_selection(base, layout, selection)
         if not selection.only_heads:
@@ -228,7 +231,7 @@ class _Masking:
         return tensors
 
 
-def _check_base(adapter: Path, config: dict[str, Any], base: Any) -> None:
+def _check_base(adapter: Path, config: dict[str, Any], base: PreTrainedModel) -> None:
     """Refuse an adapter of another base model: by its certificate where it has one, else by the name it gives."""
     if (adapter / CERTIFICATE_FILE).is_file():
         certified, loaded = Certificate.load(adapter).model_fingerprint, fingerprint(base)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from castune.errors import CastuneError, CertificateError
 from castune.tuning.adapter_files import lora_pairs, plain_lora_config
 from castune.tuning.targets import Target, targets, units_for
 from castune.tuning.verify import bits, certify, merged_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WEIGHT = ".weight"
 
@@ -53,7 +56,11 @@ class MergedModel:
 
 @torch.no_grad()
 def write_merged(
-    base: Any, tokenizer: Any, adapter: str | Path, selection: HeadSelection, out: str | Path
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: str | Path,
+    selection: HeadSelection,
+    out: str | Path,
 ) -> MergedModel:
     """Write base and adapter as one model that transformers loads, with tokenizer and generation config.
 
@@ -114,7 +121,7 @@ def merged_into(base: nn.Module, adapter: Path, selection: HeadSelection) -> Ite
             lines[mask] = values
 
 
-def _read_back(base: Any, out: Path) -> Any:
+def _read_back(base: PreTrainedModel, out: Path) -> PreTrainedModel:
     """The model as transformers reads it, in the dtype of the base."""
     return type(base).from_pretrained(out, dtype=base.dtype, device_map="cpu")
 

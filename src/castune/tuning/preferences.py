@@ -7,7 +7,7 @@ the base model: an adapter whose B is zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,6 +18,10 @@ from castune.errors import CastuneError, DataError
 from castune.tuning.surgery import Operation
 from castune.tuning.trainer import SparseTraining
 from castune.tuning.workspace import Workspace
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRL = "trl==1.16.0"
 
@@ -62,8 +66,8 @@ def preference_pairs(chat: ChatFormat, examples: Sequence[Example]) -> list[Pair
 
 
 def preference_trainer(
-    peft_model: Any,
-    tokenizer: Any,
+    peft_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     settings: dict[str, Any],
     pairs: Sequence[Pair],
     config: TuneConfig,
@@ -89,7 +93,7 @@ def preference_trainer(
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
             return dataset  # it holds tokens already
 
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        def compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
             """TRL's loss of a batch of pairs."""
             self.tokens_seen += int(inputs["attention_mask"].sum())
             loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)

@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from castune.errors import CastuneError
 from castune.names import plural
 from castune.tuning.adapter_files import ADAPTER_NAME, PREFIX
 from castune.tuning.targets import Target, targets, units_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class MaskedLinear(nn.Linear):
@@ -42,7 +45,7 @@ class MaskedLinear(nn.Linear):
 
 
 def sparse_lora(
-    model: Any,
+    model: PreTrainedModel,
     selection: HeadSelection,
     *,
     r: int = 32,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from castune.tuning.targets import targets, units_for
 from castune.tuning.trainer import ReplyTrainer
 from castune.tuning.verify import certificate_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Training:
@@ -52,8 +55,8 @@ class Training:
 
 
 def trained(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     phases: Phases,
     data: TrainingRows,
     config: TuneConfig,
@@ -78,7 +81,12 @@ def trained(
 
 
 def _phase(
-    model: Any, tokenizer: Any, phases: Phases, data: TrainingRows, config: TuneConfig, settings: dict[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    phases: Phases,
+    data: TrainingRows,
+    config: TuneConfig,
+    settings: dict[str, Any],
 ) -> Training:
     """Train the current phase to its end, or from where it was stopped."""
     selection, workspace = phases.selection, phases.workspace
@@ -143,7 +151,7 @@ class _Base:
     modules: list[str]
 
     @classmethod
-    def of(cls, model: Any, layout: UnitLayout, selection: HeadSelection) -> _Base:
+    def of(cls, model: PreTrainedModel, layout: UnitLayout, selection: HeadSelection) -> _Base:
         projections = {path: dense_weight(model.get_submodule(path)) for path in targets(layout, selection)}
         modules = [name for name, _ in model.named_modules()]
         return cls(layout, projections, sum(1 for _ in model.named_parameters()), modules)
@@ -158,7 +166,7 @@ class _Base:
 
 
 @contextmanager
-def _left_as_it_was(model: Any) -> Iterator[None]:
+def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Undo what a Trainer changes in a model beside its weights."""
     modes = [(module, module.training) for module in model.modules()]
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -186,7 +194,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
             model.activation_checkpointing_disable()
 
 
-def _keeps_no_activations(model: Any) -> bool:
+def _keeps_no_activations(model: PreTrainedModel) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -11,6 +11,9 @@ from castune.config import TuneConfig
 from castune.core.shards import Shard
 from castune.tuning.adapter_files import adapter_weights, save_adapter
 from castune.tuning.workspace import Workspace
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def snapshot_steps(config: TuneConfig, n_steps: int) -> range:
@@ -30,7 +33,7 @@ class Snapshots(TrainerCallback):
         config: settings.
     """
 
-    def __init__(self, peft_model: Any, workspace: Workspace, config: TuneConfig) -> None:
+    def __init__(self, peft_model: PeftModel, workspace: Workspace, config: TuneConfig) -> None:
         self.peft_model, self.workspace, self.config = peft_model, workspace, config
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
 from math import isfinite, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ from castune.errors import CastuneError, TrainingError
 from castune.names import SurgeryMethod
 from castune.tuning.adapter_files import ADAPTER_NAME
 from castune.tuning.targets import selected_units, targets
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 Weights = tuple[float, float]
 """What `g` and `u` are multiplied with."""
@@ -176,7 +180,7 @@ def _torchjd_weighting(method: str) -> Any:
 
 
 def parameter_groups(
-    peft_model: Any, layout: UnitLayout, selection: HeadSelection, granularity: SurgeryGranularity
+    peft_model: PeftModel, layout: UnitLayout, selection: HeadSelection, granularity: SurgeryGranularity
 ) -> list[Group]:
     """The trained parameters in the groups that surgery works on.
 
@@ -303,7 +307,7 @@ class Operation:
                 'use bfloat16 or float32, or surgery = "none"'
             )
 
-    def __call__(self, model: Any, accelerator: Any, precision: Any) -> None:
+    def __call__(self, model: PreTrainedModel, accelerator: Any, precision: Any) -> None:
         """Replace the gradients of the parameters by what surgery makes of them.
 
         Args:
@@ -330,7 +334,7 @@ class Operation:
                 if new is not old:
                     old.copy_(new)  # a view of .grad
 
-    def _gradient(self, model: Any, accelerator: Any, precision: Any) -> list[Tensor]:
+    def _gradient(self, model: PreTrainedModel, accelerator: Any, precision: Any) -> list[Tensor]:
         """Gradient of the mean utility loss of the next batch, the same on every process."""
         n_processes = accelerator.num_processes
         if self._batches is None:

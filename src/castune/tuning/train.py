@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
@@ -28,12 +28,15 @@ from castune.tuning.snapshots import snapshot_steps
 from castune.tuning.trainer import trainer_settings
 from castune.tuning.workspace import Workspace
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
 def tune(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     selection: HeadSelection,
     *,
     data: Sequence[Example],
@@ -67,7 +70,7 @@ def tune(
         reselect: how heads are chosen again, with `config.reselect_steps`.
 
     Raises:
-        CastuneError: surgery without utility data, or by a method that is not installed; heads cannot be selected again.
+        CastuneError: surgery without utility data, or by a method not installed; heads that cannot be selected again.
         DataError: an example has no reply, or a reply that does not fit.
         TrainingError: a loss is not finite, or surgery cannot reach the gradients.
         CheckpointError: a checkpoint or the adapter cannot be written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from castune.errors import TrainingError
 from castune.tuning.adapter_files import save_adapter
 from castune.tuning.surgery import Operation
 from castune.tuning.workspace import Workspace
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +127,7 @@ class SparseTraining(Trainer):
         """Tokens that passed through the model, on all processes."""
         return sum(self._tokens_by_process())
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
         """A micro-batch forward and backward, and gradient surgery after the last one of an optimiser step."""
         loss: Tensor = super().training_step(model, *args, **kwargs)
         # Here gradients are accumulated and averaged over processes. A callback would see them clipped.
@@ -152,7 +156,7 @@ class SparseTraining(Trainer):
         n = self.config.batch_size * self.config.accumulation * self.args.world_size
         return ByLength(n, self.lengths, self.config.seed)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel = None) -> None:
         if not self._begins_phase:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -170,7 +174,7 @@ class SparseTraining(Trainer):
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
         step = self.state.global_step
         tokens = self._tokens_by_process()
         with self.workspace.writing(f"the checkpoint of step {step}"):
@@ -209,7 +213,7 @@ class ReplyTrainer(SparseTraining):
 
     def __init__(
         self,
-        peft_model: Any,
+        peft_model: PeftModel,
         settings: dict[str, Any],
         rows: Sequence[Row],
         config: TuneConfig,
@@ -222,7 +226,7 @@ class ReplyTrainer(SparseTraining):
         self.model_accepts_loss_kwargs = False
         self.prepare(config, workspace, [len(row.ids) for row in rows], operation)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Mean over the examples of the batch of the NLL of their replies."""
         batch = RowBatch(**inputs)
         self.tokens_seen += int(batch.real_BS.sum())
@@ -273,7 +277,7 @@ class _NoInputGradients(TrainerCallback):
     With gradients at the embeddings the backward pass would go through all layers, not only down to the lowest adapter.
     """
 
-    def on_train_begin(self, _args: Any, _state: Any, _control: Any, *, model: Any, **_kwargs: Any) -> None:
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, *, model: PreTrainedModel, **_kwargs: Any) -> None:
         base = model.get_base_model()
         base.disable_input_require_grads()
         vars(base).pop("_require_grads_hooks", None)
