@@ -35,7 +35,7 @@ def write_json(path: str | Path, kind: str, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def json_digest(record: Any) -> str:
+def json_digest(record: object) -> str:
     """Digest of plain JSON, however it is laid out (first 16 hex digits of SHA-256)."""
     # As it is when it has been read again: keys are text, tuples are lists.
     plain = json.loads(json.dumps(record, allow_nan=False))
@@ -87,7 +87,7 @@ def check_digest(record: dict[str, Any], path: Path, kind: str, made_by: str) ->
         )
 
 
-def check_schema(record: Any, path: Path, kind: str) -> None:
+def check_schema(record: object, path: Path, kind: str) -> None:
     """Refuse a record of another kind or schema version, naming both sides."""
     if not isinstance(record, dict) or record.get("kind") != kind:
         found = record.get("kind") if isinstance(record, dict) else type(record).__name__

@@ -21,12 +21,12 @@ class DataConfig(Config):
     """A column of the source, of whose values equally many examples are drawn each."""
 
 
-def plain_source(value: Any) -> Any:
+def plain_source(value: object) -> Any:
     """A source as a string stands for a table that holds nothing else."""
     return {"source": value} if isinstance(value, str) else value
 
 
-def _data(value: Any) -> DataConfig:
+def _data(value: object) -> DataConfig:
     value = plain_source(value)
     if isinstance(value, DataConfig):
         return value
@@ -52,7 +52,7 @@ def check_domain_names(names: Iterable[str]) -> None:
             raise CastuneError(f"domains {other!r} and {name!r} differ in capitals only; rename one of them")
 
 
-def data_or_domains(value: Any) -> DataConfig | dict[str, DataConfig]:
+def data_or_domains(value: object) -> DataConfig | dict[str, DataConfig]:
     """One set, or several by the names of their domains."""
     if not isinstance(value, Mapping) or "source" in value or value.keys() <= DataConfig.model_fields.keys():
         return _data(value)

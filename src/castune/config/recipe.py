@@ -64,7 +64,7 @@ class Recipe(Config):
 
     @field_validator("safety", "align", mode="before")
     @classmethod
-    def _plain_source(cls, value: Any) -> Any:
+    def _plain_source(cls, value: object) -> Any:
         return plain_source(value)
 
     @field_validator("template_date")
@@ -78,7 +78,7 @@ class Recipe(Config):
     # Before pydantic's own choice between the two kinds, which would tell of both where one is wrong.
     @field_validator("utility", mode="before")
     @classmethod
-    def _one_set_or_domains(cls, value: Any) -> DataConfig | dict[str, DataConfig]:
+    def _one_set_or_domains(cls, value: object) -> DataConfig | dict[str, DataConfig]:
         return data_or_domains(value)
 
     @model_validator(mode="after")
@@ -134,7 +134,7 @@ class Recipe(Config):
         return to_toml(self.model_dump(mode="json", exclude=exclude))
 
 
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def _strings(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     """Every string in plain values, with the key it stands under."""
     if isinstance(value, str):
         yield key, value

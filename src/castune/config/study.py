@@ -30,12 +30,12 @@ class CalibrationConfig(Config):
 
     @field_validator("safety", mode="before")
     @classmethod
-    def _plain_source(cls, value: Any) -> Any:
+    def _plain_source(cls, value: object) -> Any:
         return plain_source(value)
 
     @field_validator("utility", mode="before")
     @classmethod
-    def _one_set_or_domains(cls, value: Any) -> DataConfig | dict[str, DataConfig] | None:
+    def _one_set_or_domains(cls, value: object) -> DataConfig | dict[str, DataConfig] | None:
         return None if value is None else data_or_domains(value)
 
     @field_validator("arms")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -101,6 +101,6 @@ class TuneConfig(Config):
         """Whether weights follow utility data too; of one-way PCGrad they are the reference alone."""
         return self.replay > 0 or self.surgery not in ("none", "pcgrad")
 
-    def changed(self, **values: Any) -> TuneConfig:
+    def changed(self, **values: object) -> TuneConfig:
         """These settings with some others, checked."""
         return TuneConfig(**{**self.model_dump(), **values})

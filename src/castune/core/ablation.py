@@ -115,7 +115,7 @@ def resume_from(model: nn.Module, layout: HeadLayout, layer: int, residual_BSD: 
             return (residual_BSD, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": residual_BSD}
 
-    def identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor | tuple[Tensor]:
+    def identity(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor | tuple[Tensor]:
         return (hidden_states,) if layout.layers_return_tuples else hidden_states
 
     skipped = list(layers[:layer])

@@ -109,16 +109,16 @@ def _question(row: Row) -> Example:
     )
 
 
-def _is_absent(value: Any) -> bool:
+def _is_absent(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_nothing(value: object) -> bool:
     """Whether a value says nothing: absent, or empty of whatever kind."""
     return _is_absent(value) or (isinstance(value, (str, list, dict)) and not value)
 
 
-def _text_of(value: Any) -> str:
+def _text_of(value: object) -> str:
     """A name as text; tables may hold whole numbers as floats."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
@@ -140,7 +140,7 @@ def _refuse_columns(row: Row) -> None:
             raise DataError(f"columns {given[0]!r} and {given[1]!r} both hold text, and only one can be used")
 
 
-def _holds_turns(column: str, value: Any) -> bool:
+def _holds_turns(column: str, value: object) -> bool:
     return column == "messages" or (isinstance(value, list) and column in _TURNS)
 
 
@@ -170,7 +170,7 @@ def _turn(where: str, turn: Mapping[str, Any], *, is_last: bool) -> dict[str, st
     return {"role": role, "content": _content(where, turn["content"])}
 
 
-def _content(where: str, content: Any) -> str:
+def _content(where: str, content: object) -> str:
     if isinstance(content, list):
         parts = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content

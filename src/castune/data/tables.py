@@ -93,7 +93,7 @@ def _parsed(text: str, where: str) -> Any:
         raise DataError(f"{where}: malformed JSON: {one_line(error)}") from None
 
 
-def _row(value: Any, where: str) -> Row:
+def _row(value: object, where: str) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -233,7 +233,7 @@ class Template:
             shorter = shorter.rstrip().removesuffix(self._end_text)
         return shorter
 
-    def _rendered(self, turns: Turns, name: str = "", **options: Any) -> Text:
+    def _rendered(self, turns: Turns, name: str = "", **options: object) -> Text:
         """The text of a conversation, with a stand-in for everything that must stay text in it."""
         first = self._spelled.first_for([turn["content"] for turn in turns])
         turns = [{**turn, "content": self._held(turn, first)} for turn in turns]
@@ -281,7 +281,7 @@ class _Dated:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, day: str) -> None:
         self.tokenizer, self.day = tokenizer, day
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: object, **options: object) -> Any:
         if options.get("chat_template") is None:
             options["chat_template"] = _dated(self.tokenizer, date.fromisoformat(self.day), options.get("tools"))
         return type(self.tokenizer).apply_chat_template(self.tokenizer, *args, **options)

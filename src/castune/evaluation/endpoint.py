@@ -154,7 +154,7 @@ class Endpoint:
             )
         return call.completions
 
-    def _run(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+    def _run(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
         """Run `work(client, *args)` to its end.
 
         Coroutines, not threads: only they can be stopped while they wait for a socket, at a time limit and by Ctrl-C.

@@ -190,7 +190,7 @@ class _Answered:
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
 
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+    def add_partial(self, attr: str, req: object, res: object) -> None:
         self.advance()
 
 

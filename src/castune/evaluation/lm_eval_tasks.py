@@ -149,7 +149,7 @@ def _one_line(error: Exception) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _check_runnable(task: str, task_object: Any) -> None:
+def _check_runnable(task: str, task_object: object) -> None:
     """Tasks that are Python classes say in attributes what others say in their files."""
     if getattr(task_object, "UNSAFE_CODE", False):
         raise CastuneError(f"task {task}: {_REFUSED['unsafe_code']}, which castune does not do")

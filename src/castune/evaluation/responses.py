@@ -162,7 +162,7 @@ def completion_of(body: Any) -> Completion:
     return Completion(text, finished, counted if type(counted) is int and counted >= 0 else None)
 
 
-def _said(content: Any) -> Any:
+def _said(content: object) -> Any:
     """The text of a content, which may come in parts; parts of reasoning are not said."""
     if not isinstance(content, list):
         return content

@@ -95,7 +95,7 @@ class VllmEngine(Host):
         chat = ChatFormat(self.tokenizer, max_length=config.max_length)
         prompts = [chat.prompt_ids(example)[0] for example in probes(suites, _PROBES)]
 
-        def said(request: Any) -> tuple[list[tuple[int, ...]], np.ndarray]:
+        def said(request: object) -> tuple[list[tuple[int, ...]], np.ndarray]:
             return _replies_with_values(self.run(prompts, request, max_tokens=_PROBE_TOKENS, logprobs=0))
 
         base = None
@@ -122,7 +122,7 @@ class VllmEngine(Host):
         number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
         return LoRARequest(name, number, str(adapter))
 
-    def run(self, prompts: Sequence[Sequence[int]], request: Any, **sampling: Any) -> list[Any]:
+    def run(self, prompts: Sequence[Sequence[int]], request: object, **sampling: object) -> list[Any]:
         """vLLM's greedy outputs for tokenised prompts, in their order."""
         from vllm import SamplingParams
 
@@ -141,7 +141,7 @@ def _room(adapters: Sequence[Path]) -> int:
 class VllmBackend(Backend):
     """The model of an engine, with or without an adapter."""
 
-    def __init__(self, engine: VllmEngine, request: Any) -> None:
+    def __init__(self, engine: VllmEngine, request: object) -> None:
         self.engine, self.request = engine, request
 
     def work(self, suite: Suite, config: EvaluateConfig) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from castune.artifacts.records import ModelRecord
 from castune.core.provenance import chat_template_digest
@@ -20,7 +20,7 @@ def check_template(what: str, model: ModelRecord, tokenizer: PreTrainedTokenizer
         check_same(what, f"chat template {model['chat_template']}", f"chat template {digest}", folder)
 
 
-def check_same(what: str, found: Any, wanted: Any, folder: RunDirectory) -> None:
+def check_same(what: str, found: object, wanted: object, folder: RunDirectory) -> None:
     """Refuse what was made with something else than `wanted`; of two records, the message names what differs first."""
     if found == wanted:
         return

@@ -90,16 +90,18 @@ def preference_trainer(
     from trl import DPOConfig, DPOTrainer
 
     class PreferenceTrainer(SparseTraining, DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
+        def _prepare_dataset(self, dataset: object, *_args: object, **_kwargs: object) -> Any:
             return dataset  # it holds tokens already
 
-        def compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        def compute_loss(
+            self, model: PreTrainedModel, inputs: dict[str, Any], *args: object, **kwargs: object
+        ) -> Tensor:
             """TRL's loss of a batch of pairs."""
             self.tokens_seen += int(inputs["attention_mask"].sum())
             loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
             return self.finite(loss)
 
-        def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+        def create_model_card(self, *_args: object, **_kwargs: object) -> None:
             """None in checkpoints."""
 
     arguments = DPOConfig(**settings, beta=config.beta, max_length=None)

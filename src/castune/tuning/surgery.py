@@ -307,7 +307,7 @@ class Operation:
                 'use bfloat16 or float32, or surgery = "none"'
             )
 
-    def __call__(self, model: PreTrainedModel, accelerator: Any, precision: Any) -> None:
+    def __call__(self, model: PreTrainedModel, accelerator: object, precision: object) -> None:
         """Replace the gradients of the parameters by what surgery makes of them.
 
         Args:

@@ -127,7 +127,7 @@ class SparseTraining(Trainer):
         """Tokens that passed through the model, on all processes."""
         return sum(self._tokens_by_process())
 
-    def training_step(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: PreTrainedModel, *args: object, **kwargs: object) -> Tensor:
         """A micro-batch forward and backward, and gradient surgery after the last one of an optimiser step."""
         loss: Tensor = super().training_step(model, *args, **kwargs)
         # Here gradients are accumulated and averaged over processes. A callback would see them clipped.
@@ -174,7 +174,7 @@ class SparseTraining(Trainer):
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
+    def _save_checkpoint(self, model: PreTrainedModel, trial: object) -> None:
         step = self.state.global_step
         tokens = self._tokens_by_process()
         with self.workspace.writing(f"the checkpoint of step {step}"):
@@ -226,7 +226,7 @@ class ReplyTrainer(SparseTraining):
         self.model_accepts_loss_kwargs = False
         self.prepare(config, workspace, [len(row.ids) for row in rows], operation)
 
-    def compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any], *args: object, **kwargs: object) -> Tensor:
         """Mean over the examples of the batch of the NLL of their replies."""
         batch = RowBatch(**inputs)
         self.tokens_seen += int(batch.real_BS.sum())
@@ -277,7 +277,9 @@ class _NoInputGradients(TrainerCallback):
     With gradients at the embeddings the backward pass would go through all layers, not only down to the lowest adapter.
     """
 
-    def on_train_begin(self, _args: Any, _state: Any, _control: Any, *, model: PreTrainedModel, **_kwargs: Any) -> None:
+    def on_train_begin(
+        self, _args: object, _state: object, _control: object, *, model: PreTrainedModel, **_kwargs: object
+    ) -> None:
         base = model.get_base_model()
         base.disable_input_require_grads()
         vars(base).pop("_require_grads_hooks", None)
