@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from castune.config import TuneConfig
+from castune.core.numbers import duration, gigabytes
 from castune.data.example import Example
 from castune.evaluation.suites import load_suites
 from castune.names import ArmName
@@ -24,9 +25,9 @@ from castune.tuning.snapshots import snapshot_steps
 PAPER_HEAD_SECONDS = 7 + 60
 
 
-def paper_hours(n_heads: int) -> float:
-    """GPU-hours of a diagnosis of so many heads as the paper does it: 19.1 for Llama-3.1-8B's 1,024."""
-    return n_heads * PAPER_HEAD_SECONDS / 3600
+def paper_seconds(n_heads: int) -> float:
+    """Seconds of a diagnosis of so many heads as the paper does it: 19.1 hours for Llama-3.1-8B's 1,024."""
+    return float(n_heads * PAPER_HEAD_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StudyCost:
         units: the graph's, with seconds on one device.
         costs: of all units of a stage.
         peak_memory: bytes of a unit of a stage at the peak, where they are known.
-        diagnosis_hours: of the main map, on one device.
+        diagnosis_seconds: of the main map, on one device.
         notes: what the user should know.
     """
 
@@ -46,12 +47,12 @@ class StudyCost:
     units: Sequence[makespan.Unit]
     costs: Mapping[str, Cost]
     peak_memory: Mapping[str, int]
-    diagnosis_hours: float
+    diagnosis_seconds: float
     notes: Sequence[str]
 
-    def hours(self, n_devices: int) -> float:
-        """Hours on so many devices; each does a unit at a time, and they share diagnoses."""
-        return makespan.makespan(self.units, n_devices) / 3600
+    def seconds(self, n_devices: int) -> float:
+        """Seconds on so many devices; each does a unit at a time, and they share diagnoses."""
+        return makespan.makespan(self.units, n_devices)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a stage."""
@@ -64,8 +65,8 @@ class StudyCost:
                 "tokens": f"{cost.work.tokens:,}",
                 "decoded": f"{cost.work.step_tokens:,}",
                 "PFLOP": f"{self.shape.all_flops(cost.work) / 1e15:,.3f}",
-                "hours on one device": cost.seconds / 3600,
-                "peak memory, GB": self.peak_memory[name] / 1e9 if name in self.peak_memory else None,
+                "time on one device": duration(cost.seconds),
+                "peak memory": gigabytes(self.peak_memory[name]) if name in self.peak_memory else None,
             }
             for name, cost in self.costs.items()
             if name in stages
@@ -97,7 +98,7 @@ def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
         units=units,
         costs=costs,
         peak_memory=pieces.peak_memory,
-        diagnosis_hours=pieces.whole_diagnosis(MAIN).seconds / 3600,
+        diagnosis_seconds=pieces.whole_diagnosis(MAIN).seconds,
         notes=[*pieces.planner.notes, *pieces.read.notes],
     )
 

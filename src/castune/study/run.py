@@ -19,6 +19,7 @@ from castune.console import say, show_rows
 from castune.core.devices import torch_dtype_of
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config
+from castune.core.numbers import duration
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.example import content_hash
@@ -31,7 +32,7 @@ from castune.steps.arms import require_trainable
 from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
 from castune.steps.inputs import load_calibration, load_training
-from castune.study.cost import paper_hours, study_cost
+from castune.study.cost import paper_seconds, study_cost
 from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
 from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, Unit
@@ -176,12 +177,11 @@ def show_graph(recipe: Recipe, *, accelerator: str | None) -> None:
     found = study_cost(graph, accelerator=accelerator)
     show_rows("Work", found.rows())
     where = f"one {accelerator}" if accelerator else "this machine, one unit at a time"
-    n_heads, hours = graph.n_heads, found.diagnosis_hours
     say(
-        f"map of {n_heads:,} heads: {hours:.2f} hours on {where}; as the paper does it (67 s a head on an H800) "
-        f"{paper_hours(n_heads):.1f} hours"
+        f"map of {graph.n_heads:,} heads: {duration(found.diagnosis_seconds)} on {where}; as the paper does it (67 s a "
+        f"head on an H800) {duration(paper_seconds(graph.n_heads))}"
     )
-    say(f"whole study: {found.hours(1):.1f} hours on {where}, {found.hours(8):.1f} on eight")
+    say(f"whole study: {duration(found.seconds(1))} on {where}, {duration(found.seconds(8))} on eight")
     for note in found.notes:
         say(f"note: {note}")
 
