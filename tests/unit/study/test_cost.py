@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from castune.config import Recipe
+from castune.core.numbers import gigabytes
 from castune.errors import CastuneError, SourceUnreachable
 from castune.plan import calibrate
 from castune.study.cost import StudyCost, paper_seconds, study_cost
@@ -67,8 +68,9 @@ def test_a_study_costs_the_sum_of_its_units(graph_of: Callable[..., Graph]) -> N
 
 def test_memory_of_trainings_is_shown(graph_of: Callable[..., Graph]) -> None:
     found = study_cost(graph_of(), accelerator="h100")
-    rows = {row["stage"]: row["peak memory, GB"] for row in found.rows()}
-    assert rows["tune"] == found.peak_memory["tune"] / 1e9 > found.shape.weight_bytes / 1e9
+    rows = {row["stage"]: row["peak memory"] for row in found.rows()}
+    assert found.peak_memory["tune"] > found.shape.weight_bytes
+    assert rows["tune"] == gigabytes(found.peak_memory["tune"])
     assert rows["diagnose"] is rows["evaluate"] is None
     larger = study_cost(graph_of(tune={"max_steps": 4, "batch_size": 8}), accelerator="h100")
     assert larger.peak_memory["tune"] > found.peak_memory["tune"]
