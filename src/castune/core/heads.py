@@ -15,12 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from castune.core.attention import SUPPORTED, AttentionLayer, features
 from castune.core.probes import probe_heads
-from castune.core.quantisation import dense_weight, keep_trainable
+from castune.core.quantisation import keep_trainable
 from castune.errors import UnsupportedArchitecture
 
 if TYPE_CHECKING:
@@ -115,24 +114,9 @@ class HeadLayout:
         """The module that holds the query rows of a layer."""
         return model.get_submodule(self.at(layer).query_path)
 
-    def query_weight(self, model: nn.Module, layer: int) -> Tensor:
-        """The weight of a layer's query projection, dequantised where it is stored in packed integers."""
-        return dense_weight(self.query_projection(model, layer))
-
     def output_projection(self, model: nn.Module, layer: int) -> nn.Module:
         """The output projection of a layer."""
         return model.get_submodule(self.at(layer).output_path)
-
-    def by_head(self, layer: int, weight: Tensor) -> Tensor:
-        """The query rows of all heads of a layer, `[H, q_dim, D]`, cut from a weight-shaped tensor.
-
-        Args:
-            layer: the layer the tensor belongs to.
-            weight: shaped like the query projection's weight: `[rows, D]`, or `[D, rows]` for Conv1D.
-        """
-        attention = self.at(layer)
-        rows = weight.t() if attention.transposed else weight
-        return torch.stack([rows[attention.query_rows(h)] for h in range(attention.n_heads)])
 
 
 def _locate(model: nn.Module) -> HeadLayout:
