@@ -208,7 +208,7 @@ def noticed_by(fault: Fault, place: Path) -> str | None:
     finally:
         path.write_text(text, encoding="utf-8")
     found = re.search(r"^(?:FAILED|ERROR) tests/(\S.*?)(?: - |$)", done.stdout, re.MULTILINE)
-    return found[1] if found else None
+    return found[1].replace("|", r"\|") if found else None
 
 
 def main() -> None:
