@@ -10,14 +10,16 @@ from castune.config.base import Config, Count
 from castune.names import KINDS, UnitKind
 
 SensitivityRank = Literal["difference", "of-difference"]
-Measure = Literal["decision", "margin"]
+Measure = Literal["decision", "margin", "attribution"]
 
 
 class DiagnoseConfig(Config):
     """How heads are measured (Section 3 of the paper)."""
 
     measure: Measure = "decision"
-    """`decision`: accuracy and refusal rate, as in the paper. `margin`: log-prob margins; no generation, no ties."""
+    """`decision`: accuracy and refusal rate, as in the paper. `margin`: log-prob margins; no generation, no ties.
+    `attribution`: margins to first order, all heads from one backward pass; some heads are measured exactly as
+    well, and the map says how far both agree."""
     ablation: Literal["zero", "mean"] = "zero"
     """What replaces a head's output: `zero`, or its `mean` over the calibration tokens."""
     max_new_tokens: Count = 24
@@ -25,7 +27,7 @@ class DiagnoseConfig(Config):
     margin_tokens: Count = 8
     """First tokens of the refusal and of the model's own reply that a safety margin compares; at most
     `max_new_tokens`. Whether a reply refuses is settled in its first words."""
-    problems: Measure = "margin"
+    problems: Literal["decision", "margin"] = "margin"
     """How utility is measured on problems, whatever `measure` says of the rest. `margin`: the log-probability of their
     worked solutions. `decision`: accuracy; answers are worked out without every head, which costs far more than
     anything else (`castune plan`)."""
@@ -63,7 +65,9 @@ class DiagnoseConfig(Config):
 
     def measure_of(self, *, problems: bool) -> Measure:
         """How utility is measured on problems, or on questions."""
-        return self.problems if problems else self.measure
+        if not problems or (self.problems, self.measure) == ("margin", "attribution"):
+            return self.measure
+        return self.problems
 
     @field_validator("units")
     @classmethod

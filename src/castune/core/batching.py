@@ -82,7 +82,12 @@ class ExampleBatch:
 
 
 def example_batches(
-    model: PreTrainedModel, layout: HeadLayout, rows_of: Sequence[Sequence[Row]], batch_tokens: int
+    model: PreTrainedModel,
+    layout: HeadLayout,
+    rows_of: Sequence[Sequence[Row]],
+    batch_tokens: int,
+    *,
+    packed: bool = True,
 ) -> list[ExampleBatch]:
     """Batches of at most `batch_tokens` rows x tokens, longest examples first; the rows of an example stay together.
 
@@ -91,9 +96,11 @@ def example_batches(
         layout: its head layout.
         rows_of: the rows of each example.
         batch_tokens: limit of a batch; an example beyond it is a batch of its own.
+        packed: let examples share a row where that saves work. Not where a row must be one example's.
     """
     # A unit is what must stay together: one example, or several that share a row.
-    units = _packed_units(model, layout, rows_of, batch_tokens)
+    alone = [[n] for n in range(len(rows_of))]
+    units = _packed_units(model, layout, rows_of, batch_tokens) if packed else alone
     unit_rows: list[list[Row]] = []
     unit_parts: list[list[list[tuple[int, int]]]] = []
     for unit in units:

@@ -5,7 +5,7 @@ Shape letters: H head, N example, B batch row, T scored token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -20,10 +20,8 @@ from castune.core.losses import RowBatch, batches_by_length, token_log_probs
 from castune.core.units import Site, UnitLayout
 from castune.data.rows import Row
 from castune.diagnosis.ablator import Ablator, RecordedBatch
+from castune.diagnosis.outcomes import Outcome
 from castune.diagnosis.score import Floats
-
-Outcome = Callable[[int, Sequence[Floats]], float]
-"""Number of an example and the log-probabilities of its rows' scored tokens -> its decision or margin."""
 
 
 class ScoredMeasure:
@@ -31,19 +29,16 @@ class ScoredMeasure:
 
     Args:
         ablator: the model and the heads.
-        rows_of: the rows of each example.
-        outcome: how an example's outcome follows.
+        outcome: the rows of the examples, and how an outcome follows.
         batch_tokens: rows x tokens of one forward.
     """
 
     n_decoded = 0
     unit_tokens = 0
 
-    def __init__(
-        self, ablator: Ablator, rows_of: Sequence[Sequence[Row]], outcome: Outcome, *, batch_tokens: int
-    ) -> None:
+    def __init__(self, ablator: Ablator, outcome: Outcome, *, batch_tokens: int) -> None:
         self.ablator, self.outcome, self.batch_tokens = ablator, outcome, batch_tokens
-        self.batches = example_batches(ablator.model, ablator.layout, rows_of, batch_tokens)
+        self.batches = example_batches(ablator.model, ablator.layout, outcome.rows_of, batch_tokens)
 
     def baseline(self, batch: ExampleBatch) -> Floats:
         """Outcomes of the whole model."""

@@ -60,7 +60,7 @@ def partial_gradients(
     # One allocation: sums that are allocated between forwards would scatter over the memory these have freed.
     sums = torch.zeros(len(parts), sum(weight.numel() for weight in weights))
     chunks: list[dict[str, Tensor]] = []
-    with _only_these_require_grad(model, weights):
+    with only_these_require_grad(model, weights):
         for chunk, sum_P in zip(parts, sums, strict=True):
             flat = sum_P.split([weight.numel() for weight in weights])
             total = {path: part.view_as(weight) for path, part, weight in zip(paths, flat, weights, strict=True)}
@@ -144,7 +144,8 @@ def gradient_passes(
 
 
 @contextmanager
-def _only_these_require_grad(model: nn.Module, weights: Sequence[Any]) -> Iterator[None]:
+def only_these_require_grad(model: nn.Module, weights: Sequence[Any]) -> Iterator[None]:
+    """Let gradients reach these weights alone inside the `with` block; of none, no weight has a gradient."""
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         for parameter in model.parameters():

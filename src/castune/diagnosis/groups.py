@@ -125,7 +125,7 @@ class _Measured:
             None if solved else objectives.utility_measure(one.examples)
             for one, solved in zip(sets, solves, strict=True)
         ]
-        of_margins = objectives.margin_measure(safety, replies) if config.measure == "margin" else None
+        of_margins = objectives.margin_measure(safety, replies) if config.measure != "decision" else None
         return cls(objectives, sets, safety, of_utility, of_margins)
 
     def __call__(self) -> list[Floats]:

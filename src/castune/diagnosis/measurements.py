@@ -102,7 +102,7 @@ class Measurements:
                     f"{name}: {n_examples} examples, ablated_HN of shape {outcomes.ablated_HN.shape}; needed are at "
                     f"least 2 examples and shape {(n_heads, n_examples)}"
                 )
-            is_margin = (measure or self.measure) == "margin"
+            is_margin = (measure or self.measure) != "decision"
             if is_margin and not np.isfinite(self._changes(outcomes, measure)).all():
                 raise ValueError(f"{name}: margins that are not finite; no map is made of them")
 
@@ -158,7 +158,7 @@ class Measurements:
 
     def _changes(self, outcomes: PairedOutcomes, measure: Measure | None = None) -> Floats:
         change_HN = np.asarray(outcomes.ablated_HN - outcomes.baseline_N, dtype=np.float64)
-        return np.abs(change_HN) if (measure or self.measure) == "margin" else change_HN
+        return change_HN if (measure or self.measure) == "decision" else np.abs(change_HN)
 
 
 def weighted_conflict(

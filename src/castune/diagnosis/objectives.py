@@ -15,10 +15,7 @@ from castune.core.generation import Reply, generate_replies
 from castune.core.journal import Journal
 from castune.core.refusals import decides_by, is_settled
 from castune.core.scoring import (
-    answer_margin,
-    is_correct,
     question_rows,
-    reply_means,
     reply_rows,
     shared_if_exact,
 )
@@ -28,10 +25,12 @@ from castune.data.example import Example
 from castune.data.said import said
 from castune.diagnosis.ablate import ScoredMeasure
 from castune.diagnosis.ablator import Ablator
+from castune.diagnosis.attribute import AttributedMeasure
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.domains import UtilitySet
+from castune.diagnosis.outcomes import Answer, Likelihood, Outcome, Refusal
 from castune.diagnosis.score import Floats
-from castune.diagnosis.sweep import Outcomes, sweep
+from castune.diagnosis.sweep import Measure, Outcomes, sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,11 +67,13 @@ class Objectives:
 
         Margins of problems are the log-probabilities of the worked solutions.
         """
-        by_margin = one.measure(self.config) == "margin"
-        measure: ScoredMeasure | ReplyMeasure
+        by_margin = one.measure(self.config) != "decision"
+        measure: Measure
         if one.is_of_problems and not by_margin:
             # Answers are worked out, not scored.
             measure = self.solution_measure(one.examples, self.solutions(one.examples))
+        elif self.config.measure == "attribution":
+            measure = self._attributed(self.utility_outcome(one.examples))
         else:
             measure = self.utility_measure(one.examples)
         outcomes = sweep(one.objective, self.ablator, measure, journal=journal, shard=shard)
@@ -86,38 +87,29 @@ class Objectives:
     def safety(self, examples: Sequence[Example], journal: Journal, shard: Shard) -> Measured | None:
         """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing."""
         replies = self.replies(examples)
-        by_margin = self.config.measure == "margin"
-        measure = self.margin_measure(examples, replies) if by_margin else self.refusal_measure(examples, replies)
+        by_margin = self.config.measure != "decision"
+        measure: Measure
+        if self.config.measure == "attribution":
+            measure = self._attributed(self.refusal_outcome(examples, replies))
+        else:
+            measure = self.margin_measure(examples, replies) if by_margin else self.refusal_measure(examples, replies)
         outcomes = sweep("safety", self.ablator, measure, journal=journal, shard=shard)
         if outcomes is None:
             return None
         return Measured(outcomes, self.refusals(examples, replies) if by_margin else outcomes.baseline_N)
 
     def utility_measure(self, examples: Sequence[Example]) -> ScoredMeasure:
-        """Decisions on questions, or the margins of their right answers; of problems see `_likelihood_measure`."""
+        """Decisions on questions, or the margins of their right answers; worked solutions of problems."""
+        return ScoredMeasure(self.ablator, self.utility_outcome(examples), batch_tokens=self._batch_tokens)
+
+    def utility_outcome(self, examples: Sequence[Example]) -> Outcome:
+        """What `utility_measure` reads: of problems the mean log-probability a token of their worked solutions."""
         if examples[0].is_problem:
-            return self._likelihood_measure(examples)
+            return Likelihood([[self.chat.loss_row(example)] for example in examples])
         rows_of = shared_if_exact(
             self.ablator.model, lambda share: [question_rows(self.chat, e, share_prompt=share) for e in examples]
         )
-        by_margin = self.config.measure == "margin"
-
-        def outcome(n: int, values: Sequence[Floats]) -> float:
-            scores = reply_means(rows_of[n], values)
-            if not np.isfinite(scores).all():
-                return np.nan
-            return answer_margin(examples[n], scores) if by_margin else is_correct(examples[n], scores)
-
-        return ScoredMeasure(self.ablator, rows_of, outcome, batch_tokens=self._batch_tokens)
-
-    def _likelihood_measure(self, examples: Sequence[Example]) -> ScoredMeasure:
-        """Mean log-probability a token of every problem's worked solution."""
-        rows_of = [[self.chat.loss_row(example)] for example in examples]
-
-        def mean(_: int, values: Sequence[Floats]) -> float:
-            return float(values[0].mean())
-
-        return ScoredMeasure(self.ablator, rows_of, mean, batch_tokens=self._batch_tokens)
+        return Answer(rows_of, examples, by_margin=self.config.measure != "decision")
 
     def solutions(self, examples: Sequence[Example]) -> list[Reply]:
         """Greedy worked answers of the model as it is now."""
@@ -158,6 +150,10 @@ class Objectives:
         return is_right(answer, problem.target, problem.scoring)
 
     def margin_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ScoredMeasure:
+        """Margins of refusals over the model's own replies."""
+        return ScoredMeasure(self.ablator, self.refusal_outcome(examples, replies), batch_tokens=self._batch_tokens)
+
+    def refusal_outcome(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Refusal:
         """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
         n_tokens = min(self.config.margin_tokens, self.config.max_new_tokens)
         parts = []
@@ -173,11 +169,10 @@ class Objectives:
             lambda share: [reply_rows(self.chat, e, prompt, pair, share_prompt=share) for e, prompt, pair in parts],
         )
 
-        def margin(n: int, values: Sequence[Floats]) -> float:
-            refusal, own = reply_means(rows_of[n], values)
-            return float(refusal - own)
+        return Refusal(rows_of)
 
-        return ScoredMeasure(self.ablator, rows_of, margin, batch_tokens=self._batch_tokens)
+    def _attributed(self, outcome: Outcome) -> AttributedMeasure:
+        return AttributedMeasure(self.ablator, outcome, batch_tokens=self._batch_tokens)
 
     def replies(self, examples: Sequence[Example]) -> list[Reply]:
         """Greedy replies of the model as it is now."""

@@ -252,6 +252,6 @@ def _with_batch_tokens(
 
 def _reply_counts(outcomes: Outcomes, config: DiagnoseConfig) -> dict[str, int] | None:
     """How many replies were verified and how many of them decoded; None where none are generated under ablation."""
-    if config.measure == "margin":
+    if config.measure != "decision":
         return None
     return {"verified": outcomes.ablated_HN.size, "decoded": outcomes.n_decoded}

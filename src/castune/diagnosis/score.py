@@ -89,7 +89,7 @@ def margin_shift(ablated_HN: Floats, baseline_N: Floats) -> tuple[Floats, Floats
 
 def shift_of(measure: Measure) -> Callable[[Floats, Floats], tuple[Floats, Floats]]:
     """How outcomes of a measure become a shift with its standard error."""
-    return margin_shift if measure == "margin" else decision_shift
+    return decision_shift if measure == "decision" else margin_shift
 
 
 def functional_sensitivity(utility_shift: Floats, safety_shift: Floats, *, rank: str = "difference") -> Floats:
