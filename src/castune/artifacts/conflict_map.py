@@ -157,6 +157,12 @@ class ConflictMap:
         return found
 
     @property
+    def warnings(self) -> list[str]:
+        """What a user should know before heads are chosen by it."""
+        fidelity = self.metadata.get("fidelity") or {}
+        return [*self.metadata["reliability"]["warnings"], *fidelity.get("warnings", ())]
+
+    @property
     def fingerprint(self) -> str:
         """Fingerprint of the model the map belongs to."""
         return str(self.model["fingerprint"])

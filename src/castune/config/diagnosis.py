@@ -20,6 +20,10 @@ class DiagnoseConfig(Config):
     """`decision`: accuracy and refusal rate, as in the paper. `margin`: log-prob margins; no generation, no ties.
     `attribution`: margins to first order, all heads from one backward pass; some heads are measured exactly as
     well, and the map says how far both agree."""
+    check_units: Count = 16
+    """Of a map by attribution: units of each kind that are measured exactly as well, spread over layers and scores."""
+    check_examples: Annotated[int, Field(ge=2)] = 16
+    """Examples of each set that they are measured on."""
     ablation: Literal["zero", "mean"] = "zero"
     """What replaces a head's output: `zero`, or its `mean` over the calibration tokens."""
     max_new_tokens: Count = 24

@@ -16,7 +16,9 @@ from castune.artifacts import ConflictMap, Unit
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.records import DataRecord
 from castune.config import DiagnoseConfig
+from castune.diagnosis.checking import Checked
 from castune.diagnosis.domains import UtilitySet, utility_hash
+from castune.diagnosis.fidelity import compared
 from castune.diagnosis.grams import Gram
 from castune.diagnosis.measurements import Domain, Measurements
 from castune.diagnosis.objectives import Measured
@@ -33,10 +35,16 @@ from castune.diagnosis.score import (
 from castune.errors import CastuneError
 from castune.stats.ranking import bucket_numbers, percentile_rank, tie_share
 
+# What is told of each kind of unit.
+_BY_KIND = ("ties", "reliability", "fidelity")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a diagnosis measured, and on what; `grams`, `utility` and `data` by objective."""
+    """What a diagnosis measured, and on what; `grams`, `utility` and `data` by objective.
+
+    `checked`: what was measured exactly beside an attribution.
+    """
 
     heads: Sequence[Unit]
     sets: Sequence[UtilitySet]
@@ -44,6 +52,7 @@ class Results:
     grams: Mapping[str, Gram]
     utility: Mapping[str, Measured]
     safety: Measured
+    checked: Checked | None = None
 
     def of_kind(self, kind: str) -> Results:
         """What was measured on the units of a kind."""
@@ -67,6 +76,24 @@ class Results:
             combination=config.domains,
         )
 
+    def fidelity(self, config: DiagnoseConfig) -> dict[str, Any] | None:
+        """How far attribution and exact ablation agree on the units that were measured both ways (`compared`)."""
+        if self.checked is None:
+            return None
+        mixed = {one: self.checked.mixed(one, self.heads, found.outcomes) for one, found in self.utility.items()}
+        safety = self.checked.mixed("safety", self.heads, self.safety.outcomes)
+        estimated, exact = (
+            replace(
+                self,
+                utility={one: replace(found, outcomes=mixed[one][i]) for one, found in self.utility.items()},
+                safety=replace(self.safety, outcomes=safety[i]),
+            ).measurements(list(self.utility), config)
+            for i in range(2)
+        )
+        numbers = [number for number, head in enumerate(self.heads) if self.checked.holds(head)]
+        n_examples = {name: len(picked) for name, picked in self.checked.examples.items()}
+        return {**compared(estimated, exact, self.heads, numbers), "examples": n_examples}
+
 
 def conflict_map(results: Results, config: DiagnoseConfig, metadata: Mapping[str, Any]) -> ConflictMap:
     """The map of the only domain, or the combined one of several with each domain's own in `domains`.
@@ -84,19 +111,25 @@ def _together(maps: Mapping[str, ConflictMap]) -> ConflictMap:
     first, *_ = maps.values()
     domains = {name: _together({kind: cmap.domains[name] for kind, cmap in maps.items()}) for name in first.domains}
     kinds = {
-        kind: {"n": len(cmap), **{key: cmap.metadata[key] for key in ("ties", "reliability")}}
+        kind: {
+            "n": len(cmap),
+            **{key: cmap.metadata[key] for key in _BY_KIND if key in cmap.metadata},
+        }
         for kind, cmap in maps.items()
     }
-    warnings = [f"{kind}: {text}" for kind, found in kinds.items() for text in found["reliability"]["warnings"]]
+    warnings = [f"{kind}: {text}" for kind, cmap in maps.items() for text in cmap.warnings]
     about: dict[str, Any] = {"kinds": kinds, "reliability": {**first.metadata["reliability"], "warnings": warnings}}
     if domains:
         records = first.metadata["domains"]
         about["domains"] = {name: {**records[name], "map_hash": domains[name].content_hash} for name in domains}
     table = pa.concat_tables([cmap.table for cmap in maps.values()]).combine_chunks()
-    return ConflictMap(table, {**first.metadata, **about}, domains)
+    common = {key: value for key, value in first.metadata.items() if key != "fidelity"}
+    return ConflictMap(table, {**common, **about}, domains)
 
 
 def _map_of_kind(results: Results, config: DiagnoseConfig, metadata: Mapping[str, Any]) -> ConflictMap:
+    if (found := results.fidelity(config)) is not None:
+        metadata = {**metadata, "fidelity": found}
     maps = {one.name: _domain_map(results, one.objective, config, metadata) for one in results.sets}
     if len(maps) == 1:
         return maps.popitem()[1]

@@ -84,9 +84,17 @@ class Objectives:
             return Measured(outcomes, np.full(len(one.examples), np.nan))  # nothing was answered
         return Measured(outcomes, _positive(decisions_N) if by_margin else decisions_N)
 
-    def safety(self, examples: Sequence[Example], journal: Journal, shard: Shard) -> Measured | None:
-        """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing."""
-        replies = self.replies(examples)
+    def safety(
+        self, examples: Sequence[Example], replies: Sequence[Reply], journal: Journal, shard: Shard
+    ) -> Measured | None:
+        """Refusals (Eq. 4), or the margins of the refusals; None while other shares are missing.
+
+        Args:
+            examples: D_safe.
+            replies: the model's own to them.
+            journal: where results go.
+            shard: which share of the work is this process's.
+        """
         by_margin = self.config.measure != "decision"
         measure: Measure
         if self.config.measure == "attribution":

@@ -25,10 +25,11 @@ from castune.core.shards import Shard
 from castune.data.example import Example
 from castune.data.record import data_record
 from castune.diagnosis.ablator import distinct
+from castune.diagnosis.checking import check_units
 from castune.diagnosis.domains import Utility
-from castune.diagnosis.grams import journaled_grams
+from castune.diagnosis.grams import Gram, journaled_grams
 from castune.diagnosis.maps import Results, conflict_map
-from castune.diagnosis.objectives import Objectives
+from castune.diagnosis.objectives import Measured, Objectives
 from castune.diagnosis.stored import save_gradients, save_outcomes
 from castune.diagnosis.sweep import Outcomes
 from castune.diagnosis.task import Task
@@ -90,7 +91,7 @@ def diagnose(
     journal = Journal.of(place.out, origin.key)
     results, metadata = _measured(task, origin, place, journal)
     cmap = conflict_map(results, config, metadata)
-    for warning in cmap.metadata["reliability"]["warnings"]:
+    for warning in cmap.warnings:
         logger.warning(warning)
     return place.keep(cmap, results, task.examples, journal)
 
@@ -209,28 +210,50 @@ def _measured(task: Task, origin: _Origin, place: _Place, journal: Journal) -> t
         objectives = Objectives(ablator, task.tokenizer, task.chat, task.config)
         of_utility = {one.objective: objectives.utility(one, journal, share) for one in task.sets}
         return_freed_memory()
-        safety = objectives.safety(task.examples["safety"], journal, share)
-    grams = grams or journaled_grams(journal)
-    utility = {name: measured.of(twins) for name, measured in of_utility.items() if measured is not None}
-    if safety is None or not of_utility.keys() == grams.keys() == utility.keys():
-        raise MapUnfinished(
-            f"share {share.index + 1} of {share.count} is done, others are missing; the last one to end makes the map, "
-            "or the same command without a shard does what is missing"
-        )
+        replies = objectives.replies(task.examples["safety"])
+        of_safety = objectives.safety(task.examples["safety"], replies, journal, share)
+        grams = grams or journaled_grams(journal)
+        measured = _all_there({**of_utility, "safety": of_safety}, grams, share)
+        checked = None
+        if task.config.measure == "attribution":
+            checked = check_units(task, objectives, measured, grams, replies, journal, share)
     metadata = {
         "model": origin.model,
         "settings": origin.settings,
         "measures": {"safety": task.config.measure, **{one.objective: one.measure(task.config) for one in task.sets}},
         "batch_tokens": task.config.batch_tokens,
         "resumed": ablator.resumable,
-        "replies": _reply_counts(safety.outcomes, task.config),
+        "replies": _reply_counts(measured["safety"].outcomes, task.config),
         "seconds": round(time.perf_counter() - place.started, 2),
         "provenance": origin.provenance,
     }
+    of_units = {name: found.of(twins) for name, found in measured.items()}
+    safety = of_units.pop("safety")
     found = Results(
-        heads=task.units, sets=task.sets, data=origin.data, grams=grams, utility=utility, safety=safety.of(twins)
+        heads=task.units,
+        sets=task.sets,
+        data=origin.data,
+        grams=grams,
+        utility=of_units,
+        safety=safety,
+        checked=checked,
     )
     return found, metadata
+
+
+def _all_there(found: Mapping[str, Measured | None], grams: Mapping[str, Gram], share: Shard) -> dict[str, Measured]:
+    """What was measured of every objective.
+
+    Raises:
+        MapUnfinished: other shares are missing.
+    """
+    measured = {name: one for name, one in found.items() if one is not None}
+    if measured.keys() != found.keys() or not grams.keys() >= found.keys() - {"safety"}:
+        raise MapUnfinished(
+            f"share {share.index + 1} of {share.count} is done, others are missing; the last one to end makes the map, "
+            "or the same command without a shard does what is missing"
+        )
+    return measured
 
 
 def _with_batch_tokens(
