@@ -143,7 +143,7 @@ def test_full_forwards_and_resumed_forwards_agree(
     resumed = castune.diagnose(model, tiny_tokenizer, **arguments)
     import sys
 
-    monkeypatch.setattr(sys.modules["castune.diagnosis.run"], "can_resume", lambda *_: False)
+    monkeypatch.setattr(sys.modules["castune.diagnosis.task"], "can_resume", lambda *_: False)
     full = castune.diagnose(model, tiny_tokenizer, **arguments)
     assert resumed.metadata["resumed"]
     assert not full.metadata["resumed"]

@@ -423,7 +423,7 @@ def test_watching_a_study(small: Path, tmp_path: Path) -> None:
     status["units"][name] |= {"state": "running", "started": time.time() - 60, "attempts": 2}
     (tmp_path / "study" / "status.json").write_text(json.dumps(status))
     said = castune("watch", tmp_path / "study", "--once", cwd=tmp_path).stdout
-    assert re.search(rf"{name}.*1\.\d min.*2", said)
+    assert re.search(rf"{name}.*6\d s.*2", said)
 
 
 def test_a_budget_from_a_run_of_a_study(small: Path, tmp_path: Path) -> None:

@@ -101,10 +101,10 @@ def _reliabilities(folder: StudyDirectory) -> list[str]:
     found = []
     for path in sorted(folder.maps.glob(f"*/{MAP_FILE}")):
         try:
-            reliability = ConflictMap.load(path).metadata["reliability"]
+            cmap = ConflictMap.load(path)
         except ArtifactError as error:
             found.append(str(error))
             continue
-        shown = number(reliability["reliability"])
-        found.append(f"map {path.parent.name}: reliability of C {shown}; " + " ".join(reliability["warnings"]))
+        shown = number(cmap.metadata["reliability"]["reliability"])
+        found.append(" ".join([f"map {path.parent.name}: reliability of C {shown}.", *cmap.warnings]))
     return found

@@ -99,7 +99,8 @@ def test_prompt_and_reply_are_the_templates_own_conversation(
     assert reply.strip() in trained
     # Neither the stand-in by which the reply's place is found, nor the prompt.
     assert "castune" not in trained or "castune" in reply
-    assert prompt not in trained or prompt in reply or prompt in "assistant<channel>final<message><think>\n</think>: "
+    spoken = tokenizer.decode(row.tokens, skip_special_tokens=True)
+    assert prompt not in spoken or prompt in reply or prompt in "assistant<channel>final<message><think>\n</think>: "
 
 
 def test_the_reply_begins_where_the_model_is_asked_for_it() -> None:
