@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from castune.core.numbers import duration, gigabytes, number, percent, span, with_error
+from castune.core.numbers import duration, fidelity, gigabytes, number, percent, span, with_error
 from castune.names import KINDS, plural
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ def show_diagnosis(cmap: ConflictMap) -> None:
         f"  safe zones of two halves of the examples overlap by {number(zones['safe'])} "
         f"({number(zones['safe_by_chance'])} by chance)"
     )
+    for kind, found in cmap.fidelity.items():
+        what = "heads" if len(cmap.fidelity) == 1 else plural(kind)
+        say(f"  attribution against exact ablation: {fidelity(found)}, over {len(found['units'])} {what}")
     for kind, found in kinds.items():
         say(f"  {plural(kind)}: reliability of C {number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():

@@ -157,10 +157,16 @@ class ConflictMap:
         return found
 
     @property
+    def fidelity(self) -> dict[str, Any]:
+        """Of a map by attribution, how far each kind of unit agrees with exact ablation; empty for other maps."""
+        alone = {self.kinds[0]: self.metadata} if len(self.kinds) == 1 else self.metadata["kinds"]
+        return {kind: found["fidelity"] for kind, found in alone.items() if "fidelity" in found}
+
+    @property
     def warnings(self) -> list[str]:
         """What a user should know before heads are chosen by it."""
         fidelity = self.metadata.get("fidelity") or {}
-        return [*self.metadata["reliability"]["warnings"], *fidelity.get("warnings", ())]
+        return [*self.metadata.get("reliability", {}).get("warnings", ()), *fidelity.get("warnings", ())]
 
     @property
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.records import DataRecord, Settings
-from castune.core.numbers import duration, number
+from castune.core.numbers import duration, fidelity, number
 from castune.names import plural
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
@@ -35,6 +35,11 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
             (f"Reliability of C over {plural(kind)} alone", number(found["reliability"]["reliability"]))
             for kind, found in cmap.metadata.get("kinds", {}).items()
         ),
+        *(
+            (f"Attribution against exact ablation, {len(found['units'])} {plural(kind)}", fidelity(found))
+            for kind, found in cmap.fidelity.items()
+        ),
+        *(("Warning", warning) for warning in cmap.warnings),
         ("Time", NOT_RECORDED if seconds is None else duration(seconds)),
     ]
     zones = (
@@ -127,14 +132,13 @@ def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     for zone in ("safe", "risky"):
         shown = f"{number(zones.get(zone))}; {number(zones.get(f'{zone}_by_chance'))} by chance"
         facts.append((f"Overlap of the {zone} zones of two halves of the examples", shown))
-    facts += [("Warning", warning) for warning in found.get("warnings", [])]
     return facts
 
 
 def _measure(settings: Settings) -> str:
     measure = known(settings.get("measure"))
-    if measure == "margin" and "margin_tokens" in settings:
-        return f"margin (replies by their first {settings['margin_tokens']} tokens)"
+    if measure in ("margin", "attribution") and "margin_tokens" in settings:
+        return f"{measure} (replies by their first {settings['margin_tokens']} tokens)"
     return measure
 
 
