@@ -31,7 +31,11 @@ QUESTIONS = [
 MARGIN = DiagnoseConfig(measure="margin", max_new_tokens=4, gradient_chunks=2, batch_tokens=200)
 DECISION = MARGIN.model_copy(update={"measure": "decision"})
 
-pytestmark = pytest.mark.parametrize("config", [MARGIN, DECISION], ids=["margin", "decision"])
+ATTRIBUTION = MARGIN.model_copy(update={"measure": "attribution", "check_units": 3, "check_examples": 4})
+
+pytestmark = pytest.mark.parametrize(
+    "config", [MARGIN, DECISION, ATTRIBUTION], ids=["margin", "decision", "attribution"]
+)
 
 
 @pytest.fixture
@@ -205,7 +209,7 @@ def test_measured_batch_size_is_noted(model: Any, tiny_tokenizer: Any, config: D
 
 def test_replies_are_counted(diagnosis: Callable[..., castune.ConflictMap], config: DiagnoseConfig) -> None:
     counts = diagnosis().metadata["replies"]
-    if config.measure == "margin":
+    if config.measure != "decision":
         assert counts is None
     else:
         assert counts["verified"] == 12 * len(HARMFUL)
