@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from castune.core.numbers import duration, fidelity, gigabytes, number, percent, span, with_error
+from castune.core.numbers import duration, fidelity, gigabytes, number, percent, span, standing, with_error
 from castune.names import KINDS, plural
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def show_diagnosis(cmap: ConflictMap) -> None:
     for kind, found in cmap.fidelity.items():
         what = "heads" if len(cmap.fidelity) == 1 else plural(kind)
         say(f"  attribution against exact ablation: {fidelity(found)}, over {len(found['units'])} {what}")
+        placed = standing(cmap.standing[kind], len(cmap.rows_of(kind)))
+        say(f"  inside or outside the safe quarter, {what}: {placed}")
     for kind, found in kinds.items():
         say(f"  {plural(kind)}: reliability of C {number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():

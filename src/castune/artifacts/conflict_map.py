@@ -159,8 +159,16 @@ class ConflictMap:
     @property
     def fidelity(self) -> dict[str, Any]:
         """Of a map by attribution, how far each kind of unit agrees with exact ablation; empty for other maps."""
+        return self._told_of_kinds("fidelity")
+
+    @property
+    def standing(self) -> dict[str, Any]:
+        """Of a map by attribution, which units may be on the other side of the safe zone's border, by kind."""
+        return self._told_of_kinds("standing")
+
+    def _told_of_kinds(self, what: str) -> dict[str, Any]:
         alone = {self.kinds[0]: self.metadata} if len(self.kinds) == 1 else self.metadata["kinds"]
-        return {kind: found["fidelity"] for kind, found in alone.items() if "fidelity" in found}
+        return {kind: found[what] for kind, found in alone.items() if what in found}
 
     @property
     def warnings(self) -> list[str]:

@@ -24,6 +24,11 @@ class DiagnoseConfig(Config):
     """Of a map by attribution: units of each kind that are measured exactly as well, spread over layers and scores."""
     check_examples: Annotated[int, Field(ge=2)] = 16
     """Examples of each set that they are measured on."""
+    verify: Literal["none", "zone"] = "none"
+    """Of a map by attribution, measure exactly: `none` but what is checked; `zone`: units whose place inside or outside
+    the safe zone, the quarter of lowest C, the estimate leaves open, nearest to its border first."""
+    verify_units: Count = 64
+    """So many of each kind at most."""
     ablation: Literal["zero", "mean"] = "zero"
     """What replaces a head's output: `zero`, or its `mean` over the calibration tokens."""
     max_new_tokens: Count = 24

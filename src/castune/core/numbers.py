@@ -69,3 +69,13 @@ def fidelity(found: Mapping[str, Any]) -> str:
         for symbol, name in (("H_gen", "utility_shift"), ("H_safe", "safety_shift"))
     )
     return f"rank correlation of C {number(score['spearman'])}{ends}, {shifts}"
+
+
+def standing(found: Mapping[str, Any], n: int) -> str:
+    """How many of n units are on which side of the safe zone's border, and how sure that is."""
+    n_undecided, n_probable, n_exact = (len(found[name]) for name in ("undecided", "probable", "exact"))
+    measured = f"; {n_exact} were measured exactly" if n_exact else ""
+    return (
+        f"{n - n_undecided - n_probable} certain, {n_probable} may change with other examples, {n_undecided} left open "
+        f"by the estimate{measured}"
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from castune.artifacts import ConflictMap, Unit
 from castune.artifacts.conflict_map import SCHEMA
@@ -32,18 +33,20 @@ from castune.diagnosis.score import (
     functional_sensitivity,
     shift_of,
 )
+from castune.diagnosis.zones import safe_border
 from castune.errors import CastuneError
 from castune.stats.ranking import bucket_numbers, percentile_rank, tie_share
 
 # What is told of each kind of unit.
-_BY_KIND = ("ties", "reliability", "fidelity")
+_BY_KIND = ("ties", "reliability", "fidelity", "standing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """What a diagnosis measured, and on what; `grams`, `utility` and `data` by objective.
 
-    `checked`: what was measured exactly beside an attribution.
+    `checked`: what was measured exactly beside an attribution; `exact`: units that were measured exactly in its place,
+    since `attribution`.
     """
 
     heads: Sequence[Unit]
@@ -53,6 +56,8 @@ class Results:
     utility: Mapping[str, Measured]
     safety: Measured
     checked: Checked | None = None
+    exact: frozenset[Unit] = frozenset()
+    attribution: Results | None = None
 
     def of_kind(self, kind: str) -> Results:
         """What was measured on the units of a kind."""
@@ -60,7 +65,9 @@ class Results:
         grams = {objective: Gram(gram.products_HCC[numbers], gram.n_safety) for objective, gram in self.grams.items()}
         utility = {objective: measured.of(numbers) for objective, measured in self.utility.items()}
         heads = [self.heads[number] for number in numbers]
-        return replace(self, heads=heads, grams=grams, utility=utility, safety=self.safety.of(numbers))
+        attribution = None if self.attribution is None else self.attribution.of_kind(kind)
+        safety = self.safety.of(numbers)
+        return replace(self, heads=heads, grams=grams, utility=utility, safety=safety, attribution=attribution)
 
     def measurements(self, objectives: Sequence[str], config: DiagnoseConfig) -> Measurements:
         """Those of some domains, with the safety set they have in common."""
@@ -80,8 +87,50 @@ class Results:
         """How far attribution and exact ablation agree on the units that were measured both ways (`compared`)."""
         if self.checked is None:
             return None
-        mixed = {one: self.checked.mixed(one, self.heads, found.outcomes) for one, found in self.utility.items()}
-        safety = self.checked.mixed("safety", self.heads, self.safety.outcomes)
+        estimated, exact, numbers = (self.attribution or self)._checked_both_ways(self.checked, config)
+        n_examples = {name: len(picked) for name, picked in self.checked.examples.items()}
+        return {**compared(estimated, exact, self.heads, numbers), "examples": n_examples}
+
+    def unsettled(self, config: DiagnoseConfig) -> float:
+        """How near the border of the safe zone a C by attribution leaves open on which side its unit is.
+
+        Twice the root mean square of what attribution is off by, on the units that were measured both ways.
+        """
+        assert self.checked is not None
+        estimated, exact, numbers = (self.attribution or self)._checked_both_ways(self.checked, config)
+        one, other = (found.columns(found.whole)["conflict_score"][0, numbers] for found in (estimated, exact))
+        return 2 * float(np.sqrt(np.mean((one - other) ** 2)))
+
+    def standing(self, cmap: ConflictMap, config: DiagnoseConfig) -> dict[str, Any] | None:
+        """Which units of a map by attribution may be on the other side of the safe zone's border.
+
+        `undecided`: by the error of the estimate; `probable`: by the choice of examples alone, whose interval holds the
+        border; all others are certain. `exact`: units that were measured exactly.
+        """
+        if self.checked is None:
+            return None
+        score_H, border = cmap.column("conflict_score"), safe_border(cmap.column("conflict_score"))
+        is_near_H = np.abs(score_H - border) < self.unsettled(config)
+        is_exact_H = np.array([head in self.exact for head in self.heads])
+        undecided_H = is_near_H & ~is_exact_H
+        straddles_H = (cmap.column("conflict_score_low") < border) & (border < cmap.column("conflict_score_high"))
+
+        def units(chosen_H: NDArray[np.bool_]) -> list[list[str | int]]:
+            return [list(head) for head, is_chosen in zip(self.heads, chosen_H, strict=True) if is_chosen]
+
+        return {
+            "border": border,
+            "undecided": units(undecided_H),
+            "probable": units(straddles_H & ~undecided_H),
+            "exact": units(is_exact_H),
+        }
+
+    def _checked_both_ways(
+        self, checked: Checked, config: DiagnoseConfig
+    ) -> tuple[Measurements, Measurements, list[int]]:
+        """Measurements on the checked examples, without and with what was measured exactly, and of which units."""
+        mixed = {one: checked.mixed(one, self.heads, found.outcomes) for one, found in self.utility.items()}
+        safety = checked.mixed("safety", self.heads, self.safety.outcomes)
         estimated, exact = (
             replace(
                 self,
@@ -90,9 +139,7 @@ class Results:
             ).measurements(list(self.utility), config)
             for i in range(2)
         )
-        numbers = [number for number, head in enumerate(self.heads) if self.checked.holds(head)]
-        n_examples = {name: len(picked) for name, picked in self.checked.examples.items()}
-        return {**compared(estimated, exact, self.heads, numbers), "examples": n_examples}
+        return estimated, exact, [number for number, head in enumerate(self.heads) if checked.holds(head)]
 
 
 def conflict_map(results: Results, config: DiagnoseConfig, metadata: Mapping[str, Any]) -> ConflictMap:
@@ -123,7 +170,7 @@ def _together(maps: Mapping[str, ConflictMap]) -> ConflictMap:
         records = first.metadata["domains"]
         about["domains"] = {name: {**records[name], "map_hash": domains[name].content_hash} for name in domains}
     table = pa.concat_tables([cmap.table for cmap in maps.values()]).combine_chunks()
-    common = {key: value for key, value in first.metadata.items() if key != "fidelity"}
+    common = {key: value for key, value in first.metadata.items() if key not in ("fidelity", "standing")}
     return ConflictMap(table, {**common, **about}, domains)
 
 
@@ -131,9 +178,9 @@ def _map_of_kind(results: Results, config: DiagnoseConfig, metadata: Mapping[str
     if (found := results.fidelity(config)) is not None:
         metadata = {**metadata, "fidelity": found}
     maps = {one.name: _domain_map(results, one.objective, config, metadata) for one in results.sets}
-    if len(maps) == 1:
-        return maps.popitem()[1]
-    return _combined_map(results, maps, config, metadata)
+    cmap = _combined_map(results, maps, config, metadata) if len(maps) > 1 else maps.popitem()[1]
+    standing = results.standing(cmap, config)
+    return cmap if standing is None else replace(cmap, metadata={**cmap.metadata, "standing": standing})
 
 
 def _domain_map(results: Results, objective: str, config: DiagnoseConfig, metadata: Mapping[str, Any]) -> ConflictMap:

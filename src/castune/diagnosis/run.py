@@ -33,6 +33,7 @@ from castune.diagnosis.objectives import Measured, Objectives
 from castune.diagnosis.stored import save_gradients, save_outcomes
 from castune.diagnosis.sweep import Outcomes
 from castune.diagnosis.task import Task
+from castune.diagnosis.verifying import verified
 from castune.errors import CastuneError, MapUnfinished
 
 if TYPE_CHECKING:
@@ -217,6 +218,19 @@ def _measured(task: Task, origin: _Origin, place: _Place, journal: Journal) -> t
         checked = None
         if task.config.measure == "attribution":
             checked = check_units(task, objectives, measured, grams, replies, journal, share)
+        of_units = {name: one.of(twins) for name, one in measured.items()}
+        safety = of_units.pop("safety")
+        found = Results(
+            heads=task.units,
+            sets=task.sets,
+            data=origin.data,
+            grams=grams,
+            utility=of_units,
+            safety=safety,
+            checked=checked,
+        )
+        if checked is not None and task.config.verify == "zone":
+            found = verified(task, objectives, found, replies, journal, share)
     metadata = {
         "model": origin.model,
         "settings": origin.settings,
@@ -227,17 +241,6 @@ def _measured(task: Task, origin: _Origin, place: _Place, journal: Journal) -> t
         "seconds": round(time.perf_counter() - place.started, 2),
         "provenance": origin.provenance,
     }
-    of_units = {name: found.of(twins) for name, found in measured.items()}
-    safety = of_units.pop("safety")
-    found = Results(
-        heads=task.units,
-        sets=task.sets,
-        data=origin.data,
-        grams=grams,
-        utility=of_units,
-        safety=safety,
-        checked=checked,
-    )
     return found, metadata
 
 

@@ -61,3 +61,9 @@ def expected_jaccard(size: int, n_heads: int) -> float:
         k / (2 * size - k) * (math.comb(size, k) * math.comb(n_heads - size, size - k) / math.comb(n_heads, size))
         for k in range(1, size + 1)
     )
+
+
+def safe_border(score_H: Floats) -> float:
+    """The score between the quarter of the lowest, the safe zone, and the others."""
+    ordered, inside = np.sort(score_H), int((bucket_numbers(score_H, _BUCKETS) == _BUCKETS).sum())
+    return float(ordered[max(0, inside - 1) : inside + 1].mean())

@@ -7,7 +7,7 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.records import DataRecord, Settings
-from castune.core.numbers import duration, fidelity, number
+from castune.core.numbers import duration, fidelity, number, standing
 from castune.names import plural
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
@@ -38,6 +38,10 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         *(
             (f"Attribution against exact ablation, {len(found['units'])} {plural(kind)}", fidelity(found))
             for kind, found in cmap.fidelity.items()
+        ),
+        *(
+            (f"Inside or outside the safe quarter, {plural(kind)}", standing(found, len(cmap.rows_of(kind))))
+            for kind, found in cmap.standing.items()
         ),
         *(("Warning", warning) for warning in cmap.warnings),
         ("Time", NOT_RECORDED if seconds is None else duration(seconds)),

@@ -176,6 +176,36 @@ def test_a_map_tells_its_fidelity_where_it_is_stored(
     assert bool(loaded.fidelity["q_head"]["warnings"]) == (score is None or score < FAITHFUL)
 
 
+def test_a_verified_zone_is_that_of_the_exact_map(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], harmful: list[Example], tmp_path: Any
+) -> None:
+    """With every unit that is left open measured exactly, what is still attributed is far from the border."""
+    arguments: dict[str, Any] = {"safety": harmful, "utility": questions}
+    model = tiny_model("llama", num_hidden_layers=4)
+    config = ATTRIBUTION.model_copy(update={"verify": "zone", "check_units": 16, "check_examples": 1000})
+    found = castune.diagnose(model, tiny_tokenizer, config=config, out=tmp_path, **arguments)
+    plain = castune.diagnose(model, tiny_tokenizer, config=config.model_copy(update={"verify": "none"}), **arguments)
+    exact = castune.diagnose(model, tiny_tokenizer, config=MARGIN, **arguments)
+    assert plain.standing["q_head"]["undecided"], "nothing would be shown"
+    standing = found.standing["q_head"]
+    assert standing["exact"]
+    assert not standing["undecided"]
+    measured = {(layer, head) for _, layer, head in standing["exact"]}
+    for head, shift, before, margin in zip(
+        found.heads, *(cmap.column("safety_shift") for cmap in (found, plain, exact)), strict=True
+    ):
+        assert shift == pytest.approx(margin if head in measured else before, rel=1e-3, abs=1e-5)
+    assert found.fidelity == plain.fidelity
+    zones = [
+        {head for head, bucket in zip(cmap.heads, cmap.column("bucket"), strict=True) if bucket == 4}
+        for cmap in (found, exact, plain)
+    ]
+    assert len(zones[0] & zones[1]) >= len(zones[2] & zones[1])
+    # Within a budget, the nearest to the border first.
+    few = castune.diagnose(model, tiny_tokenizer, config=config.model_copy(update={"verify_units": 1}), **arguments)
+    assert len(few.standing["q_head"]["exact"]) == 1
+
+
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 60), st.randoms())
 def test_checked_units_are_spread_over_depth(n_layers: int, n_heads: int, n: int, random: Any) -> None:
     units = [Unit.head(layer, head) for layer in range(n_layers) for head in range(n_heads)]

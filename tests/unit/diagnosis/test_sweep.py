@@ -31,7 +31,9 @@ QUESTIONS = [
 MARGIN = DiagnoseConfig(measure="margin", max_new_tokens=4, gradient_chunks=2, batch_tokens=200)
 DECISION = MARGIN.model_copy(update={"measure": "decision"})
 
-ATTRIBUTION = MARGIN.model_copy(update={"measure": "attribution", "check_units": 3, "check_examples": 4})
+ATTRIBUTION = MARGIN.model_copy(
+    update={"measure": "attribution", "check_units": 3, "check_examples": 4, "verify": "zone", "verify_units": 3}
+)
 
 pytestmark = pytest.mark.parametrize(
     "config", [MARGIN, DECISION, ATTRIBUTION], ids=["margin", "decision", "attribution"]
