@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
     from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
+    from castune.config import Measure
     from castune.plan.planner import DiagnosisCost, Planner
     from castune.stats.estimates import CostRatio
     from castune.steps.reproduce import Difference, Reproduction
@@ -119,8 +120,11 @@ def show_reproduction(found: Reproduction) -> None:
     say("reproduced" if found.is_reproduced else "not reproduced: see the results that are different")
 
 
+_BY: dict[Measure, str] = {"attribution": "attribution", "margin": "margins", "decision": "decisions"}
 _PARTS = {
     "gradients": "gradients",
+    "attribution": "attribution, utility and safety",
+    "checked": "units measured exactly, own replies",
     "utility": "utility sweep",
     "margins": "safety sweep, margins",
     "decisions": "safety sweep, decisions",
@@ -147,10 +151,10 @@ def show_plan(planner: Planner, found: DiagnosisCost, accelerator: str | None) -
             flops = f"{shape.all_flops(cost.work) / 1e15:,.3f}"
             rows.append([label, *counts, flops, duration(cost.seconds)])
     _show(table_of(["part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}"], rows))
-    for measure in ("margin", "decision"):
+    for measure, by in _BY.items():
         total = found.total(measure)
         flops = f"{shape.all_flops(total.work) / 1e15:,.2f}"
-        say(f"map by {measure}s: {duration(total.seconds)} {where}, {flops} PFLOP")
+        say(f"map by {by}: {duration(total.seconds)} {where}, {flops} PFLOP")
     if "solutions" in found.costs and not found.solves:
         seconds = found.costs["solutions"].seconds
         say(f"with diagnose.problems = decision the utility sweep takes {duration(seconds)} {where} instead")
@@ -162,7 +166,7 @@ def _show_plan_memory(planner: Planner, found: DiagnosisCost) -> None:
     from castune.config import TuneConfig
 
     if found.peak_memory:
-        by_measure = (f"{gigabytes(n_bytes)} by {measure}s" for measure, n_bytes in found.peak_memory.items())
+        by_measure = (f"{gigabytes(n_bytes)} by {_BY[measure]}" for measure, n_bytes in found.peak_memory.items())
         say(f"peak memory: about {', '.join(by_measure)}")
     say(f"partial gradients: {gigabytes(found.gradient_bytes)} of the CPU's memory (diagnose.gradient_chunks)")
     config = TuneConfig()

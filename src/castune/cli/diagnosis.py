@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from castune.cli.options import (
     UTILITY,
     Arm,
     Model,
+    Overrides,
     Run,
 )
 from castune.cli.settings import Values
@@ -26,7 +28,9 @@ from castune.errors import CastuneError, MapUnfinished
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="default, a hub id, a model directory, or a config.json alone.")],
+    model: Annotated[
+        str, typer.Argument(help="default, a hub id, a model directory, a config.json alone, or a recipe (.toml).")
+    ],
     safety: Annotated[Values, SAFETY],
     utility: Annotated[Values, UTILITY],
     settings: Annotated[Values, PLANNED_DIAGNOSIS],
@@ -38,18 +42,30 @@ def plan(
         float | None,
         typer.Option(help="Share of replies that change without a head (decisions only); a guess by their length."),
     ] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """What a diagnosis will cost, before anything is spent: from the config alone, and half a minute of measuring."""
+    """What a diagnosis will cost, before anything is spent: from the config alone, and half a minute of measuring.
+
+    Of a recipe its own settings count, with those of --set. Data of a hub that cannot be reached are stood in for.
+    """
     from castune.plan.planner import Planner
+    from castune.plan.stand_ins import DataOrStandIns
     from castune.steps.inputs import load_calibration
 
-    if accelerator and of_model["dtype"] == "auto":
-        of_model["dtype"] = "bfloat16"
-    recipe = Recipe.of(
-        model=model, out="unused", safety=safety, utility=_by_domain(**utility), diagnose=settings, **of_model
-    )
-    calibration = load_calibration(recipe)
+    if model.endswith(".toml"):
+        recipe = Recipe.load(Path(model), list(overrides or []))
+    elif overrides:
+        raise CastuneError("--set changes a recipe; with a model, the options say the same")
+    else:
+        recipe = Recipe.of(
+            model=model, out="unused", safety=safety, utility=_by_domain(**utility), diagnose=settings, **of_model
+        )
+    if accelerator and recipe.dtype == "auto":
+        recipe = recipe.model_copy(update={"dtype": "bfloat16"})
+    read = DataOrStandIns()
+    calibration = load_calibration(recipe, read)
     planner = Planner.of(recipe, accelerator=accelerator)
+    planner = replace(planner, notes=[*planner.notes, *read.notes])
     found = planner.diagnosis(*calibration, recipe.diagnose, decoded_share=decoded_share)
     show_plan(planner, found, accelerator)
 

@@ -91,7 +91,7 @@ def check_units(
     examples, outcomes = {}, {}
     for objective, found in measured.items():
         n = len(found.outcomes.baseline_N)
-        picked = examples[objective] = _spread(n, task.config.check_examples)
+        picked = examples[objective] = spread(n, task.config.check_examples)
         if objective == "safety":
             asked = [task.examples["safety"][i] for i in picked]
             measure = exact.margin_measure(asked, [replies[i] for i in picked])
@@ -132,7 +132,7 @@ def _rough_scores(
     return conflict_score(conflict_H, functional_sensitivity(*shifts, rank=task.config.sensitivity_rank))
 
 
-def _spread(n: int, wanted: int) -> list[int]:
+def spread(n: int, wanted: int) -> list[int]:
     """Numbers of `wanted` of n examples, evenly spread: sets may be sorted by kind."""
     wanted = min(n, wanted)
     return [(2 * k + 1) * n // (2 * wanted) for k in range(wanted)]

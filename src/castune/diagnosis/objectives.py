@@ -73,7 +73,7 @@ class Objectives:
             # Answers are worked out, not scored.
             measure = self.solution_measure(one.examples, self.solutions(one.examples))
         elif self.config.measure == "attribution":
-            measure = self._attributed(self.utility_outcome(one.examples))
+            measure = self.attributed_measure(self.utility_outcome(one.examples))
         else:
             measure = self.utility_measure(one.examples)
         outcomes = sweep(one.objective, self.ablator, measure, journal=journal, shard=shard)
@@ -98,7 +98,7 @@ class Objectives:
         by_margin = self.config.measure != "decision"
         measure: Measure
         if self.config.measure == "attribution":
-            measure = self._attributed(self.refusal_outcome(examples, replies))
+            measure = self.attributed_measure(self.refusal_outcome(examples, replies))
         else:
             measure = self.margin_measure(examples, replies) if by_margin else self.refusal_measure(examples, replies)
         outcomes = sweep("safety", self.ablator, measure, journal=journal, shard=shard)
@@ -179,7 +179,8 @@ class Objectives:
 
         return Refusal(rows_of)
 
-    def _attributed(self, outcome: Outcome) -> AttributedMeasure:
+    def attributed_measure(self, outcome: Outcome) -> AttributedMeasure:
+        """An outcome, and what it becomes without each unit to first order."""
         return AttributedMeasure(self.ablator, outcome, batch_tokens=self._batch_tokens)
 
     def replies(self, examples: Sequence[Example]) -> list[Reply]:

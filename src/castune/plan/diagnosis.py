@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from castune.artifacts import Unit
 from castune.config import DiagnoseConfig
 from castune.core.batching import ExampleBatch
@@ -26,7 +28,9 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.data.rows import Row
 from castune.diagnosis.ablator import Ablator, part_size
+from castune.diagnosis.checking import spread
 from castune.diagnosis.decode import DECODED_TOKENS
+from castune.diagnosis.fidelity import units_to_check
 from castune.diagnosis.gradients import gradient_passes
 from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.sweep import units_of
@@ -101,6 +105,8 @@ class DiagnosisWork:
         replies = self._decoding(len(self.safety), n_tokens, n_tokens, self.most_decoded)
         parts = {
             "gradients": self._gradients(),
+            "attribution": self._attributed(),
+            "checked": self._checked() + replies,
             "utility": self._swept(self.utility_batches),
             "margins": self._swept(self._margin_batches) + replies,
             "decisions": self._swept(self._refusal_batches) + replies + self._decoded(self._refusal_batches),
@@ -233,12 +239,41 @@ class DiagnosisWork:
             for indices in batches_by_length([len(row.ids) for row in chunk], self.batch_tokens):
                 yield Size.of([chunk[i] for i in indices])
 
-    def _swept(self, batches: Sequence[ExampleBatch]) -> Work:
-        """Every batch once for the whole model, and once for each head."""
+    def _attributed(self) -> Work:
+        """Every batch forwards, and backwards down to the lowest unit."""
+        outcomes = [self.objectives.utility_outcome(one) for one in self.utility]
+        found, lowest = Work(), min(one.layer for one in self.heads)
+        for outcome in (*outcomes, self.objectives.refusal_outcome(self.safety, self._stand_ins)):
+            for batch in self.objectives.attributed_measure(outcome).batches:
+                size = Size(len(batch.rows), batch.length, batch.n_scored)
+                found += forward(self.flops, size) + backward(self.flops, size, first_layer=lowest)
+        return found
+
+    def _checked(self) -> Work:
+        """Some units on some of the examples, exactly."""
+        n_units, n_examples = self.config.check_units, self.config.check_examples
+        heads = [
+            of_kind[i]
+            for kind in dict.fromkeys(one.kind for one in self.heads)
+            if (of_kind := [one for one in self.heads if one.kind == kind])
+            for i in units_to_check(of_kind, np.zeros(len(of_kind)), n_units)
+        ]
+        found = Work()
+        for one in self.utility:
+            picked = [one[i] for i in spread(len(one), n_examples)]
+            found += self._swept(self.objectives.utility_measure(picked).batches, heads)
+        numbers = spread(len(self.safety), n_examples)
+        measure = self.objectives.margin_measure(
+            [self.safety[i] for i in numbers], [self._stand_ins[i] for i in numbers]
+        )
+        return found + self._swept(measure.batches, heads)
+
+    def _swept(self, batches: Sequence[ExampleBatch], heads: Sequence[Unit] | None = None) -> Work:
+        """Every batch once for the whole model, and once for each head; all heads when absent."""
         found = Work()
         for batch in batches:
             found += self._repeated(batch, 1, 0)
-            for (_, layer), n_units in Counter(one.place for one in self.heads).items():
+            for (_, layer), n_units in Counter(one.place for one in heads or self.heads).items():
                 first = layer if self.ablator.resumable else 0
                 found += self._repeated(batch, n_units, first)
         return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from castune.config import DiagnoseConfig, EvaluateConfig, Recipe, TuneConfig
+from castune.config import DiagnoseConfig, EvaluateConfig, Measure, Recipe, TuneConfig
 from castune.core.devices import device_of, torch_dtype_of
 from castune.core.gguf import find_default_gguf
 from castune.core.heads import HeadLayout
@@ -44,11 +44,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DiagnosisCost:
-    """Cost of a diagnosis by either measure.
+    """Cost of a diagnosis by every measure.
 
     Attributes:
-        costs: of `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`; where there are
-            problems also of `solutions`, which is `utility` by decisions on these.
+        costs: of `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`; of `attribution`
+            of both, with what is `checked` exactly; where there are problems also of `solutions`, which is `utility` by
+            decisions on these.
         solves: whether utility is measured by decisions on problems: `solutions` in the place of `utility`.
         peak_memory: by measure, bytes at the peak on the device of the model, weights included; empty: not measured.
         gradient_bytes: of partial gradients at once, kept in the memory of the CPU.
@@ -58,18 +59,23 @@ class DiagnosisCost:
 
     costs: Mapping[str, Cost]
     solves: bool
-    peak_memory: Mapping[str, int]
+    peak_memory: Mapping[Measure, int]
     gradient_bytes: int
     slice_layers: int
     resumable: bool
 
-    def parts(self, measure: str) -> dict[str, Cost]:
-        """The costs of a diagnosis by `margin` or `decision`, by part."""
-        left_out = {"decisions" if measure == "margin" else "margins", "utility" if self.solves else "solutions"}
-        return {name: cost for name, cost in self.costs.items() if name not in left_out}
+    def parts(self, measure: Measure) -> dict[str, Cost]:
+        """The costs of a diagnosis by one measure, by part."""
+        utility = "solutions" if self.solves else "utility"
+        names = {
+            "attribution": ("gradients", "attribution", "checked", *(["solutions"] if self.solves else [])),
+            "margin": ("gradients", utility, "margins"),
+            "decision": ("gradients", utility, "decisions"),
+        }[measure]
+        return {name: self.costs[name] for name in names}
 
-    def total(self, measure: str) -> Cost:
-        """The cost of the whole diagnosis by `margin` or `decision`."""
+    def total(self, measure: Measure) -> Cost:
+        """The cost of the whole diagnosis by one measure."""
         return sum(self.parts(measure).values(), Cost())
 
 
@@ -188,7 +194,7 @@ class Planner:
             decoded_share=decoded_share,
         )
         sweeps, gradients = self._clock.speed(work.sweep_sample), self._clock.speed(work.gradient_sample)
-        speeds = {"gradients": gradients}
+        speeds = {"gradients": gradients, "attribution": gradients}
         return DiagnosisCost(
             costs={name: Cost(one, speeds.get(name, sweeps).seconds(one)) for name, one in work.parts().items()},
             solves=settings.problems == "decision" and any(one.is_of_problems for one in sets),
@@ -237,14 +243,17 @@ class Planner:
     def _clock(self) -> Clock:
         return self._slice if self.accelerator is None else OnAccelerator(self.accelerator, self.shape)
 
-    def _diagnosis_memory(self, work: DiagnosisWork, sweeps: Memory | None, gradients: Memory | None) -> dict[str, int]:
+    def _diagnosis_memory(
+        self, work: DiagnosisWork, sweeps: Memory | None, gradients: Memory | None
+    ) -> dict[Measure, int]:
         """Weights, what this process needs by itself, and what the hungriest kind of work adds; by measure."""
         if sweeps is None or gradients is None:
             return {}
         n_layers, own = self.shape.n_layers, self._slice.own_memory
         # The partial gradients lie in the memory of the CPU.
         back = gradients.at(n_layers) + (work.gradient_bytes if own else 0)
-        by_measure = {"margin": sweeps.at(n_layers)}
+        # What an attribution keeps for its way back is what gradients keep.
+        by_measure: dict[Measure, float] = {"attribution": 0.0, "margin": sweeps.at(n_layers)}
         by_measure["decision"] = by_measure["margin"] + work.kept_tokens * self.shape.key_bytes
         base = own + self.shape.weight_bytes
         return {measure: round(base + max(there, back)) for measure, there in by_measure.items()}

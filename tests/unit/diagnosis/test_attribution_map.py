@@ -53,7 +53,7 @@ def outcomes_of(
 ) -> tuple[Outcomes, Outcomes, list[Any]]:
     units = UnitLayout(HeadLayout.of(model))
     objectives = Objectives(Ablator(model, units, units.units, True), tokenizer, ChatFormat(tokenizer), ATTRIBUTION)
-    measure = objectives._attributed(objectives.utility_outcome(utility))
+    measure = objectives.attributed_measure(objectives.utility_outcome(utility))
     of_utility = sweep("utility", objectives.ablator, measure, journal=Journal(None, "test"), shard=Shard())
     replies = objectives.replies(safety)
     of_safety = objectives.safety(safety, replies, Journal(None, "test"), Shard())
