@@ -86,9 +86,9 @@ def main() -> None:
     planned = planner.diagnosis(safety, utility, attribution)
     model = model_of(config, device)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"{where}; {planner.shape.n_units} heads, {gigabytes(planner.shape.weight_bytes)} of weights, {n} + {n} examples\n"
-    )
+    shape = planner.shape
+    weights = gigabytes(shape.weight_bytes)
+    print(f"{where}; {shape.n_units} heads, {weights} of weights, {n} + {n} examples\n")
     print("| | measured | foretold | peak memory | foretold |\n|---|---|---|---|---|")
     with Peak() as found:
         cmap = ct.diagnose(model, tokenizer, safety=safety, utility=utility, config=attribution)

@@ -30,20 +30,7 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         ("Heads tied with another in utility shift", _share(ties.get("utility_shift"))),
         ("Heads tied with another in safety shift", _share(ties.get("safety_shift"))),
         ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
-        *_reliability(cmap.metadata.get("reliability", {})),
-        *(
-            (f"Reliability of C over {plural(kind)} alone", number(found["reliability"]["reliability"]))
-            for kind, found in cmap.metadata.get("kinds", {}).items()
-        ),
-        *(
-            (f"Attribution against exact ablation, {len(found['units'])} {plural(kind)}", fidelity(found))
-            for kind, found in cmap.fidelity.items()
-        ),
-        *(
-            (f"Inside or outside the safe quarter, {plural(kind)}", standing(found, len(cmap.rows_of(kind))))
-            for kind, found in cmap.standing.items()
-        ),
-        *(("Warning", warning) for warning in cmap.warnings),
+        *_trust(cmap),
         ("Time", NOT_RECORDED if seconds is None else duration(seconds)),
     ]
     zones = (
@@ -121,8 +108,28 @@ def _domains(metadata: Mapping[str, Any]) -> Markup | str:
     )
 
 
+def _trust(cmap: ConflictMap) -> list[tuple[str, str]]:
+    """How far the map can be trusted, as facts: by other examples, and by exact ablation."""
+    return [
+        *_reliability(cmap.metadata.get("reliability", {})),
+        *(
+            (f"Reliability of C over {plural(kind)} alone", number(found["reliability"]["reliability"]))
+            for kind, found in cmap.metadata.get("kinds", {}).items()
+        ),
+        *(
+            (f"Attribution against exact ablation, {len(found['units'])} {plural(kind)}", fidelity(found))
+            for kind, found in cmap.fidelity.items()
+        ),
+        *(
+            (f"Inside or outside the safe quarter, {plural(kind)}", standing(found, len(cmap.rows_of(kind))))
+            for kind, found in cmap.standing.items()
+        ),
+        *(("Warning", warning) for warning in cmap.warnings),
+    ]
+
+
 def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How far the map can be trusted, as facts."""
+    """What halves of the examples agree on, as facts."""
     halves = found.get("split_half", {})
     columns, zones = halves.get("columns", {}), halves.get("zones", {})
     symbols = (
