@@ -154,8 +154,10 @@ def reranked(folder: Path, cmap: ConflictMap, sensitivity_rank: SensitivityRank,
     )
     columns["functional_sensitivity"] = sensitivity
     columns["conflict_score"] = conflict_score(cmap.column("optimization_conflict"), sensitivity)
+    # How far an attribution's S and C agree with exact ones, and who stands where, depends on the ranking.
+    kept = {name: value for name, value in cmap.metadata.items() if name not in ("fidelity", "standing")}
     metadata = {
-        **cmap.metadata,
+        **kept,
         "settings": {**cmap.metadata["settings"], "sensitivity_rank": sensitivity_rank},
         "reranked_from": cmap.content_hash,
     }
