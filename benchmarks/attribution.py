@@ -16,8 +16,8 @@ import numpy as np
 from scipy.stats import kendalltau, spearmanr
 
 import castune as ct
-from castune.core.memory import resident_memory
 from castune.diagnosis.zones import zone_stability
+from castune.plan.memory import resident_memory
 from castune.stats.ranking import bucket_numbers
 
 COLUMNS = ("utility_shift", "safety_shift", "functional_sensitivity", "conflict_score")

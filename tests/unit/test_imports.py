@@ -136,7 +136,7 @@ def test_hooks_are_registered_in_few_places() -> None:
         if re.search(r"\.register_\w*hook\(", path.read_text(encoding="utf-8"))
     }
     # losses.py: float32 logits from a 16-bit output head, which is no matter of heads.
-    assert places == {"core/probes.py", "core/ablation.py", "core/losses.py"}
+    assert places == {"core/probes.py", "core/ablation.py", "core/attribution.py", "core/losses.py"}
 
 
 def loaded_after(code: str) -> set[str]:

@@ -32,7 +32,8 @@ from castune.artifacts import HeadSelection
 from castune.core.loading import load
 from castune.core.losses import RowBatch, reply_nll
 from castune.data.rows import Row
-from castune.tuning.row_lora import adapter_weights, sparse_lora
+from castune.tuning.adapter_files import adapter_weights
+from castune.tuning.row_lora import sparse_lora
 torch.set_num_threads(1)
 folder, name = Path(sys.argv[1]), sys.argv[2]
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
