@@ -59,7 +59,10 @@ def tiny_model() -> Callable[..., Any]:
 # transposed and interleaved weights, groups, gates, layers without heads, compressed keys and values. The others run in
 # `make test-all`, and wherever a file that knows architectures differs from the main branch.
 LAYOUT_CLASSES = ("llama", "gpt2", "gpt_neox", "falcon", "phi3", "qwen3_next", "deepseek_v3", "llama4_text")
-KNOWING = [f"src/castune/core/{name}.py" for name in ("heads", "key_values", "mlps", "ablation")]
+KNOWING = [
+    f"src/castune/core/{name}.py"
+    for name in ("heads", "attention", "probes", "key_values", "mlps", "ablation", "attribution")
+]
 
 
 def architectures_changed() -> bool:
