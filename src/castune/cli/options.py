@@ -30,7 +30,9 @@ NOT_OF_A_PLANNED_MODEL = {
     "trust_remote_code": "layers are built from transformers' own code",
 }
 NOT_PLANNED = {
-    "measure": "a plan tells of both",
+    "measure": "a plan tells of all",
+    "verify": "how many units an attribution leaves open is known afterwards",
+    "verify_units": "how many units an attribution leaves open is known afterwards",
     "ablation": "costs the same",
     "judge": "rules cost nothing",
     "sensitivity_rank": "made of the same measurements",

@@ -43,7 +43,7 @@ FURTHER: dict[str, dict[str, tuple[type[BaseModel], str]]] = {
 }  # fmt: skip
 # What a run or a machine is asked for at the moment, and no recipe holds.
 NO_SETTINGS = {
-    "plan": {"model", "accelerator", "decoded_share"},
+    "plan": {"model", "accelerator", "decoded_share", "overrides"},
     "diagnose": {"model", "out", "shard"},
     "select": {"run_directory", "random", "beside"},
     # Its utility data are its own: nothing is taken unless surgery or replay asks for it.

@@ -17,10 +17,11 @@ from loopback import needs_loopback
 from processes import run_command
 from safetensors.torch import load_file
 
-from castune.artifacts import HeadSelection
+from castune.artifacts import HeadSelection, Unit
 from castune.tuning.verify import certify
 
 SOME = ((0, 1), (0, 3), (2, 0))
+OTHERS = (*(Unit.head(*head) for head in SOME), Unit("o_head", 0, 2), Unit("mlp_group", 2, 1))
 
 JOB = """
 import os, sys
@@ -70,7 +71,7 @@ os._exit(0)
 @needs_loopback
 @pytest.mark.parametrize(
     ("others", "changed"),
-    [({}, (24, 0)), ({"units": (("o_head", 0, 2), ("mlp_group", 2, 1)), "mlp_groups": 4}, (24 + 2 * 12, 8 + 12))],
+    [({}, (24, 0)), ({"units": OTHERS, "mlp_groups": 4}, (24 + 2 * 12, 8 + 12))],
     ids=["query heads", "with columns"],
 )
 def test_two_shards_train_the_adapter_of_one_process(
