@@ -27,15 +27,15 @@ class SuiteResult:
 
     Attributes:
         suite: the data source.
-        purpose: utility | safety | over-refusal.
-        metric: accuracy | refusal_rate | over_refusal_rate.
-        value: the rate over scored examples; None when nothing could be scored.
+        purpose: what it measures, and so how `value` is to be read (`castune.purposes`).
+        metric: of the purpose: accuracy, refusal_rate, nll, ...
+        value: the rate over scored examples, or their mean in nats; None when nothing could be scored.
         standard_error: of `value`; None for fewer than two scored examples.
-        interval: Wilson's 95 % interval of `value`; None without scored examples.
+        interval: Wilson's 95 % interval of a rate, Student's of a mean; None without scored examples.
         n: scored examples.
         unscored: examples the judge could not decide. They are in neither numerator nor denominator.
-        judge: `argmax` for scored choices, `stated letter` for written ones, `final answer` for problems, else the
-            judge's name.
+        judge: `argmax` for scored choices, `stated letter` for written ones, `final answer` for problems,
+            `log-likelihood` for continuous suites, else the judge's name.
         max_new_tokens: length limit of generated replies; None where nothing is generated.
         extra: further numbers, for example `answer_margin` with its standard error.
         data_hash: hash of the examples.

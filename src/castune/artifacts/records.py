@@ -47,6 +47,7 @@ class ModelRecord(TypedDict, total=False):
         remote_code: True where the model runs code that came with it.
         server: address of the server it runs behind.
         adapter: hash of the adapter that was measured with it, None without; of a map, the adapter merged in.
+        strength: what the adapter's update was multiplied by; absent for 1.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ModelRecord(TypedDict, total=False):
     remote_code: bool
     server: str
     adapter: str | AdapterRecord | None
+    strength: float
 
 
 class DataRecord(TypedDict, total=False):

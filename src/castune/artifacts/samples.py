@@ -1,10 +1,11 @@
-"""What a model answered to one example of a suite: a line of `samples.jsonl`, a plain dictionary of one of four kinds.
+"""What a model answered to one example of a suite: a line of `samples.jsonl`, a plain dictionary of one of five kinds.
 
 The kind of a sample is told here and nowhere else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NotRequired, TypeGuard
 
 from typing_extensions import TypedDict
@@ -16,10 +17,9 @@ class _Sample(TypedDict):
     Attributes:
         suite: the data source.
         id: of the example.
-        purpose: utility | safety | over-refusal.
+        purpose: of the suite (`castune.purposes`).
         group: category or subject; None without.
         prompt: of the example.
-        outcome: whether the answer is right, or refuses; None: unscored.
     """
 
     suite: str
@@ -27,29 +27,45 @@ class _Sample(TypedDict):
     purpose: str
     group: str | None
     prompt: str
-    outcome: bool | None
 
 
 class ChoiceSample(_Sample):
     """A question whose choices were scored.
 
     Attributes:
+        outcome: whether the right one was chosen; None: unscored.
         choices: their texts.
         choice_scores: mean log-probability of each; None where it is not finite.
         answer: number of the right one.
         margin: `answer_margin`; None where a score is not finite.
     """
 
+    outcome: bool | None
     choices: list[str]
     choice_scores: list[float | None]
     answer: int | None
     margin: float | None
 
 
+class NumberSample(_Sample):
+    """An example that was measured in nats.
+
+    Attributes:
+        outcome: nats a token; None: unscored.
+        scored_tokens: over how many tokens.
+        reference: tokens of the base model's own reply, where it was measured against that.
+    """
+
+    outcome: float | None
+    scored_tokens: int | None
+    reference: NotRequired[list[int]]
+
+
 class ReplySample(_Sample):
     """A prompt and the model's reply, on which a judge decides.
 
     Attributes:
+        outcome: whether it refuses, or the answer is right; None: unscored.
         reply: the text; empty where there is none.
         finished: whether the model ended it.
         tokens: how many; None where a server does not tell.
@@ -60,6 +76,7 @@ class ReplySample(_Sample):
         verdicts: of the members of a panel.
     """
 
+    outcome: bool | None
     reply: str
     finished: bool
     tokens: int | None
@@ -103,7 +120,12 @@ class ProblemSample(AnswerSample):
     direct: NotRequired[bool]
 
 
-Sample = ChoiceSample | ReplySample | LetterSample | ProblemSample
+Sample = ChoiceSample | NumberSample | ReplySample | LetterSample | ProblemSample
+
+
+def is_number(sample: Any) -> TypeGuard[NumberSample]:
+    """Whether it was measured in nats."""
+    return "scored_tokens" in sample
 
 
 def is_choice(sample: Any) -> TypeGuard[ChoiceSample]:
@@ -124,3 +146,12 @@ def is_letter(sample: Any) -> TypeGuard[LetterSample]:
 def is_problem(sample: Any) -> TypeGuard[ProblemSample]:
     """Whether a problem was worked out."""
     return "reply" in sample and "target" in sample
+
+
+def references_of(samples: Iterable[Sample]) -> dict[str, list[list[int]]]:
+    """The base model's own replies, as tokens, by the suites that were measured on them."""
+    found: dict[str, list[list[int]]] = {}
+    for sample in samples:
+        if is_number(sample) and "reference" in sample:
+            found.setdefault(sample["suite"], []).append(sample["reference"])
+    return found

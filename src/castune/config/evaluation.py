@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from castune.config.base import Config, Count
 from castune.errors import CastuneError
@@ -18,7 +18,9 @@ class EvaluateConfig(Config):
     """Data sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, mmlu, csqa, gsm8k, math,
     strongreject, or-bench, advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest, xstest-unsafe, dan,
     wildjailbreak, wildguard; `NAME=PATH` for a local copy, `NAME@REVISION` of the hub; `PURPOSE:PATH` for own data with
-    PURPOSE one of utility, safety, over-refusal; `#500` behind any of them draws so many examples."""
+    PURPOSE one of utility, safety, over-refusal; `#500` behind any of them draws so many examples. `nll:`, `kl:` and
+    `margin:` before a source measure continuously: the negative log-likelihood of its right answers or replies, the
+    divergence from the base model on the base's own replies, how much likelier a refusal is than the base's reply."""
     limit: Count | None = None
     """Examples a suite; all when absent."""
     judge: str = "opening"
@@ -29,8 +31,15 @@ class EvaluateConfig(Config):
     serves the model by its name and every adapter by the name of its arm."""
     served_model: str | None = None
     """What the server of backend `openai` calls the model, where that is not its name in the recipe."""
+    strengths: tuple[Annotated[float, Field(gt=0, le=2)], ...] = (1.0,)
+    """Every arm is measured at these strengths too: its adapter's update is multiplied, nothing is trained again. With
+    several, what arms cost is compared at equal safety. Full strength, 1, is always among them."""
     max_new_tokens: Count = 64
     """Length limit of replies to harmful and harmless prompts."""
+    reference_tokens: Count = 32
+    """Length limit of the base model's own replies that `kl` and `margin` suites are measured on."""
+    margin_tokens: Count = 8
+    """First tokens of the refusal and of the base model's reply that a `margin` suite compares."""
     reasoning_tokens: Count | None = None
     """Length limit of worked answers; when absent the paper's, 1,024 for gsm8k and 2,048 for math."""
     letters: Literal["argmax", "generated"] = "argmax"
@@ -59,6 +68,11 @@ class EvaluateConfig(Config):
             return "+".join(map(str, JudgeName.parse(judge)))
         except CastuneError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("strengths")
+    @classmethod
+    def _rising(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted({*strengths, 1.0}))
 
     @field_validator("suites")
     @classmethod

@@ -189,11 +189,12 @@ def _takes_rows_out(cache: Cache) -> bool:
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    # A PEFT model hands its config to the model it wraps, so both are restored.
+    # A PEFT model hands its config to the model it wraps only where its adapter names a task.
     owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
     shipped = [vars(owner).get("generation_config") for owner in owners]
     try:
-        model.generation_config = config
+        for owner in owners:
+            owner.generation_config = config
         yield
     finally:
         for owner, before in zip(owners, shipped, strict=True):

@@ -62,6 +62,24 @@ def reply_rows(
     return [chat.row(example, prompt, [reply]) for reply in replies]
 
 
+def refusal_pair(
+    chat: ChatFormat, example: Example, refusal: str, own: Sequence[int], *, n_tokens: int
+) -> tuple[list[int], list[list[int]]]:
+    """The prompt, and the first tokens of a refusal and of another reply to it: what a refusal margin compares.
+
+    Args:
+        chat: tokenizer and template.
+        example: the prompt.
+        refusal: a refusal.
+        own: tokens of the other reply, as the model wrote it after the generation prompt.
+        n_tokens: how many tokens of each.
+    """
+    prompt, [refusing] = chat.continuations(example, [refusal])
+    # Where the template says more when it asks for a reply, that belongs to the model's own.
+    asked, _ = chat.prompt_ids(example, reserve=n_tokens)
+    return prompt, [refusing[:n_tokens], [*asked[len(prompt) :], *own][:n_tokens]]
+
+
 def reply_means(rows: Sequence[Row], values: Sequence[Floats]) -> Floats:
     """Mean log-probability a token of each reply, from the values of the rows of one example.
 

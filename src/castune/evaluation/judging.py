@@ -8,7 +8,7 @@ from typing import cast
 
 from castune.artifacts import EvalResult
 from castune.artifacts.rules import RULES
-from castune.artifacts.samples import ReplySample, Sample, is_choice, is_letter, is_problem
+from castune.artifacts.samples import ReplySample, Sample, is_choice, is_letter, is_number, is_problem
 from castune.data.said import said
 from castune.evaluation.judges import Judge, judge
 from castune.evaluation.metrics import suite_result
@@ -44,6 +44,8 @@ def judge_of(samples: Sequence[Sample], by: Judge) -> str:
         return by.name
     if is_choice(first):
         return "argmax"
+    if is_number(first):
+        return "log-likelihood"
     return "stated letter" if is_letter(first) else "final answer"
 
 

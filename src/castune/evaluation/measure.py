@@ -55,3 +55,22 @@ def finite(scores: Sequence[float | None] | None) -> np.ndarray | None:
     if scores is None or any(score is None for score in scores):
         return None
     return np.array(scores, dtype=float)
+
+
+def with_references(
+    backend: Backend,
+    suite: Suite,
+    config: EvaluateConfig,
+    journal: Journal,
+    known: Sequence[Sequence[int]] | None = None,
+) -> Suite:
+    """The suite with the base model's own replies where it is measured on them: known, in the journal, or generated."""
+    if not suite.about.against_base:
+        return suite
+    key = f"{suite.purpose}:{suite.name}"
+    for record in journal.records():
+        if record.get("references_of") == key:
+            return suite.with_references(record["tokens"])
+    tokens = backend.references(suite, config) if known is None else list(known)
+    journal.append({"references_of": key, "tokens": [list(reply) for reply in tokens]})
+    return suite.with_references(tokens)

@@ -14,12 +14,13 @@ from castune.artifacts.samples import (
     Sample,
     is_choice,
     is_letter,
+    is_number,
     is_problem,
     is_reply,
 )
 from castune.evaluation.failures import FAILURES, is_degenerate
-from castune.evaluation.suites import METRICS
-from castune.stats.estimates import estimate, wilson_interval
+from castune.purposes import PURPOSES
+from castune.stats.estimates import estimate, student_interval, wilson_interval
 
 
 def suite_result(
@@ -35,12 +36,16 @@ def suite_result(
         seconds: wall time.
     """
     first = samples[0]
+    about = PURPOSES[first["purpose"]]
     rate = estimate([sample["outcome"] for sample in samples])
-    interval = wilson_interval(sum(sample["outcome"] is True for sample in samples), rate.n)
+    if about.is_continuous:
+        interval = student_interval(rate)
+    else:
+        interval = wilson_interval(sum(sample["outcome"] is True for sample in samples), rate.n)
     return SuiteResult(
         suite=first["suite"],
         purpose=first["purpose"],
-        metric=METRICS[first["purpose"]],
+        metric=about.metric,
         value=rate.value,
         standard_error=rate.standard_error,
         interval=interval,
@@ -57,6 +62,9 @@ def suite_result(
 def _extra(samples: Sequence[Sample]) -> dict[str, float | None]:
     choices = [sample for sample in samples if is_choice(sample)]
     replies = [sample for sample in samples if is_reply(sample)]
+    numbers = [sample for sample in samples if is_number(sample)]
+    if numbers:
+        return {"scored_tokens": sum(sample["scored_tokens"] or 0 for sample in numbers)}
     if choices:
         return _with_error("answer_margin", [sample["margin"] for sample in choices])
     there = [sample for sample in replies if not sample.get("missing")]

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from castune.artifacts import EvalResult
 from castune.artifacts.records import ModelRecord
-from castune.artifacts.samples import ChoiceSample, LetterSample, ProblemSample, ReplySample, Sample, is_reply
+from castune.artifacts.samples import (
+    ChoiceSample,
+    LetterSample,
+    NumberSample,
+    ProblemSample,
+    ReplySample,
+    Sample,
+    is_reply,
+)
 from castune.config import EvaluateConfig
 from castune.core.journal import Journal
 from castune.core.progress import progress
 from castune.core.provenance import model_record, provenance
 from castune.core.scoring import answer_margin, is_correct
 from castune.data.example import Example, content_hash
-from castune.evaluation.backend import Answer, Backend, PlainReply, Scores, TransformersHost
+from castune.evaluation.backend import Answer, Backend, PlainReply, Scored, Scores, TransformersHost
 from castune.evaluation.judges import Judge, judge
 from castune.evaluation.judging import judge_of, judged
-from castune.evaluation.measure import answers, finite
+from castune.evaluation.measure import answers, finite, with_references
 from castune.evaluation.metrics import suite_result
 from castune.evaluation.reading import read
 from castune.evaluation.suites import Suite, check_names, load_suite
@@ -79,6 +87,7 @@ def evaluate_on(
     name: str,
     model_info: ModelRecord,
     out: str | Path | None = None,
+    references: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> EvalResult:
     """Evaluate a model wherever it runs.
 
@@ -90,14 +99,17 @@ def evaluate_on(
         name: name of this arm, for the record.
         model_info: identity of the model, for the record.
         out: directory to write `samples.jsonl` and `metrics.json` into.
+        references: the base model's own replies as tokens, by suite (`references_of`); generated where absent.
     """
     check_names(suites)
     record = provenance(config.seed)
     hashes = [content_hash(suite.examples) for suite in suites]
-    # The judge decides afterwards, on what is kept.
-    measured_by = {key: value for key, value in config.model_dump(mode="json").items() if key != "judge"}
+    # The judge decides afterwards, on what is kept; what else is measured changes nothing here.
+    settings = config.model_dump(mode="json")
+    measured_by = {key: value for key, value in settings.items() if key not in ("judge", "strengths")}
     key = [model_info, measured_by, hashes, record["versions"]["castune"], record["rules"]]
     journal = Journal.of(None if out is None else Path(out), key)
+    suites = [with_references(backend, suite, config, journal, (references or {}).get(suite.name)) for suite in suites]
     cost = sum(len(suite.examples) * suite.cost(config) for suite in suites)
     with progress(f"evaluating {name}", cost) as advance:
         found = [answers(backend, suite, config, journal, advance) for suite in suites]
@@ -134,6 +146,12 @@ def evaluate_on(
 def _samples(suite: Suite, answers: Sequence[Answer], config: EvaluateConfig) -> list[Sample]:
     """A plain record an example; of prompts without an outcome, which is the judge's."""
     both = list(zip(suite.examples, answers, strict=True))
+    if suite.about.is_continuous:
+        references = suite.references or (None,) * len(both)
+        return [
+            _number_sample(suite, example, cast("Scored | None", answer), reference)
+            for (example, answer), reference in zip(both, references, strict=True)
+        ]
     if suite.is_scored(config):
         return [_choice_sample(suite, example, cast("Scores | None", answer)) for example, answer in both]
     return [_reply_sample(suite, example, cast("PlainReply | None", answer)) for example, answer in both]
@@ -168,6 +186,19 @@ def _choice_sample(suite: Suite, example: Example, found: Scores | None) -> Choi
         "margin": None if scores is None else answer_margin(example, scores),
         "outcome": None if scores is None else is_correct(example, scores),
     }
+
+
+def _number_sample(
+    suite: Suite, example: Example, found: Scored | None, reference: Sequence[int] | None
+) -> NumberSample:
+    sample: NumberSample = {
+        **_about(suite, example),
+        "outcome": None if found is None else found["value"],
+        "scored_tokens": None if found is None else found["tokens"],
+    }
+    if reference is not None:
+        sample["reference"] = list(reference)
+    return sample
 
 
 def _reply_sample(suite: Suite, example: Example, found: PlainReply | None) -> Sample:

@@ -72,7 +72,7 @@ class ServerHost(Host):
                 )
 
     @contextmanager
-    def backend(self, name: str, adapter: Path | None) -> Iterator[Backend]:
+    def backend(self, name: str, adapter: Path | None, strength: float = 1.0) -> Iterator[Backend]:
         """The served model of that name."""
         yield self._backend(name, adapter)
 

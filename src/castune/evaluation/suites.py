@@ -1,19 +1,17 @@
-"""Suites: a data source and what it measures."""
+"""Suites: a data source and what it measures (`castune.purposes`)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from castune.config import EvaluateConfig
 from castune.core.answers import require_math_verify
 from castune.data.example import Example
 from castune.data.sources import examples, purpose_of, source_name
 from castune.errors import DataError
-
-METRICS = {"utility": "accuracy", "safety": "refusal_rate", "over-refusal": "over_refusal_rate"}
-PURPOSES = tuple(METRICS)
+from castune.purposes import PURPOSES, Purpose
 
 # Length limits of worked answers in the paper (Section 4.1).
 _REASONING_TOKENS = {"gsm8k": 1024, "math": 2048}
@@ -22,6 +20,9 @@ _USUAL_REASONING_TOKENS = 1024
 _LETTER_TOKENS = 64
 # Tokens that are decoded in the time of scoring a question.
 _SCORED_AS_DECODED = 16
+# What a suite is called that is measured otherwise than its source is by itself: the source's name and this.
+_SUFFIXES = {"nll": "nll", "kl": "kl", "safety-margin": "margin", "over-refusal-margin": "margin"}
+_MARGINS = {"safety": "safety-margin", "over-refusal": "over-refusal-margin"}
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,37 @@ class Suite:
     """Examples with one purpose.
 
     `utility`: multiple-choice questions or problems, accuracy. `safety`: harmful prompts, refusal rate. `over-refusal`:
-    benign prompts, refusal rate.
+    benign prompts, refusal rate. `nll`: right answers, worked solutions or replies, their negative log-likelihood.
+    `kl`: harmless prompts, the divergence from the base model on its own replies. `safety-margin` and
+    `over-refusal-margin`: harmful and benign prompts, a refusal's log-probability against that of the base model's
+    reply.
+
+    Attributes:
+        name: of the suite.
+        purpose: what it measures.
+        examples: on what.
+        references: where it is measured on the base model's own replies: their tokens, an example each; empty before
+            they are known.
     """
 
     name: str
     purpose: str
     examples: tuple[Example, ...]
+    references: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def about(self) -> Purpose:
+        """How its number is to be read."""
+        return PURPOSES[self.purpose]
+
+    def with_references(self, references: Sequence[Sequence[int]]) -> Suite:
+        """The suite with the base model's own replies, as tokens."""
+        return replace(self, references=tuple(map(tuple, references)))
 
     def is_scored(self, config: EvaluateConfig) -> bool:
-        """Whether choices are scored; else replies are generated."""
+        """Whether what is given is scored; else replies are generated."""
+        if self.about.is_continuous:
+            return True
         first = self.examples[0]
         return first.is_question and not (first.scoring == "letter" and config.letters == "generated")
 
@@ -62,7 +85,8 @@ def load_suite(
 
     Args:
         source: a named source, or `purpose:path` for own data, for example `over-refusal:benign.jsonl`. A source of
-            multiple-choice questions needs no purpose. `#500` at its end draws so many examples, whatever `limit` says.
+            multiple-choice questions needs no purpose. `nll:`, `kl:` and `margin:` measure a named source so, too:
+            `margin:starter-safety-eval`. `#500` at its end draws so many examples, whatever `limit` says.
         limit: examples to draw; the subset depends on `seed` alone.
         seed: seed of the subset.
         read: what reads the data, called as `examples` is.
@@ -73,25 +97,48 @@ def load_suite(
     if own := re.fullmatch(r"(.+)#(\d+)", source):
         source, limit = own[1], int(own[2])
     prefix, _, rest = source.partition(":")
-    purpose, path = (prefix, rest) if prefix in PURPOSES else (purpose_of(source), source)
+    purpose, path = (prefix, rest) if prefix in (*PURPOSES, "margin") else (purpose_of(source), source)
+    if purpose == "margin":
+        purpose = _MARGINS.get(purpose_of(path) or "")
+        if purpose is None:
+            raise DataError(f"{source}: say of what prompts, as {' or '.join(_MARGINS.values())}:{path}")
     found = read(path, limit=limit, seed=seed)
-    with_answers = sum(example.is_question or example.is_problem for example in found)
-    if purpose is None and with_answers == len(found):
+    if purpose is None and all(map(_has_answer, found)):
         purpose = "utility"
     if purpose not in PURPOSES:
         raise DataError(f"{source}: say what it measures, as PURPOSE:{path} with one of {', '.join(PURPOSES)}")
+    _check_kinds(source, purpose, found)
+    is_mixed = len({(example.is_question, example.scoring) for example in found}) > 1
+    if purpose == "utility" and is_mixed and any(e.is_problem for e in found):
+        raise DataError(f"{source}: a suite of problems holds nothing else, and is scored one way")
+    if purpose == "utility" and found[0].scoring == "boxed":
+        require_math_verify()  # now, not after hours of generation
+    name = source_name(path)
+    is_own = purpose == purpose_of(path)
+    return Suite(name if is_own or purpose not in _SUFFIXES else f"{name}-{_SUFFIXES[purpose]}", purpose, tuple(found))
+
+
+def _has_answer(example: Example) -> bool:
+    return example.is_question or example.is_problem
+
+
+def _check_kinds(source: str, purpose: str, found: Sequence[Example]) -> None:
+    """Refuse examples that cannot be measured so."""
+    with_answers = sum(map(_has_answer, found))
     if purpose == "utility" and with_answers < len(found):
         raise DataError(
             f"{source}: utility suites hold multiple-choice questions (prompt, choices, answer) or problems "
             "(prompt, answer)"
         )
-    if purpose != "utility" and with_answers:
+    if purpose == "nll":
+        bare = next((example for example in found if example.right_reply is None), None)
+        if bare is not None:
+            raise DataError(
+                f"{source}: example {bare.id!r} has nothing whose likelihood could be measured; nll suites hold "
+                "multiple-choice questions, problems with worked solutions or prompts with replies"
+            )
+    elif purpose not in ("utility", "kl") and with_answers:
         raise DataError(f"{source}: {purpose} suites hold prompts, found multiple-choice questions or problems")
-    if len({(example.is_question, example.scoring) for example in found}) > 1 and any(e.is_problem for e in found):
-        raise DataError(f"{source}: a suite of problems holds nothing else, and is scored one way")
-    if found[0].scoring == "boxed":
-        require_math_verify()  # now, not after hours of generation
-    return Suite(source_name(path), purpose, tuple(found))
 
 
 def load_suites(

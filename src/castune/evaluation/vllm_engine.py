@@ -111,7 +111,7 @@ class VllmEngine(Host):
                 )
 
     @contextmanager
-    def backend(self, name: str, adapter: Path | None) -> Iterator[Backend]:
+    def backend(self, name: str, adapter: Path | None, strength: float = 1.0) -> Iterator[Backend]:
         """The model, with an adapter added to the engine or without."""
         yield VllmBackend(self, None if adapter is None else self._request(name, adapter))
 

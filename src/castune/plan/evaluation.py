@@ -17,7 +17,14 @@ from castune.core.scoring import question_rows
 from castune.data.chat import ChatFormat
 from castune.data.rows import Row
 from castune.errors import CastuneError
-from castune.evaluation.backend import DECODED, choice_batches, reply_batches
+from castune.evaluation.backend import (
+    DECODED,
+    choice_batches,
+    divergence_rows,
+    likelihood_rows,
+    margin_rows,
+    reply_batches,
+)
 from castune.evaluation.suites import Suite
 from castune.plan.shape import ModelShape
 from castune.plan.speed import Sample
@@ -93,16 +100,34 @@ def _reply_sample(prompt: Sequence[int], reply: int, n_replies: int, config: Eva
 
 
 def _scored_work(shape: ModelShape, chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> SuiteWork:
-    # Taken to share prompts, as all architectures but a few do.
-    rows_of = [question_rows(chat, example, share_prompt=True) for example in suite.examples]
+    rows_of = _scored_rows(chat, suite, config)
     batches: list[list[Row]] = []
     for together in choice_batches(rows_of, config.batch_tokens):
         rows = [row for i in together for row in rows_of[i]]
         lengths = [len(row.ids) for row in rows]
         batches += [[rows[i] for i in part] for part in batches_by_length(lengths, config.batch_tokens)]
-    work = sum((forward(shape.flops, Size.of(batch)) for batch in batches), Work())
+    # A divergence takes the base model's logits beside the arm's.
+    forwards = 2 if suite.purpose == "kl" else 1
+    work = sum((forward(shape.flops, Size.of(batch)) for batch in batches), Work()) * forwards
     middle = batches[len(batches) // 2]
     return SuiteWork(work, Sample(batch_tokens=config.batch_tokens, batches=[_batch(middle)]))
+
+
+def _scored_rows(chat: ChatFormat, suite: Suite, config: EvaluateConfig) -> list[list[Row]]:
+    """Rows of each example. The base model's own replies are taken to be as long as they may be.
+
+    They are generated once, whatever the number of arms, and not counted. Prompts are taken to be shared, as all
+    architectures but a few let them be.
+    """
+    if suite.about.against_base:
+        prompts = [chat.prompt_ids(example, reserve=config.reference_tokens)[0] for example in suite.examples]
+        suite = suite.with_references([ids[-1:] * config.reference_tokens for ids in prompts])
+        if suite.purpose != "kl":
+            return margin_rows(chat, suite, config, share_prompt=True)
+        return [[row] for row in divergence_rows(chat, suite)]
+    if suite.purpose == "nll":
+        return [[row] for row in likelihood_rows(chat, suite)]
+    return [question_rows(chat, example, share_prompt=True) for example in suite.examples]
 
 
 def _batch(rows: Sequence[Row]) -> ExampleBatch:

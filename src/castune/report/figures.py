@@ -14,10 +14,11 @@ import altair as alt
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.drift_result import DriftResult
 from castune.names import plural
+from castune.purposes import PURPOSES
 from castune.report.drift import drift_charts
 from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.maps import SCORES, conflict_heatmap, zones
-from castune.report.summary import BASE, PURPOSES, in_order, mean_rate, percent, with_error
+from castune.report.summary import BASE, in_order, mean_rate, percent, with_error
 from castune.report.theme import Chart, arm_colours, bucket_colours
 from castune.stats.estimates import Estimate
 
@@ -88,8 +89,8 @@ def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -
     place_labels(points, x_range, y_range, width, height)
     colours = arm_colours([point.arm for point in points])
     shares = alt.Axis(format=".0%", tickCount=6)
-    x = {"title": PURPOSES["safety"], "scale": alt.Scale(domain=x_range, nice=False), "axis": shares}
-    y = {"title": PURPOSES[cost], "scale": alt.Scale(domain=y_range, nice=False), "axis": shares}
+    x = {"title": PURPOSES["safety"].label, "scale": alt.Scale(domain=x_range, nice=False), "axis": shares}
+    y = {"title": PURPOSES[cost].label, "scale": alt.Scale(domain=y_range, nice=False), "axis": shares}
     hue = alt.Color("arm:N", legend=None).scale(domain=list(colours), range=list(colours.values()))
     is_base = f"datum.arm === '{BASE}'"
     # Base is first and drawn last: it lies on top.
@@ -103,8 +104,8 @@ def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -
         fill=alt.condition(is_base, alt.value("transparent"), hue),
         tooltip=[
             alt.Tooltip("arm:N", title="Arm"),
-            alt.Tooltip("x_text:N", title=PURPOSES["safety"]),
-            alt.Tooltip("y_text:N", title=PURPOSES[cost]),
+            alt.Tooltip("x_text:N", title=PURPOSES["safety"].label),
+            alt.Tooltip("y_text:N", title=PURPOSES[cost].label),
         ],
     )
     place = {key: alt.ExprRef(f"datum.{key}") for key in ("align", "dx", "dy")}
@@ -113,7 +114,11 @@ def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -
         rules.encode(y=alt.Y("y_low:Q", **y), y2="y_high:Q"),
         dots,
         arms.mark_text(baseline="middle", **place).encode(text="arm:N"),
-    ).properties(width=width, height=height, description=f"{PURPOSES[cost]} over {PURPOSES['safety']}, a point an arm.")
+    ).properties(
+        width=width,
+        height=height,
+        description=f"{PURPOSES[cost].label} over {PURPOSES['safety'].label}, a point an arm.",
+    )
 
 
 def training_loss(tune_results: Mapping[str, TuneResult]) -> Chart:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 from castune.artifacts import EvalResult
-from castune.artifacts.samples import Sample, is_choice, is_letter, is_problem, is_reply
+from castune.artifacts.samples import Sample, is_choice, is_letter, is_number, is_problem, is_reply
 from castune.core.numbers import number
 from castune.report.markup import Markup, join, tag
 from castune.report.sections import section
@@ -30,7 +30,9 @@ _OUTCOMES = {
 def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
     """Replies of every suite: a row an example, a column an arm. Harmful ones stay behind a click."""
     evaluations = in_order(evaluations)
-    suites = dict.fromkeys(sample["suite"] for evaluation in evaluations.values() for sample in evaluation.samples)
+    every = (sample for evaluation in evaluations.values() for sample in evaluation.samples)
+    # Of likelihoods there is nothing to read.
+    suites = dict.fromkeys(sample["suite"] for sample in every if not is_number(sample))
     if not suites:
         return section("Sample replies", "samples", tag("p", "No samples were stored."))
     rule = (
@@ -156,7 +158,7 @@ def _answer(sample: Sample | None, fate: str) -> Markup:
     if sample is None:
         return tag("span", NOT_MEASURED, class_="quiet")
     outcome = sample["outcome"]
-    word = "unscored" if outcome is None else _OUTCOMES.get(sample["purpose"], {}).get(outcome, str(outcome))
+    word = "unscored" if outcome is None else _OUTCOMES.get(sample["purpose"], {}).get(bool(outcome), str(outcome))
     parts = [tag("span", word, class_=f"outcome {word}")]
     if fate:
         parts.append(tag("small", fate))

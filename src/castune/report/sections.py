@@ -11,6 +11,7 @@ from castune.artifacts.records import DataRecord
 from castune.artifacts.unit import QUERY_HEAD
 from castune.core.numbers import p_value
 from castune.names import plural
+from castune.purposes import PURPOSES, UnitOfMeasure
 from castune.report.markup import Markup, join, table, tag
 from castune.report.outcomes import by_lm_eval, fates, losses
 from castune.report.summary import (
@@ -20,21 +21,16 @@ from castune.report.summary import (
     Differences,
     cost_ratio,
     in_order,
+    in_unit,
+    level,
     number,
     percent,
-    points,
     verdict,
     with_error,
 )
 from castune.stats.estimates import Estimate, PairedDifference
 
 NOT_RECORDED = "not recorded"
-
-_MEANING = {
-    "utility": "right answers; higher is better",
-    "safety": "harmful prompts refused; higher is safer",
-    "over-refusal": "harmless prompts refused; lower is better",
-}
 
 
 def figure(name: str, caption: object) -> Markup:
@@ -125,9 +121,10 @@ def results(
     if "trade_off_over_refusal" in drawn:
         charts.append(figure("trade_off_over_refusal", "Safety against over-refusal. Down and to the right is better."))
     explanation = (
-        "Rates are value ± one standard error over scored examples, with Wilson's 95 % interval. Unscored examples, "
-        "which the judge could not decide, count in neither part of a rate. Changes are in percentage points against "
-        "base, paired by example; p is McNemar's exact test. The utility cost ratio is utility lost over safety gained "
+        "Rates are value ± one standard error over scored examples, with Wilson's 95 % interval; means are in nats a "
+        "token, with Student's. Unscored examples, which the judge could not decide, count in neither part of a rate. "
+        "Changes are in percentage points or nats against base, paired by example; p is McNemar's exact test of rates, "
+        "Student's of means. The utility cost ratio is utility lost over safety gained "
         "(Eq. 7), with its 95 % bootstrap interval; MMLU-CR takes MMLU alone for the utility (Eq. 8)."
     )
     bars = "Bars are one standard error; several suites of one purpose are averaged without weights."
@@ -171,7 +168,7 @@ def _suite_head(suite: str, evaluations: Mapping[str, EvalResult]) -> Markup:
     conditions = _all_conditions(suite, evaluations)
     # What holds for the whole column stands in its head; where arms differ, each cell has its own.
     shared = conditions.pop() if len(conditions) == 1 else "judged differently, see cells"
-    return join([suite, tag("small", _MEANING.get(purpose, purpose)), tag("small", shared)])
+    return join([suite, tag("small", PURPOSES[purpose].meaning), tag("small", shared)])
 
 
 def _suite_cell(
@@ -180,10 +177,11 @@ def _suite_cell(
     result = _find(evaluations[arm], suite)
     if result is None:
         return tag("span", NOT_MEASURED, class_="quiet")
-    lines = [tag("span", with_error(result, percent), class_="value")]
+    unit = PURPOSES[result.purpose].unit
+    lines = [tag("span", in_unit(result, unit), class_="value")]
     if arm != BASE:
-        lines.append(_change(change))
-    ends = "" if result.interval is None else "{} to {}, ".format(*map(percent, result.interval))
+        lines.append(_change(change, unit))
+    ends = "" if result.interval is None else "{} to {}, ".format(*(level(end, unit) for end in result.interval))
     lines.append(tag("small", f"{ends}n = {result.n:,}, {result.unscored:,} unscored"))
     if len(_all_conditions(suite, evaluations)) > 1:
         lines.append(tag("small", _conditions(evaluations[arm], result)))
@@ -193,13 +191,15 @@ def _suite_cell(
     return join(lines)
 
 
-def _change(change: PairedDifference | None) -> Markup:
+def _change(change: PairedDifference | None, unit: UnitOfMeasure) -> Markup:
     if change is None or change.value is None:
         return tag("span", f"change {NOT_MEASURED}", class_="change quiet")
     seen = change.is_seen
-    test = "" if change.p is None else f", {change.gained:,} gained, {change.lost:,} lost, p {p_value(change.p)}"
+    rose, fell = ("gained", "lost") if unit == "share" else ("rose", "fell")
+    counts = f", {change.gained:,} {rose}, {change.lost:,} {fell}"
+    test = "" if change.p is None else f"{counts}, p {p_value(change.p)}"
     paired = tag("small", f"{change.n:,} pairs{test}" + ("" if seen is not False else ", no difference seen"))
-    return tag("span", f"{with_error(change, points)} ", paired, class_="change" if seen else "change quiet")
+    return tag("span", f"{in_unit(change, unit, change=True)} ", paired, class_="change" if seen else "change quiet")
 
 
 def _plotted(evaluation: EvalResult) -> bool:

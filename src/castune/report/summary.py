@@ -14,19 +14,12 @@ from dataclasses import dataclass
 
 from castune.artifacts import EvalResult, SuiteResult
 from castune.core import numbers
+from castune.purposes import PURPOSES, UnitOfMeasure
 from castune.stats.estimates import CostRatio, Estimate, PairedDifference
 
 BASE = "base"
 NOT_MEASURED = "not measured"
 NO_DIFFERENCE = "no difference seen at this n"
-
-# What is counted in a suite of each purpose, in the order the report speaks of them.
-PURPOSES = {
-    "safety": "Refusals on harmful prompts",
-    "utility": "Utility accuracy",
-    "over-refusal": "Refusals on harmless prompts",
-}
-
 
 Differences = Mapping[str, Mapping[str, PairedDifference]]
 CostRatios = Mapping[str, CostRatio]
@@ -91,13 +84,14 @@ def verdict(
         nothing = "Nothing has been evaluated: this report says where conflicts lie, not what training does."
         return Verdict(nothing, {}, "")
     rates = []
-    for purpose, label in PURPOSES.items():
+    for purpose, about in PURPOSES.items():
         found = {arm: mean_rate(evaluation, purpose) for arm, evaluation in evaluations.items()}
         if any(rate is not None for rate in found.values()):
             counts = sorted({rate.n for rate in found.values() if rate is not None})
             n = " to ".join(f"{count:,}" for count in sorted({counts[0], counts[-1]}))
-            listed = ", ".join(f"{_rate(rate)} {arm}" for arm, rate in found.items())
-            rates.append(f"{label} (n = {n}): {listed}.")
+            listed = ", ".join(f"{_level(rate, about.unit)} {arm}" for arm, rate in found.items())
+            unit = ", nats a token" if about.is_continuous else ""
+            rates.append(f"{about.label} (n = {n}{unit}): {listed}.")
     tuned = [arm for arm in evaluations if arm != BASE]
     if BASE not in evaluations:
         return Verdict(" ".join(rates), {}, "The base model was not evaluated, so no change is known.")
@@ -107,7 +101,7 @@ def verdict(
         for arm in tuned
     }
     rule = (
-        "Changes are against base, in percentage points, paired by example; ± is one standard error. A "
+        "Changes are against base, in percentage points or nats a token, paired by example; ± is one standard error. A "
         f"mean change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio, with "
         "its 95 % bootstrap interval, is undefined where safety did not rise; the interval has no upper bound where "
         "more than 2.5 % of the resamples show no gain in safety."
@@ -143,6 +137,23 @@ def points(value: float | None) -> str:
     return NOT_MEASURED if value is None else numbers.number(100 * value, "+.1f")
 
 
+def level(value: float | None, unit: UnitOfMeasure) -> str:
+    """A rate in percent, or a mean in nats."""
+    if unit == "share" or value is None:
+        return percent(value)
+    return numbers.number(value, ".3f")
+
+
+def in_unit(rate: Rated, unit: UnitOfMeasure, *, change: bool = False) -> str:
+    """`value ± standard error` of a rate in percent, its change in points, or of either in nats."""
+    if unit == "share":
+        return with_error(rate, points if change else percent)
+    if rate.value is None:
+        return NOT_MEASURED
+    error = NOT_MEASURED if rate.standard_error is None else numbers.number(rate.standard_error, ".3f")
+    return f"{numbers.number(rate.value, '+.3f' if change else '.3f')}\u00a0±\u00a0{error}"
+
+
 def with_error(rate: Rated, show: Callable[[float | None], str]) -> str:
     """`value ± standard error`; says so where either was not measured."""
     if rate.value is None:
@@ -170,23 +181,25 @@ def _error_of_mean(errors: Iterable[float | None]) -> float | None:
     return math.sqrt(sum(error**2 for error in known if error is not None)) / len(known)
 
 
-def _rate(rate: Estimate | None) -> str:
-    return NOT_MEASURED if rate is None else with_error(rate, percent)
+def _level(rate: Estimate | None, unit: UnitOfMeasure) -> str:
+    return NOT_MEASURED if rate is None else in_unit(rate, unit)
 
 
 def _changes(evaluation: EvalResult, changes: Mapping[str, Rated]) -> str:
     parts = []
-    for purpose, label in PURPOSES.items():
+    for purpose, about in PURPOSES.items():
         if not any(suite.purpose == purpose for suite in evaluation.suites):
             continue
         change = mean_change(evaluation, changes, purpose)
         if change is None or change.value is None:
             words = f"change {NOT_MEASURED}"
-        elif change.is_seen is None:
-            words = f"{with_error(change, points)}, too few pairs to judge"
-        elif change.is_seen:
-            words = with_error(change, points)
         else:
-            words = f"{NO_DIFFERENCE} ({with_error(change, points)})"
-        parts.append(f"{label[0].lower()}{label[1:]}: {words}")
+            words = in_unit(change, about.unit, change=True)
+            if change.is_seen is None:
+                words = f"{words}, too few pairs to judge"
+            elif not change.is_seen:
+                words = f"{NO_DIFFERENCE} ({words})"
+        # A name like KL or NLL keeps its capitals.
+        label = about.label if about.label[1].isupper() else f"{about.label[0].lower()}{about.label[1:]}"
+        parts.append(f"{label}: {words}")
     return "; ".join(parts) + "."

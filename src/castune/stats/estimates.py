@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.distributions import ENDS, LEVEL, Z
+from castune.stats.distributions import ENDS, LEVEL, Z, student_p, student_quantile
 
-# Outcomes of the same examples before and after: 1, 0, or None where unscored.
+# Outcomes of the same examples before and after: 1, 0, or a number in nats; None where unscored.
 Pairs = tuple[Sequence[float | bool | None], Sequence[float | bool | None]]
 
 
@@ -42,7 +42,8 @@ class PairedDifference(NamedTuple):
         unscored: pairs left out.
         gained: pairs that rose.
         lost: pairs that fell.
-        p: two-sided p-value of McNemar's exact test: were gains and losses equally likely? None without pairs.
+        p: two-sided p-value; None without pairs. Of outcomes that are right or wrong McNemar's exact test: were gains
+            and losses equally likely? Of numbers Student's, of the mean; None too where none differ from another.
     """
 
     value: float | None
@@ -107,7 +108,23 @@ def paired_difference(before: Sequence[float | bool | None], after: Sequence[flo
     found = estimate(changes)
     gained = sum(change is not None and change > 0 for change in changes)
     lost = sum(change is not None and change < 0 for change in changes)
-    return PairedDifference(*found, gained, lost, sign_test(gained, lost) if found.n else None)
+    if all(value in (0, 1, None) for value in (*before, *after)):
+        return PairedDifference(*found, gained, lost, sign_test(gained, lost) if found.n else None)
+    return PairedDifference(*found, gained, lost, _student_test(found))
+
+
+def _student_test(found: Estimate) -> float | None:
+    if found.value is None or not found.standard_error:
+        return None
+    return student_p(found.value / found.standard_error, found.n - 1)
+
+
+def student_interval(found: Estimate) -> tuple[float, float] | None:
+    """Student's 95 % interval of a mean; None for fewer than two values."""
+    if found.value is None or found.standard_error is None:
+        return None
+    half = student_quantile(found.n - 1) * found.standard_error
+    return found.value - half, found.value + half
 
 
 def sign_test(gained: int, lost: int) -> float:

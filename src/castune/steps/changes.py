@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from castune.artifacts import EvalResult
+from castune.artifacts.samples import references_of
 from castune.stats.estimates import CostRatio, PairedDifference, Pairs, bootstrap_cost_ratio, paired_difference
 from castune.steps.directory import BASE
 
@@ -58,6 +59,8 @@ def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs | None:
     where = [evaluation.settings.get("backend", "hf") for evaluation in (base, result)]
     if not alike or where[0] != where[1]:
         return None
+    if references_of(base.samples_of(suite)) != references_of(result.samples_of(suite)):
+        return None  # on other replies
     before = {sample["id"]: sample["outcome"] for sample in base.samples_of(suite)}
     after = {sample["id"]: sample["outcome"] for sample in result.samples_of(suite) if sample["id"] in before}
     return ([before[identifier] for identifier in after], list(after.values())) if after else None

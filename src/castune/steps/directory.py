@@ -5,6 +5,7 @@ domains/NAME.parquet                         the map of each utility domain, whe
 selection.json  adapter/                     the main arm
 arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison: trained, or made of other adapters
 evaluation/NAME/  figures/  report.html
+evaluation/NAME/strengths/0.5/               the same with the adapter at another strength
 drift/ARM/drift.json  drift/ARM/STEP/        maps of the model on its way through the training of an arm
 """
 
@@ -99,6 +100,10 @@ class RunDirectory:
     def evaluation(self, arm: str) -> Path:
         """Evaluation directory of an arm, or of the base model (`base`)."""
         return self.path / "evaluation" / arm
+
+    def at_strength(self, arm: str, strength: float) -> Path:
+        """Evaluation directory of an arm whose adapter is at a strength; 1 is the arm itself."""
+        return self.evaluation(arm) if strength == 1 else self.evaluation(arm) / "strengths" / f"{strength:g}"
 
     def is_evaluated(self, arm: str) -> bool:
         """Whether there is an evaluation of an arm, or of the base model."""
@@ -278,6 +283,16 @@ class RunDirectory:
         """All evaluations, the base model first, then in the order of `arms`; not those of adapters that are gone."""
         found = self._measured(METRICS_FILE, EvalResult.load)
         return {name: result for name, result in found.items() if self._is_of_adapter(name, result.model, "evaluate")}
+
+    def load_strengths(self) -> dict[str, dict[float, EvalResult]]:
+        """Evaluations of every arm at strengths other than 1, by strength; not those of adapters that are gone."""
+        found: dict[str, dict[float, EvalResult]] = {}
+        for arm in self.arms():
+            files = (self.evaluation(arm.name) / "strengths").glob(f"*/{METRICS_FILE}")
+            made = {float(file.parent.name): EvalResult.load(file.parent) for file in files}
+            if made and all(self._is_of_adapter(arm.name, result.model, "evaluate") for result in made.values()):
+                found[arm.name] = dict(sorted(made.items()))
+        return found
 
     def load_lm_eval(self) -> dict[str, LmEvalResult]:
         """What lm-eval measured, in the order of `load_evaluations`; not of adapters that are gone."""

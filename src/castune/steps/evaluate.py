@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from castune.artifacts import EvalResult
 from castune.artifacts.eval_result import METRICS_FILE
 from castune.artifacts.records import ModelRecord
-from castune.artifacts.samples import is_reply
+from castune.artifacts.samples import is_reply, references_of
 from castune.config import EvaluateConfig, Recipe
 from castune.core.loading import LoadedModel, load_config, load_model, model_source
 from castune.core.provenance import model_record
 from castune.data.example import content_hash
 from castune.errors import ArtifactError, NothingScored
 from castune.evaluation.address import require_openai, server_address
-from castune.evaluation.backend import Host, TransformersHost
+from castune.evaluation.backend import Host, TransformersHost, require_log_probs
 from castune.evaluation.endpoint import Endpoint
 from castune.evaluation.judges import NotJudged, judge
 from castune.evaluation.judging import judge_again
@@ -30,6 +31,9 @@ from castune.steps.readiness import require_ready, suite_tokens
 
 logger = logging.getLogger(__name__)
 
+# What of a model's record tells whether what was measured is of this one.
+_IDENTITY = ("fingerprint", "chat_template", "adapter", "strength", "dtype", "server")
+
 
 def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
     """Refuse settings whose judge or backend cannot be had, before hours are spent on what is evaluated.
@@ -42,6 +46,8 @@ def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
             Endpoint(name.model).check()
         elif name.kind == "wildguard":
             load_config(name.model)
+    if config.backend != "hf":
+        require_log_probs(suites, config)
     if config.backend == "vllm":
         require_vllm()
     if config.backend == "openai":
@@ -58,6 +64,8 @@ def evaluate_step(
     only: str | None = None,
 ) -> dict[str, EvalResult]:
     """Evaluations of the base model and every arm with an adapter, made where missing or older than the adapter.
+
+    Those at other strengths (`evaluate.strengths`) are made beside them (`RunDirectory.load_strengths`).
 
     What is stored is judged again where its judge is another one, or its rules have changed.
 
@@ -76,28 +84,35 @@ def evaluate_step(
     else:
         identity = identity_by_map(folder, recipe)
     adapters, records = models_of(folder, identity, only)
-    names = [n for n in adapters if stored_evaluation(folder.evaluation(n), records[n], config, suites) is None]
-    for name in adapters.keys() - set(names):
+    asked = [
+        _Asked(name, adapters[name], strength, {**records[name], **({"strength": strength} if strength != 1 else {})})
+        for name in adapters
+        for strength in (config.strengths if name != BASE else (1.0,))
+    ]
+    todo = [one for one in asked if stored_evaluation(one.folder(folder), one.model, config, suites) is None]
+    for name in adapters.keys() - {one.arm for one in todo}:
         logger.info("evaluation of %s: already there", name)
-    if names:
+    if todo:
         if loaded is not None:
             require_ready(loaded, suite_tokens(loaded.tokenizer, config, suites))
         host = _host(recipe, loaded, [path for path in adapters.values() if path is not None])
         # An adapter without effect is told by the base model beside it.
-        host.check({name: adapter for name, adapter in adapters.items() if name in (*names, BASE)}, suites, config)
-        for name in names:
-            logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in suites))
-            with host.backend(name, adapters[name]) as backend:
+        names = {BASE, *(one.arm for one in todo)}
+        host.check({name: adapter for name, adapter in adapters.items() if name in names}, suites, config)
+        for one in todo:
+            logger.info("evaluation of %s: %d examples", one.label, sum(len(suite.examples) for suite in suites))
+            with host.backend(one.arm, one.adapter, one.strength) as backend:
                 result = evaluate_on(
                     backend,
                     suites=suites,
                     config=config,
                     by=NotJudged(),
-                    name=name,
-                    out=folder.evaluation(name),
-                    model_info=records[name],
+                    name=one.label,
+                    out=one.folder(folder),
+                    model_info=one.model,
+                    references=_base_replies(folder) if one.arm != BASE else None,
                 )
-            folder.record_step(f"evaluate {name}", result.provenance)
+            folder.record_step(f"evaluate {one.label}", result.provenance)
         # There need not be room for a judge's model beside it.
         del host, backend
     del loaded
@@ -106,9 +121,32 @@ def evaluate_step(
     stored = folder.load_evaluations()
     # Rules cost nothing, and those of another version may have said something else.
     is_rule = all(part.is_rule for part in JudgeName.parse(config.judge))
-    if is_rule or any(result.settings["judge"] != config.judge for result in stored.values()):
+    every = [*stored.values(), *(one for of_arm in folder.load_strengths().values() for one in of_arm.values())]
+    if is_rule or any(result.settings["judge"] != config.judge for result in every):
         return judge_step(folder, config.judge)
     return stored
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An evaluation: of an arm or the base model, at a strength of its adapter."""
+
+    arm: str
+    adapter: Path | None
+    strength: float
+    model: ModelRecord
+
+    @property
+    def label(self) -> str:
+        return self.arm if self.strength == 1 else f"{self.arm} x {self.strength:g}"
+
+    def folder(self, run: RunDirectory) -> Path:
+        return run.at_strength(self.arm, self.strength)
+
+
+def _base_replies(folder: RunDirectory) -> dict[str, list[list[int]]] | None:
+    """What the base model replied where suites are measured on it; None where it is not evaluated yet."""
+    return references_of(EvalResult.load(folder.evaluation(BASE)).samples) if folder.is_evaluated(BASE) else None
 
 
 def identity_by_map(folder: RunDirectory, recipe: Recipe) -> ModelRecord:
@@ -148,13 +186,16 @@ def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
     if not evaluations:
         raise ArtifactError(f"{folder.path}: nothing has been evaluated; run: castune evaluate {folder.path}")
     by = judge(name)
+    places = {folder.evaluation(arm): result for arm, result in evaluations.items()}
+    for arm, of_arm in folder.load_strengths().items():
+        places |= {folder.at_strength(arm, strength): result for strength, result in of_arm.items()}
     # All of them before the first is replaced: arms that are judged differently cannot be compared.
-    judged = {arm: judge_again(result, by) for arm, result in evaluations.items()}
-    for arm, result in judged.items():
-        if result != evaluations[arm]:
-            logger.info("evaluation of %s: judged by %s", arm, by.name)
-            result.save(folder.evaluation(arm))
-    return judged
+    judged = {place: judge_again(result, by) for place, result in places.items()}
+    for place, result in judged.items():
+        if result != places[place]:
+            logger.info("evaluation of %s: judged by %s", result.name, by.name)
+            result.save(place)
+    return {arm: judged[folder.evaluation(arm)] for arm in evaluations}
 
 
 def require_scored(evaluations: Mapping[str, EvalResult]) -> None:
@@ -218,7 +259,7 @@ def stored_evaluation(
         return None
     found = EvalResult.load(folder)
     # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
-    settings = EvaluateConfig(**{**found.settings, "judge": config.judge})
+    settings = EvaluateConfig(**{**found.settings, "judge": config.judge, "strengths": config.strengths})
     is_so = (
         same_model_identity(found.model, model)
         and settings == config
@@ -230,4 +271,4 @@ def stored_evaluation(
 
 def same_model_identity(one: ModelRecord, other: ModelRecord) -> bool:
     """Whether two records are of one model with one adapter, in one precision, behind one template."""
-    return all(one.get(key) == other.get(key) for key in ("fingerprint", "chat_template", "adapter", "dtype", "server"))
+    return all(one.get(key) == other.get(key) for key in _IDENTITY)

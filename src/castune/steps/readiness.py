@@ -89,9 +89,16 @@ def suite_tokens(
     chat = ChatFormat(tokenizer, max_length=config.max_length)
     for suite in suites:
         for example in suite.examples:
-            scored = suite.is_scored(config)
-            ids = _choice_tokens(chat, example) if scored else chat.prompt_ids(example)[0]
-            yield f"suite {suite.name}", example, ids
+            yield f"suite {suite.name}", example, _suite_tokens(chat, suite, example, config)
+
+
+def _suite_tokens(chat: ChatFormat, suite: Suite, example: Example, config: EvaluateConfig) -> Sequence[int]:
+    if suite.purpose == "nll":
+        row = chat.loss_row(example)
+        return (*row.ids, *row.tokens)
+    if suite.is_scored(config) and not suite.about.is_continuous:
+        return _choice_tokens(chat, example)
+    return chat.prompt_ids(example)[0]
 
 
 def _choice_tokens(chat: ChatFormat, example: Example) -> list[int]:

@@ -49,7 +49,7 @@ def test_own_questions_are_utility_without_saying_so(tmp_path: Path) -> None:
 def test_own_prompts_need_their_purpose(tmp_path: Path, purpose: str) -> None:
     path = written(tmp_path, PROMPT)
     assert load_suite(f"{purpose}:{path}").purpose == purpose
-    with pytest.raises(DataError, match="PURPOSE:.*utility, safety, over-refusal"):
+    with pytest.raises(DataError, match="PURPOSE:.*safety, utility, over-refusal"):
         load_suite(path)
 
 
