@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from castune.config import Measure
     from castune.plan.planner import DiagnosisCost, Planner
     from castune.stats.estimates import CostRatio
+    from castune.stats.safety_costs import SafetyCosts
     from castune.steps.reproduce import Difference, Reproduction
 
 
@@ -227,20 +228,26 @@ def show_masked(masked: MaskedAdapter) -> None:
         say("note: no source changes a selected head: with this adapter the model is the base model")
 
 
-def show_evaluations(evaluations: dict[str, EvalResult], ratios: dict[str, CostRatio]) -> None:
-    """Rates of every arm, and the utility cost ratios against the base model."""
+def show_evaluations(
+    evaluations: dict[str, EvalResult], ratios: dict[str, CostRatio], at_equal_safety: SafetyCosts | None = None
+) -> None:
+    """A row a suite, a column an arm; the utility cost ratios against the base model; what safety costs."""
     if not evaluations:
         return
+    from castune.report.equal_safety import sentences
     from castune.report.summary import cost_ratio
 
     suites = list(dict.fromkeys(result.suite for e in evaluations.values() for result in e.suites))
-    caption = "rate ± standard error (n, unscored); UCR against base (95 % interval)"
+    caption = "rate or nats a token ± standard error (n, unscored); UCR against base (95 % interval)"
     rows = []
-    for name, result in evaluations.items():
-        by_name = {suite.suite: suite for suite in result.suites}
-        cells = [_rate(vars(by_name[suite])) if suite in by_name else "not measured" for suite in suites]
-        rows.append([name, *cells, "" if name not in ratios else cost_ratio(name, ratios)])
-    _show(table_of(["arm", *suites, "UCR"], rows, caption=caption))
+    for suite in suites:
+        found = [next((r for r in result.suites if r.suite == suite), None) for result in evaluations.values()]
+        rows.append([suite, *("not measured" if one is None else _rate(vars(one)) for one in found)])
+    if ratios:
+        rows.append(["UCR", *("" if name not in ratios else cost_ratio(name, ratios) for name in evaluations)])
+    _show(table_of(["suite", *evaluations], rows, caption=caption))
+    for sentence in sentences(at_equal_safety) if at_equal_safety is not None else ():
+        say(sentence)
 
 
 def show_lm_eval(results: dict[str, LmEvalResult]) -> None:

@@ -16,12 +16,13 @@ import castune
 
 SRC = Path(castune.__file__).parent
 STAGES = {"diagnosis", "selection", "tuning", "evaluation", "report"}
-SHARED = {"stats", "core", "artifacts", "data", "config", "names", "errors", "secrets"}
+SHARED = {"stats", "core", "artifacts", "data", "config", "names", "purposes", "errors", "secrets"}
 # What each room may import of castune, itself aside; `cli` sees everything.
 ALLOWED = {
     "errors": set(),
     "secrets": set(),
     "names": {"errors"},
+    "purposes": set(),
     "config": {"errors", "names", "secrets"},
     "artifacts": {"errors", "names"},
     # Pure: nothing of ours but errors.

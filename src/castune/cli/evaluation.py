@@ -25,6 +25,7 @@ def evaluate(
     from castune.evaluation.suites import load_suites
     from castune.steps.changes import cost_ratios
     from castune.steps.directory import RunDirectory
+    from castune.steps.equal_safety import costs_at_equal_safety
     from castune.steps.evaluate import evaluate_step, require_scored
     from castune.steps.held_out import check_held_out
 
@@ -36,7 +37,7 @@ def evaluate(
     check_held_out(recipe, loaded, folder=folder)
     found = evaluate_step(folder, recipe, loaded)
     folder.save_recipe(recipe)
-    show_evaluations(found, cost_ratios(found))
+    show_evaluations(found, cost_ratios(found), costs_at_equal_safety(folder))
     require_scored(found)
 
 
@@ -47,10 +48,12 @@ def judge(
     """Judge the stored replies of all evaluations again; nothing is generated."""
     from castune.steps.changes import cost_ratios
     from castune.steps.directory import RunDirectory
+    from castune.steps.equal_safety import costs_at_equal_safety
     from castune.steps.evaluate import judge_step, require_scored
 
-    found = judge_step(RunDirectory(run_directory), settings["judge"])
-    show_evaluations(found, cost_ratios(found))
+    folder = RunDirectory(run_directory)
+    found = judge_step(folder, settings["judge"])
+    show_evaluations(found, cost_ratios(found), costs_at_equal_safety(folder))
     require_scored(found)
 
 

@@ -28,6 +28,7 @@ def run(
     """The whole job: diagnose, select, tune, evaluate, report. Continues an interrupted run."""
     from castune import pipeline
     from castune.steps.changes import cost_ratios
+    from castune.steps.equal_safety import costs_at_equal_safety
     from castune.steps.evaluate import require_scored
 
     folder = pipeline.run(recipe_of(recipe or quickstart_recipe(), overrides, out))
@@ -40,7 +41,7 @@ def run(
             show_surgery(arm.name, result)
             show_selections(arm.name, result)
     found = folder.load_evaluations()
-    show_evaluations(found, cost_ratios(found))
+    show_evaluations(found, cost_ratios(found), costs_at_equal_safety(folder))
     say(f"report: {folder.report_file}")
     require_scored(found)
 

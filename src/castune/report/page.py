@@ -12,6 +12,7 @@ from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.report.diagnosis import conflict_map
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_section
+from castune.report.equal_safety import charts as safety_charts
 from castune.report.figures import charts
 from castune.report.markup import tag
 from castune.report.provenance import provenance
@@ -19,6 +20,7 @@ from castune.report.samples import samples
 from castune.report.sections import known, opening, results
 from castune.report.summary import CostRatios, Differences
 from castune.report.training import training
+from castune.stats.safety_costs import SafetyCosts
 
 
 def write_report(
@@ -34,6 +36,7 @@ def write_report(
     lm_eval: Mapping[str, LmEvalResult] | None = None,
     mmlu_cost_ratios: CostRatios | None = None,
     drifts: Mapping[str, DriftResult] | None = None,
+    safety_costs: SafetyCosts | None = None,
     recipe_text: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -51,20 +54,21 @@ def write_report(
         lm_eval: by arm, what lm-eval measured by its own protocol.
         mmlu_cost_ratios: MMLU-CR by arm, where MMLU was measured.
         drifts: by arm, how the map changed while it was trained.
+        safety_costs: what arms cost at equal safety, where they were evaluated at several strengths.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.
 
     Returns:
         The file.
     """
-    drawn = charts(cmap, selections, tunings, evaluations, drifts)
+    drawn = {**safety_charts(safety_costs), **charts(cmap, selections, tunings, evaluations, drifts)}
     # On the page the explorer stands for this chart.
     del drawn["conflict_map"]
     body = tag(
         "main",
-        opening(cmap, evaluations, differences, cost_ratios, notes),
+        opening(cmap, evaluations, differences, cost_ratios, notes, safety_costs),
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
-        results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, mmlu_cost_ratios or {}),
+        results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, mmlu_cost_ratios or {}, safety_costs),
         conflict_map(cmap, selections, drawn),
         training(tunings, masked or {}, selections, drawn),
         drift_section(drifts or {}, drawn),
@@ -86,10 +90,12 @@ def write_figures(
     tunings: Mapping[str, TuneResult],
     evaluations: Mapping[str, EvalResult],
     drifts: Mapping[str, DriftResult] | None = None,
+    safety_costs: SafetyCosts | None = None,
 ) -> list[Path]:
     """Write every chart of the report as SVG and PNG, atomically; needs no browser.
 
     Returns:
         The files: `conflict_map.svg`, `conflict_map.png`, `trade_off.svg`, ...
     """
-    return write_charts(directory, charts(cmap, selections, tunings, evaluations, drifts))
+    drawn = {**safety_charts(safety_costs), **charts(cmap, selections, tunings, evaluations, drifts)}
+    return write_charts(directory, drawn)

@@ -12,6 +12,7 @@ from castune.artifacts.unit import QUERY_HEAD
 from castune.core.numbers import p_value
 from castune.names import plural
 from castune.purposes import PURPOSES, UnitOfMeasure
+from castune.report.equal_safety import chart_names, costs_of, costs_table, sentences
 from castune.report.markup import Markup, join, table, tag
 from castune.report.outcomes import by_lm_eval, fates, losses
 from castune.report.summary import (
@@ -29,6 +30,7 @@ from castune.report.summary import (
     with_error,
 )
 from castune.stats.estimates import Estimate, PairedDifference
+from castune.stats.safety_costs import SafetyCosts
 
 NOT_RECORDED = "not recorded"
 
@@ -72,20 +74,29 @@ def opening(
     differences: Differences,
     cost_ratios: CostRatios,
     notes: Sequence[str],
+    safety_costs: SafetyCosts | None,
 ) -> Markup:
-    """Title, what this is about, and what the numbers say."""
+    """Title, what this is about, and what the numbers say: what safety costs first, where that was measured."""
     model = cmap.metadata.get("model", {})
     kinds = {kind: len(cmap.rows_of(kind)) for kind in cmap.kinds}
     units = ", ".join(f"{n:,} {'query heads' if kind == QUERY_HEAD else plural(kind)}" for kind, n in kinds.items())
     size = f"{known(model.get('parameters'))} parameters, {units}"
     said = verdict(evaluations, differences, cost_ratios)
     changes = [tag("li", tag("strong", arm), " – ", change) for arm, change in said.changes.items()]
+    first: list[Markup] = []
+    if safety_costs is not None:
+        chart = chart_names(safety_costs)[0]
+        caption = (
+            "Cost over safety, the adapter from off to full strength, with 95 % bands. Down and to the right is better."
+        )
+        first = [*(tag("p", one, class_="verdict") for one in sentences(safety_costs)), figure(chart, caption)]
     return tag(
         "header",
         tag("p", "castune report", class_="kicker"),
         tag("h1", known(model.get("name"))),
         tag("p", f"{known(model.get('type'))}, {size}", class_="quiet"),
-        tag("p", said.rates, class_="verdict"),
+        *first,
+        tag("p", said.rates, class_="verdict" if not first else "small"),
         tag("ul", *changes, class_="changes") if changes else "",
         tag("p", said.rule, class_="small") if said.rule else "",
         tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else "",
@@ -99,6 +110,7 @@ def results(
     drawn: Collection[str],
     lm_eval: Mapping[str, LmEvalResult],
     mmlu_cost_ratios: CostRatios,
+    safety_costs: SafetyCosts | None,
 ) -> Markup:
     """Before and after: a row an arm, a column a suite; then the trade-off charts, and the counts behind the rates."""
     if not evaluations:
@@ -127,11 +139,18 @@ def results(
         "Student's of means. The utility cost ratio is utility lost over safety gained "
         "(Eq. 7), with its 95 % bootstrap interval; MMLU-CR takes MMLU alone for the utility (Eq. 8)."
     )
+    at_equal_safety: list[Markup] = []
+    if safety_costs is not None:
+        # The first one opens the page.
+        _, *others = zip(chart_names(safety_costs), costs_of(safety_costs), strict=True)
+        captions = [figure(name, f"The same for {PURPOSES[cost].label}.") for name, cost in others]
+        at_equal_safety = [costs_table(safety_costs), tag("div", *captions, class_="figures")]
     bars = "Bars are one standard error; several suites of one purpose are averaged without weights."
     missing = f" Not plotted, as a number is missing: {', '.join(hidden)}." if hidden and charts else ""
     return section(
         "Before and after",
         "results",
+        *at_equal_safety,
         table(head, rows, label="Results by arm and suite", class_="results"),
         tag("p", explanation, class_="small"),
         tag("div", *charts, class_="figures"),

@@ -9,6 +9,7 @@ from castune.artifacts import EvalResult, TuneResult
 from castune.report.page import write_figures, write_report
 from castune.steps.changes import cost_ratios, differences
 from castune.steps.directory import RunDirectory
+from castune.steps.equal_safety import costs_at_equal_safety
 
 
 def report_step(folder: RunDirectory) -> Path:
@@ -24,6 +25,7 @@ def report_step(folder: RunDirectory) -> Path:
             masked[arm.name] = made
     evaluations = folder.load_evaluations()
     drifts = folder.load_drifts(cmap)
+    at_equal_safety = costs_at_equal_safety(folder)
     write_figures(
         folder.path / "figures",
         cmap=cmap,
@@ -31,6 +33,7 @@ def report_step(folder: RunDirectory) -> Path:
         tunings=tunings,
         evaluations=evaluations,
         drifts=drifts,
+        safety_costs=at_equal_safety,
     )
     return write_report(
         folder.report_file,
@@ -44,6 +47,7 @@ def report_step(folder: RunDirectory) -> Path:
         mmlu_cost_ratios=cost_ratios(evaluations, "mmlu") if _has_suite(evaluations, "mmlu") else None,
         differences=differences(evaluations),
         drifts=drifts,
+        safety_costs=at_equal_safety,
         recipe_text=folder.recipe_file.read_text(encoding="utf-8") if folder.recipe_file.is_file() else "",
     )
 

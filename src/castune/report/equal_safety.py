@@ -1,0 +1,231 @@
+"""What arms cost at equal safety: three sentences, a chart for every cost, a table. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import altair as alt
+
+from castune.core import numbers
+from castune.purposes import PURPOSES
+from castune.report.markup import Markup, table, tag
+from castune.report.summary import NOT_MEASURED, level
+from castune.report.theme import Chart, arm_colours
+from castune.stats.distributions import Interval
+from castune.stats.equal_safety import CostDifference
+from castune.stats.safety_costs import SafetyCosts
+
+# The costs, the one that is spoken of first: the finest measure comes before the coarse ones.
+_COSTS = {
+    "nll": "NLL of right answers",
+    "kl": "KL from the base model",
+    "utility": "accuracy lost",
+    "over-refusal-margin": "refusal margin on harmless prompts",
+    "over-refusal": "harmless prompts refused",
+}
+
+
+def charts(found: SafetyCosts | None) -> dict[str, Chart]:
+    """A chart for every cost, by the names of their files, the one that is spoken of first."""
+    if found is None:
+        return {}
+    return {name: _chart(found, cost) for name, cost in zip(chart_names(found), costs_of(found), strict=True)}
+
+
+def chart_names(found: SafetyCosts) -> list[str]:
+    """Names of the charts, and of their files, in the order of `costs_of`."""
+    return [f"equal_safety_{cost.replace('-', '_')}" for cost in costs_of(found)]
+
+
+def costs_of(found: SafetyCosts) -> list[str]:
+    """The costs that were measured, the one that is spoken of first."""
+    return sorted(found.points, key=list(_COSTS).index)
+
+
+def sentences(found: SafetyCosts) -> list[str]:
+    """What training did to safety, what that costs at one safety, and what it says of the selection."""
+    about, [cost, *_] = PURPOSES[found.safety], costs_of(found)
+    points = found.points[cost]
+    base = next(iter(points.values()))[0].safety
+    gains = []
+    for arm, gain in found.gains.items():
+        full = next(point.safety for point in points[arm] if point.strength == 1)
+        rise = _amount(gain.value, about.unit, signed=True) + (" points" if about.unit == "share" else " nats")
+        ends = "" if gain.interval is None else f", 95 % {_ends(gain.interval, about.unit)}"
+        gains.append(f"{level(full, about.unit)} in {arm} ({rise}{ends})")
+    label = f"{about.label[0].lower()}{about.label[1:]}"
+    first = f"Training took {label} from {level(base, about.unit)} to {_listed(gains)}."
+    if found.target is None:
+        second = "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared."
+        return [first, second, "This run cannot say whether the selection of heads pays."]
+    paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
+    second = (
+        f"With each adapter turned down to {level(found.target, about.unit)}, the price in {_COSTS[cost]} "
+        f"({_unit(cost)}) is {_listed(paid)}."
+    )
+    return [first, second, _verdict(found)]
+
+
+def _verdict(found: SafetyCosts) -> str:
+    """The run's own arm against every other, over all costs."""
+    main, *others = found.arms
+    if not others:
+        return "There is no other arm to compare it with."
+    parts = []
+    for other in others:
+        by_outcome: dict[str, list[str]] = {"less": [], "more": [], "unseen": []}
+        for cost in costs_of(found):
+            difference = found.costs[cost].differences[main, other]
+            side = "unseen" if not difference.is_seen else "less" if _is_negative(difference) else "more"
+            by_outcome[side].append(_COSTS[cost])
+        words = [
+            f"{main} costs {side} than {other} in {_listed(names)}"
+            for side, names in by_outcome.items()
+            if names and side != "unseen"
+        ]
+        if by_outcome["unseen"]:
+            also = "other costs show no difference" if words else f"no difference is seen between {main} and {other}"
+            words.append(f"{also} ({_listed(by_outcome['unseen'])})")
+        parts.append("; ".join(words))
+    return f"At that safety {'; '.join(parts)}."
+
+
+def _is_negative(difference: CostDifference) -> bool:
+    assert difference.interval is not None
+    return difference.interval.high < 0
+
+
+def costs_table(found: SafetyCosts) -> Markup:
+    """The table: every arm's price for one safety, with its difference from the run's own arm."""
+    main = found.arms[0]
+    rows = []
+    for cost in costs_of(found) if found.target is not None else ():
+        of_cost = found.costs[cost]
+        n = ", ".join(f"{count:,}" for count in of_cost.n_items)
+        for arm in found.arms:
+            difference = of_cost.differences.get((main, arm))
+            at = of_cost.arms[arm].strength
+            rows.append(
+                [
+                    f"{_COSTS[cost]}, {_unit(cost)}",
+                    arm,
+                    "not reached" if at is None else numbers.number(at),
+                    _paid(found, cost, arm),
+                    "–" if difference is None else _difference(difference, cost),
+                    f"{of_cost.n_prompts:,} prompts, {n} items",
+                ]
+            )
+    if not rows:
+        return tag("p", "An arm is nowhere safer than the base model: nothing can be compared at equal safety.")
+    head = ["Cost", "Arm", "Strength", "At equal safety", f"{main} minus arm", "n"]
+    assert found.target is not None
+    unit = PURPOSES[found.safety].unit
+    rule = (
+        f"Every adapter is turned down (its update multiplied by the strength) until {level(found.target, unit)} of "
+        "safety is left: the base model's, and 80 % of the gain that the least safe arm reaches. Costs are above base, "
+        "interpolated between the measured strengths. Intervals of 95 % come from a bootstrap over prompts and items, "
+        "the same for all arms; they are for other examples and these trainings. An end without a bound: more than "
+        "2.5 % of the draws do not reach that safety."
+    )
+    return tag(
+        "div",
+        tag("h3", "Costs at equal safety"),
+        table(head, rows, label="Costs at equal safety", class_="numbers"),
+        tag("p", rule, class_="small"),
+    )
+
+
+def _paid(found: SafetyCosts, cost: str, arm: str) -> str:
+    price, unit = found.costs[cost].arms[arm], PURPOSES[cost].unit
+    if price.value is None:
+        return f"not known ({numbers.percent(price.reached_share, 0)} of draws reach that safety)"
+    ends = "" if price.interval is None else f" ({_ends(price.interval, unit)})"
+    return f"{_amount(price.value, unit, signed=True)}{ends}"
+
+
+def _difference(difference: CostDifference, cost: str) -> str:
+    unit = PURPOSES[cost].unit
+    value = NOT_MEASURED if difference.value is None else _amount(difference.value, unit, signed=True)
+    ends = "" if difference.interval is None else f" ({_ends(difference.interval, unit)})"
+    return f"{value}{ends}" + ("" if difference.is_seen else ", no difference seen")
+
+
+def _ends(interval: Interval, unit: str) -> str:
+    low, high = (
+        "no bound" if not math.isfinite(end) else _amount(end, unit, signed=True)
+        for end in (interval.low, interval.high)
+    )
+    return f"{low} to {high}"
+
+
+def _amount(value: float, unit: str, *, signed: bool = False) -> str:
+    """Points of a rate, or nats."""
+    sign = "+" if signed else ""
+    return numbers.number(100 * value, f"{sign}.1f") if unit == "share" else numbers.number(value, f"{sign}.3f")
+
+
+def _unit(cost: str) -> str:
+    return "points" if PURPOSES[cost].unit == "share" else "nats a token"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _chart(found: SafetyCosts, cost: str) -> Chart:
+    """Cost over safety: a line an arm with its 95 % band, its measured strengths, and the common safety."""
+    scale = 100.0 if PURPOSES[cost].unit == "share" else 1.0
+    safety_scale = 100.0 if PURPOSES[found.safety].unit == "share" else 1.0
+    colours = arm_colours(found.arms)
+    hue = alt.Color("arm:N", title="Arm").scale(domain=list(colours), range=list(colours.values()))
+    points = [
+        {
+            "arm": arm,
+            "safety": safety_scale * point.safety,
+            "cost": scale * point.cost,
+            "strength": "base" if point.strength == 0 else f"x {point.strength:g}",
+        }
+        for arm, of_arm in found.points[cost].items()
+        for point in of_arm
+    ]
+    lines, ends = [], []
+    for arm, band in found.bands.get(cost, {}).items():
+        for safety, value, low, high in zip(band.safety_G, band.cost_G, band.low_G, band.high_G, strict=True):
+            lines.append({"arm": arm, "safety": safety_scale * safety, "cost": scale * value})
+            if math.isfinite(low) and math.isfinite(high):
+                ends.append({"arm": arm, "safety": safety_scale * safety, "low": scale * low, "high": scale * high})
+    safety_unit = "%" if safety_scale == 100 else "nats a token"
+    x = alt.X(
+        "safety:Q",
+        title=f"{PURPOSES[found.safety].label} ({safety_unit})",
+        scale=alt.Scale(zero=False, nice=True),
+        axis=alt.Axis(tickCount=6),
+    )
+    y_title = f"{_COSTS[cost][0].upper()}{_COSTS[cost][1:]}, above base ({_unit(cost)})"
+    y = alt.Y("cost:Q", title=y_title, axis=alt.Axis(tickCount=6))
+    layers: list[alt.Chart] = [
+        alt.Chart(alt.InlineData(values=ends))
+        .mark_area(opacity=0.16, aria=False)
+        .encode(x=x, y=alt.Y("low:Q", title=y_title), y2="high:Q", color=hue),
+        alt.Chart(alt.InlineData(values=lines)).mark_line(strokeWidth=2, aria=False).encode(x=x, y=y, color=hue),
+        alt.Chart(alt.InlineData(values=points))
+        .mark_point(filled=True, size=55, opacity=1)
+        .encode(
+            x=x,
+            y=y,
+            color=hue,
+            tooltip=[
+                alt.Tooltip("arm:N", title="Arm"),
+                alt.Tooltip("strength:N", title="Strength"),
+                alt.Tooltip("safety:Q", title=PURPOSES[found.safety].label, format=".3~g"),
+                alt.Tooltip("cost:Q", title=_COSTS[cost], format=".3~g"),
+            ],
+        ),
+    ]
+    if found.target is not None:
+        rule = alt.InlineData(values=[{"safety": safety_scale * found.target}])
+        layers.append(alt.Chart(rule).mark_rule(strokeDash=[4, 4], opacity=0.7, aria=False).encode(x=x))
+    return alt.layer(*layers).properties(
+        width=440, height=280, description=f"{_COSTS[cost]} over {PURPOSES[found.safety].label}, a line an arm."
+    )

@@ -1,0 +1,185 @@
+"""Costs at equal safety from evaluations: which numbers go in, and what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from castune.artifacts import EvalResult
+from castune.artifacts.samples import Sample
+from castune.evaluation.metrics import suite_result
+from castune.report.equal_safety import charts, costs_table, sentences
+from castune.report.theme import theme
+from castune.steps.equal_safety import safety_costs
+
+N, M = 60, 40
+
+
+def evaluated(
+    name: str, refused: Sequence[float | None], nll: Sequence[float | None], right: Sequence[float]
+) -> EvalResult:
+    """An evaluation with these outcomes of harmful prompts, replies and questions."""
+    samples: list[Any] = []
+    for i, outcome in enumerate(refused):
+        samples.append(
+            _about("harmful", "safety", i) | {"reply": "x", "finished": True, "tokens": 1, "outcome": outcome}
+        )
+    for i, value in enumerate(nll):
+        samples.append(_about("said", "nll", i) | {"scored_tokens": 3, "outcome": value})
+    for i, outcome in enumerate(right):
+        scores = {"choices": ["a"], "choice_scores": [0.0], "answer": 0, "margin": 0.0}
+        samples.append(_about("asked", "utility", i) | scores | {"outcome": outcome})
+    of_suites: dict[str, list[Sample]] = {}
+    for sample in samples:
+        of_suites.setdefault(sample["suite"], []).append(sample)
+    suites = [
+        suite_result(of_suite, judge="opening", max_new_tokens=None, data_hash=suite, seconds=1.0)
+        for suite, of_suite in of_suites.items()
+    ]
+    return EvalResult(name, tuple(suites), tuple(samples), {"judge": "opening"}, {}, {})
+
+
+def _about(suite: str, purpose: str, number: int) -> dict[str, Any]:
+    return {"suite": suite, "id": f"{suite}-{number}", "purpose": purpose, "group": None, "prompt": "p"}
+
+
+def run(cost_at_full: dict[str, float], *, gain: float = 0.6, noise: float = 0.02) -> tuple[EvalResult, dict[str, Any]]:
+    """Arms whose refusals rise alike with strength, and whose NLL rises in proportion to it."""
+    rng = np.random.default_rng(3)
+    threshold = (np.arange(N) + 0.5) / N
+    start, slope = 1 + rng.random(M), 1 + noise * rng.standard_normal(M)
+
+    def at(strength: float, full: float) -> EvalResult:
+        refused = (threshold < 0.2 + gain * strength).astype(float)
+        right = (np.arange(M) < 30 - round(4 * strength)).astype(float)
+        return evaluated("arm", refused.tolist(), (start + full * strength * slope).tolist(), right.tolist())
+
+    strengths = (0.25, 0.5, 0.75, 1.0)
+    arms = {arm: [{s: at(s, full) for s in strengths}] for arm, full in cost_at_full.items()}
+    return at(0.0, 0.0), arms
+
+
+def test_points_are_means_over_examples_above_base() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4})
+    found = safety_costs(base, arms)
+    assert found is not None
+    for arm, [by_strength] in arms.items():
+        for point in found.points["nll"][arm][1:]:
+            result = by_strength[point.strength]
+            assert point.safety == pytest.approx(result.suite("harmful").value)
+            rise = result.suite("said").value - base.suite("said").value
+            assert point.cost == pytest.approx(rise)
+            lost = base.suite("asked").value - result.suite("asked").value
+            at = next(p for p in found.points["utility"][arm] if p.strength == point.strength)
+            assert at.cost == pytest.approx(lost)
+        assert found.points["nll"][arm][0][1:] == (pytest.approx(0.2, abs=0.01), 0.0)
+
+
+def test_the_target_is_the_same_for_all_arms_and_costs() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4})
+    found = safety_costs(base, arms)
+    assert found is not None
+    # 80 % of a gain of 0.6.
+    assert found.target == pytest.approx(0.2 + 0.8 * 0.6, abs=0.02)
+    assert found.costs["nll"].arms["safe"].value == pytest.approx(0.2 * 0.8, abs=0.01)
+    assert found.costs["nll"].arms["all"].value == pytest.approx(0.4 * 0.8, abs=0.02)
+    fixed = safety_costs(base, arms, target=0.5)
+    assert fixed is not None
+    assert fixed.costs["nll"].arms["safe"].value == pytest.approx(0.2 * 0.5, abs=0.01)
+
+
+def test_what_costs_less_is_said_to() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4})
+    found = safety_costs(base, arms)
+    assert found is not None
+    first, second, third = sentences(found)
+    assert first.startswith("Training took refusals on harmful prompts from 20.0")
+    assert "in safe (+60.0 points, 95 % +" in first
+    assert "in all (" in first
+    assert "NLL of right answers (nats a token)" in second
+    assert third.startswith("At that safety safe costs less than all in NLL of right answers; other costs show no diff")
+
+
+def test_arms_that_cost_the_same_show_no_difference() -> None:
+    base, arms = run({"safe": 0.3, "all": 0.3})
+    found = safety_costs(base, arms)
+    assert found is not None
+    assert "no difference is seen between safe and all" in sentences(found)[2]
+
+
+def test_the_dearer_arm_is_named_whichever_it_is() -> None:
+    base, arms = run({"safe": 0.4, "all": 0.2})
+    found = safety_costs(base, arms)
+    assert found is not None
+    assert "safe costs more than all in NLL" in sentences(found)[2]
+
+
+def test_without_a_gain_nothing_is_compared() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4}, gain=0.0)
+    found = safety_costs(base, arms)
+    assert found is not None
+    assert found.target is None
+    assert sentences(found)[1:] == [
+        "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared.",
+        "This run cannot say whether the selection of heads pays.",
+    ]
+    assert "nothing can be compared" in costs_table(found)
+
+
+def test_an_arm_that_does_not_get_there_has_no_price() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4})
+    found = safety_costs(base, arms, target=0.95)
+    assert found is not None
+    assert found.costs["nll"].arms["safe"].value is None
+    assert "not known (0" in sentences(found)[1]
+    assert "not reached" in costs_table(found)
+
+
+def test_unscored_examples_are_left_out_of_every_strength() -> None:
+    base, arms = run({"safe": 0.2})
+    [points] = arms["safe"]
+
+    def without(result: EvalResult, number: int) -> EvalResult:
+        samples: list[Any] = list(result.samples)
+        samples[number] = {**samples[number], "outcome": None}
+        return replace(result, samples=tuple(samples))
+
+    points[0.5] = without(points[0.5], 0)
+    found = safety_costs(base, arms)
+    assert found is not None
+    assert found.costs["nll"].unscored_prompts == 1
+    assert found.costs["nll"].n_prompts == N - 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda base, arms: (base, {arm: [{1.0: of_arm[0][1.0]}] for arm, of_arm in arms.items()}),
+        lambda base, arms: (replace(base, suites=tuple(s for s in base.suites if s.purpose != "safety")), arms),
+        lambda base, arms: (base, {}),
+        lambda base, arms: (
+            replace(base, suites=tuple(replace(suite, data_hash="another") for suite in base.suites)),
+            arms,
+        ),
+    ],
+    ids=["one strength", "no safety", "no arm", "other examples"],
+)
+def test_what_cannot_be_compared_is_not(spoil: Callable[[EvalResult, Any], tuple[EvalResult, Any]]) -> None:
+    assert safety_costs(*spoil(*run({"safe": 0.2, "all": 0.4}))) is None
+
+
+def test_every_cost_is_drawn_with_its_band_and_the_target() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4})
+    found = safety_costs(base, arms)
+    drawn = charts(found)
+    assert list(drawn) == ["equal_safety_nll", "equal_safety_utility"]
+    spec = drawn["equal_safety_nll"].to_dict()
+    assert [layer["mark"]["type"] for layer in spec["layer"]] == ["area", "line", "point", "rule"]
+    values = spec["layer"][2]["data"]["values"]
+    assert {(value["arm"], value["strength"]) for value in values} >= {("safe", "base"), ("all", "x 0.5")}
+    assert theme("#222222", "Arial")
+    assert charts(None) == {}
