@@ -41,6 +41,7 @@ _STARTER_SOURCES = {
     "starter-safety": _StarterSource("safety", ("safety.jsonl",)),
     "starter-safety-eval": _StarterSource("safety", ("safety-eval.jsonl",)),
     "starter-overrefusal-eval": _StarterSource("over-refusal", ("overrefusal-eval.jsonl",)),
+    "starter-helpful-eval": _StarterSource("nll", ("helpful-eval.jsonl",)),
     "starter-align": _StarterSource(
         "alignment", ("align-harmful.jsonl", "align-benign.jsonl", "align-borderline.jsonl")
     ),
@@ -142,7 +143,7 @@ def _in_shares(kinds: Sequence[str], shares: Mapping[str, float], limit: int | N
 
 
 def purpose_of(source: str) -> str | None:
-    """What a named source measures (utility, safety, over-refusal) or is for (alignment); None for any other."""
+    """What a named source measures (utility, safety, over-refusal, nll) or is for (alignment); None for any other."""
     name = source_name(source)
     if name in _STARTER_SOURCES:
         return _STARTER_SOURCES[name].purpose
