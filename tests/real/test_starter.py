@@ -18,7 +18,13 @@ from castune.data.sources import examples
 from castune.evaluation.judges import judge
 
 FOLDER = Path(castune.__file__).parent / "data" / "starter"
-HELD_OUT = ("starter-safety-eval", "starter-overrefusal-eval", "starter-utility-eval", "starter-helpful-eval")
+HELD_OUT = (
+    "starter-safety-eval",
+    "starter-overrefusal-eval",
+    "starter-utility-eval",
+    "starter-helpful-eval",
+    "starter-solutions-eval",
+)
 OTHERS = ("starter-utility", "starter-safety", "starter-align")
 
 # Words that say how something is asked, not what about.

@@ -15,10 +15,11 @@ class EvaluateConfig(Config):
     """What is measured on the base model and on every arm."""
 
     suites: tuple[str, ...] = ("starter-utility-eval", "starter-safety-eval", "starter-overrefusal-eval")
-    """Data sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, mmlu, csqa, gsm8k, math,
-    strongreject, or-bench, advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest, xstest-unsafe, dan,
-    wildjailbreak, wildguard; `NAME=PATH` for a local copy, `NAME@REVISION` of the hub; `PURPOSE:PATH` for own data with
-    PURPOSE one of utility, safety, over-refusal; `#500` behind any of them draws so many examples."""
+    """Data sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, starter-solutions-eval, mmlu,
+    csqa, gsm8k, math, strongreject, or-bench, advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest,
+    xstest-unsafe, dan, wildjailbreak, wildguard; `NAME=PATH` for a local copy, `NAME@REVISION` of the hub;
+    `PURPOSE:PATH` for own data with PURPOSE one of utility, safety, over-refusal; `#500` behind any of them draws so
+    many examples."""
     limit: Count | None = None
     """Examples a suite; all when absent."""
     judge: str = "opening"

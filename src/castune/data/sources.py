@@ -42,6 +42,7 @@ _STARTER_SOURCES = {
     "starter-safety-eval": _StarterSource("safety", ("safety-eval.jsonl",)),
     "starter-overrefusal-eval": _StarterSource("over-refusal", ("overrefusal-eval.jsonl",)),
     "starter-helpful-eval": _StarterSource("nll", ("helpful-eval.jsonl",)),
+    "starter-solutions-eval": _StarterSource("utility", ("solutions-eval.jsonl",)),
     "starter-align": _StarterSource(
         "alignment", ("align-harmful.jsonl", "align-benign.jsonl", "align-borderline.jsonl")
     ),
