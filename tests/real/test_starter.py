@@ -93,6 +93,10 @@ def test_alignment_rows_are_of_three_kinds() -> None:
     kinds = Counter(row["kind"] for row in rows)
     assert set(kinds) == {"harmful", "benign", "borderline"}
     assert min(kinds.values()) >= 150
+    # Half refusals, half help; as many as there are.
+    found = examples("starter-align", shares={"harmful": 0.5, "benign": 0.25, "borderline": 0.25})
+    drawn = Counter(e.id.rpartition("-")[0] for e in found)
+    assert drawn["align-harmful"] == kinds["harmful"] == 2 * drawn["align-benign"] == 2 * drawn["align-borderline"]
 
 
 def test_overrefusal_prompts() -> None:
@@ -139,7 +143,8 @@ def test_every_file_of_the_package_belongs_to_a_source() -> None:
 
 @pytest.mark.parametrize("source", HELD_OUT)
 def test_held_out_sets_share_no_near_duplicate_with_the_others(source: str) -> None:
-    known = [(e.prompt, content_words(e.prompt)) for other in OTHERS for e in examples(other)]
+    others = {*HELD_OUT, *OTHERS} - {source}
+    known = [(e.prompt, content_words(e.prompt)) for other in others for e in examples(other)]
     close = [
         (example.prompt, prompt)
         for example in examples(source)
