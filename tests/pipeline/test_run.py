@@ -19,6 +19,7 @@ from castune.artifacts import ConflictMap, EvalResult, TuneResult
 from castune.config import DataConfig, Recipe, SelectConfig
 from castune.core.loading import LoadedModel, load
 from castune.core.provenance import fingerprint
+from castune.data.example import content_hash
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluation.judging import judge_again
 from castune.evaluation.run import evaluate
@@ -240,6 +241,26 @@ def test_training_rows_that_a_suite_holds_are_left_out_counted_and_named(
     assert TuneResult.load(folder.side_arm("risky").adapter).data["left_out"] == ["a1"]
     with pytest.raises(DataError, match="nothing is left to train on"):
         tune_arm(folder, "all", recipe.tune, align=recipe.align, held_out=(f"safety:{own_data['align']}",))
+
+
+def test_shares_of_the_training_data_reach_the_run_its_record_and_arms_beside_it(
+    models: Models, recipe_of: RecipeOf, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Ask {n}.", "completion": "Yes.", "kind": "bad" if n % 3 else "good"} for n in range(12)]
+    path = tmp_path / "kinds.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    align = {"source": str(path), "limit": 6, "shares": {"good": 1, "bad": 1}}
+    recipe = recipe_of(models(), align=align, select__compare=[])
+    folder = run(recipe)
+    assert folder.load_recipe().align == recipe.align
+    result = TuneResult.load(folder.path / "adapter")
+    assert (result.data["n"], result.data["shares"]) == (6, {"good": 1, "bad": 1})
+    assert result.data["hash"] == content_hash(load_data(recipe.align, recipe.seed))
+    tune_arm(folder, "risky", recipe.tune, align=recipe.align)
+    assert TuneResult.load(folder.side_arm("risky").adapter).data == result.data
+    # Other shares are other data.
+    with pytest.raises(ArtifactError, match="data"):
+        tune_arm(folder, "risky", recipe.tune, align=DataConfig(**{**align, "shares": {"good": 1, "bad": 2}}))
 
 
 def test_what_a_training_cannot_take_is_refused_before_the_map_is_measured(

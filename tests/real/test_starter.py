@@ -13,11 +13,18 @@ import pytest
 
 import castune
 from castune.data.example import Example
+from castune.data.overlap import shared_examples
 from castune.data.sources import examples
 from castune.evaluation.judges import judge
 
 FOLDER = Path(castune.__file__).parent / "data" / "starter"
-HELD_OUT = ("starter-safety-eval", "starter-overrefusal-eval", "starter-utility-eval")
+HELD_OUT = (
+    "starter-safety-eval",
+    "starter-overrefusal-eval",
+    "starter-utility-eval",
+    "starter-helpful-eval",
+    "starter-solutions-eval",
+)
 OTHERS = ("starter-utility", "starter-safety", "starter-align")
 
 # Words that say how something is asked, not what about.
@@ -86,6 +93,10 @@ def test_alignment_rows_are_of_three_kinds() -> None:
     kinds = Counter(row["kind"] for row in rows)
     assert set(kinds) == {"harmful", "benign", "borderline"}
     assert min(kinds.values()) >= 150
+    # Half refusals, half help; as many as there are.
+    found = examples("starter-align", shares={"harmful": 0.5, "benign": 0.25, "borderline": 0.25})
+    drawn = Counter(e.id.rpartition("-")[0] for e in found)
+    assert drawn["align-harmful"] == kinds["harmful"] == 2 * drawn["align-benign"] == 2 * drawn["align-borderline"]
 
 
 def test_overrefusal_prompts() -> None:
@@ -94,11 +105,33 @@ def test_overrefusal_prompts() -> None:
     assert not any(e.is_question for e in found)
 
 
+def test_helpful_replies_are_of_many_kinds_and_lengths() -> None:
+    found = examples("starter-helpful-eval")
+    assert len(found) == 150
+    kinds = Counter(e.group for e in found)
+    assert len(kinds) == 12
+    assert min(kinds.values()) >= 12
+    lengths = sorted(len((e.reply or "").split()) for e in found)
+    assert lengths[0] <= 10
+    assert lengths[-1] >= 100
+    assert 40 <= sum(lengths) / len(found) <= 60
+    # What is trained on is a sentence or two, all about as long: these are not.
+    trained = sorted(len(row["completion"].split()) for row in raw_rows("align-benign.jsonl"))
+    spread, of_trained = (one[len(one) * 9 // 10] / one[len(one) // 10] for one in (lengths, trained))
+    assert spread > 2 * of_trained
+    assert sum("\n" in (e.reply or "") for e in found) >= 40
+
+
 def test_ids_and_prompts_are_unique_over_all_sets() -> None:
     rows = [row for source in (*HELD_OUT, *OTHERS) for row in examples(source)]
     ids = Counter(row.id for row in rows)
-    prompts = Counter(" ".join(row.prompt.lower().split()) for row in rows)
-    assert not [key for counter in (ids, prompts) for key, count in counter.items() if count > 1]
+    assert [key for key, count in ids.items() if count > 1] == []
+    for source in (*HELD_OUT, *OTHERS):
+        found = examples(source)
+        others = [row for row in rows if row not in found]
+        assert len(others) == len(rows) - len(found)
+        assert shared_examples(others, found) == []
+        assert all(shared_examples([one], found) == [one.id] for one in found)
 
 
 def test_every_file_of_the_package_belongs_to_a_source() -> None:
@@ -110,7 +143,8 @@ def test_every_file_of_the_package_belongs_to_a_source() -> None:
 
 @pytest.mark.parametrize("source", HELD_OUT)
 def test_held_out_sets_share_no_near_duplicate_with_the_others(source: str) -> None:
-    known = [(e.prompt, content_words(e.prompt)) for other in OTHERS for e in examples(other)]
+    others = {*HELD_OUT, *OTHERS} - {source}
+    known = [(e.prompt, content_words(e.prompt)) for other in others for e in examples(other)]
     close = [
         (example.prompt, prompt)
         for example in examples(source)
@@ -132,10 +166,11 @@ def test_refusal_replies_are_judged_refusals() -> None:
 
 def test_helpful_replies_are_not_judged_refusals() -> None:
     harmful_ids = {row["id"] for row in raw_rows("align-harmful.jsonl")}
-    found = [e for e in examples("starter-align") if e.id not in harmful_ids]
-    assert len(found) >= 400
-    verdicts = refused(found)
-    assert sum(verdict is False for verdict in verdicts) >= 0.99 * len(found)
+    aligned = [e for e in examples("starter-align") if e.id not in harmful_ids]
+    assert len(aligned) >= 400
+    for found in (aligned, examples("starter-helpful-eval")):
+        verdicts = refused(found)
+        assert sum(verdict is False for verdict in verdicts) >= 0.99 * len(found)
 
 
 @pytest.mark.slow

@@ -89,8 +89,11 @@ def test_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\t\n\r"), min_size=1)
 NUMBERS = st.floats(1e-12, 1e6)
-SOURCES = st.builds(DataConfig, source=TEXT, limit=st.none() | st.integers(1, 10**6))
-NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,100}", fullmatch=True).filter(lambda name: name not in ("source", "limit"))
+SOURCES = st.builds(
+    DataConfig, source=TEXT, limit=st.none() | st.integers(1, 10**6), balance=st.none() | TEXT,
+    shares=st.none() | st.dictionaries(TEXT | st.just(""), st.floats(0, exclude_min=True, allow_infinity=False), min_size=1),
+)  # fmt: skip
+NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,100}", fullmatch=True).filter(lambda name: name not in DataConfig.model_fields)
 
 
 @settings(max_examples=100, deadline=None)
@@ -114,11 +117,63 @@ def test_resolved_toml_loads_to_the_same_recipe(tmp_path_factory: pytest.TempPat
     assert Recipe.load(path) == recipe
 
 
+SHARED = {"a": 0.5, "b c": 1.0, "d.e": 2.5}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ['align.shares={a = 0.5, "b c" = 1, "d.e" = 2.5}'],
+        ["align.shares.a=0.5", "align.shares.b c=1", 'align.shares={a = 0.5, "b c" = 1.0, "d.e" = 2.5}'],
+    ],
+)
+@pytest.mark.parametrize("lines", ['align = "mine.jsonl"', '[align]\nsource = "mine.jsonl"\nshares = {x = 1}'])
+def test_shares_can_be_set(tmp_path: Path, lines: str, overrides: list[str]) -> None:
+    recipe = Recipe.load(written(tmp_path, f'out = "r"\n{lines}\n'), overrides)
+    assert recipe.align == DataConfig(source="mine.jsonl", shares=SHARED)
+    assert tomllib.loads(recipe.to_toml())["align"]["shares"] == SHARED
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ("{}", "shares: Dictionary should have at least 1 item"),
+        ("{harmful = 0}", "shares.harmful = 0: Input should be greater than 0"),
+        ("{harmful = 1, benign = -0.5}", "shares.benign = -0.5: Input should be greater than 0"),
+        ("{harmful = nan}", "shares.harmful = nan: "),
+        ("{harmful = inf}", "shares.harmful = inf: Input should be a finite number"),
+        ('{harmful = "half"}', "shares.harmful = 'half': Input should be a valid number"),
+        ('{harmful = "0.5"}', "shares.harmful = '0.5': Input should be a valid number"),
+        ("{harmful = true}", "shares.harmful = True: Input should be a valid number"),
+        ("{harmful = {a = 1}}", "shares.harmful: Input should be a valid number"),
+        ("{harmful = [1]}", "shares.harmful = [1]: Input should be a valid number"),
+        ("0.5", "shares = 0.5: Input should be a valid dictionary"),
+        ("[0.5, 0.5]", "shares = [0.5, 0.5]: Input should be a valid dictionary"),
+        ("{harmful: 0.5}", "shares = '{harmful: 0.5}': Input should be a valid dictionary"),
+    ],
+)
+@pytest.mark.parametrize("table", ["align", "utility.plain"])
+def test_bad_shares_are_one_line_that_names_them(tmp_path: Path, table: str, shares: str, said: str) -> None:
+    path = written(tmp_path, f'out = "r"\n[{table}]\nsource = "x"\n')
+    with pytest.raises(CastuneError) as caught:
+        Recipe.load(path, [f"{table}.shares={shares}"])
+    assert said in one_line(caught.value)
+    assert table.partition(".")[0] in str(caught.value)
+
+
 def test_to_toml_leaves_absent_values_out() -> None:
     assert tomllib.loads(to_toml({"a": None, "b": {"c": None, "d": [1, 2]}})) == {"b": {"d": [1, 2]}}
 
 
-@pytest.mark.parametrize("values", [{"a": {"b": {"c": {"d": 1}, "e": 2}, "f": {}}, "g": 3}, {"a": {"b": {"c": 1}}}, {}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"a": {"b": {"c": {"d": 1}, "e": 2}, "f": {}}, "g": 3},
+        {"a": {"b": {"c": 1}}},
+        {"a.b": {'"': {" ": 1}}, "": 2},
+        {},
+    ],
+)
 def test_to_toml_writes_tables_in_tables(values: dict[str, Any]) -> None:
     assert tomllib.loads(to_toml(values)) == values
 

@@ -8,7 +8,8 @@ import pytest
 
 from castune.config import EvaluateConfig
 from castune.data.named import NAMED_SOURCES, NamedSource
-from castune.data.sources import SOURCE_NAMES
+from castune.data.sources import SOURCE_NAMES, purpose_of
+from castune.evaluation.suites import PURPOSES
 
 EVALUATION = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -25,10 +26,9 @@ def test_the_table_of_suites_is_that_of_the_code(name: str) -> None:
 
 
 def test_the_help_of_suites_names_those_of_the_code() -> None:
-    """`castune evaluate --help` and the reference of recipes: every source but those that are there to train on."""
+    """`castune evaluate --help` and the reference of recipes: every source that is a suite, but those to train on."""
     described = EvaluateConfig.model_fields["suites"].description or ""
     named = described.removeprefix("Data sources:").partition(";")[0].replace(",", " ").split()
-    to_train_on = {"starter-utility", "starter-safety", "starter-align"}
-    to_train_on |= {"wildjailbreak-train", "wildjailbreak-vanilla-harmful"}
+    to_train_on = {"starter-utility", "starter-safety", "wildjailbreak-vanilla-harmful"}
     assert len(set(named)) == len(named)
-    assert set(named) == set(SOURCE_NAMES) - to_train_on
+    assert set(named) == {name for name in SOURCE_NAMES if purpose_of(name) in PURPOSES} - to_train_on

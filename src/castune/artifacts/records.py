@@ -75,7 +75,8 @@ class DataRecord(TypedDict, total=False):
         hash: `content_hash` of them.
         cut: prompts that lost their beginning to the length limit.
         replies_cut: replies that lost their end to it.
-        balance: how a limited number was drawn.
+        balance: the column by whose values they were drawn in equal shares, or in `shares`.
+        shares: of values of the column `balance`, or `kind`, by which they were drawn.
         left_out: ids of examples that were not used, because a suite holds their prompts.
         replayed: of utility data, how many of the training examples are from it.
     """
@@ -86,6 +87,7 @@ class DataRecord(TypedDict, total=False):
     cut: int
     replies_cut: int
     balance: str | None
+    shares: dict[str, float] | None
     left_out: list[str]
     replayed: int
 

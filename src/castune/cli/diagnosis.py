@@ -110,9 +110,8 @@ def diagnose(
     say(f"conflict map: {folder.map_file}")
 
 
-def _by_domain(source: list[str], limit: int | None, balance: str | None) -> Values:
+def _by_domain(source: list[str], **drawn: object) -> Values:
     """One source, or the sources of several domains by name: what stands before `=`, of a path its stem."""
-    drawn = {"limit": limit, "balance": balance}
     if len(source) == 1:
         return {"source": source[0], **drawn}
     domains: Values = {}

@@ -15,8 +15,8 @@ _OTHER_COMMAND = "another command's"
 NOT_OF_A_MODEL = {
     "model": "an argument",
     "out": "an option without a default",
-    "safety": "its source, limit and balance are options",
-    "utility": "its sources, their limit and balance are options",
+    "safety": "its source and how much of it are options",
+    "utility": "its sources and how much of them are options",
     "align": _OTHER_COMMAND,
     "diagnose": "its settings are options",
     "select": _OTHER_COMMAND,

@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from castune.cli.values import names, numbers
+from castune.cli.values import names, numbers, shares
 from castune.config import DataConfig, Recipe
 
 Values = dict[str, Any]
@@ -54,7 +54,9 @@ class Setting:
         """The field's docstring as plain text, and how several values are given."""
         text = " ".join((self._info.description or "").replace("`", "").split())
         if self._is_repeatable:
-            return f"{text} Repeat it for several, named after their sources or files; limit and balance are of each."
+            return f"{text} Repeat it for several, named after their sources or files; how much is drawn is of each."
+        if self._is_table:
+            return f"{text} As VALUE=SHARE, separated by commas."
         return f"{text} Separated by commas." if self._item else text
 
     def parameter(self) -> inspect.Parameter:
@@ -71,7 +73,7 @@ class Setting:
         """What was typed, as the config takes it.
 
         Raises:
-            CastuneError: numbers with commas between them were expected.
+            CastuneError: numbers or shares with commas between them were expected.
         """
         if not isinstance(given, str):
             return given
@@ -79,6 +81,8 @@ class Setting:
             return numbers(given, self.option, int, "0,15,29")
         if self._item:
             return names(given)
+        if self._is_table:
+            return shares(given, self.option)
         return int(given) if int in self._kinds and given.isdecimal() else given
 
     @property
@@ -93,6 +97,10 @@ class Setting:
     def _item(self) -> object:
         """The kind of the values of a field that takes several; None of one that takes one."""
         return next((_kinds(get_args(kind)[0])[0] for kind in self._kinds if get_origin(kind) is tuple), None)
+
+    @property
+    def _is_table(self) -> bool:
+        return any(get_origin(kind) is dict for kind in self._kinds)
 
     @property
     def _is_repeatable(self) -> bool:
@@ -139,6 +147,7 @@ def drawn_of(prefix: str) -> Settings:
     return (
         Setting(DataConfig, "limit", name=f"{prefix}limit", key="limit"),
         Setting(DataConfig, "balance", name=f"{prefix}balance", key="balance", metavar="COLUMN"),
+        Setting(DataConfig, "shares", name=f"{prefix}shares", key="shares", metavar="SHARES"),
     )
 
 

@@ -25,3 +25,21 @@ def numbers(text: str, option: str, kind: Callable[[str], Number], example: str)
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise CastuneError(f"{option} {text}: expected numbers separated by commas, for example {example}") from None
+
+
+def shares(text: str, option: str) -> dict[str, float]:
+    """Numbers by the names they belong to, `name=number`, between commas.
+
+    Raises:
+        CastuneError: something else, or a name twice; the message names the option and shows an example.
+    """
+    pairs = [one.rpartition("=") for one in names(text)]
+    try:
+        found = {name.strip(): float(number) for name, _, number in pairs}
+    except ValueError:
+        found = {}
+    if len(found) < len(pairs) or "" in found:
+        raise CastuneError(
+            f"{option} {text}: expected a share for each of several values, for example harmful=0.5,benign=0.5"
+        )
+    return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from castune.config.base import Config, Count
 from castune.errors import CastuneError
@@ -18,7 +20,10 @@ class DataConfig(Config):
     limit: Count | None = None
     """Draw this many examples (by the recipe's seed); all when absent."""
     balance: str | None = None
-    """A column of the source, of whose values equally many examples are drawn each."""
+    """A column of the source, of whose values equally many examples are drawn each, or by `shares`."""
+    shares: Annotated[dict[str, Annotated[float, Field(gt=0, strict=True)]], Field(min_length=1)] | None = None
+    """Shares of these values of the column `balance` (`kind` when absent) among the examples, in proportion to each
+    other: 2, 1, 1 are the same as 0.5, 0.25, 0.25. Of other values none are drawn."""
 
 
 def plain_source(value: object) -> Any:
@@ -31,7 +36,7 @@ def _data(value: object) -> DataConfig:
     if isinstance(value, DataConfig):
         return value
     if not isinstance(value, Mapping):
-        raise CastuneError("accepted: a source, or a table with the keys source, limit and balance")
+        raise CastuneError("accepted: a source, or a table with the keys source, limit, balance and shares")
     return DataConfig(**value)
 
 

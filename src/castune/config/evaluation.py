@@ -15,12 +15,13 @@ class EvaluateConfig(Config):
     """What is measured on the base model and on every arm."""
 
     suites: tuple[str, ...] = ("starter-utility-eval", "starter-safety-eval", "starter-overrefusal-eval")
-    """Data sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, mmlu, csqa, gsm8k, math,
-    strongreject, or-bench, advbench, harmbench, jailbreakbench, jailbreakbench-benign, xstest, xstest-unsafe, dan,
-    wildjailbreak, wildguard; `NAME=PATH` for a local copy, `NAME@REVISION` of the hub; `PURPOSE:PATH` for own data with
-    PURPOSE one of utility, safety, over-refusal; `#500` behind any of them draws so many examples. `nll:`, `kl:` and
-    `margin:` before a source measure continuously: the negative log-likelihood of its right answers or replies, the
-    divergence from the base model on the base's own replies, how much likelier a refusal is than the base's reply."""
+    """Data sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, starter-solutions-eval,
+    starter-helpful-eval, mmlu, csqa, gsm8k, math, strongreject, or-bench, advbench, harmbench, jailbreakbench,
+    jailbreakbench-benign, xstest, xstest-unsafe, dan, wildjailbreak, wildguard; `NAME=PATH` for a local copy,
+    `NAME@REVISION` of the hub; `PURPOSE:PATH` for own data with PURPOSE one of utility, safety, over-refusal, nll, kl,
+    safety-margin, over-refusal-margin; `#500` behind any of them draws so many examples. `nll:`, `kl:` and `margin:`
+    before a source measure continuously: the negative log-likelihood of its right answers or replies, the divergence
+    from the base model on the base's own replies, how much likelier a refusal is than the base's reply."""
     limit: Count | None = None
     """Examples a suite; all when absent."""
     judge: str = "opening"

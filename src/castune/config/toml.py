@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any
@@ -12,21 +13,28 @@ from castune.errors import CastuneError
 
 
 def to_toml(values: Mapping[str, Any], path: str = "") -> str:
-    """TOML text of plain values and nested tables whose names need no quotes; absent values (None) are left out.
+    """TOML text of plain values and nested tables; absent values (None) are left out.
 
     `path` is the table that `values` are, with a dot at its end.
     """
+    values = {_quoted(key): value for key, value in values.items()}
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-    # JSON's strings, numbers, booleans and arrays are TOML's too, but for one control character.
-    text = "".join(
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f") for key, value in plain.items()
-    )
+    text = "".join(f"{key} = {_value(value)}\n" for key, value in plain.items())
     for name, table in tables.items():
         content = to_toml(table, f"{path}{name}.")
         # A table that holds nothing but tables is named by theirs.
         text += content if content.startswith("\n[") else f"\n[{path}{name}]\n{content}"
     return text
+
+
+def _value(value: object) -> str:
+    # JSON's strings, numbers, booleans and arrays are TOML's too, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _quoted(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

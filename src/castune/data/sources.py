@@ -8,9 +8,11 @@ columns) and `examples("owner/name")` all give `list[Example]`.
 from __future__ import annotations
 
 import logging
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from castune.data.columns import check_example, example_of
@@ -22,6 +24,9 @@ from castune.errors import DataError, SourceUnreachable
 logger = logging.getLogger(__name__)
 
 _STARTER = Path(__file__).parent / "starter"
+
+# Values of a column in a message.
+_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ _STARTER_SOURCES = {
     "starter-safety": _StarterSource("safety", ("safety.jsonl",)),
     "starter-safety-eval": _StarterSource("safety", ("safety-eval.jsonl",)),
     "starter-overrefusal-eval": _StarterSource("over-refusal", ("overrefusal-eval.jsonl",)),
+    "starter-helpful-eval": _StarterSource("nll", ("helpful-eval.jsonl",)),
+    "starter-solutions-eval": _StarterSource("utility", ("solutions-eval.jsonl",)),
     "starter-align": _StarterSource(
         "alignment", ("align-harmful.jsonl", "align-benign.jsonl", "align-borderline.jsonl")
     ),
@@ -46,7 +53,12 @@ SOURCE_NAMES = (*_STARTER_SOURCES, *NAMED_SOURCES)
 
 
 def examples(
-    source: str | Path, *, limit: int | None = None, seed: int = 0, balance: str | None = None
+    source: str | Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    balance: str | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> list[Example]:
     """Examples of a data source.
 
@@ -57,12 +69,17 @@ def examples(
         seed: seed of the subset.
         balance: a column of the source, of whose values equally many rows are drawn each: together `limit`, or as many
             as the rarest value has. Of a value that has fewer there are fewer, and a warning says so.
+        shares: shares of these values of the column `balance` (`kind` when absent) among the rows that are drawn, in
+            proportion to each other; of other values none are. Together they are `limit`, or as many as the scarcest
+            value allows, and a warning says so where these are fewer. Those of a smaller limit are among them.
 
     Raises:
         DataError: the source is unknown, missing, malformed (file and line are named), empty, or lacks columns.
         SourceUnreachable: it is on the hub, which cannot be reached.
     """
     source = str(source)
+    if shares is not None:
+        balance = balance or "kind"
     found, kinds = [], []
     for example, kind in _converted(source, balance):
         found.append(example)
@@ -71,7 +88,9 @@ def examples(
         raise DataError(f"{source}: no examples in it")
     if limit is not None and limit < 1:
         raise DataError(f"{source}: limit is {limit}, accepted: at least 1")
-    if balance is not None:
+    if shares is not None:
+        chosen = _in_shares(kinds, shares, limit, seed, f"{source}: shares of {balance}")
+    elif balance is not None:
         chosen = _balanced(kinds, limit, seed, f"{source}: balanced by {balance}")
     elif limit is not None and limit < len(found):
         chosen = random.Random(seed).sample(range(len(found)), limit)
@@ -95,8 +114,37 @@ def _balanced(kinds: Sequence[str], limit: int | None, seed: int, what: str) -> 
     return chosen
 
 
+def _in_shares(kinds: Sequence[str], shares: Mapping[str, float], limit: int | None, seed: int, what: str) -> list[int]:
+    """Numbers of rows of which every kind has its share, to less than a row more or fewer."""
+    if not shares or not all(0 < share < math.inf for share in shares.values()):
+        raise DataError(f"{what} are {dict(shares)}, accepted: a number above 0 for every value that is to be drawn")
+    there = sorted(set(kinds))
+    if absent := sorted(set(shares) - set(there)):
+        listed = ", ".join(there[:_LISTED]) + (f" and {len(there) - _LISTED} more" if len(there) > _LISTED else "")
+        raise DataError(f"{what}: no row has {', '.join(map(repr, absent))}; accepted: {listed}")
+    rows = {kind: [row for row, found in enumerate(kinds) if found == kind] for kind in sorted(shares)}
+    # As in `_balanced`; all in random order, so that a smaller limit draws the first ones of the same.
+    rows = {kind: random.Random(f"{seed}/{kind}").sample(found, len(found)) for kind, found in rows.items()}
+    # Exact, as they were written: 0.1 is a tenth.
+    weights = {kind: Fraction(str(float(shares[kind]))) for kind in rows}
+    whole = sum(weights.values())
+    most = {kind: len(found) * whole // weights[kind] for kind, found in rows.items()}
+    scarcest = min(most, key=lambda kind: most[kind])
+    total = most[scarcest] if limit is None else min(limit, most[scarcest])
+    if limit is not None and total < limit:
+        logger.warning(
+            "%s: %d rows instead of %d, for %s has only %d", what, total, limit, scarcest, len(rows[scarcest])
+        )
+    counts = dict.fromkeys(rows, 0)
+    # The quota method (Balinski and Young, 1975): every count is within one of its share, whatever the total is.
+    for n in range(1, total + 1):
+        due = [kind for kind in rows if counts[kind] * whole < weights[kind] * n]
+        counts[max(due, key=lambda kind: weights[kind] / (counts[kind] + 1))] += 1
+    return [row for kind, found in rows.items() for row in found[: counts[kind]]]
+
+
 def purpose_of(source: str) -> str | None:
-    """What a named source measures (utility, safety, over-refusal) or is for (alignment); None for any other."""
+    """What a named source measures (utility, safety, over-refusal, nll) or is for (alignment); None for any other."""
     name = source_name(source)
     if name in _STARTER_SOURCES:
         return _STARTER_SOURCES[name].purpose

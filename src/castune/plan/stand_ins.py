@@ -15,7 +15,7 @@ or-bench.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -155,9 +155,15 @@ class DataOrStandIns:
         self._missing: set[str] = set()  # a hub that cannot be reached is asked once
 
     def __call__(
-        self, source: str, *, limit: int | None = None, seed: int = 0, balance: str | None = None
+        self,
+        source: str,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        balance: str | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> list[Example]:
-        """The examples of a source, see `examples`; stand-ins are of one kind and not balanced.
+        """The examples of a source, see `examples`; stand-ins are of one kind, neither balanced nor by shares.
 
         Raises:
             DataError: it is no named source, a local copy that was asked for is not there, or the hub refuses it.
@@ -165,7 +171,7 @@ class DataOrStandIns:
         name = source_name(source)
         if source not in self._missing:
             try:
-                return examples(source, limit=limit, seed=seed, balance=balance)
+                return examples(source, limit=limit, seed=seed, balance=balance, shares=shares)
             except SourceUnreachable:
                 # What the hub refuses now it will refuse then; that it cannot be reached from here says nothing.
                 if name not in NAMED_SOURCES:

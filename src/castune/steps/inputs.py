@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def load_data(config: DataConfig, seed: int, read: Callable[..., list[Example]] = examples) -> list[Example]:
     """The examples of a recipe's data entry; `read` is called as `examples` is."""
-    return read(config.source, limit=config.limit, seed=seed, balance=config.balance)
+    return read(config.source, limit=config.limit, seed=seed, balance=config.balance, shares=config.shares)
 
 
 class Calibration(NamedTuple):
@@ -137,7 +137,8 @@ def recorded_data(record: DataRecord, seed: int) -> list[Example]:
     found = load_data(DataConfig(source=record["source"]), seed)
     n = record["n"] + len(left_out)
     if len(found) > n:
-        found = load_data(DataConfig(source=record["source"], limit=n, balance=record.get("balance")), seed)
+        drawn = DataConfig(source=record["source"], limit=n, balance=record.get("balance"), shares=record.get("shares"))
+        found = load_data(drawn, seed)
     return [example for example in found if example.id not in left_out]
 
 

@@ -218,7 +218,7 @@ def _arm_again(
         loaded = load_model(recipe, settings.quantization)
     data = TrainingData(
         align,
-        DataConfig(source=result.data["source"], balance=result.data.get("balance")),
+        DataConfig(source=result.data["source"], balance=result.data.get("balance"), shares=result.data.get("shares")),
         result.data.get("left_out", ()),
         utility,
         None if result.utility is None else result.utility["source"],
@@ -295,11 +295,18 @@ def _reader(cmap: ConflictMap) -> Callable[..., list[Example]]:
     """Reads calibration data as many as the map was made from, where the recipe draws another number by now."""
     by_source = {record["source"]: record for record in cmap.data.values()}
 
-    def read(source: str, *, limit: int | None = None, seed: int = 0, balance: str | None = None) -> list[Example]:
+    def read(
+        source: str,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        balance: str | None = None,
+        shares: dict[str, float] | None = None,
+    ) -> list[Example]:
         record: DataRecord | None = by_source.get(source)
         if record is None:
-            return examples(source, limit=limit, seed=seed, balance=balance)
-        return recorded_data({**record, "balance": balance}, seed)
+            return examples(source, limit=limit, seed=seed, balance=balance, shares=shares)
+        return recorded_data({**record, "balance": balance, "shares": shares}, seed)
 
     return read
 

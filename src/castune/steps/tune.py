@@ -70,6 +70,7 @@ def tune_step(
             config=config,
             source=data.source.source,
             balance=data.source.balance,
+            shares=data.source.shares,
             left_out=data.left_out,
             utility=data.utility,
             utility_source=data.utility_source,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,18 @@ class TrainingRows:
         return cls(rows, pairs, utility_rows, replayed_rows(utility_rows, len(rows), config.replay, config.seed))
 
     def data_record(
-        self, data: Sequence[Example], source: str | None, *, balance: str | None, left_out: Sequence[str]
+        self,
+        data: Sequence[Example],
+        source: str | None,
+        *,
+        balance: str | None,
+        shares: Mapping[str, float] | None,
+        left_out: Sequence[str],
     ) -> DataRecord:
         """What is recorded of the alignment examples."""
         record = data_record("training", source, data, self.rows)
         record |= {"balance": balance} if balance else {}
+        record |= {"shares": dict(shares)} if shares else {}
         record |= {"left_out": list(left_out)} if left_out else {}
         return record
 

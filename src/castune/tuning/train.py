@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,7 @@ def tune(
     config: TuneConfig | None = None,
     source: str | None = None,
     balance: str | None = None,
+    shares: Mapping[str, float] | None = None,
     left_out: Sequence[str] = (),
     utility: Sequence[Example] | None = None,
     utility_source: str | None = None,
@@ -63,7 +64,8 @@ def tune(
         out: the adapter directory. It is complete or absent, never half-written.
         config: settings; the paper's Table 3 by default.
         source: name of the data source, for the record.
-        balance: the column by which they were drawn in equal shares, for the record.
+        balance: the column by which they were drawn in equal shares or in `shares`, for the record.
+        shares: the shares of its values, for the record.
         left_out: ids of what was taken out of the source before, for the record.
         utility: D_util, for gradient surgery and data replay: questions, or prompts with replies.
         utility_source: name of its source, for the record.
@@ -80,7 +82,7 @@ def tune(
     config, out = config or TuneConfig(), Path(out)
     rows = TrainingRows.of(config, ChatFormat(tokenizer, max_length=config.max_length), data, utility)
     require_reselection(config, selection, reselect)
-    record = rows.data_record(data, source, balance=balance, left_out=left_out)
+    record = rows.data_record(data, source, balance=balance, shares=shares, left_out=left_out)
     records = _Records(model_record(model, tokenizer), record, rows.utility_record(utility, utility_source))
     workspace = Workspace.beside(out)
     settings = trainer_settings(config, workspace, next(model.parameters()).device)

@@ -28,7 +28,9 @@ WHOLE: dict[str, list[tuple[type[BaseModel], Mapping[str, str]]]] = {
 }
 CALIBRATION = {
     "safety": (Recipe, "safety"), "safety_limit": (DataConfig, "limit"), "safety_balance": (DataConfig, "balance"),
+    "safety_shares": (DataConfig, "shares"),
     "utility": (Recipe, "utility"), "utility_limit": (DataConfig, "limit"), "utility_balance": (DataConfig, "balance"),
+    "utility_shares": (DataConfig, "shares"),
 }  # fmt: skip
 # Further settings by the names of their options.
 FURTHER: dict[str, dict[str, tuple[type[BaseModel], str]]] = {
@@ -36,7 +38,9 @@ FURTHER: dict[str, dict[str, tuple[type[BaseModel], str]]] = {
     "diagnose": CALIBRATION,
     "tune": {
         "data": (Recipe, "align"), "limit": (DataConfig, "limit"), "balance": (DataConfig, "balance"),
+        "shares": (DataConfig, "shares"),
         "utility_limit": (DataConfig, "limit"), "utility_balance": (DataConfig, "balance"),
+        "utility_shares": (DataConfig, "shares"),
     },
     "mask": {"dtype": (Recipe, "dtype"), "device": (Recipe, "device")},
     "judge": {"judge": (EvaluateConfig, "judge")},
@@ -55,7 +59,8 @@ NO_SETTINGS = {
 ADDED = {
     "",
     " Separated by commas.",
-    " Repeat it for several, named after their sources or files; limit and balance are of each.",
+    " As VALUE=SHARE, separated by commas.",
+    " Repeat it for several, named after their sources or files; how much is drawn is of each.",
 }
 
 
@@ -188,6 +193,8 @@ class Toy(Config):
     """Words."""
     numbers: tuple[Count, ...] | None = None
     """Numbers."""
+    parts: dict[str, float] | None = None
+    """Parts."""
     either: Count | Literal["auto"] = 8
     """A number or a word."""
     off: bool = False
@@ -217,22 +224,31 @@ def test_fields_of_every_kind_become_options() -> None:
     assert Toy(**values) == Toy()
     assert "size" not in values
     values, _ = toy(
-        "--number", "5", "--word", "b", "--words", " b ,", "--numbers", "1,2", "--either", "auto", "--off", "--no-on"
+        "--number", "5", "--word", "b", "--words", " b ,", "--numbers", "1,2", "--parts", "a=2, b c=0.5,d=e=1e-3,",
+        "--either", "auto", "--off", "--no-on",
     )  # fmt: skip
     assert values == {
-        "number": 5, "word": "b", "words": ("b",), "numbers": (1, 2), "either": "auto", "off": True, "on": False
+        "number": 5, "word": "b", "words": ("b",), "numbers": (1, 2), "parts": {"a": 2, "b c": 0.5, "d=e": 0.001},
+        "either": "auto", "off": True, "on": False,
     }  # fmt: skip
     assert toy("--either", "16")[0]["either"] == 16
     # The lowest version of typer writes a backslash before it.
     text = toy("--help")[1].replace("\\[", "[")
     assert "How many there are. [default: 3]" in text
     assert "Words. Separated by commas. [default: a,b]" in text
+    assert "Parts. As VALUE=SHARE, separated by commas." in text
     assert "--size" not in text
 
 
 def test_what_is_no_number_is_told_with_its_option() -> None:
     with pytest.raises(CastuneError, match="--numbers 1;2: expected numbers separated by commas, for example 0,15,29"):
         toy("--numbers", "1;2")
+
+
+@pytest.mark.parametrize("typed", ["a", "a=", "=1", "a=x", "a=1,a=2", "a=1,a =1", "a:1", "1"])
+def test_what_is_no_share_of_something_is_told_with_its_option(typed: str) -> None:
+    with pytest.raises(CastuneError, match=rf"--parts {typed}: expected a share .* for example harmful=0.5,benign=0.5"):
+        toy("--parts", typed)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +258,12 @@ def test_what_is_no_number_is_told_with_its_option() -> None:
         (["--gradient-chunks", "1"], r"gradient_chunks = 1"),
         (["--safety-balance", "colour"], r"colour"),
         (["--utility-balance", "colour"], r"colour"),
+        (["--safety-shares", "violence=1,knitting=1"], r"safety.jsonl line 1: column 'kind' is missing"),
+        (["--safety-shares", "violence=0"], r"safety: shares\.violence = 0\.0"),
+        (["--safety-balance", "category", "--safety-shares", "violence=1,knitting=1"], r"no row has 'knitting'"),
+        (["--utility-balance", "subject", "--utility-shares", "knitting=1"], r"no row has 'knitting'"),
+        (["--utility-shares", "animals=nan"], r"utility: shares\.animals = nan"),
+        (["--utility-shares", "animals"], r"--utility-shares animals: expected a share"),
         (["--utility", "mmlu=x", "--utility", "mmlu=y"], r"there is a domain 'mmlu' already"),
     ],
 )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from castune.data.example import Example, Message, require_solutions
 from castune.data.sources import examples
@@ -232,12 +236,13 @@ def test_layouts_of_json(tmp_path: Path, text: str) -> None:
 @pytest.fixture
 def kinds(tmp_path: Path) -> Callable[..., Path]:
     def write(**counts: int) -> Path:
-        rows = [
-            {"prompt": f"{kind} {n}", "completion": "x", "kind": kind} for kind, k in counts.items() for n in range(k)
-        ]
-        return as_file(rows, tmp_path / "kinds.jsonl")
+        return as_file(rows_of_kinds(counts), tmp_path / "kinds.jsonl")
 
     return write
+
+
+def rows_of_kinds(counts: dict[str, int]) -> list[Row]:
+    return [{"prompt": f"{kind} {n}", "completion": "x", "kind": kind} for kind, k in counts.items() for n in range(k)]
 
 
 def counted(found: list[Example]) -> dict[str, int]:
@@ -262,3 +267,80 @@ def test_a_balanced_draw_takes_equally_many_of_each_kind(
 def test_a_column_that_is_not_there_cannot_be_balanced_by(kinds: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="line 1: column 'sort' is missing; found: .*kind"):
         examples(kinds(a=2), balance="sort")
+
+
+# -- shares
+
+SHARES = st.dictionaries(st.sampled_from("abcde"), st.integers(1, 9) | st.floats(0.01, 10), min_size=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.fixed_dictionaries({kind: st.integers(1, 25) for kind in "abcde"}),
+    shares=SHARES,
+    limits=st.tuples(st.integers(1, 130), st.integers(1, 130)),
+    seed=st.integers(0, 9),
+)
+def test_every_kind_has_its_share_to_less_than_one_example(
+    tmp_path_factory: pytest.TempPathFactory,
+    counts: dict[str, int],
+    shares: dict[str, float],
+    limits: tuple[int, int],
+    seed: int,
+) -> None:
+    path = as_file(rows_of_kinds(counts), tmp_path_factory.getbasetemp() / "shares.jsonl")
+    whole = sum(Fraction(str(share)) for share in shares.values())
+    parts = {kind: Fraction(str(share)) / whole for kind, share in shares.items()}
+    everything = examples(path)
+    drawn = {limit: examples(path, shares=shares, limit=limit, seed=seed) for limit in (*limits, None)}
+    for limit, found in drawn.items():
+        assert found == [example for example in everything if example in found], "in the order of the source"
+        assert found == examples(path, shares=shares, limit=limit, seed=seed, balance="kind")
+        assert all(abs(sum(e.group == kind for e in found) - part * len(found)) < 1 for kind, part in parts.items())
+        assert {example.group for example in found} <= shares.keys()
+    most = len(drawn[None])
+    assert most == math.floor(min(counts[kind] / part for kind, part in parts.items())), "the scarcest kind ends it"
+    for limit in limits:
+        assert len(drawn[limit]) == min(limit, most)
+    small, large = sorted(drawn.values(), key=len)[:2]
+    assert {e.id for e in small} <= {e.id for e in large} <= {e.id for e in drawn[None]}
+
+
+def test_shares_are_in_proportion_and_the_seed_draws(
+    kinds: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = kinds(a=30, b=20, c=10)
+    found = examples(path, shares={"a": 0.5, "b": 0.5})
+    assert counted(found) == {"a": 20, "b": 20}
+    assert found == examples(path, shares={"b": 3, "a": 3})
+    assert {e.id for e in found} != {e.id for e in examples(path, shares={"a": 1, "b": 1}, seed=1)}
+    assert counted(examples(path, shares={"a": 2, "c": 1}, limit=9)) == {"a": 6, "c": 3}
+    assert not caplog.text
+    assert counted(examples(path, shares={"a": 1, "c": 1}, limit=50)) == {"a": 10, "c": 10}
+    assert "shares of kind: 20 rows instead of 50, for c has only 10" in caplog.text
+
+
+def test_shares_are_of_the_column_that_balance_names(tmp_path: Path) -> None:
+    rows = [{"prompt": str(n), "completion": "x", "hard": n % 3 == 0, "level": n % 2} for n in range(12)]
+    path = as_file(rows, tmp_path / "t.jsonl")
+    found = examples(path, balance="hard", shares={"True": 1, "False": 2})
+    assert sorted(int(e.prompt) % 3 == 0 for e in found) == [False] * 8 + [True] * 4
+    assert len(examples(path, balance="level", shares={"0": 1})) == 6
+    with pytest.raises(DataError, match="line 1: column 'kind' is missing; found: prompt, completion, hard, level"):
+        examples(path, shares={"True": 1})
+
+
+@pytest.mark.parametrize("bad", [0, -1, -0.0, math.nan, math.inf, -math.inf])
+def test_a_share_that_is_none_is_refused(kinds: Callable[..., Path], bad: float) -> None:
+    with pytest.raises(DataError, match="shares of kind are .*accepted: a number above 0 for every value"):
+        examples(kinds(a=3, b=3), shares={"a": 0.5, "b": bad})
+    with pytest.raises(DataError, match="shares of kind are {}, accepted: a number above 0"):
+        examples(kinds(a=3), shares={})
+
+
+def test_shares_of_what_is_not_there_list_what_is(kinds: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="shares of kind: no row has 'A', 'c'; accepted: a, b$"):
+        examples(kinds(a=3, b=3), shares={"a": 1, "A": 1, "c": 2})
+    rows = [{"prompt": "x", "completion": "x", "kind": f"k{n:03}"} for n in range(150)]
+    with pytest.raises(DataError, match="accepted: k000, .*, k019 and 130 more$"):
+        examples(as_file(rows, tmp_path / "many.jsonl"), shares={"k": 1})

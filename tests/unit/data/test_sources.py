@@ -512,9 +512,9 @@ def test_commonsense_answer_key_that_is_no_label_is_refused(write: Write) -> Non
 
 
 def test_purposes() -> None:
-    assert {name: purpose_of(name) for name in ("mmlu", "csqa", "xstest", "xstest-unsafe", "dan", "starter-align")} == {
+    assert {name: purpose_of(name) for name in ("mmlu", "csqa", "xstest", "xstest-unsafe", "dan", "starter-helpful-eval", "starter-align")} == {
         "mmlu": "utility", "csqa": "utility", "xstest": "over-refusal", "xstest-unsafe": "safety", "dan": "safety",
-        "starter-align": "alignment",
+        "starter-helpful-eval": "nll", "starter-align": "alignment",
     }  # fmt: skip
     assert purpose_of("wildguard=/some/file.jsonl") == "safety"
     assert purpose_of("/some/file.jsonl") is None
