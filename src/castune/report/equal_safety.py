@@ -85,8 +85,8 @@ def _verdict(found: SafetyCosts) -> str:
             if names and side != "unseen"
         ]
         if by_outcome["unseen"]:
-            also = "other costs show no difference" if words else f"no difference is seen between {main} and {other}"
-            words.append(f"{also} ({_listed(by_outcome['unseen'])})")
+            between = "" if words else f" between {main} and {other}"
+            words.append(f"no difference is seen{between} in {_listed(by_outcome['unseen'])}")
         parts.append("; ".join(words))
     return f"At that safety {'; '.join(parts)}."
 

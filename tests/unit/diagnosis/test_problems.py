@@ -76,7 +76,7 @@ def test_solutions_beside_refusals_are_each_measured_their_own_way(
 ) -> None:
     """Tables 10 and 11 differ in the utility data alone: refusals are decisions in both."""
     model = tiny_model("llama")
-    config = DiagnoseConfig(max_new_tokens=4, gradient_chunks=2)
+    config = DiagnoseConfig(measure="decision", max_new_tokens=4, gradient_chunks=2)
     mixed = castune.diagnose(
         model, tiny_tokenizer, safety=harmful, utility=problems, config=config, out=tmp_path / "mixed"
     )
@@ -126,7 +126,12 @@ def test_answers_without_every_head_by_brute_force(
         return [float(right(p, said(p))) for p in problems]
 
     config = DiagnoseConfig(
-        max_new_tokens=4, gradient_chunks=2, problems="decision", solution_tokens=n_tokens, batch_tokens=256
+        measure="decision",
+        max_new_tokens=4,
+        gradient_chunks=2,
+        problems="decision",
+        solution_tokens=n_tokens,
+        batch_tokens=256,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Objectives, "_is_right", lambda _, example, text: right(example, text))

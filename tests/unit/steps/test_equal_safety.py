@@ -101,14 +101,16 @@ def test_what_costs_less_is_said_to() -> None:
     assert "in safe (+60.0 points, 95 % +" in first
     assert "in all (" in first
     assert "NLL of right answers (nats a token)" in second
-    assert third.startswith("At that safety safe costs less than all in NLL of right answers; other costs show no diff")
+    assert third.startswith(
+        "At that safety safe costs less than all in NLL of right answers; no difference is seen in "
+    )
 
 
 def test_arms_that_cost_the_same_show_no_difference() -> None:
     base, arms = run({"safe": 0.3, "all": 0.3})
     found = safety_costs(base, arms)
     assert found is not None
-    assert "no difference is seen between safe and all" in sentences(found)[2]
+    assert sentences(found)[2].startswith("At that safety no difference is seen between safe and all in NLL")
 
 
 def test_the_dearer_arm_is_named_whichever_it_is() -> None:
@@ -179,7 +181,7 @@ def test_every_cost_is_drawn_with_its_band_and_the_target() -> None:
     assert list(drawn) == ["equal_safety_nll", "equal_safety_utility"]
     spec = drawn["equal_safety_nll"].to_dict()
     assert [layer["mark"]["type"] for layer in spec["layer"]] == ["area", "line", "point", "rule"]
-    values = spec["layer"][2]["data"]["values"]
+    values = spec["datasets"][spec["layer"][2]["data"]["name"]]
     assert {(value["arm"], value["strength"]) for value in values} >= {("safe", "base"), ("all", "x 0.5")}
     assert theme("#222222", "Arial")
     assert charts(None) == {}
