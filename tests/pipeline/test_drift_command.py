@@ -84,7 +84,7 @@ def maps_of(finished: Path, arm: str = "safe") -> dict[int, ConflictMap]:
     ("family", "measure"),
     [
         ("llama", "decision"),
-        pytest.param("gpt2", "margin", marks=pytest.mark.slow),
+        pytest.param("gpt2", "attribution", marks=pytest.mark.slow),
         pytest.param("phi3", "margin", marks=pytest.mark.slow),
     ],
 )
