@@ -267,6 +267,9 @@ def test_what_does_not_occur_has_no_interval(n_seeds: int) -> None:
     assert (found.value, found.interval, found.reached_share) == (0, None, 1)
     one_item = measured(0, 1, n_seeds, m=1)
     assert equal_safety(one_item, 0.5, draws=50).arms["a"].interval is None
+    band = cost_bands(one_item, points=3, draws=50)["a"]
+    assert np.isnan([band.low_G, band.high_G]).all()
+    assert np.isfinite(band.cost_G).all()
 
 
 # -- arms that do not get there
@@ -305,6 +308,18 @@ def test_an_arm_that_may_not_reach_it_has_no_upper_end(n_seeds: int) -> None:
     assert (beyond.reached, beyond.value) == (False, None)
     assert 0.1 < beyond.reached_share < 0.5
     assert math.isfinite(ends(beyond.interval).low)
+
+
+def test_no_difference_is_claimed_where_neither_arm_gets_there() -> None:
+    """Of the few draws in which the first arm does, all say that it is cheaper."""
+    safety = np.zeros((1, 2, 40))
+    safety[0, 1, :17] = 1
+    costs = [np.tile(np.array([0.0, 1.0])[None, :, None], 5)]
+    curves = {"first": Curve([0, 1], safety, costs), "second": Curve([0, 1], 0 * safety, costs)}  # type: ignore[arg-type]
+    found = equal_safety(curves, 0.5)
+    assert 0.05 < found.arms["first"].reached_share < 0.4
+    assert found.differences["first", "second"].neither_share == 1 - found.arms["first"].reached_share
+    assert not found.differences["first", "second"].is_seen
 
 
 # -- the common target
@@ -403,6 +418,9 @@ def test_arms_that_cannot_be_compared_are_refused() -> None:
     for target in (math.nan, math.inf):
         with pytest.raises(ValueError, match="the target is"):
             equal_safety(curves, target)
+    for points in (1, 0, -1):
+        with pytest.raises(ValueError, match="points is"):
+            cost_bands(curves, points=points)
     for draws in (0, -1):
         with pytest.raises(ValueError, match="draws is"):
             equal_safety(curves, 0.5, draws=draws)
@@ -526,7 +544,7 @@ def test_intervals_hold_the_truth() -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("n_seeds", "n", "m"), [(1, 60, 100), (1, 120, 300), (3, 60, 100), (3, 120, 300)])
 def test_intervals_hold_the_truth_in_many_cases(case: str, n_seeds: int, n: int, m: int) -> None:
-    tries = 600
+    tries = 400
     shares = held(**CASES[case], n_seeds=n_seeds, n=n, m=m, tries=tries, draws=400)
     error = math.sqrt(0.05 * 0.95 / tries)
     # An infinite cost is never below the lower end.
