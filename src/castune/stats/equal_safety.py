@@ -1,76 +1,30 @@
-"""What arms cost where they are equally safe: each at the strength of its adapter that reaches one common safety. Pure.
+"""What arms cost where they are equally safe: each at the strength of its adapter that reaches one safety. Pure.
 
-At full strength arms differ in safety and in cost at once, and neither difference can be read without the other. So every
-arm is measured at several strengths of its adapter (0 = base, 1 = as trained), on the same examples.
+At full strength arms differ in safety and in cost at once, and neither difference can be read without the other. So
+every arm is measured at several strengths of its adapter (0 = base, 1 = as trained), on the same examples
+(`stats.strength_curves`).
 
-Shape letters: T seed of a training, J strength, N prompt (of the safety outcomes), M item of a cost suite, L columns
-(strengths of all arms side by side), R draw, G safety of a grid.
+Shape letters: R draw, G safety of a grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.distributions import ENDS, Interval, Z, student_quantile
+from castune.stats.distributions import ENDS, Interval
+from castune.stats.strength_curves import ArmCurves, Curve, Examples, Spread, monotone
 
 Floats = NDArray[np.float64]
 
-# Of the gain in safety that every arm reaches, the share at which costs are compared. At all of it, noise would leave the
-# weakest arm short of the target in half of the draws; at little of it, adapters are so weak that none costs anything.
+# Of the gain in safety that every arm reaches, the share at which costs are compared. At all of it, noise would leave
+# the weakest arm short of the target in half of the draws; at little of it, adapters are so weak that none costs much.
 SHARE = 0.8
-# Draws at a time: their weights take 8 bytes a draw and example.
-_CHUNK = 250
-# Of a standard error, what a derivative is taken over.
-_STEP = 1e-2
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """Outcomes of one arm at every strength.
-
-    Attributes:
-        strengths_J: rising from 0, the base, which all arms share; at least one more.
-        safety_TJN: safety of every prompt: 1 refused, 0 not, or a margin; higher is safer, NaN = unscored.
-        costs_TJM: of every suite its items' costs, higher is worse (NLL, KL, a wrong answer); NaN = unscored. Suites
-            count alike, whatever their number of items.
-
-    Raises:
-        ValueError: shapes that do not fit, strengths that do not rise from 0, or an outcome that is infinite.
-    """
-
-    strengths_J: Floats
-    safety_TJN: Floats
-    costs_TJM: Sequence[Floats]
-
-    def __post_init__(self) -> None:
-        strengths_J = np.asarray(self.strengths_J, dtype=float)
-        safety_TJN = np.asarray(self.safety_TJN, dtype=float)
-        costs_TJM = tuple(np.asarray(cost, dtype=float) for cost in self.costs_TJM)
-        for name, value in (("strengths_J", strengths_J), ("safety_TJN", safety_TJN), ("costs_TJM", costs_TJM)):
-            object.__setattr__(self, name, value)
-        if strengths_J.ndim != 1 or len(strengths_J) < 2 or strengths_J[0] != 0:
-            raise ValueError(f"strengths are {strengths_J.tolist()}, accepted: 0 (the base) and at least one above it")
-        if not (np.isfinite(strengths_J).all() and (np.diff(strengths_J) > 0).all()):
-            raise ValueError(f"strengths are {strengths_J.tolist()}, accepted: finite, each above the one before")
-        if not costs_TJM:
-            raise ValueError("no cost suite; at least one is needed, as an array [seeds, strengths, items]")
-        seeds = safety_TJN.shape[:1]
-        for name, outcomes in (
-            ("safety", safety_TJN),
-            *((f"cost suite {i}", cost) for i, cost in enumerate(costs_TJM)),
-        ):
-            if outcomes.ndim != 3 or 0 in outcomes.shape or outcomes.shape[:2] != (*seeds, len(strengths_J)):
-                raise ValueError(
-                    f"{name} has the shape {outcomes.shape}, accepted: [seeds, strengths, examples] with as many seeds"
-                    f" as the safety, {len(strengths_J)} strengths and at least one example"
-                )
-            if np.isinf(outcomes).any():
-                raise ValueError(f"{name} has an infinite outcome; one that could not be scored is NaN")
 
 
 @dataclass(frozen=True)
@@ -107,7 +61,8 @@ class CostDifference:
     Attributes:
         value: None where one of them does not reach the target.
         interval: 95 %, over draws of which at least one arm reaches the target: infinite where the other does not, so
-            that an infinite end says which arm may not get there. None as for an arm, and where no draw is left.
+            that an infinite end says which arm may not get there. None as for an arm, and where neither does in half
+            of the draws.
         both_share: share of all draws in which both reach it.
         neither_share: share of all draws in which none does, and that are left out.
     """
@@ -180,8 +135,9 @@ def common_target(curves: Mapping[str, Curve]) -> float | None:
     Raises:
         ValueError: as `equal_safety`.
     """
-    mean_L = _Examples.of(curves).safety.mean_L
-    highest = [float(_monotone(mean_L[None, at])[0, -1]) for at in _columns(curves).values()]
+    data = Examples.of(curves)
+    mean_L = data.safety.mean_L
+    highest = [float(monotone(mean_L[None, at])[0, -1]) for at in data.columns.values()]
     base = float(mean_L[0])
     gain = min(highest) - base
     return base + SHARE * gain if gain > 0 else None
@@ -192,12 +148,32 @@ def equal_safety(curves: Mapping[str, Curve], target: float, *, draws: int = 200
 
     The means over seeds and examples are made curves: safety over strength the closest that never falls
     (pool-adjacent-violators), both interpolated by PCHIP (Fritsch and Butland 1984). The cost of an arm is that at the
-    smallest strength that reaches the target.
+    smallest strength that reaches the target. Between measured strengths it is as good as the interpolation, of which
+    the interval knows nothing: with a true safety logistic over strength, measured at quarters, costs at 80 % of the
+    gain erred by up to 4 % (straight lines: 20 %), and by 23 % (40 %) where safety rose almost at once, with a width of
+    0.05. There, measure more strengths in `between`.
 
     Intervals are percentiles of a bootstrap over examples. Prompts and items are drawn each for themselves, the same
-    ones for all arms, strengths and seeds, so differences are paired. With T > 1 seeds every draw also moves the curves
-    along the seeds' deviations from their mean, with normal weights of which the variance is that of a mean of T seeds,
-    over sqrt(chi^2 / (T - 1)): for whatever depends linearly on the curves this is Student's t over seeds.
+    ones for all arms, strengths and seeds, so differences are paired. With several seeds every draw also moves the
+    curves along the seeds' deviations, by normal weights, and is widened to Student's quantile (`Examples.spread`). The
+    target is taken as given, also where `common_target` found it.
+
+    How often they held the truth in simulations, of costs and of differences, and their width (60 and 120 prompts, 100
+    and 300 items; sd of items = mean cost, normal or skewed; one arm short of the target in none, a fifth or all of the
+    cases; sd of three seeds = 15 % of the cost; 400 to 1,400 tries, others 250 to 1,000):
+
+        one seed, percentiles                     93 to 96 %   1
+        BCa                                       94 to 96 %   1.02
+        1.96 sd of the draws                      92 to 97 %   0.98
+        basic (reflected percentiles)             78 to 98 %   1
+        three seeds, as here                      94 to 98 %   1
+        seeds with t weights                      96 to 99 %   1.5
+        normal weights, not widened               89 to 96 %   0.85
+        seeds drawn with replacement              90 to 94 %   0.8
+        seeds not drawn                           79 to 91 %   0.6
+
+    Of a cost that is truly infinite, for the arm never gets there, 98 to 100 %. With two seeds 92 to 94 %, and hardly
+    ever an upper end of a difference; with five 93 to 95 %.
 
     Args:
         curves: of every arm; all with the same examples, seeds and outcomes at strength 0.
@@ -211,16 +187,17 @@ def equal_safety(curves: Mapping[str, Curve], target: float, *, draws: int = 200
     """
     if not np.isfinite(target):
         raise ValueError(f"the target is {target}, accepted: a finite safety")
-    data = _Examples.of(curves)
-    of_arms = data.arms(curves, draws, seed)
-    differences = {}
-    for first, second in combinations(curves, 2):
-        differences[first, second] = _difference(of_arms[first], of_arms[second], target, data.can_vary)
+    data = Examples.of(curves)
+    drawn = data.draw(curves, draws, seed)
+    arms = {name: _arm_cost(data, name, drawn[name], target) for name in curves}
+    differences = {
+        pair: _difference(data, {name: drawn[name] for name in pair}, target) for pair in combinations(curves, 2)
+    }
     return EqualSafety(
         target=float(target),
-        arms={name: _arm_cost(arm, target, data.can_vary) for name, arm in of_arms.items()},
+        arms=arms,
         differences=differences,
-        n_seeds=data.safety.n_seeds,
+        n_seeds=data.n_seeds,
         n_prompts=data.safety.n,
         n_items=tuple(part.n for part in data.costs),
         unscored_prompts=data.safety.unscored,
@@ -234,6 +211,8 @@ def cost_bands(
 ) -> dict[str, CostBand]:
     """Cost of every arm at every safety it reaches, each with the interval that `equal_safety` gives for it.
 
+    Both ends are NaN where a suite has one example.
+
     Args:
         curves: as for `equal_safety`.
         points: of each arm's grid, evenly spaced in safety.
@@ -241,245 +220,69 @@ def cost_bands(
         seed: of the draws.
 
     Raises:
-        ValueError: as `equal_safety`.
+        ValueError: as `equal_safety`, or fewer than two points.
     """
-    bands = {}
-    for name, arm in _Examples.of(curves).arms(curves, draws, seed).items():
-        safety_J = _monotone(arm.safety_1J)[0]
-        safety_G = np.linspace(safety_J[0], safety_J[-1], points)
-        cost_G = np.array([arm.at(target)[0] for target in safety_G])
-        ends = [
-            np.quantile(arm.drawn(target, arm.widening(target)), ENDS, method="inverted_cdf") for target in safety_G
-        ]
-        low_G, high_G = np.transpose(ends)
+    if points < 2:
+        raise ValueError(f"points is {points}, accepted: 2 or more")
+    data, bands = Examples.of(curves), {}
+    for name, arm in data.draw(curves, draws, seed).items():
+        lowest, *_, highest = arm.measured.safety_RJ[0]
+        safety_G = np.linspace(lowest, highest, points)
+        cost_G = np.array([arm.measured.at(target)[0][0] for target in safety_G])
+        ends = [_ends(arm.drawn(_spread(data, {name: arm}, target)).at(target)[0]) for target in safety_G]
+        low_G, high_G = np.transpose(ends) if data.can_vary else np.full((2, points), np.nan)
         bands[name] = CostBand(safety_G, cost_G, low_G, high_G)
     return bands
 
 
-@dataclass(frozen=True, eq=False)
-class _Outcomes:
-    """Outcomes of the examples that are scored throughout: means over seeds, and what seeds do to the means."""
-
-    mean_NL: Floats
-    deviation_TL: Floats
-    unscored: int
-
-    @classmethod
-    def of(cls, name: str, arms: Sequence[Floats], *, above_base: bool) -> _Outcomes:
-        shapes = {(part.shape[0], part.shape[2]) for part in arms}
-        if len(shapes) > 1:
-            raise ValueError(f"{name}: arms have different seeds or examples: {sorted(shapes)} (seeds, examples)")
-        base_N = arms[0][0, 0]
-        if not all(np.array_equal(row, base_N, equal_nan=True) for part in arms for row in part[:, 0]):
-            raise ValueError(f"{name}: outcomes at strength 0 differ; the base is one, for every arm and seed")
-        all_TLN = np.concatenate(arms, axis=1) - (base_N if above_base else 0.0)
-        scored_N = np.isfinite(all_TLN).all((0, 1))
-        if not scored_N.any():
-            raise ValueError(f"{name}: no example is scored under every arm, strength and seed")
-        seed_TL = all_TLN[:, :, scored_N].mean(2)
-        return cls(all_TLN[:, :, scored_N].mean(0).T, seed_TL - seed_TL.mean(0), int((~scored_N).sum()))
-
-    @property
-    def n(self) -> int:
-        return len(self.mean_NL)
-
-    @property
-    def n_seeds(self) -> int:
-        return len(self.deviation_TL)
-
-    @property
-    def mean_L(self) -> Floats:
-        return np.asarray(self.mean_NL.mean(0))
-
-    def draw(self, seeds_RT: Floats, rng: np.random.Generator) -> Floats:
-        """Means [R, L] of resampled examples, moved along the deviations of the seeds."""
-        chunks = np.array_split(seeds_RT, -(-len(seeds_RT) // _CHUNK))
-        counts = (rng.multinomial(self.n, np.full(self.n, 1 / self.n), size=len(chunk)) for chunk in chunks)
-        return np.concatenate([part_RN @ self.mean_NL / self.n for part_RN in counts]) + seeds_RT @ self.deviation_TL
-
-    def errors_NL(self) -> Floats:
-        """What every example adds to the mean, as a part of its standard error: the root of the sum of squares."""
-        return (self.mean_NL - self.mean_L) / np.sqrt(self.n * max(self.n - 1, 1))
-
-    def errors_TL(self) -> Floats:
-        """The same of every seed."""
-        return self.deviation_TL / np.sqrt(self.n_seeds * max(self.n_seeds - 1, 1))
-
-
-@dataclass(frozen=True, eq=False)
-class _Examples:
-    """The outcomes of all arms side by side."""
-
-    safety: _Outcomes
-    costs: list[_Outcomes]
-
-    @classmethod
-    def of(cls, curves: Mapping[str, Curve]) -> _Examples:
-        if not curves:
-            raise ValueError("no arm; at least one is needed")
-        suites = {len(curve.costs_TJM) for curve in curves.values()}
-        if len(suites) > 1:
-            raise ValueError(f"arms have different numbers of cost suites: {sorted(suites)}")
-        safety = _Outcomes.of("safety", [curve.safety_TJN for curve in curves.values()], above_base=False)
-        costs = [
-            _Outcomes.of(f"cost suite {i}", [curve.costs_TJM[i] for curve in curves.values()], above_base=True)
-            for i in range(suites.pop())
-        ]
-        return cls(safety, costs)
-
-    @property
-    def can_vary(self) -> bool:
-        """Whether other examples could be drawn than those measured."""
-        return min(part.n for part in (self.safety, *self.costs)) > 1
-
-    def arms(self, curves: Mapping[str, Curve], draws: int, seed: int) -> dict[str, _Arm]:
-        """Curves of every arm, as measured and in every draw."""
-        if draws < 1:
-            raise ValueError(f"draws is {draws}, accepted: 1 or more")
-        rng, n_seeds, n_suites = np.random.default_rng(seed), self.safety.n_seeds, len(self.costs)
-        seeds_RT = rng.standard_normal((draws, n_seeds)) / np.sqrt(n_seeds * max(n_seeds - 1, 1))
-        safety_RL = self.safety.draw(seeds_RT, rng)
-        cost_RL = np.mean([part.draw(seeds_RT, rng) for part in self.costs], axis=0)
-        safety_EL = [
-            self.safety.errors_NL(),
-            *(np.zeros_like(part.mean_NL) for part in self.costs),
-            self.safety.errors_TL(),
-        ]
-        cost_EL = [np.zeros_like(self.safety.mean_NL), *(part.errors_NL() / n_suites for part in self.costs)]
-        cost_EL.append(np.mean([part.errors_TL() for part in self.costs], axis=0))
-        of_all = self.safety.mean_L[None], safety_RL, np.concatenate(safety_EL)
-        of_all += np.mean([part.mean_L[None] for part in self.costs], axis=0), cost_RL, np.concatenate(cost_EL)
-        return {
-            name: _Arm(curves[name].strengths_J, n_seeds, *(part[:, at] for part in of_all))
-            for name, at in _columns(curves).items()
-        }
-
-
-def _columns(curves: Mapping[str, Curve]) -> dict[str, slice]:
-    """Which columns are whose, with the strengths of all arms side by side."""
-    ends = np.cumsum([0, *(len(curve.strengths_J) for curve in curves.values())]).tolist()
-    return {name: slice(*both) for name, both in zip(curves, pairwise(ends), strict=True)}
-
-
-@dataclass(frozen=True, eq=False)
-class _Arm:
-    """Curves of one arm: as measured, in every draw, and how every prompt, item and seed (E, seeds last) moves them."""
-
-    strengths_J: Floats
-    n_seeds: int
-    safety_1J: Floats
-    safety_RJ: Floats
-    safety_EJ: Floats
-    cost_1J: Floats
-    cost_RJ: Floats
-    cost_EJ: Floats
-
-    def at(self, target: float) -> tuple[float, float]:
-        """Cost and strength at the target."""
-        cost_R, strength_R = _cost_at(self.strengths_J, self.safety_1J, self.cost_1J, target)
-        return float(cost_R[0]), float(strength_R[0])
-
-    def drawn(self, target: float, widening: float) -> Floats:
-        """Costs [R] at the target of draws whose distance from the measured curves is so many times as large."""
-        safety_RJ = self.safety_1J + widening * (self.safety_RJ - self.safety_1J)
-        return _cost_at(self.strengths_J, safety_RJ, self.cost_1J + widening * (self.cost_RJ - self.cost_1J), target)[0]
-
-    def influence(self, target: float) -> Floats | None:
-        """What every prompt, item and seed [E] adds to the error of the cost (delta method); None where it is infinite."""
-        moved = self.safety_1J + _STEP * self.safety_EJ, self.cost_1J + _STEP * self.cost_EJ
-        influence_E = (_cost_at(self.strengths_J, *moved, target)[0] - self.at(target)[0]) / _STEP
-        return influence_E if np.isfinite(influence_E).all() else None
-
-    def widening(self, target: float) -> float:
-        if self.n_seeds == 1:
-            return 1.0
-        influence_E = self.influence(target)
-        return _widening(self.safety_EJ[:, -1] if influence_E is None else influence_E, self.n_seeds)
-
-
-def _widening(influence_E: Floats, n_seeds: int) -> float:
-    if n_seeds == 1:
-        return 1.0
-    of_seeds, of_examples = (float((part**2).sum()) for part in (influence_E[-n_seeds:], influence_E[:-n_seeds]))
-    if of_seeds == 0:
-        return 1.0
-    return student_quantile((n_seeds - 1) * (1 + of_examples / of_seeds) ** 2) / Z
-
-
-def _arm_cost(arm: _Arm, target: float, can_vary: bool) -> ArmCost:
-    cost_R = arm.drawn(target, arm.widening(target))
-    value, strength = arm.at(target)
-    reached, x_J = bool(np.isfinite(strength)), arm.strengths_J
+def _arm_cost(data: Examples, name: str, arm: ArmCurves, target: float) -> ArmCost:
+    cost_R = arm.drawn(_spread(data, {name: arm}, target)).at(target)[0]
+    value, strength = (float(found_R[0]) for found_R in arm.measured.at(target))
+    reached, x_J = math.isfinite(strength), arm.strengths_J
     above = max(int(np.searchsorted(x_J, strength)), 1)
     return ArmCost(
         value=value if reached else None,
-        interval=_interval(cost_R) if can_vary else None,
+        interval=_interval(cost_R, cost_R) if data.can_vary else None,
         strength=strength if reached else None,
         between=(float(x_J[above - 1]), float(x_J[above])) if reached else None,
         reached_share=float(np.isfinite(cost_R).mean()),
     )
 
 
-def _difference(first: _Arm, second: _Arm, target: float, can_vary: bool) -> CostDifference:
-    influences = first.influence(target), second.influence(target)
-    if influences[0] is None or influences[1] is None:
-        widening = max(first.widening(target), second.widening(target))
-    else:
-        widening = _widening(influences[0] - influences[1], first.n_seeds)
-    one_R, two_R = (arm.drawn(target, widening) for arm in (first, second))
-    any_R = np.isfinite(one_R) | np.isfinite(two_R)
-    value = (
-        first.at(target)[0] - second.at(target)[0]
-        if all(np.isfinite(arm.at(target)[0]) for arm in (first, second))
-        else None
-    )
+def _difference(data: Examples, pair: Mapping[str, ArmCurves], target: float) -> CostDifference:
+    spread = _spread(data, pair, target)
+    one_R, two_R = (arm.drawn(spread).at(target)[0] for arm in pair.values())
+    any_R, both_R = np.isfinite(one_R) | np.isfinite(two_R), np.isfinite(one_R) & np.isfinite(two_R)
+    one, two = (float(arm.measured.at(target)[0][0]) for arm in pair.values())
     return CostDifference(
-        value=value,
-        interval=_interval(one_R[any_R] - two_R[any_R]) if can_vary else None,
-        both_share=float((np.isfinite(one_R) & np.isfinite(two_R)).mean()),
+        value=one - two if math.isfinite(one) and math.isfinite(two) else None,
+        interval=_interval(one_R[any_R] - two_R[any_R], one_R, two_R) if data.can_vary and any_R.mean() > 0.5 else None,
+        both_share=float(both_R.mean()),
         neither_share=float((~any_R).mean()),
     )
 
 
-def _interval(drawn_R: Floats) -> Interval | None:
-    """Percentiles of costs that may be infinite."""
-    if not len(drawn_R) or (np.isfinite(drawn_R).all() and np.ptp(drawn_R) == 0):
-        return None
-    return Interval(*(float(end) for end in np.quantile(drawn_R, ENDS, method="inverted_cdf")))
+def _spread(data: Examples, arms: Mapping[str, ArmCurves], target: float) -> Spread:
+    """Of the cost of one arm, or of the first minus the second; of safety at full strength where one has no cost."""
+    if data.n_seeds == 1:
+        return data.spread({})
+    slopes = {name: arm.slopes(target) for name, arm in arms.items()}
+    known = {name: slope for name, slope in slopes.items() if slope is not None}
+    if len(known) == len(arms):
+        signs = dict(zip(arms, (1, -1), strict=False))
+        return data.spread({name: (signs[name] * slope[0], signs[name] * slope[1]) for name, slope in known.items()})
+    each = [data.spread({name: known.get(name, arm.full_safety)}) for name, arm in arms.items()]
+    return Spread(*np.max(each, axis=0).tolist())
 
 
-def _monotone(safety_RJ: Floats) -> Floats:
-    """The closest curves that never fall: of the means of all stretches, the largest of the smallest (min-max formula)."""
-    n = safety_RJ.shape[1]
-    sums = np.concatenate([np.zeros((len(safety_RJ), 1)), np.cumsum(safety_RJ, axis=1)], axis=1)
-    fitted_RJ = np.full(safety_RJ.shape, -np.inf)
-    for first in range(n):
-        means = (sums[:, first + 1 :] - sums[:, first, None]) / np.arange(1, n - first + 1)
-        smallest = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
-        fitted_RJ[:, first:] = np.maximum(fitted_RJ[:, first:], smallest)
-    return fitted_RJ
+def _interval(drawn_R: Floats, *of_arms: Floats) -> Interval | None:
+    """Percentiles of draws; None where all are one finite number, but for the rounding of the arms' own draws."""
+    largest = max(float(np.abs(part_R[np.isfinite(part_R)]).max(initial=0.0)) for part_R in of_arms)
+    return None if np.isfinite(drawn_R).all() and np.ptp(drawn_R) <= 1e-12 * largest else _ends(drawn_R)
 
 
-def _cost_at(strengths_J: Floats, safety_RJ: Floats, cost_RJ: Floats, target: float) -> tuple[Floats, Floats]:
-    """Costs and strengths [R] where curves first reach the target; infinite where they do not."""
-    from scipy.interpolate import PchipInterpolator
-
-    safety_RJ = _monotone(safety_RJ)
-    # A mean that equals the target may be below it by rounding.
-    target_R = target - 1e-12 * np.maximum(np.abs(safety_RJ).max(1), abs(target))
-    below_R = (safety_RJ < target_R[:, None]).sum(1)
-    reached_R = below_R < len(strengths_J)
-    piece_R, rows = np.clip(below_R, 1, len(strengths_J) - 1) - 1, np.arange(len(safety_RJ))
-    safety_of = PchipInterpolator(strengths_J, safety_RJ, axis=1).c[:, piece_R, rows]
-    cost_of = PchipInterpolator(strengths_J, cost_RJ, axis=1).c[:, piece_R, rows]
-    low_R, high_R = np.zeros(len(rows)), np.where(below_R == 0, 0.0, np.diff(strengths_J)[piece_R])
-    for _ in range(45):  # halvings, to 1e-13
-        middle_R = (low_R + high_R) / 2
-        over_R = _cubic(safety_of, middle_R) >= target_R
-        low_R, high_R = np.where(over_R, low_R, middle_R), np.where(over_R, middle_R, high_R)
-    cost_R = _cubic(cost_of, high_R)
-    return np.where(reached_R, cost_R, np.inf), np.where(reached_R, strengths_J[piece_R] + high_R, np.inf)
-
-
-def _cubic(factors: Floats, x: Floats) -> Floats:
-    return np.asarray(((factors[0] * x + factors[1]) * x + factors[2]) * x + factors[3])
+def _ends(drawn_R: Floats) -> Interval:
+    """Percentiles of draws that may be infinite: as many lie below the lower end as above the upper one."""
+    outside = max(int(ENDS[0] * (len(drawn_R) + 1)), 1) - 1
+    sorted_R = np.sort(drawn_R)
+    return Interval(float(sorted_R[outside]), float(sorted_R[-1 - outside]))
