@@ -137,8 +137,10 @@ class EvalResult:
     @classmethod
     def _read(cls, directory: Path) -> EvalResult:
         path = directory / METRICS_FILE
-        record = read_json(path, _KIND, f"castune evaluate {directory.parent.parent}")
-        again = f"remove {directory} and run: castune evaluate {directory.parent.parent}"
+        # RUN/evaluation/ARM, or RUN/evaluation/ARM/strengths/0.5.
+        run = directory.parents[3 if directory.parent.name == "strengths" else 1]
+        record = read_json(path, _KIND, f"castune evaluate {run}")
+        again = f"remove {directory} and run: castune evaluate {run}"
         try:
             text = (directory / SAMPLES_FILE).read_bytes().decode()
             samples = tuple(json.loads(line) for line in text.split("\n") if line.strip())
