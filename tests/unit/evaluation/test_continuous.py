@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from plain_scores import logs, mean_log, opened, replied
 from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_rel
 
@@ -33,35 +34,6 @@ SAID = [
     Example(id="odd", prompt="What is 2 + 2?", reply="It is 4, as everyone knows."),
 ]
 PROMPTS = [Example(id=example.id, prompt=example.prompt) for example in SAID]
-
-
-def opened(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a conversation of one turn up to the reply."""
-    turns = [{"role": "user", "content": text}]
-    whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(whole, add_special_tokens=False)["input_ids"]
-
-
-def replied(tokenizer: Any, text: str, reply: str) -> list[int]:
-    """Ids of a reply with the end of its turn."""
-    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
-    whole = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
-    ids = whole[len(opened(tokenizer, text)) :]
-    # What the template puts behind the end of the turn is no part of it.
-    end = max(i for i, token in enumerate(ids) if token == tokenizer.eos_token_id)
-    return ids[: end + 1]
-
-
-@torch.no_grad()
-def logs(model: Any, start: list[int], reply: list[int]) -> torch.Tensor:
-    """Log-probabilities over the vocabulary before each token of a reply, [T, V]."""
-    logits = model(input_ids=torch.tensor([start + reply])).logits[0].double()
-    return logits[len(start) - 1 : -1].log_softmax(-1)
-
-
-def mean_log(model: Any, start: list[int], reply: list[int]) -> float:
-    found = logs(model, start, reply)
-    return sum(found[t, token].item() for t, token in enumerate(reply)) / len(reply)
 
 
 @pytest.fixture
