@@ -85,7 +85,7 @@ def evaluate_step(
         identity = identity_by_map(folder, recipe)
     adapters, records = models_of(folder, identity, only)
     asked = [
-        _Asked(name, adapters[name], strength, {**records[name], **({"strength": strength} if strength != 1 else {})})
+        _Asked(name, adapters[name], strength, at_strength(records[name], strength))
         for name in adapters
         for strength in (config.strengths if name != BASE else (1.0,))
     ]
@@ -147,6 +147,11 @@ class _Asked:
 def _base_replies(folder: RunDirectory) -> dict[str, list[list[int]]] | None:
     """What the base model replied where suites are measured on it; None where it is not evaluated yet."""
     return references_of(EvalResult.load(folder.evaluation(BASE)).samples) if folder.is_evaluated(BASE) else None
+
+
+def at_strength(model: ModelRecord, strength: float) -> ModelRecord:
+    """Identity of a model whose adapter is at a strength."""
+    return model if strength == 1 else {**model, "strength": strength}
 
 
 def identity_by_map(folder: RunDirectory, recipe: Recipe) -> ModelRecord:

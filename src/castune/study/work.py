@@ -27,7 +27,7 @@ from castune.names import ArmName
 from castune.steps.diagnose import diagnose_step, rerank_step
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.drift import drift_step
-from castune.steps.evaluate import evaluate_step, identity_by_map, judge_step, stored_evaluation
+from castune.steps.evaluate import at_strength, evaluate_step, identity_by_map, judge_step, stored_evaluation
 from castune.steps.inputs import Calibration, TrainingData, load_calibration, load_training
 from castune.steps.readiness import require_ready, suite_tokens, training_tokens
 from castune.steps.select import select_arm
@@ -72,8 +72,8 @@ def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
     """Whether the result of a unit is there, told from files alone: no model is loaded for it.
 
     Diagnoses and trainings lie in directories whose names are digests of what they were made from. An evaluation must
-    be of these suites and settings, and of the adapter that is there. Judging is always asked for: it finds itself
-    whether there is something to do.
+    be of these suites and settings, and of the adapter that is there, at all its strengths. Judging is always asked
+    for: it finds itself whether there is something to do.
     """
     folder = RunDirectory(unit.folder)
     if unit.stage == "diagnose":
@@ -93,7 +93,8 @@ def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
     if unit.stage == "evaluate":
         assert unit.arm is not None
         adapter = adapter_hash(folder.side_arm(unit.arm).adapter)
-        return _stored(folder, unit.recipe, unit.arm, suites, adapter) is not None
+        strengths = unit.recipe.evaluate.strengths
+        return all(_stored(folder, unit.recipe, unit.arm, suites, adapter, one) is not None for one in strengths)
     if unit.stage == "drift":
         assert unit.arm is not None
         return (folder.drift(folder.side_arm(unit.arm)) / DRIFT_FILE).is_file()
@@ -101,12 +102,17 @@ def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
 
 
 def _stored(
-    folder: RunDirectory, recipe: Recipe, arm: str, suites: Sequence[Suite], adapter: str | None
+    folder: RunDirectory,
+    recipe: Recipe,
+    arm: str,
+    suites: Sequence[Suite],
+    adapter: str | None,
+    strength: float = 1.0,
 ) -> EvalResult | None:
-    if not folder.is_evaluated(arm):
+    if not folder.is_evaluated(arm, strength):
         return None
     model: ModelRecord = {**identity_by_map(folder, recipe), "adapter": adapter}
-    return stored_evaluation(folder.evaluation(arm), model, recipe.evaluate, suites)
+    return stored_evaluation(folder.at_strength(arm, strength), at_strength(model, strength), recipe.evaluate, suites)
 
 
 def _diagnose(unit: Unit) -> None:
