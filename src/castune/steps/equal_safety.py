@@ -5,7 +5,7 @@ Shape letters: T seed of a training, J strength, N example.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -62,7 +62,8 @@ def safety_costs(
         target: safety at which arms are compared; `common_target` when absent.
 
     Returns:
-        None where fewer than two strengths, safety or no cost was measured.
+        None where fewer than two strengths, safety or no cost was measured; what has no example that is scored under
+        every arm was not.
     """
     comparable = {name: seeds for name, seeds in arms.items() if _is_comparable(base, seeds)}
     purposes = {suite.purpose for suite in base.suites}
@@ -71,11 +72,15 @@ def safety_costs(
     if safety is None or not costs or not comparable:
         return None
     curves = {cost: {name: _curve(base, seeds, safety, cost) for name, seeds in comparable.items()} for cost in costs}
-    chosen = common_target(curves[costs[0]]) if target is None else target
+    curves = {cost: of_cost for cost, of_cost in curves.items() if _is_scored(of_cost.values())}
+    if not curves:
+        return None
+    first = next(iter(curves.values()))
+    chosen = common_target(first) if target is None else target
     found = SafetyCosts(
         safety=safety,
         target=chosen,
-        gains={name: _gain(curve) for name, curve in curves[costs[0]].items()},
+        gains={name: _gain(curve) for name, curve in first.items()},
         costs={},
         bands={},
         points={cost: {name: _points(curve) for name, curve in of_cost.items()} for cost, of_cost in curves.items()},
@@ -94,6 +99,13 @@ def _is_comparable(base: Evaluated, seeds: Sequence[AtStrengths]) -> bool:
     if not seeds or any(len(points) < 2 or 1 not in points or points.keys() != seeds[0].keys() for points in seeds):
         return False
     return all(_measured_as(result) == _measured_as(base) for points in seeds for result in points.values())
+
+
+def _is_scored(curves: Iterable[Curve]) -> bool:
+    """Whether the safety, and every suite of the cost, has an example that is scored under all arms."""
+    of_arms = [[curve.safety_TJN, *curve.costs_TJM] for curve in curves]
+    scored = ([np.isfinite(of_arm[n]).all((0, 1)) for of_arm in of_arms] for n in range(len(of_arms[0])))
+    return all(bool(np.all(of_suite, axis=0).any()) for of_suite in scored)
 
 
 def _measured_as(result: Evaluated) -> list[tuple[object, ...]]:

@@ -89,7 +89,16 @@ def evaluate_step(
         for name in adapters
         for strength in (config.strengths if name != BASE else (1.0,))
     ]
-    todo = [one for one in asked if stored_evaluation(one.folder(folder), one.model, config, suites) is None]
+    base = stored_evaluation(folder.evaluation(BASE), records[BASE], config, suites)
+    # Replies that the base model is to give again may be others.
+    references = {} if base is None else references_of(base.samples)
+    todo = [
+        one
+        for one in asked
+        if (base if one.arm == BASE else stored_evaluation(one.folder(folder), one.model, config, suites, references))
+        is None
+    ]
+    del base
     for name in adapters.keys() - {one.arm for one in todo}:
         logger.info("evaluation of %s: already there", name)
     if todo:
@@ -247,7 +256,11 @@ def models_of(
 
 
 def stored_evaluation(
-    folder: Path, model: ModelRecord, config: EvaluateConfig, suites: Sequence[Suite]
+    folder: Path,
+    model: ModelRecord,
+    config: EvaluateConfig,
+    suites: Sequence[Suite],
+    references: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> EvalResult | None:
     """The evaluation in `folder` if it was made so, whoever judged it; None where it is to be made.
 
@@ -256,6 +269,7 @@ def stored_evaluation(
         model: identity of the evaluated model, and `adapter`, the hash of its adapter.
         config: settings.
         suites: what is measured.
+        references: of an arm, the base model's own replies that it has to be measured on (`references_of`).
 
     Raises:
         ArtifactError: what is there is damaged.
@@ -270,6 +284,7 @@ def stored_evaluation(
         and settings == config
         and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
         and not any(is_reply(sample) and sample.get("missing") for sample in found.samples)
+        and references in (None, references_of(found.samples))
     )
     return found if is_so else None
 
