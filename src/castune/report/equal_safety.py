@@ -58,7 +58,7 @@ def sentences(found: SafetyCosts) -> list[str]:
     first = f"Training took {label} from {level(base, about.unit)} to {_listed(gains)}."
     if found.target is None:
         second = "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared."
-        return [first, second, "This run cannot say whether the selection of heads pays."]
+        return [first, second, "So it cannot be said whether the selection of heads pays."]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
         f"With each adapter turned down to {level(found.target, about.unit)}, the price in {_COSTS[cost]} "

@@ -358,9 +358,9 @@ def _change(value: float | None, purpose: str) -> str:
 
 def _span_of(interval: Interval | None, purpose: str) -> str:
     shown = PURPOSES[purpose].shown
-    return (
-        "–" if interval is None else span(shown.scale * interval.low, shown.scale * interval.high, f".{shown.digits}f")
-    )
+    if interval is None:
+        return "–"
+    return span(shown.scale * interval.low, shown.scale * interval.high, f".{shown.digits}f")
 
 
 def _p(value: float | None) -> str:

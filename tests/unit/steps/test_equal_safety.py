@@ -125,7 +125,7 @@ def test_without_a_gain_nothing_is_compared() -> None:
     assert found.target is None
     assert sentences(found)[1:] == [
         "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared.",
-        "This run cannot say whether the selection of heads pays.",
+        "So it cannot be said whether the selection of heads pays.",
     ]
     assert "nothing can be compared" in costs_table(found)
 
