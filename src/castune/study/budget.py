@@ -167,8 +167,8 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
     for k in dict.fromkeys(max(1, round(share / 100 * n)) for share in _SHARES):
         ends = () if curve.low_K is None or curve.high_K is None else (curve.low_K[k], curve.high_K[k])
         band = numbers.span(*ends, ".3f") if ends else ""
-        cost = numbers.number(curve.cost_K[k], ".3f")
-        rows.append({"heads": k, "share": numbers.percent(k / n, 0), "predicted cost": cost, "95 %": band})
+        predicted = numbers.number(curve.cost_K[k], ".3f")
+        rows.append({"heads": k, "share": numbers.percent(k / n, 0), "predicted cost": predicted, "95 %": band})
     show_rows("Predicted cost of training the safest heads (all of them = 1)", rows)
     if curve.elbow is None:
         say("elbow: none; within its band the curve is straight, so that no share is better than another by its shape")
