@@ -229,11 +229,14 @@ def show_masked(masked: MaskedAdapter) -> None:
 
 
 def show_evaluations(
-    evaluations: dict[str, EvalResult], ratios: dict[str, CostRatio], at_equal_safety: SafetyCosts | None = None
+    evaluations: dict[str, EvalResult],
+    ratios: dict[str, dict[str, CostRatio]],
+    at_equal_safety: SafetyCosts | None = None,
 ) -> None:
-    """A row a suite, a column an arm; the utility cost ratios against the base model; what safety costs."""
+    """A row a suite, a column an arm; the cost ratios against the base model; what safety costs."""
     if not evaluations:
         return
+    from castune.purposes import COSTS
     from castune.report.equal_safety import sentences
     from castune.report.summary import cost_ratio
 
@@ -243,8 +246,9 @@ def show_evaluations(
     for suite in suites:
         found = [next((r for r in result.suites if r.suite == suite), None) for result in evaluations.values()]
         rows.append([suite, *("not measured" if one is None else _rate(vars(one)) for one in found)])
-    if ratios:
-        rows.append(["UCR", *("" if name not in ratios else cost_ratio(name, ratios) for name in evaluations)])
+    for ratio, of_arms in ratios.items():
+        cells = ("" if name not in of_arms else cost_ratio(name, of_arms) for name in evaluations)
+        rows.append([COSTS[ratio].label, *cells])
     _show(table_of(["suite", *evaluations], rows, caption=caption))
     for sentence in sentences(at_equal_safety) if at_equal_safety is not None else ():
         say(sentence)

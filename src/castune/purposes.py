@@ -9,12 +9,36 @@ UnitOfMeasure = Literal["share", "nats"]
 
 
 @dataclass(frozen=True)
+class Unit:
+    """How numbers of a unit are shown.
+
+    Attributes:
+        scale: what they are multiplied by.
+        digits: decimals.
+        level: what they are called.
+        change: what differences of them are called.
+    """
+
+    scale: float
+    digits: int
+    level: str
+    change: str
+
+
+UNITS: dict[UnitOfMeasure, Unit] = {
+    "share": Unit(100.0, 1, "%", "points"),
+    "nats": Unit(1.0, 3, "nats a token", "nats a token"),
+}
+
+
+@dataclass(frozen=True)
 class Purpose:
     """What a suite measures.
 
     Attributes:
         metric: name of its number in `metrics.json`.
         label: the same for a reader.
+        phrase: the same within a sentence.
         meaning: what an example counts for, and which direction is good.
         unit: `share`, a rate of examples, shown in percent; `nats`, a mean over examples.
         higher_is_better: whether a rise is good.
@@ -23,6 +47,7 @@ class Purpose:
 
     metric: str
     label: str
+    phrase: str
     meaning: str
     unit: UnitOfMeasure
     higher_is_better: bool
@@ -33,15 +58,28 @@ class Purpose:
         """Whether an example has a number instead of right or wrong."""
         return self.unit == "nats"
 
+    @property
+    def shown(self) -> Unit:
+        """How its numbers are shown."""
+        return UNITS[self.unit]
+
 
 PURPOSES: dict[str, Purpose] = {
     "safety": Purpose(
-        "refusal_rate", "Refusals on harmful prompts", "harmful prompts refused; higher is safer", "share", True
+        "refusal_rate",
+        "Refusals on harmful prompts",
+        "the refusal rate on harmful prompts",
+        "harmful prompts refused; higher is safer",
+        "share",
+        True,
     ),
-    "utility": Purpose("accuracy", "Utility accuracy", "right answers; higher is better", "share", True),
+    "utility": Purpose(
+        "accuracy", "Utility accuracy", "utility accuracy", "right answers; higher is better", "share", True
+    ),
     "over-refusal": Purpose(
         "over_refusal_rate",
         "Refusals on harmless prompts",
+        "the refusal rate on harmless prompts",
         "harmless prompts refused; lower is better",
         "share",
         False,
@@ -49,6 +87,7 @@ PURPOSES: dict[str, Purpose] = {
     "nll": Purpose(
         "nll",
         "NLL of right answers",
+        "the NLL of right answers",
         "negative log-likelihood a token of the right answer or reply; lower is better",
         "nats",
         False,
@@ -56,6 +95,7 @@ PURPOSES: dict[str, Purpose] = {
     "kl": Purpose(
         "kl",
         "KL from the base model",
+        "the KL from the base model",
         "KL(base || arm) a token on the base model's own replies; lower is better",
         "nats",
         False,
@@ -64,6 +104,7 @@ PURPOSES: dict[str, Purpose] = {
     "safety-margin": Purpose(
         "refusal_margin",
         "Refusal margin on harmful prompts",
+        "the refusal margin on harmful prompts",
         "log-probability a token of a refusal minus that of the base model's own reply; higher is safer",
         "nats",
         True,
@@ -72,9 +113,51 @@ PURPOSES: dict[str, Purpose] = {
     "over-refusal-margin": Purpose(
         "over_refusal_margin",
         "Refusal margin on harmless prompts",
+        "the refusal margin on harmless prompts",
         "log-probability a token of a refusal minus that of the base model's own reply; lower is better",
         "nats",
         False,
         against_base=True,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training may cost, as one number.
+
+    Attributes:
+        label: for a reader.
+        phrase: the same within a sentence.
+        purpose: of the suites whose change against base is the loss.
+        suite: the one of them that counts; all when None.
+        is_ratio: whether it is the loss over the rise of the refusal rate on harmful prompts, each in its own unit.
+    """
+
+    label: str
+    phrase: str
+    purpose: str
+    suite: str | None = None
+    is_ratio: bool = False
+
+    @property
+    def unit(self) -> Unit:
+        """How a loss is shown; a ratio is a plain number."""
+        return PURPOSES[self.purpose].shown
+
+    @property
+    def sign(self) -> float:
+        """What turns a change of the suites into a loss."""
+        return -1.0 if PURPOSES[self.purpose].higher_is_better else 1.0
+
+
+COSTS: dict[str, Cost] = {
+    # Eqs. 7 and 8.
+    "ucr": Cost("UCR", "utility cost ratio", "utility", is_ratio=True),
+    "mmlu_cr": Cost("MMLU-CR", "MMLU cost ratio", "utility", "mmlu", is_ratio=True),
+    "utility_lost": Cost("Utility lost", "utility lost", "utility"),
+    "ucr_nll": Cost("UCR, nats", "cost ratio in nats", "nll", is_ratio=True),
+    "nll_added": Cost("NLL added", "NLL added", "nll"),
+    "kl": Cost("KL from base", "KL from the base model", "kl"),
+}
+RATIOS = tuple(name for name, cost in COSTS.items() if cost.is_ratio)

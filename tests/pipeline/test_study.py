@@ -22,6 +22,7 @@ from command_line import BIN, assert_one_error, castune
 from loopback import needs_loopback
 
 from castune.artifacts import ConflictMap, EvalResult, TuneResult
+from castune.artifacts.samples import references_of
 from castune.config import Recipe
 from castune.core.loading import load_config
 from castune.data.chat import ChatFormat
@@ -443,6 +444,85 @@ def test_a_budget_from_a_run_of_a_study(small: Path, tmp_path: Path) -> None:
         (["--anchor", "all", "--max-loss", "-1"], "at least 0"),
     ):
         assert_one_error(castune("budget", run.folder, *options, cwd=tmp_path), error)
+
+
+@pytest.fixture
+def continuous(study_of: Callable[..., Path], own_data: dict[str, Path], made: Made, tmp_path: Path) -> Path:
+    """The recipe of a small study in nats, with adapters at half strength too, that is done."""
+    suites = [
+        str(own_data["utility"]),
+        f"nll:{own_data['utility']}",
+        f"kl:{own_data['benign']}",
+        f"safety-margin:{own_data['held-out']}",
+    ]
+    path = study_of(study=FEW, evaluate__suites=suites, evaluate__strengths=[0.5], evaluate__reference_tokens=4)
+    made(tmp_path / "study", f"study in nats: {path.read_text()}", lambda: done(path))
+    return path
+
+
+def test_a_study_in_nats(continuous: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    graph = study_graph(Recipe.load(continuous))
+    (run,) = graph.runs
+    base, safe = (EvalResult.load(run.folder / "evaluation" / name) for name in ("base", "safe"))
+    by_arm = {row["arm"]: row for row in rows(folder, "table_1_sft")}
+    for arm, result in (("base", base), ("safe", safe)):
+        for column, purpose in (
+            ("nll_average", "nll"),
+            ("kl_average", "kl"),
+            ("safety_margin_average", "safety-margin"),
+        ):
+            assert float(by_arm[arm][column]) == pytest.approx(result.mean(purpose), abs=1e-9)
+    assert float(by_arm["base"]["kl_average"]) == pytest.approx(0, abs=1e-6)
+    assert references_of(safe.samples) == references_of(base.samples) != {}
+    against_safe = {row["purpose"]: row for row in rows(folder, "comparisons") if row["arm"] == "all"}
+    every = EvalResult.load(run.folder / "evaluation" / "all")
+    assert float(against_safe["nll"]["minus_safe"]) == pytest.approx(every.mean("nll") - safe.mean("nll"))  # type: ignore[operator]
+    # No refusals were counted, so nothing is divided by them.
+    assert {row["cost"] for row in rows(folder, "validity")} == {"utility_lost", "nll_added", "kl"}
+    # Half an adapter lies between none and all of it.
+    half = EvalResult.load(run.folder / "evaluation" / "all" / "strengths" / "0.5")
+    assert 0 < half.mean("kl") < every.mean("kl")  # type: ignore[operator]
+    (at_equal_safety,) = findings(read_results(graph), graph.recipe.study).equal_safety.values()
+    assert at_equal_safety.safety == "safety-margin"
+    points = at_equal_safety.points["kl"]["all"]
+    assert [point.strength for point in points] == [0, 0.5, 1]
+    assert [point.cost for point in points[1:]] == pytest.approx([half.mean("kl"), every.mean("kl")], abs=1e-6)
+    assert "Cost at equal safety" in (folder / "report.html").read_text(encoding="utf-8")
+    said = castune("budget", run.folder, "--anchor", "all", "--cost", "nll", "--max-loss", "50", cwd=tmp_path).stdout
+    assert "at most 50 nats a token: 12 heads (100 %) by the prediction" in said
+    for options, error in (
+        (["--cost", "nll"], "goes with --max-loss"),
+        (["--anchor", "all", "--max-loss", "1", "--cost", "ucr"], "accepted are utility, nll, kl"),
+        (["--anchor", "all", "--max-loss", "-1", "--cost", "kl"], "accepted are nats a token, at least 0"),
+    ):
+        assert_one_error(castune("budget", run.folder, *options, cwd=tmp_path), error)
+
+
+@pytest.mark.slow
+def test_what_is_missing_of_a_study_in_nats_is_measured_and_nothing_else(continuous: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    graph, before, files = study_graph(Recipe.load(continuous)), table_files(folder), result_files(folder)
+    (run,) = graph.runs
+    lost = run.folder / "evaluation" / "safe" / "strengths" / "0.5"
+    shutil.rmtree(lost)
+    assert "safe" not in next(iter(findings(read_results(graph), graph.recipe.study).equal_safety.values())).arms
+    done(continuous)
+    assert table_files(folder) == before
+    changed = {name for name, time in result_files(folder).items() if files[name] != time}
+    assert changed == {str(lost.relative_to(folder) / "samples.jsonl")}
+    # Arms that were measured on other replies of the base model than it has given are no part of the study.
+    place = graph.base_folder / "evaluation" / "base"
+    base = EvalResult.load(place)
+    samples: list[Any] = [
+        {**sample, "reference": sample["reference"][:1] * 3} if "reference" in sample else sample
+        for sample in base.samples
+    ]
+    replace(base, samples=tuple(samples)).save(place)
+    assert "main/21/safe" in read_results(graph).missing
+    done(continuous)
+    assert read_results(graph).missing == ()
+    assert references_of(EvalResult.load(lost).samples) == references_of(samples)
 
 
 @pytest.mark.slow

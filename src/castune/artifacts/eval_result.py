@@ -93,6 +93,10 @@ class EvalResult:
         """Samples of one suite, in order."""
         return [sample for sample in self.samples if sample["suite"] == suite]
 
+    def outcomes_of(self, suite: str) -> list[float | bool | None]:
+        """Outcomes of the examples of one suite, in order."""
+        return [sample["outcome"] for sample in self.samples_of(suite)]
+
     def mean(self, purpose: str) -> float | None:
         """Mean value over the suites of a purpose, as the paper averages; None if one is missing or unscored."""
         values = [result.value for result in self.suites if result.purpose == purpose]

@@ -23,7 +23,7 @@ def evaluate(
 ) -> None:
     """Measure the base model and every tuned arm on the same examples."""
     from castune.evaluation.suites import load_suites
-    from castune.steps.changes import cost_ratios
+    from castune.steps.changes import all_cost_ratios
     from castune.steps.directory import RunDirectory
     from castune.steps.equal_safety import costs_at_equal_safety
     from castune.steps.evaluate import evaluate_step, require_scored
@@ -37,7 +37,7 @@ def evaluate(
     check_held_out(recipe, loaded, folder=folder)
     found = evaluate_step(folder, recipe, loaded)
     folder.save_recipe(recipe)
-    show_evaluations(found, cost_ratios(found), costs_at_equal_safety(folder))
+    show_evaluations(found, all_cost_ratios(found), costs_at_equal_safety(folder))
     require_scored(found)
 
 
@@ -46,14 +46,14 @@ def judge(
     settings: Annotated[Values, JUDGE],
 ) -> None:
     """Judge the stored replies of all evaluations again; nothing is generated."""
-    from castune.steps.changes import cost_ratios
+    from castune.steps.changes import all_cost_ratios
     from castune.steps.directory import RunDirectory
     from castune.steps.equal_safety import costs_at_equal_safety
     from castune.steps.evaluate import judge_step, require_scored
 
     folder = RunDirectory(run_directory)
     found = judge_step(folder, settings["judge"])
-    show_evaluations(found, cost_ratios(found), costs_at_equal_safety(folder))
+    show_evaluations(found, all_cost_ratios(found), costs_at_equal_safety(folder))
     require_scored(found)
 
 

@@ -27,7 +27,7 @@ def run(
 ) -> None:
     """The whole job: diagnose, select, tune, evaluate, report. Continues an interrupted run."""
     from castune import pipeline
-    from castune.steps.changes import cost_ratios
+    from castune.steps.changes import all_cost_ratios
     from castune.steps.equal_safety import costs_at_equal_safety
     from castune.steps.evaluate import require_scored
 
@@ -41,7 +41,7 @@ def run(
             show_surgery(arm.name, result)
             show_selections(arm.name, result)
     found = folder.load_evaluations()
-    show_evaluations(found, cost_ratios(found), costs_at_equal_safety(folder))
+    show_evaluations(found, all_cost_ratios(found), costs_at_equal_safety(folder))
     say(f"report: {folder.report_file}")
     require_scored(found)
 
@@ -64,17 +64,20 @@ def quickstart_recipe() -> Path:
 def budget(
     run_directory: Run,
     max_loss: Annotated[
-        float | None, typer.Option(help="Utility that may be lost, in points of accuracy; needs --anchor.")
+        float | None, typer.Option(help="What may be lost, in the unit of --cost; needs --anchor.")
     ] = None,
     anchor: Annotated[
         str | None, typer.Option(help="A trained and evaluated arm whose loss sets the scale: all, or a safe zone.")
     ] = None,
+    cost: Annotated[
+        str, typer.Option(help="What is lost: utility (points of accuracy), nll or kl (nats a token over base).")
+    ] = "utility",
 ) -> None:
     """How many heads to train: the predicted cost of every share of the safest, and the largest within a loss."""
     from castune.steps.directory import RunDirectory
     from castune.study.budget import show_budget
 
-    show_budget(RunDirectory(run_directory), max_loss=max_loss, anchor=anchor)
+    show_budget(RunDirectory(run_directory), max_loss=max_loss, anchor=anchor, cost=cost)
 
 
 def report(run_directory: Run) -> None:

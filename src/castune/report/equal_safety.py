@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import altair as alt
 
 from castune.core import numbers
-from castune.purposes import PURPOSES
+from castune.purposes import PURPOSES, UNITS, UnitOfMeasure
 from castune.report.markup import Markup, table, tag
 from castune.report.summary import NOT_MEASURED, level
 from castune.report.theme import Chart, arm_colours
@@ -58,7 +58,7 @@ def sentences(found: SafetyCosts) -> list[str]:
     first = f"Training took {label} from {level(base, about.unit)} to {_listed(gains)}."
     if found.target is None:
         second = "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared."
-        return [first, second, "This run cannot say whether the selection of heads pays."]
+        return [first, second, "So it cannot be said whether the selection of heads pays."]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
         f"With each adapter turned down to {level(found.target, about.unit)}, the price in {_COSTS[cost]} "
@@ -151,7 +151,7 @@ def _difference(difference: CostDifference, cost: str) -> str:
     return f"{value}{ends}" + ("" if difference.is_seen else ", no difference seen")
 
 
-def _ends(interval: Interval, unit: str) -> str:
+def _ends(interval: Interval, unit: UnitOfMeasure) -> str:
     low, high = (
         "no bound" if not math.isfinite(end) else _amount(end, unit, signed=True)
         for end in (interval.low, interval.high)
@@ -159,14 +159,14 @@ def _ends(interval: Interval, unit: str) -> str:
     return f"{low} to {high}"
 
 
-def _amount(value: float, unit: str, *, signed: bool = False) -> str:
+def _amount(value: float, unit: UnitOfMeasure, *, signed: bool = False) -> str:
     """Points of a rate, or nats."""
-    sign = "+" if signed else ""
-    return numbers.number(100 * value, f"{sign}.1f") if unit == "share" else numbers.number(value, f"{sign}.3f")
+    shown = UNITS[unit]
+    return numbers.number(shown.scale * value, f"{'+' if signed else ''}.{shown.digits}f")
 
 
 def _unit(cost: str) -> str:
-    return "points" if PURPOSES[cost].unit == "share" else "nats a token"
+    return PURPOSES[cost].shown.change
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -175,8 +175,7 @@ def _listed(words: Sequence[str]) -> str:
 
 def _chart(found: SafetyCosts, cost: str) -> Chart:
     """Cost over safety: a line an arm with its 95 % band, its measured strengths, and the common safety."""
-    scale = 100.0 if PURPOSES[cost].unit == "share" else 1.0
-    safety_scale = 100.0 if PURPOSES[found.safety].unit == "share" else 1.0
+    scale, safety_scale = PURPOSES[cost].shown.scale, PURPOSES[found.safety].shown.scale
     colours = arm_colours(found.arms)
     hue = alt.Color("arm:N", title="Arm").scale(domain=list(colours), range=list(colours.values()))
     points = [
@@ -195,10 +194,9 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
             lines.append({"arm": arm, "safety": safety_scale * safety, "cost": scale * value})
             if math.isfinite(low) and math.isfinite(high):
                 ends.append({"arm": arm, "safety": safety_scale * safety, "low": scale * low, "high": scale * high})
-    safety_unit = "%" if safety_scale == 100 else "nats a token"
     x = alt.X(
         "safety:Q",
-        title=f"{PURPOSES[found.safety].label} ({safety_unit})",
+        title=f"{PURPOSES[found.safety].label} ({PURPOSES[found.safety].shown.level})",
         scale=alt.Scale(zero=False, nice=True),
         axis=alt.Axis(tickCount=6),
     )

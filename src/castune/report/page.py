@@ -31,10 +31,9 @@ def write_report(
     tunings: Mapping[str, TuneResult],
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
-    cost_ratios: CostRatios,
+    cost_ratios: Mapping[str, CostRatios],
     masked: Mapping[str, MaskedAdapter] | None = None,
     lm_eval: Mapping[str, LmEvalResult] | None = None,
-    mmlu_cost_ratios: CostRatios | None = None,
     drifts: Mapping[str, DriftResult] | None = None,
     safety_costs: SafetyCosts | None = None,
     recipe_text: str = "",
@@ -49,10 +48,9 @@ def write_report(
         tunings: by arm; the base has none.
         evaluations: by arm; `base` is the model before training.
         differences: arm -> suite -> mean of arm minus base paired by example, with the p-value of a paired test.
-        cost_ratios: utility cost ratio by arm; a value of None is undefined where both rates are measured.
+        cost_ratios: cost ratio (`purposes.RATIOS`) -> arm; a value of None is undefined where its numbers are measured.
         masked: by arm, the adapters made of others without training.
         lm_eval: by arm, what lm-eval measured by its own protocol.
-        mmlu_cost_ratios: MMLU-CR by arm, where MMLU was measured.
         drifts: by arm, how the map changed while it was trained.
         safety_costs: what arms cost at equal safety, where they were evaluated at several strengths.
         recipe_text: the resolved recipe.
@@ -66,9 +64,9 @@ def write_report(
     del drawn["conflict_map"]
     body = tag(
         "main",
-        opening(cmap, evaluations, differences, cost_ratios, notes, safety_costs),
+        opening(cmap, evaluations, differences, cost_ratios.get("ucr", {}), notes, safety_costs),
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
-        results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, mmlu_cost_ratios or {}, safety_costs),
+        results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, safety_costs),
         conflict_map(cmap, selections, drawn),
         training(tunings, masked or {}, selections, drawn),
         drift_section(drifts or {}, drawn),

@@ -11,7 +11,7 @@ from castune.artifacts.records import DataRecord
 from castune.artifacts.unit import QUERY_HEAD
 from castune.core.numbers import p_value
 from castune.names import plural
-from castune.purposes import PURPOSES, UnitOfMeasure
+from castune.purposes import COSTS, PURPOSES, RATIOS, UnitOfMeasure
 from castune.report.equal_safety import chart_names, costs_of, costs_table, sentences
 from castune.report.markup import Markup, join, table, tag
 from castune.report.outcomes import by_lm_eval, fates, losses
@@ -106,10 +106,9 @@ def opening(
 def results(
     evaluations: Mapping[str, EvalResult],
     differences: Differences,
-    cost_ratios: CostRatios,
+    cost_ratios: Mapping[str, CostRatios],
     drawn: Collection[str],
     lm_eval: Mapping[str, LmEvalResult],
-    mmlu_cost_ratios: CostRatios,
     safety_costs: SafetyCosts | None,
 ) -> Markup:
     """Before and after: a row an arm, a column a suite; then the trade-off charts, and the counts behind the rates."""
@@ -117,15 +116,13 @@ def results(
         nothing = tag("p", "Not measured: no model has been evaluated in this run.")
         return section("Before and after", "results", nothing, by_lm_eval(lm_eval))
     evaluations = in_order(evaluations)
-    suites = _suites(evaluations)
+    suites, ratios = _suites(evaluations), [ratio for ratio in RATIOS if ratio == "ucr" or cost_ratios.get(ratio)]
     rows = []
     for arm in evaluations:
         row: list[object] = [arm]
         row += [_suite_cell(arm, suite, evaluations, differences.get(arm, {}).get(suite)) for suite in suites]
-        kinds = [cost_ratios, *([mmlu_cost_ratios] if mmlu_cost_ratios else [])]
-        rows.append([*row, *("–" if arm == BASE else cost_ratio(arm, kind) for kind in kinds)])
-    ratio_heads = ["Utility cost ratio", *(["MMLU-CR"] if mmlu_cost_ratios else [])]
-    head = ["Arm", *(_suite_head(suite, evaluations) for suite in suites), *ratio_heads]
+        rows.append([*row, *("–" if arm == BASE else cost_ratio(arm, cost_ratios.get(ratio, {})) for ratio in ratios)])
+    head = ["Arm", *(_suite_head(suite, evaluations) for suite in suites), *(COSTS[ratio].label for ratio in ratios)]
     hidden = [name for name in evaluations if not _plotted(evaluations[name])]
     charts = []
     if "trade_off" in drawn:
@@ -136,8 +133,9 @@ def results(
         "Rates are value ± one standard error over scored examples, with Wilson's 95 % interval; means are in nats a "
         "token, with Student's. Unscored examples, which the judge could not decide, count in neither part of a rate. "
         "Changes are in percentage points or nats against base, paired by example; p is McNemar's exact test of rates, "
-        "Student's of means. The utility cost ratio is utility lost over safety gained "
-        "(Eq. 7), with its 95 % bootstrap interval; MMLU-CR takes MMLU alone for the utility (Eq. 8)."
+        "Student's of means. The utility cost ratio (UCR) is utility lost over safety gained (Eq. 7), with its 95 % "
+        "bootstrap interval; MMLU-CR takes MMLU alone for the utility (Eq. 8), UCR in nats the NLL of right answers "
+        "that was added, for a refusal rate that rises from 0 to 1."
     )
     at_equal_safety: list[Markup] = []
     if safety_costs is not None:

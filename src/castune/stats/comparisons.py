@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from castune.stats.distributions import LEVEL, Interval, student_p, student_quantile
 
 Floats = NDArray[np.float64]
-# Of every seed and suite, the outcome of every example by its id: 1, 0, or None where unscored.
+# Of every seed and suite, the outcome of every example by its id: 1, 0, a number in nats, or None where unscored.
 Outcomes = Mapping[int, Mapping[str, Mapping[str, float | bool | None]]]
 
 # With more examples that differ, signs drawn at random say what Student's t says.

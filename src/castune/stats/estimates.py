@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from castune.stats.distributions import ENDS, LEVEL, Z, student_p, student_quantile
 
+# Counts of resamples that are held at a time.
+_DRAWN = 2_000_000
 # Outcomes of the same examples before and after: 1, 0, or a number in nats; None where unscored.
 Pairs = tuple[Sequence[float | bool | None], Sequence[float | bool | None]]
 
@@ -203,16 +205,23 @@ def bootstrap_cost_ratio(
 def _resampled_means(
     pairs: Pairs, resamples: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means before and after: of the data, then of every resample. Examples are alike within a cell of outcomes."""
+    """Means before and after: of the data, then of every resample. Examples are alike within a cell of outcomes.
+
+    Numbers that are all different make a cell each, so resamples are drawn some at a time.
+    """
     before, after = pairs
     cells = Counter(zip(before, after, strict=True))
     kinds = list(cells)
     counts = np.array([cells[kind] for kind in kinds])
-    drawn = np.vstack([counts, generator.multinomial(counts.sum(), counts / counts.sum(), size=resamples)])
-    sides = []
-    for side in (0, 1):
-        scored = np.array([kind[side] is not None for kind in kinds])
-        values = np.array([float(kind[side] or 0) for kind in kinds])
+    scored = np.array([[kind[side] is not None for kind in kinds] for side in (0, 1)], dtype=float)
+    values = np.array([[float(kind[side] or 0) for kind in kinds] for side in (0, 1)])
+    means = []
+    at_once = max(1, _DRAWN // len(kinds))
+    for first in range(0, resamples + 1, at_once):
+        size = min(at_once, resamples + 1 - first)
+        drawn = generator.multinomial(counts.sum(), counts / counts.sum(), size=size - (first == 0))
+        drawn = np.vstack([counts, drawn]) if first == 0 else drawn
         with np.errstate(invalid="ignore", divide="ignore"):
-            sides.append((drawn * scored) @ values / (drawn * scored).sum(axis=1))
-    return sides[0], sides[1]
+            means.append(drawn @ (scored * values).T / (drawn @ scored.T))
+    before_R, after_R = np.concatenate(means).T
+    return before_R, after_R

@@ -31,7 +31,7 @@ class Point:
         seed: of the training.
         score: predicted: mean of C(h), O(h) or S(h) over the arm's heads.
         depth: mean layer index of the arm's heads.
-        cost: realised: UCR, MMLU-CR (Eqs. 7-8) or utility lost in points; None = undefined, for safety did not rise.
+        cost: realised: a cost ratio (Eqs. 7-8), or a loss in points or nats; None = undefined, for safety did not rise.
         cost_se: standard error of the cost over examples, of this trained model; None if it is not known.
     """
 

@@ -4,36 +4,45 @@ from __future__ import annotations
 
 from castune.artifacts import EvalResult
 from castune.artifacts.samples import references_of
+from castune.purposes import COSTS, RATIOS
 from castune.stats.estimates import CostRatio, PairedDifference, Pairs, bootstrap_cost_ratio, paired_difference
 from castune.steps.directory import BASE
 
 
-def cost_ratios(evaluations: dict[str, EvalResult], utility: str | None = None) -> dict[str, CostRatio]:
-    """The utility cost ratio of every tuned arm against the base model, with intervals over the examples.
+def cost_ratios(evaluations: dict[str, EvalResult], ratio: str = "ucr") -> dict[str, CostRatio]:
+    """A cost ratio of every tuned arm against the base model, with intervals over the examples.
 
     Arms that cannot be compared are left out: a suite is missing on one side, was measured otherwise, or has nothing
     scored.
 
     Args:
         evaluations: by arm.
-        utility: the one suite whose accuracy is the utility (`mmlu`: MMLU-CR, Eq. 8); all utility suites when absent.
+        ratio: one of `purposes.RATIOS`.
     """
-    base = evaluations.get(BASE)
+    base, cost = evaluations.get(BASE), COSTS[ratio]
     ratios: dict[str, CostRatio] = {}
     for name, result in evaluations.items():
         if base is None or name == BASE:
             continue
-        groups: dict[str, list[Pairs | None]] = {"utility": [], "safety": []}
+        groups: dict[str, list[Pairs | None]] = {cost.purpose: [], "safety": []}
         for suite in result.suites:
-            if suite.purpose in groups and (utility in (None, suite.suite) or suite.purpose != "utility"):
+            if suite.purpose in groups and (cost.suite in (None, suite.suite) or suite.purpose != cost.purpose):
                 groups[suite.purpose].append(_pairs(base, result, suite.suite))
-        utility_pairs, safety_pairs = ([pairs for pairs in group if pairs is not None] for group in groups.values())
-        if not all(groups.values()) or None in (*groups["utility"], *groups["safety"]):
+        loss_pairs, safety_pairs = ([pairs for pairs in group if pairs is not None] for group in groups.values())
+        if not all(groups.values()) or None in (*groups[cost.purpose], *groups["safety"]):
             continue
-        ratio = bootstrap_cost_ratio(utility_pairs, safety_pairs)
-        if ratio is not None:
-            ratios[name] = ratio
+        if cost.sign > 0:  # a rise is the loss
+            loss_pairs = [(after, before) for before, after in loss_pairs]
+        found = bootstrap_cost_ratio(loss_pairs, safety_pairs)
+        if found is not None:
+            ratios[name] = found
     return ratios
+
+
+def all_cost_ratios(evaluations: dict[str, EvalResult]) -> dict[str, dict[str, CostRatio]]:
+    """Every cost ratio that was measured: `{ratio: {arm: value}}`."""
+    found = {ratio: cost_ratios(evaluations, ratio) for ratio in RATIOS}
+    return {ratio: of_arms for ratio, of_arms in found.items() if of_arms}
 
 
 def differences(evaluations: dict[str, EvalResult]) -> dict[str, dict[str, PairedDifference]]:

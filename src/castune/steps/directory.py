@@ -105,9 +105,9 @@ class RunDirectory:
         """Evaluation directory of an arm whose adapter is at a strength; 1 is the arm itself."""
         return self.evaluation(arm) if strength == 1 else self.evaluation(arm) / "strengths" / f"{strength:g}"
 
-    def is_evaluated(self, arm: str) -> bool:
-        """Whether there is an evaluation of an arm, or of the base model."""
-        return (self.evaluation(arm) / METRICS_FILE).is_file()
+    def is_evaluated(self, arm: str, strength: float = 1.0) -> bool:
+        """Whether there is an evaluation of an arm, at a strength of its adapter, or of the base model."""
+        return (self.at_strength(arm, strength) / METRICS_FILE).is_file()
 
     def drift(self, arm: Arm) -> Path:
         """Where the drift of an arm is, and the maps it was made from."""

@@ -5,13 +5,14 @@ Shape letters: T seed of a training, J strength, N example.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.artifacts import EvalResult
+from castune.artifacts import SuiteResult
 from castune.purposes import PURPOSES
 from castune.stats.distributions import Interval, student_quantile
 from castune.stats.equal_safety import Curve, common_target, cost_bands, equal_safety
@@ -19,8 +20,21 @@ from castune.stats.safety_costs import Gain, Point, SafetyCosts
 from castune.steps.directory import BASE, RunDirectory
 
 Floats = NDArray[np.float64]
+
+
+class Evaluated(Protocol):
+    """What is read of an evaluation: an `EvalResult`, or what is kept of one without its replies."""
+
+    @property
+    def suites(self) -> tuple[SuiteResult, ...]:
+        """Results of its suites."""
+
+    def outcomes_of(self, suite: str) -> Sequence[float | None]:
+        """Outcomes of the examples of a suite, in their order."""
+
+
 # By strength, 0 is the base model.
-AtStrengths = Mapping[float, EvalResult]
+AtStrengths = Mapping[float, Evaluated]
 
 # What safety is read off, the first that is measured: whether prompts are refused, or how likely a refusal is.
 SAFETY = ("safety", "safety-margin")
@@ -38,7 +52,7 @@ def costs_at_equal_safety(folder: RunDirectory) -> SafetyCosts | None:
 
 
 def safety_costs(
-    base: EvalResult, arms: Mapping[str, Sequence[AtStrengths]], *, target: float | None = None
+    base: Evaluated, arms: Mapping[str, Sequence[AtStrengths]], *, target: float | None = None
 ) -> SafetyCosts | None:
     """Costs of arms at one safety, paired by example.
 
@@ -48,7 +62,8 @@ def safety_costs(
         target: safety at which arms are compared; `common_target` when absent.
 
     Returns:
-        None where fewer than two strengths, safety or no cost was measured.
+        None where fewer than two strengths, safety or no cost was measured; what has no example that is scored under
+        every arm was not.
     """
     comparable = {name: seeds for name, seeds in arms.items() if _is_comparable(base, seeds)}
     purposes = {suite.purpose for suite in base.suites}
@@ -57,11 +72,15 @@ def safety_costs(
     if safety is None or not costs or not comparable:
         return None
     curves = {cost: {name: _curve(base, seeds, safety, cost) for name, seeds in comparable.items()} for cost in costs}
-    chosen = common_target(curves[costs[0]]) if target is None else target
+    curves = {cost: of_cost for cost, of_cost in curves.items() if _is_scored(of_cost.values())}
+    if not curves:
+        return None
+    first = next(iter(curves.values()))
+    chosen = common_target(first) if target is None else target
     found = SafetyCosts(
         safety=safety,
         target=chosen,
-        gains={name: _gain(curve) for name, curve in curves[costs[0]].items()},
+        gains={name: _gain(curve) for name, curve in first.items()},
         costs={},
         bands={},
         points={cost: {name: _points(curve) for name, curve in of_cost.items()} for cost, of_cost in curves.items()},
@@ -75,18 +94,25 @@ def safety_costs(
     )
 
 
-def _is_comparable(base: EvalResult, seeds: Sequence[AtStrengths]) -> bool:
+def _is_comparable(base: Evaluated, seeds: Sequence[AtStrengths]) -> bool:
     """Whether there is a curve, and every point of it was measured as the base was."""
     if not seeds or any(len(points) < 2 or 1 not in points or points.keys() != seeds[0].keys() for points in seeds):
         return False
     return all(_measured_as(result) == _measured_as(base) for points in seeds for result in points.values())
 
 
-def _measured_as(result: EvalResult) -> list[tuple[object, ...]]:
+def _is_scored(curves: Iterable[Curve]) -> bool:
+    """Whether the safety, and every suite of the cost, has an example that is scored under all arms."""
+    of_arms = [[curve.safety_TJN, *curve.costs_TJM] for curve in curves]
+    scored = ([np.isfinite(of_arm[n]).all((0, 1)) for of_arm in of_arms] for n in range(len(of_arms[0])))
+    return all(bool(np.all(of_suite, axis=0).any()) for of_suite in scored)
+
+
+def _measured_as(result: Evaluated) -> list[tuple[object, ...]]:
     return [(suite.suite, suite.data_hash, suite.judge, suite.max_new_tokens) for suite in result.suites]
 
 
-def _curve(base: EvalResult, seeds: Sequence[AtStrengths], safety: str, cost: str) -> Curve:
+def _curve(base: Evaluated, seeds: Sequence[AtStrengths], safety: str, cost: str) -> Curve:
     strengths = sorted(seeds[0])
     results = [[base, *(points[strength] for strength in strengths)] for points in seeds]
     suites = {purpose: [s.suite for s in base.suites if s.purpose == purpose] for purpose in (safety, cost)}
@@ -103,9 +129,8 @@ def _curve(base: EvalResult, seeds: Sequence[AtStrengths], safety: str, cost: st
     )
 
 
-def _outcomes(result: EvalResult, suite: str) -> list[float]:
-    found = [sample["outcome"] for sample in result.samples_of(suite)]
-    return [np.nan if outcome is None else float(outcome) for outcome in found]
+def _outcomes(result: Evaluated, suite: str) -> list[float]:
+    return [np.nan if outcome is None else float(outcome) for outcome in result.outcomes_of(suite)]
 
 
 def _points(curve: Curve) -> list[Point]:

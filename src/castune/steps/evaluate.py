@@ -85,11 +85,20 @@ def evaluate_step(
         identity = identity_by_map(folder, recipe)
     adapters, records = models_of(folder, identity, only)
     asked = [
-        _Asked(name, adapters[name], strength, {**records[name], **({"strength": strength} if strength != 1 else {})})
+        _Asked(name, adapters[name], strength, at_strength(records[name], strength))
         for name in adapters
         for strength in (config.strengths if name != BASE else (1.0,))
     ]
-    todo = [one for one in asked if stored_evaluation(one.folder(folder), one.model, config, suites) is None]
+    base = stored_evaluation(folder.evaluation(BASE), records[BASE], config, suites)
+    # Replies that the base model is to give again may be others.
+    references = {} if base is None else references_of(base.samples)
+    todo = [
+        one
+        for one in asked
+        if (base if one.arm == BASE else stored_evaluation(one.folder(folder), one.model, config, suites, references))
+        is None
+    ]
+    del base
     for name in adapters.keys() - {one.arm for one in todo}:
         logger.info("evaluation of %s: already there", name)
     if todo:
@@ -147,6 +156,11 @@ class _Asked:
 def _base_replies(folder: RunDirectory) -> dict[str, list[list[int]]] | None:
     """What the base model replied where suites are measured on it; None where it is not evaluated yet."""
     return references_of(EvalResult.load(folder.evaluation(BASE)).samples) if folder.is_evaluated(BASE) else None
+
+
+def at_strength(model: ModelRecord, strength: float) -> ModelRecord:
+    """Identity of a model whose adapter is at a strength."""
+    return model if strength == 1 else {**model, "strength": strength}
 
 
 def identity_by_map(folder: RunDirectory, recipe: Recipe) -> ModelRecord:
@@ -242,7 +256,11 @@ def models_of(
 
 
 def stored_evaluation(
-    folder: Path, model: ModelRecord, config: EvaluateConfig, suites: Sequence[Suite]
+    folder: Path,
+    model: ModelRecord,
+    config: EvaluateConfig,
+    suites: Sequence[Suite],
+    references: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> EvalResult | None:
     """The evaluation in `folder` if it was made so, whoever judged it; None where it is to be made.
 
@@ -251,6 +269,7 @@ def stored_evaluation(
         model: identity of the evaluated model, and `adapter`, the hash of its adapter.
         config: settings.
         suites: what is measured.
+        references: of an arm, the base model's own replies that it has to be measured on (`references_of`).
 
     Raises:
         ArtifactError: what is there is damaged.
@@ -265,6 +284,7 @@ def stored_evaluation(
         and settings == config
         and [result.data_hash for result in found.suites] == [content_hash(suite.examples) for suite in suites]
         and not any(is_reply(sample) and sample.get("missing") for sample in found.samples)
+        and references in (None, references_of(found.samples))
     )
     return found if is_so else None
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from castune.artifacts import EvalResult, TuneResult
+from castune.artifacts import TuneResult
 from castune.report.page import write_figures, write_report
-from castune.steps.changes import cost_ratios, differences
+from castune.steps.changes import all_cost_ratios, differences
 from castune.steps.directory import RunDirectory
 from castune.steps.equal_safety import costs_at_equal_safety
 
@@ -43,14 +42,9 @@ def report_step(folder: RunDirectory) -> Path:
         masked=masked,
         evaluations=evaluations,
         lm_eval=folder.load_lm_eval(),
-        cost_ratios=cost_ratios(evaluations),
-        mmlu_cost_ratios=cost_ratios(evaluations, "mmlu") if _has_suite(evaluations, "mmlu") else None,
+        cost_ratios=all_cost_ratios(evaluations),
         differences=differences(evaluations),
         drifts=drifts,
         safety_costs=at_equal_safety,
         recipe_text=folder.recipe_file.read_text(encoding="utf-8") if folder.recipe_file.is_file() else "",
     )
-
-
-def _has_suite(evaluations: Mapping[str, EvalResult], name: str) -> bool:
-    return any(suite.suite == name for result in evaluations.values() for suite in result.suites)

@@ -17,22 +17,26 @@ from castune.artifacts import ConflictMap
 from castune.console import say, show_rows
 from castune.core import numbers
 from castune.errors import ArtifactError, CastuneError
+from castune.purposes import COSTS
 from castune.stats.correlations import Correlation, correlation
 from castune.stats.cost_curve import CostCurve, band_of, cost_curve, standard_errors
 from castune.stats.distributions import Interval
 from castune.steps.directory import BASE, RunDirectory
-from castune.study.trials import Measured, utility_lost
+from castune.study.realised_costs import loss
+from castune.study.trials import Measured
 
 Floats = NDArray[np.float64]
 # Of an anchor's error on a curve without a band.
 _ANCHOR_DRAWS = 4000
+# What an anchor may have lost, by the purpose of the suites that tell.
+_LOSSES = {cost.purpose: name for name, cost in COSTS.items() if not cost.is_ratio}
 # Of all heads, in per cent: what is shown of a curve.
 _SHARES = (5, 10, 25, 50, 75, 100)
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A measured arm: the k safest heads were trained and lost so much utility; standard error None = not known."""
+    """A measured arm: the k safest heads were trained and cost so much; standard error None = not known."""
 
     k: int
     loss: float
@@ -139,16 +143,19 @@ def check_against(predicted: Sequence[float], losses: Sequence[float | None], *,
     return Check(found, scale, residuals, len(losses) - len(pairs))
 
 
-def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | None) -> None:
+def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | None, cost: str = "utility") -> None:
     """Show the curve of a run's map, its elbow, and the largest budget within a loss.
 
     Raises:
         CastuneError: options that need each other; an arm without evaluation, or one that is no end of the map.
     """
     if (max_loss is None) != (anchor is None):
-        raise CastuneError("--max-loss and --anchor go together: a loss in points needs an arm whose loss is known")
-    if max_loss is not None and not 0 <= max_loss <= 100:
-        raise CastuneError(f"--max-loss {max_loss:g}: accepted are points of accuracy, at least 0 and at most 100")
+        raise CastuneError("--max-loss and --anchor go together: a loss needs an arm whose loss is known")
+    if cost not in _LOSSES:
+        raise CastuneError(f"--cost {cost}: accepted are {', '.join(_LOSSES)}")
+    if max_loss is None and cost != "utility":
+        raise CastuneError(f"--cost {cost} goes with --max-loss and --anchor: the curve alone is of no one cost")
+    _check_max_loss(max_loss, cost)
     cmap = folder.load_map()
     if len(cmap.kinds) > 1:
         raise CastuneError(
@@ -160,18 +167,27 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
     for k in dict.fromkeys(max(1, round(share / 100 * n)) for share in _SHARES):
         ends = () if curve.low_K is None or curve.high_K is None else (curve.low_K[k], curve.high_K[k])
         band = numbers.span(*ends, ".3f") if ends else ""
-        cost = numbers.number(curve.cost_K[k], ".3f")
-        rows.append({"heads": k, "share": numbers.percent(k / n, 0), "predicted cost": cost, "95 %": band})
+        predicted = numbers.number(curve.cost_K[k], ".3f")
+        rows.append({"heads": k, "share": numbers.percent(k / n, 0), "predicted cost": predicted, "95 %": band})
     show_rows("Predicted cost of training the safest heads (all of them = 1)", rows)
     if curve.elbow is None:
         say("elbow: none; within its band the curve is straight, so that no share is better than another by its shape")
     else:
         say(f"elbow: {curve.elbow} heads ({numbers.percent(curve.elbow / n, 0)})")
     if max_loss is not None and anchor is not None:
-        _show_largest(curve, max_loss, _anchor(folder, cmap, curve, anchor))
+        unit = COSTS[_LOSSES[cost]].unit.change
+        _show_largest(curve, max_loss, unit, _anchor(folder, cmap, curve, anchor, cost))
 
 
-def _anchor(folder: RunDirectory, cmap: ConflictMap, curve: CostCurve, name: str) -> Anchor:
+def _check_max_loss(max_loss: float | None, cost: str) -> None:
+    unit = COSTS[_LOSSES[cost]].unit
+    most, of_what = (100.0, "points of accuracy") if unit.change == "points" else (math.inf, unit.change)
+    if max_loss is not None and not (math.isfinite(max_loss) and 0 <= max_loss <= most):
+        above = "" if most == math.inf else f" and at most {most:g}"
+        raise CastuneError(f"--max-loss {max_loss:g}: accepted are {of_what}, at least 0{above}")
+
+
+def _anchor(folder: RunDirectory, cmap: ConflictMap, curve: CostCurve, name: str, cost: str) -> Anchor:
     arm = folder.arm(name)
     heads = folder.load_selection(arm, cmap).units
     safest = {cmap.units[row] for row in curve.order_H[: len(heads)]}
@@ -182,21 +198,22 @@ def _anchor(folder: RunDirectory, cmap: ConflictMap, curve: CostCurve, name: str
         raise ArtifactError(
             f"{folder.path}: {BASE} and {name} are not both evaluated; run: castune evaluate {folder.path}"
         )
-    loss, error = utility_lost(Measured.of(found[name]), Measured.of(found[BASE]))
-    if loss is None:
-        raise ArtifactError(f"{folder.path}: no utility suite of {name} can be compared with {BASE}'s")
-    known = "" if error is None else f" ± {numbers.number(error)}"
-    say(f"anchor: {name}, {len(heads)} heads, lost {numbers.number(loss)} points of utility{known}")
-    return Anchor(len(heads), loss, error)
+    about = COSTS[_LOSSES[cost]]
+    lost, error = loss(Measured.of(found[name]), Measured.of(found[BASE]), _LOSSES[cost])
+    if lost is None:
+        raise ArtifactError(f"{folder.path}: no {cost} suite of {name} can be compared with {BASE}'s")
+    value = numbers.with_error(lost, error, f".{about.unit.digits + 1}f")
+    say(f"anchor: {name}, {len(heads)} heads, {about.phrase}: {value} {about.unit.change}")
+    return Anchor(len(heads), lost, error)
 
 
-def _show_largest(curve: CostCurve, max_loss: float, anchor: Anchor) -> None:
+def _show_largest(curve: CostCurve, max_loss: float, unit: str, anchor: Anchor) -> None:
     found, n = largest_budget(curve, max_loss, anchor), curve.n_heads
 
     def heads(k: int | None) -> str:
         return "not even one head" if not k else f"{k} heads ({numbers.percent(k / n, 0)})"
 
-    say(f"at most {max_loss:g} points: {heads(found.k)} by the prediction")
+    say(f"at most {max_loss:g} {unit}: {heads(found.k)} by the prediction")
     if curve.high_K is not None:
         say(f"  {heads(found.k_sure)} by the upper end of its 95 % band, {heads(found.k_possible)} by the lower")
     if anchor.loss <= 0:

@@ -124,7 +124,8 @@ class _Pieces:
         if unit.stage == "drift":
             n_maps = len(snapshot_steps(unit.recipe.tune, self._training(unit, name).steps)) + 1
             return self.whole_diagnosis(name) * n_maps
-        return self._evaluation
+        # The base model has one strength.
+        return self._evaluation * (1 if unit.stage == "base" else len(unit.recipe.evaluate.strengths))
 
     def whole_diagnosis(self, name: str) -> Cost:
         """The cost of a map that is measured."""

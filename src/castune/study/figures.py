@@ -12,21 +12,22 @@ import altair as alt
 
 from castune.config import StudyConfig, method_suffix
 from castune.core.numbers import with_error
+from castune.purposes import COSTS, PURPOSES
+from castune.report.equal_safety import charts as safety_charts
 from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.maps import conflict_heatmap
 from castune.report.summary import BASE
 from castune.report.theme import Chart, arm_colours
 from castune.stats.estimates import estimate
-from castune.study.findings import COSTS, SYMBOLS, BudgetCheck, Findings, ScoreValidity
+from castune.steps.equal_safety import COSTS as TRADED
+from castune.study.findings import SYMBOLS, BudgetCheck, Findings, ScoreValidity
 from castune.study.trials import Measured, Results, Trial
 
 _METHOD_FIGURES = {"sft": "figure_3_sft", "pcgrad": "figure_4_pcgrad"}
-_COST_FIGURES = {"mmlu_cr": "figure_5_mmlu_cr", "ucr": "figure_6_ucr", "utility_lost": "figure_utility_lost"}
+# The paper's first.
+COST_FIGURES = {"mmlu_cr": "figure_5_mmlu_cr", "ucr": "figure_6_ucr"}
+COST_FIGURES |= {cost: f"figure_{cost}" for cost in COSTS if cost not in COST_FIGURES}
 _SIZE = {"width": 400, "height": 300}
-_PURPOSE_LABELS = {
-    "utility": "Utility accuracy, mean of suites (%)",
-    "over-refusal": "Refusals on harmless prompts, mean of suites (%)",
-}
 
 
 class Dot(NamedTuple):
@@ -43,11 +44,14 @@ def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, C
     made: dict[str, Chart] = {}
     for method in study.methods:
         arms = {arm: results.of(f"{arm}{method_suffix(method)}") for arm in study.arms}
-        for name, cost in zip(method_figures(method), ("utility", "over-refusal"), strict=True):
+        for name, cost in zip(method_figures(method), TRADED, strict=True):
             chart = trade_off(arms, results.base, cost)
             if chart is not None:
                 made[name] = chart
-    for cost, name in _COST_FIGURES.items():
+        if method in found.equal_safety:
+            drawn = safety_charts(found.equal_safety[method])
+            made |= {equal_safety_figure(name, method): chart for name, chart in drawn.items()}
+    for cost, name in COST_FIGURES.items():
         chosen = [v for v in found.validities if v.cost == cost and v.score == "conflict"]
         if any(point.cost is not None for validity in chosen for point in validity.points):
             made[name] = score_and_cost(chosen)
@@ -59,27 +63,38 @@ def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, C
     return made
 
 
-def method_figures(method: str) -> tuple[str, str]:
-    """Names of the figures of a method: safety against utility, and against over-refusal."""
+def method_figures(method: str) -> list[str]:
+    """Names of the figures of a method: safety against utility, over-refusal and what else was measured."""
     name = _METHOD_FIGURES.get(method, f"figure_{method}")
-    return name, f"{name}_over_refusal"
+    return [name if cost == "utility" else f"{name}_{cost.replace('-', '_')}" for cost in TRADED]
+
+
+def equal_safety_figure(name: str, method: str) -> str:
+    """Name of a chart of costs at equal safety, of the arms of a method."""
+    return f"figure_{name}_{method}"
 
 
 def trade_off(arms: Mapping[str, Sequence[Trial]], base: Measured | None, cost: str) -> Chart | None:
-    """Safety against utility or over-refusal (Figures 3 and 4); None where nothing has both numbers."""
+    """Safety against utility, over-refusal (Figures 3 and 4) or another cost; None where nothing has both numbers."""
+    x_of, y_of = PURPOSES["safety"], PURPOSES[cost]
     points: list[ScatterPoint] = []
     seeds: list[Dot] = []
     for arm, trials in arms.items():
         pairs = [(trial.seed, trial.measured.mean("safety"), trial.measured.mean(cost)) for trial in trials]
-        known = [(seed, 100 * x, 100 * y) for seed, x, y in pairs if x is not None and y is not None]
+        known = [
+            (seed, x_of.shown.scale * x, y_of.shown.scale * y)
+            for seed, x, y in pairs
+            if x is not None and y is not None
+        ]
         seeds += [Dot(arm, str(seed), x, y) for seed, x, y in known]
         if known:
             points.append(_mean_point(arm, [x for _, x, _ in known], [y for *_, y in known]))
     if not points:
         return None
     if base is not None and (x := base.mean("safety")) is not None and (y := base.mean(cost)) is not None:
-        points.insert(0, _mean_point(BASE, [100 * x], [100 * y]))
-    return _scatter(points, seeds, "Refusals on harmful prompts, mean of suites (%)", _PURPOSE_LABELS[cost])
+        points.insert(0, _mean_point(BASE, [x_of.shown.scale * x], [y_of.shown.scale * y]))
+    titles = (f"{about.label}, mean of suites ({about.shown.level})" for about in (x_of, y_of))
+    return _scatter(points, seeds, *titles)
 
 
 def score_and_cost(validities: Sequence[ScoreValidity]) -> Chart:
@@ -96,8 +111,9 @@ def score_and_cost(validities: Sequence[ScoreValidity]) -> Chart:
             continue
         seeds = [dot for found in by_arm.values() for dot in found]
         x = f"Mean {SYMBOLS[one.score]} of the heads of a bucket"
-        cost = COSTS[one.cost] + (" (points)" if one.cost == "utility_lost" else "")
-        panel = _scatter(points, seeds, x, cost[0].upper() + cost[1:])
+        cost = COSTS[one.cost]
+        unit = "" if cost.is_ratio else f" ({cost.unit.change})"
+        panel = _scatter(points, seeds, x, f"{cost.phrase[0].upper()}{cost.phrase[1:]}{unit}")
         panels.append(panel.properties(title=f"{one.buckets} buckets"))
     return alt.concat(*panels, columns=2, spacing=36)
 
@@ -182,7 +198,7 @@ def _over_seeds(values: Sequence[float]) -> Coordinate:
     found = estimate(values)
     assert found.value is not None, "an arm has a seed"
     known = f", {len(values)} seeds" if len(values) > 1 else ""
-    text = with_error(found.value, found.standard_error, ".2f")
+    text = with_error(found.value, found.standard_error, ".2f" if abs(found.value) >= 10 else ".3f")
     return Coordinate(found.value, found.standard_error or 0.0, text + known)
 
 

@@ -1,37 +1,38 @@
-"""What the trials of a study show: comparisons of arms, scores against costs, nulls, maps and budgets. Pure.
+"""What the trials of a study show: comparisons of arms, at full strength and at equal safety, scores against costs,
+nulls, maps and budgets. Pure.
 
 Every number here comes with what it was computed from; every sentence follows from its interval (`verdicts.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from castune.artifacts import ConflictMap, Unit
 from castune.config import StudyConfig, method_suffix
+from castune.purposes import COSTS, PURPOSES
+from castune.report.equal_safety import sentences
 from castune.selection import SCORE_COLUMNS
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
 from castune.stats.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
 from castune.stats.cost_curve import CostCurve, predicted_cost
 from castune.stats.nulls import NullPosition, null_position, order_p
+from castune.stats.safety_costs import SafetyCosts
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
+from castune.steps.equal_safety import safety_costs
 from castune.study.budget import Check, check_against, map_curve
-from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
+from castune.study.realised_costs import cost_alone, costs_of, measured_costs
+from castune.study.trials import Measured, Results, Trial
 from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verdict, verdict
 
 # The arm that every other one is compared with: what the method recommends.
 REFERENCE = "safe"
-# What training an arm may cost, and in what words.
-COSTS = {"ucr": "utility cost ratio", "mmlu_cr": "MMLU cost ratio", "utility_lost": "utility lost"}
 # Arms are told apart from this share of common heads down.
 _ALIKE = 0.9
 SYMBOLS = {"conflict": "C", "gradient": "O", "sensitivity": "S"}
-_METRICS = {
-    "utility": "utility accuracy",
-    "safety": "the refusal rate on harmful prompts",
-    "over-refusal": "the refusal rate on harmless prompts",
-}
+# MMLU is one of the utility suites, and its ratio much like that of all of them.
+_LEFT_OUT = "mmlu_cr"
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,14 @@ class BudgetCheck:
 
 @dataclass(frozen=True)
 class Findings:
-    """All of it, and what follows in words."""
+    """All of it, and what follows in words.
+
+    Attributes:
+        equal_safety: what the arms of every method cost at one safety, where they were evaluated at several strengths.
+    """
 
     comparisons: tuple[ArmComparison, ...]
+    equal_safety: Mapping[str, SafetyCosts]
     validities: tuple[ScoreValidity, ...]
     depths: tuple[DepthControl, ...]
     nulls: tuple[ZoneNull, ...]
@@ -111,9 +117,9 @@ class Findings:
 
     @property
     def verdict(self) -> list[str]:
-        """The main sentences: differences from the safe zone that are seen, and, a method and purpose at a time, those
-        that are not; C against costs; the null."""
-        words = []
+        """The main sentences: costs at equal safety; differences from the safe zone that are seen, and, a method and
+        purpose at a time, those that are not; C against costs; the null."""
+        words = [sentence for costs in self.equal_safety.values() for sentence in sentences(costs)]
         for method, purpose in dict.fromkeys((found.method, found.purpose) for found in self.comparisons):
             group = [found for found in self.comparisons if (found.method, found.purpose) == (method, purpose)]
             unseen = [found for found in group if found.found.interval is not None and not found.found.is_seen]
@@ -121,7 +127,7 @@ class Findings:
             if unseen:
                 suffix = method_suffix(method)
                 by_arm = {f"{found.arm}{suffix}": found.found for found in unseen}
-                words.append(unseen_verdict(by_arm, second=f"{REFERENCE}{suffix}", metric=_METRICS[purpose]))
+                words.append(unseen_verdict(by_arm, second=f"{REFERENCE}{suffix}", about=PURPOSES[purpose]))
         words += [found.words for found in self.validities if found.score == "conflict"]
         return [*words, *(found.words for found in self.nulls)]
 
@@ -131,6 +137,7 @@ def findings(results: Results, study: StudyConfig) -> Findings:
     cmap = results.maps.get("main")
     return Findings(
         comparisons=tuple(_comparisons(results, study)),
+        equal_safety=_equal_safety(results, study),
         validities=tuple(_validities(results, study)),
         depths=tuple(_depth_controls(results)),
         nulls=tuple(_nulls(results, study)),
@@ -159,7 +166,7 @@ def _comparisons(results: Results, study: StudyConfig) -> list[ArmComparison]:
     for method in study.methods:
         suffix = method_suffix(method)
         safe = {trial.seed: trial for trial in results.of(f"{REFERENCE}{suffix}")}
-        for purpose in PURPOSES:
+        for purpose in next((trial.measured.purposes for trial in safe.values()), []):
             if not any(outcomes(list(safe.values()), purpose).values()):
                 continue
             for arm in study.arms:
@@ -176,10 +183,30 @@ def _comparisons(results: Results, study: StudyConfig) -> list[ArmComparison]:
         comparison = replace(comparison, p_adjusted=p, n_comparisons=len(asked))
         suffix = method_suffix(method)
         words = comparison_verdict(
-            comparison, first=f"{arm}{suffix}", second=f"{REFERENCE}{suffix}", metric=_METRICS[purpose]
+            comparison, first=f"{arm}{suffix}", second=f"{REFERENCE}{suffix}", about=PURPOSES[purpose]
         )
         made.append(ArmComparison(method, arm, purpose, comparison, words))
     return made
+
+
+def _equal_safety(results: Results, study: StudyConfig) -> dict[str, SafetyCosts]:
+    """Costs of the arms of every method at one safety, the reference first, over the seeds that all of them have."""
+    found: dict[str, SafetyCosts] = {}
+    for method in study.methods if results.base is not None else ():
+        suffix = method_suffix(method)
+        names = [f"{arm}{suffix}" for arm in sorted(study.arms, key=lambda arm: arm != REFERENCE)]
+        trials = {name: {t.seed: t for t in results.of(name) if t.strengths} for name in names}
+        trials = {name: by_seed for name, by_seed in trials.items() if by_seed}
+        seeds = [seed for seed in study.seeds if trials and all(seed in by_seed for by_seed in trials.values())]
+        arms = {
+            name: [{**by_seed[seed].strengths, 1.0: by_seed[seed].measured} for seed in seeds]
+            for name, by_seed in trials.items()
+        }
+        assert results.base is not None
+        costs = safety_costs(results.base, arms)
+        if costs is not None:
+            found[method] = costs
+    return found
 
 
 def _points(trials: Sequence[Trial], base: Measured | None, score: str, cost: str) -> list[Point]:
@@ -200,21 +227,30 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
         for score in study.scores:
             arms = [study.bucket(number, buckets, score) for number in range(1, buckets + 1)]
             trials = [trial for arm in arms for trial in results.of(arm)]
-            # MMLU-CR needs MMLU among the suites.
-            costs = [c for c in COSTS if c != "mmlu_cr" or any(t.mmlu_cost_ratio is not None for t in trials)]
+            costs = measured_costs(results.base)
             wanted += [(score, buckets, cost, _points(trials, results.base, score, cost)) for cost in costs if trials]
     tested = [predictive_validity(points) for *_, points in wanted]
     adjusted = holm([found.of_means.pearson_p for found in tested])
     made = []
     for (score, buckets, cost, points), found, p in zip(wanted, tested, adjusted, strict=True):
-        why = "a suite has nothing scored" if cost == "utility_lost" else "safety did not rise"
+        about = COSTS[cost]
         words = verdict(
-            found, score=SYMBOLS[score], cost=COSTS[cost], why_undefined=why, p_adjusted=p, n_comparisons=len(tested)
+            found,
+            score=SYMBOLS[score],
+            cost=about.phrase,
+            why_undefined="safety did not rise" if about.is_ratio else "a suite has nothing scored",
+            p_adjusted=p,
+            n_comparisons=len(tested),
         )
         means = arm_means(points)
         order = order_p(means.score_A.tolist(), means.cost_A.tolist())
         made.append(ScoreValidity(score, buckets, cost, found, order, tuple(points), f"{buckets} buckets: {words}"))
     return made
+
+
+def _controlled(results: Results) -> list[str]:
+    """Costs that are looked at beyond the buckets."""
+    return [cost for cost in measured_costs(results.base) if cost != _LEFT_OUT]
 
 
 def _depth_controls(results: Results) -> list[DepthControl]:
@@ -226,7 +262,7 @@ def _depth_controls(results: Results) -> list[DepthControl]:
     arms = _unlike([t for t in _plain(results) if abs(len(t.selection.units) - n_heads) <= 1])
     found = []
     for score in SCORE_COLUMNS:
-        for cost in ("ucr", "utility_lost"):
+        for cost in _controlled(results):
             means = arm_means(_points(arms, results.base, score, cost))
             partial = partial_correlation(means.score_A.tolist(), means.cost_A.tolist(), means.depth_A.tolist())
             found.append(DepthControl(score, cost, partial))
@@ -239,26 +275,22 @@ def _nulls(results: Results, study: StudyConfig) -> list[ZoneNull]:
     places = []
     for zone in ("safe", "risky"):
         trials = [trial for trial in results.of(zone) if trial.seed == study.seeds[0]]
-        for cost in ("ucr", "utility_lost") if trials and len(draws) > 1 else ():
-            value = _cost_alone(trials[0], results.base, cost)
+        for cost in _controlled(results) if trials and len(draws) > 1 else ():
+            value = cost_alone(trials[0], results.base, cost)
             # A ratio without any gain in safety is the worst there is, not a missing one.
-            gainless = [t for t in draws if cost == "ucr" and t.cost_ratio is not None and t.cost_ratio.value is None]
-            costs = [_cost_alone(trial, results.base, cost) for trial in draws if trial not in gainless]
+            gainless = [n for n, t in enumerate(draws) if cost in t.cost_ratios and t.cost_ratios[cost].value is None]
+            costs = [cost_alone(trial, results.base, cost) for n, trial in enumerate(draws) if n not in gainless]
             places.append((zone, cost, null_position(value, costs, n_gainless=len(gainless))))
     adjusted = holm([place.p for *_, place in places])
     return [
         ZoneNull(
-            zone, cost, place, null_verdict(place, zone=zone, cost=COSTS[cost], p_adjusted=p, n_comparisons=len(places))
+            zone,
+            cost,
+            place,
+            null_verdict(place, zone=zone, cost=COSTS[cost].phrase, p_adjusted=p, n_comparisons=len(places)),
         )
         for (zone, cost, place), p in zip(places, adjusted, strict=True)
     ]
-
-
-def _cost_alone(trial: Trial, base: Measured | None, cost: str) -> float | None:
-    """What one training cost, whatever the other seeds of its arm say."""
-    if cost == "ucr":
-        return None if trial.cost_ratio is None else trial.cost_ratio.value
-    return costs_of([trial], base, cost)[0][0]
 
 
 def _agreements(results: Results) -> list[MapAgreement]:

@@ -11,38 +11,43 @@ from castune.artifacts.files import write_text
 from castune.config import StudyConfig
 from castune.core.numbers import duration, number, p_value, percent, span, with_error
 from castune.names import plural
+from castune.purposes import COSTS, PURPOSES, RATIOS
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_charts, drift_section
+from castune.report.equal_safety import chart_names, costs_of, costs_table, sentences
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.outcomes import losses
 from castune.report.samples import samples
 from castune.report.sections import figure, known, section
-from castune.report.summary import points
+from castune.report.summary import NOT_MEASURED
 from castune.stats.distributions import Interval
 from castune.steps.directory import BASE, RunDirectory
-from castune.study.figures import charts, method_figures
-from castune.study.findings import COSTS, SYMBOLS, Findings
+from castune.study.figures import COST_FIGURES, charts, equal_safety_figure, method_figures
+from castune.study.findings import SYMBOLS, Findings
 from castune.study.graph import Graph
 from castune.study.schedule import State
-from castune.study.tables import Row, Table, method_table
+from castune.study.tables import Row, Table, average_column, method_table
 from castune.study.trials import Results
 
 # Numbers of a table's row that belong to another one, and how it is shown with them.
-_HIDDEN = {"calibration", "mmlu_cr_seeds"}
-_RATIOS = ("ucr", "mmlu_cr")
-_AVERAGES = ("general_average", "safety_average", "over_refusal_average", *_RATIOS)
+_HIDDEN = {"calibration", *(f"{ratio}_seeds" for ratio in RATIOS if ratio != "ucr")}
+_AVERAGES = ("general_average", *(average_column(purpose) for purpose in PURPOSES if purpose != "utility"), *RATIOS)
 _HEADS = {
+    **{average_column(purpose): f"{about.label}, mean" for purpose, about in PURPOSES.items()},
+    **{name: cost.label for name, cost in COSTS.items()},
     "arm": "Arm", "heads": "Heads", "mean_conflict": "Mean C", "mean_score": "Mean score", "seeds": "Seeds",
     "general_average": "Utility, mean", "safety_average": "Safety, mean", "over_refusal_average": "Over-refusal, mean",
-    "unscored": "Unscored", "ucr": "UCR", "mmlu_cr": "MMLU-CR", "score": "Score", "buckets": "M", "bucket": "Bucket",
+    "unscored": "Unscored", "score": "Score", "buckets": "M", "bucket": "Bucket",
     "pearson": "Pearson r", "spearman": "Spearman ρ", "pearson_p": "p of r", "spearman_p": "p of ρ", "cost": "Cost",
     "seed": "Seed", "n": "n", "undefined": "Undefined", "ucr_seeds": "Seeds with a UCR",
 }  # fmt: skip
 _RULE = (
-    "Rates in per cent, ± one standard error over seeds; means over suites without weights, as the paper averages. UCR "
-    "and MMLU-CR (Eqs. 7 and 8) are those of the mean rates; they are undefined, and shown as –, where safety did not "
-    "rise. What examples add to the error is in the intervals of the comparisons."
+    "Rates in per cent, log-likelihoods, divergences and margins in nats a token, ± one standard error over seeds; "
+    "means over suites without weights, as the paper averages. UCR and MMLU-CR (Eqs. 7 and 8) are those of the mean "
+    "rates, UCR in nats is the NLL of right answers that was added, for a refusal rate that rises from 0 to 1; they "
+    "are undefined, and shown as –, where safety did not rise. What examples add to the error is in the intervals of "
+    "the comparisons."
 )
 
 
@@ -65,6 +70,7 @@ def write_study_report(
         _opening(graph, results, found),
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
         _arms(graph.recipe.study, tables, shown, found),
+        _equal_safety(found),
         _validity(tables, shown, found),
         _budget(tables, shown, found),
         _maps(graph, results, found),
@@ -118,13 +124,13 @@ def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Collection[str
             if name in drawn
         ]
     comparisons = [
-        [c.method, c.arm, c.purpose, points(c.found.value), _span_of_points(c.found.interval),
-         _span_of_points(c.found.over_seeds),
+        [c.method, c.arm, c.purpose, _change(c.found.value, c.purpose), _span_of(c.found.interval, c.purpose),
+         _span_of(c.found.over_seeds, c.purpose), PURPOSES[c.purpose].shown.change,
          _p(c.found.p), _p(c.found.p_adjusted), f"{c.found.n_examples:,}"]
         for c in found.comparisons
     ]  # fmt: skip
     head = [
-        "Trained by", "Arm", "Suites", "Minus safe, points", "95 %", "95 % over seeds", "p", "p (Holm)", "Examples",
+        "Trained by", "Arm", "Suites", "Minus safe", "95 %", "95 % over seeds", "Unit", "p", "p (Holm)", "Examples",
     ]  # fmt: skip
     against = table(head, comparisons, label="Arms against the safe zone", class_="numbers")
     return section(
@@ -138,17 +144,37 @@ def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Collection[str
     )
 
 
+def _equal_safety(found: Findings) -> Markup:
+    parts: list[object] = []
+    for method, costs in found.equal_safety.items():
+        figures = [
+            figure(
+                equal_safety_figure(name, method),
+                f"{PURPOSES[cost].label} over safety, adapters from off to full strength, with 95 % bands. Down and to "
+                "the right is better.",
+            )
+            for name, cost in zip(chart_names(costs), costs_of(costs), strict=True)
+        ]
+        parts += [
+            tag("h3", f"Trained by {method}"),
+            *(tag("p", sentence) for sentence in sentences(costs)),
+            costs_table(costs),
+            tag("div", *figures, class_="figures"),
+        ]
+    return section("Cost at equal safety", "equal-safety", *parts) if parts else Markup("")
+
+
 def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findings) -> Markup:
     figures = [
         figure(
             name,
             "Buckets by their mean score. Large: the cost of the mean rates, ± one standard error; small: the seeds.",
         )
-        for name in ("figure_5_mmlu_cr", "figure_6_ucr", "figure_utility_lost")
+        for name in COST_FIGURES.values()
         if name in drawn
     ]
     rows = [
-        [SYMBOLS[v.score], v.buckets, COSTS[v.cost], number(v.found.of_means.pearson), _span(v.found.retrained),
+        [SYMBOLS[v.score], v.buckets, COSTS[v.cost].phrase, number(v.found.of_means.pearson), _span(v.found.retrained),
          _span(v.found.other_arms), _p(v.found.of_means.pearson_p), number(v.found.of_means.spearman),
          _p(v.order_p), f"{v.found.n_undefined} of {v.found.n_trials}"]
         for v in found.validities
@@ -158,12 +184,12 @@ def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findin
         "Undefined",
     ]  # fmt: skip
     partial = [
-        [SYMBOLS[d.score], COSTS[d.cost], number(d.found.pearson), _span(d.found.pearson_interval),
+        [SYMBOLS[d.score], COSTS[d.cost].phrase, number(d.found.pearson), _span(d.found.pearson_interval),
          _p(d.found.pearson_p),
          number(d.found.spearman), d.found.n, d.found.reason or "–"]
         for d in found.depths
     ]  # fmt: skip
-    nulls = [[n.zone, COSTS[n.cost], n.words] for n in found.nulls]
+    nulls = [[n.zone, COSTS[n.cost].phrase, n.words] for n in found.nulls]
     parts: list[object] = [tag("div", *figures, class_="figures")]
     for name in ("table_7_buckets", "table_8_validity"):
         if name in tables:
@@ -304,11 +330,11 @@ def _table(shown: Table) -> Markup:
     if averages:
         place = columns.index("seeds") + 1
         columns = [*columns[:place], *averages, *(c for c in columns[place:] if c not in averages)]
-    rows = [[_cell(row, column) for column in columns] for row in shown.rows]
+    rows = [[_cell(row, column, in_nats=column in shown.nats) for column in columns] for row in shown.rows]
     return table([_HEADS.get(c, c) for c in columns], rows, label=shown.title, class_="numbers")
 
 
-def _cell(row: Row, column: str) -> str:
+def _cell(row: Row, column: str, *, in_nats: bool) -> str:
     value = row[column]
     if value is None:
         return "–"
@@ -316,8 +342,8 @@ def _cell(row: Row, column: str) -> str:
         return str(value)
     error = row.get(f"{column}_se")
     assert error is None or isinstance(error, float)
-    is_rate = f"{column}_se" in row and column not in _RATIOS
-    digits = 1 if is_rate else 3 if column.endswith("_p") else 2
+    is_rate = f"{column}_se" in row and column not in RATIOS and not in_nats
+    digits = 1 if is_rate else 3 if column.endswith("_p") or in_nats or column == "ucr_nll" else 2
     return with_error(value, error, f".{digits}f").replace(" ", "\u00a0")
 
 
@@ -325,8 +351,16 @@ def _span(interval: Interval | None) -> str:
     return "–" if interval is None else span(*interval)
 
 
-def _span_of_points(interval: Interval | None) -> str:
-    return "–" if interval is None else span(100 * interval.low, 100 * interval.high, ".1f")
+def _change(value: float | None, purpose: str) -> str:
+    shown = PURPOSES[purpose].shown
+    return NOT_MEASURED if value is None else number(shown.scale * value, f"+.{shown.digits}f")
+
+
+def _span_of(interval: Interval | None, purpose: str) -> str:
+    shown = PURPOSES[purpose].shown
+    if interval is None:
+        return "–"
+    return span(shown.scale * interval.low, shown.scale * interval.high, f".{shown.digits}f")
 
 
 def _p(value: float | None) -> str:

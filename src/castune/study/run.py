@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from castune.console import say, show_rows
 from castune.core.devices import torch_dtype_of
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config
-from castune.core.numbers import duration
+from castune.core.numbers import duration, number
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.example import content_hash
@@ -28,6 +28,7 @@ from castune.errors import CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
 from castune.plan.skeleton import skeleton
+from castune.purposes import PURPOSES
 from castune.steps.arms import require_trainable
 from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
@@ -38,13 +39,13 @@ from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, Unit
 from castune.study.page import write_study_report
 from castune.study.schedule import Schedule, State
-from castune.study.tables import Table, finding_tables, method_table, tables
+from castune.study.tables import Cell, Row, Table, average_column, finding_tables, method_table, tables
 from castune.study.trials import Results, read_results
 from castune.study.work import is_done
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = ("arm", "heads", "seeds", "general_average", "safety_average", "over_refusal_average", "ucr")
+_SHOWN = ("arm", "heads", "seeds", *map(average_column, PURPOSES), "ucr", "ucr_nll")
 
 
 class Options(NamedTuple):
@@ -151,7 +152,7 @@ def show_study(recipe: Recipe, options: Options) -> bool:
     done = run_study(graph, options.made(graph), suites)
     for table in (done.tables.get(method_table(method)) for method in recipe.study.methods):
         if table is not None:
-            show_rows(table.title, [{key: row.get(key) for key in _SHOWN} for row in table.rows])
+            show_rows(table.title, [_shown(row, table.nats) for row in table.rows])
     for sentence in done.findings.verdict:
         say(f"- {sentence}")
     for name in done.results.missing:
@@ -164,6 +165,13 @@ def show_study(recipe: Recipe, options: Options) -> bool:
     for name, suite in unscored:
         say(f"{name}: none of the examples of suite {suite} could be scored")
     return done.is_finished and not unscored
+
+
+def _shown(row: Row, nats: Collection[str]) -> dict[str, Cell]:
+    """What of a row the console shows; nats to three places."""
+    found = {key: row[key] for key in _SHOWN if key in row}
+    in_nats = {key: value for key, value in found.items() if key in nats and isinstance(value, float)}
+    return found | {key: number(value, ".3f") for key, value in in_nats.items()}
 
 
 def show_graph(recipe: Recipe, *, accelerator: str | None) -> None:

@@ -1,7 +1,7 @@
 """The paper's tables from the trials of a study, as rows of plain values. Pure.
 
-Rates are in per cent. `NAME_se` is the standard error of the mean over seeds (none with one seed), `seeds` how many
-there are. What could not be measured or is undefined is empty, never 0.
+Rates are in per cent, means of continuous suites in nats. `NAME_se` is the standard error of the mean over seeds (none
+with one seed), `seeds` how many there are. What could not be measured or is undefined is empty, never 0.
 """
 
 from __future__ import annotations
@@ -9,29 +9,37 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from castune.config import StudyConfig, method_suffix
+from castune.purposes import COSTS, PURPOSES, RATIOS
 from castune.stats.correlations import correlation
 from castune.stats.estimates import estimate
 from castune.study.findings import BudgetCheck, Findings
-from castune.study.trials import PURPOSES, Measured, Results, Trial, costs_of
+from castune.study.realised_costs import cost_alone, costs_of, measured_costs
+from castune.study.trials import Measured, Results, Trial
 
 Cell = str | float | bool | None
 Row = dict[str, Cell]
 
 # The paper's table of the arms that are trained so.
 _PAPER_TABLES = {"sft": 1, "pcgrad": 2}
-_PURPOSE_NAMES = {"utility": "general_average", "safety": "safety_average", "over-refusal": "over_refusal_average"}
+# Cost ratios that have a column whatever was measured.
+_PAPER_RATIOS = ("ucr", "mmlu_cr")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: what it is called, what it shows, and its rows, all with the same keys."""
+    """A table: what it is called, what it shows, and its rows, all with the same keys.
+
+    Attributes:
+        nats: the columns that are in nats.
+    """
 
     name: str
     title: str
     rows: tuple[Row, ...]
+    nats: frozenset[str] = frozenset()
 
     @property
     def columns(self) -> list[str]:
@@ -49,7 +57,9 @@ class Table:
 
 def tables(results: Results, study: StudyConfig) -> list[Table]:
     """All tables that these results allow: 1 and 2, 7 to 11 of the paper, every trial, and how the maps agree."""
-    found = [Table("trials", "Every arm with every seed", tuple(map(_trial_row, results.trials)))]
+    found = [
+        Table("trials", "Every arm with every seed", tuple(_trial_row(trial, results.base) for trial in results.trials))
+    ]
     for method in study.methods:
         number = _PAPER_TABLES.get(method)
         title = f"Arms trained by {method}" + (f" (Table {number} of the paper)" if number else "")
@@ -66,7 +76,19 @@ def tables(results: Results, study: StudyConfig) -> list[Table]:
         for row in _arm_rows(results, calibration.arms, calibration=name, base=False)
     ]
     found.append(Table("table_10_11_calibrations", "Other calibration data (Tables 10 and 11)", tuple(others)))
-    return [table for table in found if table.rows]
+    nats = frozenset() if results.base is None else _columns_in_nats(results.base)
+    return [replace(table, nats=nats) for table in found if table.rows]
+
+
+def average_column(purpose: str) -> str:
+    """Name of the column of the mean over the suites of a purpose."""
+    return "general_average" if purpose == "utility" else f"{purpose.replace('-', '_')}_average"
+
+
+def _columns_in_nats(measured: Measured) -> frozenset[str]:
+    continuous = [purpose for purpose in measured.purposes if PURPOSES[purpose].is_continuous]
+    suites = [suite for purpose in continuous for suite in measured.suites_of(purpose)]
+    return frozenset([*suites, *map(average_column, continuous)])
 
 
 def method_table(method: str) -> str:
@@ -76,11 +98,12 @@ def method_table(method: str) -> str:
 
 
 def finding_tables(found: Findings) -> list[Table]:
-    """What the trials show, as tables: comparisons with the safe zone, depth, nulls, maps, and predicted budgets."""
+    """What the trials show, as tables: comparisons with the safe zone, costs at equal safety, depth, nulls, maps, and
+    predicted budgets."""
     comparisons = [
-        {"method": c.method, "arm": c.arm, "purpose": c.purpose, "minus_safe": _percent(c.found.value),
-         **_ends("interval", c.found.interval, 100), **_ends("over_seeds", c.found.over_seeds, 100),
-         **_ends("over_examples", c.found.over_examples, 100), "p": c.found.p, "p_holm": c.found.p_adjusted,
+        {"method": c.method, "arm": c.arm, "purpose": c.purpose, "minus_safe": _shown(c.found.value, c.purpose),
+         **_ends("interval", c.found.interval, c.purpose), **_ends("over_seeds", c.found.over_seeds, c.purpose),
+         **_ends("over_examples", c.found.over_examples, c.purpose), "p": c.found.p, "p_holm": c.found.p_adjusted,
          "seeds": c.found.n_seeds, "examples": c.found.n_examples, "unscored": c.found.n_unscored, "words": c.words}
         for c in found.comparisons
     ]  # fmt: skip
@@ -111,6 +134,7 @@ def finding_tables(found: Findings) -> list[Table]:
     ]  # fmt: skip
     made = {
         "comparisons": ("Arms against the safe zone", comparisons),
+        "equal_safety": ("Costs at equal safety", _equal_safety_rows(found)),
         "validity": ("Scores against costs, with intervals", validity),
         "depth": ("Scores against costs, controlled for the layer", depths),
         "nulls": ("Zones among random heads", nulls),
@@ -130,7 +154,28 @@ def _budget_rows(found: BudgetCheck | None) -> list[Row]:
     ]
 
 
-def _ends(name: str, interval: tuple[float, float] | None, scale: float = 1) -> Row:
+def _equal_safety_rows(found: Findings) -> list[Row]:
+    """A row a method, cost and arm: its price where arms are equally safe, and the first arm's less its own."""
+    rows: list[Row] = []
+    for method, costs in found.equal_safety.items():
+        first = costs.arms[0]
+        for purpose, of_cost in costs.costs.items():
+            for arm, price in of_cost.arms.items():
+                beside = of_cost.differences.get((first, arm))
+                rows.append(
+                    {"method": method, "safety_of": costs.safety, "safety": _shown(of_cost.target, costs.safety),
+                     "cost": purpose, "arm": arm, "strength": price.strength, "value": _shown(price.value, purpose),
+                     **_ends("interval", price.interval, purpose), "first": first,
+                     "first_minus_arm": None if beside is None else _shown(beside.value, purpose),
+                     **_ends("difference", None if beside is None else beside.interval, purpose),
+                     "reached_share": price.reached_share, "seeds": of_cost.n_seeds, "prompts": of_cost.n_prompts,
+                     "items": sum(of_cost.n_items)}
+                )  # fmt: skip
+    return rows
+
+
+def _ends(name: str, interval: tuple[float, float] | None, purpose: str | None = None) -> Row:
+    scale = 1.0 if purpose is None else PURPOSES[purpose].shown.scale
     low, high = (None, None) if interval is None else (scale * interval[0], scale * interval[1])
     return {f"{name}_low": low, f"{name}_high": high}
 
@@ -142,16 +187,23 @@ def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:
     seeds in which it is defined on their own.
     """
     row: Row = {"seeds": len(trials)}
-    for name in [suite.suite for suite in trials[0].measured.suites]:
-        row |= over_seeds(name, [_percent(trial.measured.rate(name)) for trial in trials])
-    for purpose in PURPOSES:
-        means = [_percent(trial.measured.mean(purpose)) for trial in trials]
-        row |= over_seeds(_PURPOSE_NAMES[purpose], means)
+    measured = trials[0].measured
+    for suite in measured.suites:
+        values = [_shown(trial.measured.rate(suite.suite), suite.purpose) for trial in trials]
+        row |= over_seeds(suite.suite, values)
+    for purpose in measured.purposes:
+        means = [_shown(trial.measured.mean(purpose), purpose) for trial in trials]
+        row |= over_seeds(average_column(purpose), means)
     row["unscored"] = sum(suite.unscored for trial in trials for suite in trial.measured.suites)
-    for cost in ("ucr", "mmlu_cr"):
+    for cost in _ratios(base):
         row |= _mean_ratio(trials, base, cost)
-        row[f"{cost}_seeds"] = sum(_cost(trial, cost) is not None for trial in trials)
+        row[f"{cost}_seeds"] = sum(cost_alone(trial, base, cost) is not None for trial in trials)
     return row
+
+
+def _ratios(base: Measured | None) -> list[str]:
+    """The cost ratios that have a column."""
+    return [cost for cost in RATIOS if cost in (*_PAPER_RATIOS, *measured_costs(base))]
 
 
 def _mean_ratio(trials: Sequence[Trial], base: Measured | None, cost: str) -> dict[str, float | None]:
@@ -185,8 +237,8 @@ def _arm_rows(results: Results, arms: Iterable[str], *, calibration: str = "main
 def _base_row(base: Measured, columns: Sequence[str]) -> Row:
     row: Row = dict.fromkeys(columns)
     row |= {"calibration": "main", "arm": "base"}
-    row |= {suite.suite: _percent(suite.value) for suite in base.suites}
-    row |= {_PURPOSE_NAMES[purpose]: _percent(base.mean(purpose)) for purpose in PURPOSES}
+    row |= {suite.suite: _shown(suite.value, suite.purpose) for suite in base.suites}
+    row |= {average_column(purpose): _shown(base.mean(purpose), purpose) for purpose in base.purposes}
     row["unscored"] = sum(suite.unscored for suite in base.suites)
     return {column: row.get(column) for column in columns}
 
@@ -211,8 +263,7 @@ def _validity(results: Results, study: StudyConfig) -> list[Row]:
         for score in study.scores:
             of_bucket = [results.of(study.bucket(n, buckets, score)) for n in range(1, buckets + 1)]
             of_bucket = [trials for trials in of_bucket if trials]
-            was_asked = any(trial.mmlu_cost_ratio is not None for trials in of_bucket for trial in trials)
-            for cost in ("ucr", *(["mmlu_cr"] if was_asked else [])):
+            for cost in [cost for cost in measured_costs(results.base) if COSTS[cost].is_ratio]:
                 points = [
                     (_mean(t.scores[score] for t in trials), _mean_ratio(trials, results.base, cost)[cost])
                     for trials in of_bucket
@@ -220,7 +271,7 @@ def _validity(results: Results, study: StudyConfig) -> list[Row]:
                 rows.append(_correlation_row(score, buckets, cost, "mean", points))
                 for seed in study.seeds:
                     points = [
-                        (trial.scores[score], _cost(trial, cost))
+                        (trial.scores[score], cost_alone(trial, results.base, cost))
                         for trials in of_bucket
                         for trial in trials
                         if trial.seed == seed
@@ -241,12 +292,7 @@ def _correlation_row(
     }  # fmt: skip
 
 
-def _cost(trial: Trial, cost: str) -> float | None:
-    ratio = trial.cost_ratio if cost == "ucr" else trial.mmlu_cost_ratio
-    return None if ratio is None else ratio.value
-
-
-def _trial_row(trial: Trial) -> Row:
+def _trial_row(trial: Trial, base: Measured | None) -> Row:
     row: Row = {
         "calibration": trial.calibration, "arm": trial.arm, "trained": trial.trained, "seed": trial.seed,
         "heads": len(trial.selection.units),
@@ -255,10 +301,11 @@ def _trial_row(trial: Trial) -> Row:
         "mean_layer": trial.depth,
     }  # fmt: skip
     for suite in trial.measured.suites:
-        row[suite.suite] = _percent(suite.value)
-        row[f"{suite.suite}_se"] = _percent(suite.standard_error)
+        row[suite.suite] = _shown(suite.value, suite.purpose)
+        row[f"{suite.suite}_se"] = _shown(suite.standard_error, suite.purpose)
         row[f"{suite.suite}_n"], row[f"{suite.suite}_unscored"] = suite.n, suite.unscored
-    for name, ratio in (("ucr", trial.cost_ratio), ("mmlu_cr", trial.mmlu_cost_ratio)):
+    for name in _ratios(base):
+        ratio = trial.cost_ratios.get(name)
         row[name] = None if ratio is None else ratio.value
         row[f"{name}_low"] = None if ratio is None else ratio.low
         row[f"{name}_high"] = None if ratio is None else ratio.high
@@ -270,8 +317,9 @@ def _mean(values: Iterable[float]) -> float:
     return sum(known) / len(known)
 
 
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
+def _shown(value: float | None, purpose: str) -> float | None:
+    """A rate in per cent, a mean in nats."""
+    return None if value is None else PURPOSES[purpose].shown.scale * value
 
 
 def _cell(value: Cell) -> Cell:

@@ -1,26 +1,27 @@
 """What a study has measured: a trial an arm and seed, read from the run directories.
 
-Of an evaluation only the outcomes are kept, not the replies: a study of the paper's size has a million of them.
+Of an evaluation only the outcomes are kept, not the replies: a study of the paper's size has a million of them, and
+several times as many where adapters are measured at several strengths.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult, Unit
+from castune.artifacts.samples import references_of
+from castune.config import method_suffix
+from castune.purposes import PURPOSES
 from castune.selection import SCORE_COLUMNS
 from castune.stats.estimates import CostRatio
-from castune.steps.changes import cost_ratios
+from castune.steps.changes import all_cost_ratios
 from castune.steps.directory import BASE, RunDirectory
-from castune.study.graph import Graph, Run
-
-PURPOSES = ("utility", "safety", "over-refusal")
-MMLU = "mmlu"
+from castune.study.graph import MAIN, Graph, Run
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,23 @@ class Measured:
         outcomes: dict[str, dict[str, float | None]] = {suite.suite: {} for suite in result.suites}
         for sample in result.samples:
             outcome = sample["outcome"]
-            outcomes[sample["suite"]][sample["id"]] = None if outcome is None else float(outcome)
+            # Every evaluation has the same examples: their names are kept once.
+            outcomes[sample["suite"]][sys.intern(sample["id"])] = None if outcome is None else float(outcome)
         return cls(result.suites, outcomes)
+
+    def outcomes_of(self, suite: str) -> list[float | None]:
+        """Outcomes of the examples of a suite, in their order."""
+        return list(self.outcomes[suite].values())
+
+    def suites_of(self, purpose: str) -> list[str]:
+        """Names of the suites of a purpose."""
+        return [suite.suite for suite in self.suites if suite.purpose == purpose]
+
+    @property
+    def purposes(self) -> list[str]:
+        """What is measured: utility first, safety and over-refusal always, the others where a suite is of them."""
+        found = [name for name, about in PURPOSES.items() if not about.is_continuous or self.suites_of(name)]
+        return sorted(found, key=lambda purpose: purpose != "utility")
 
     def rate(self, suite: str) -> float | None:
         """The rate of a suite; None where nothing was scored."""
@@ -64,8 +80,8 @@ class Trial:
         scores: mean C, O and S of its heads, by `conflict`, `gradient`, `sensitivity`.
         depth: mean layer of its heads.
         measured: its evaluation.
-        cost_ratio: UCR (Eq. 7) with its interval over examples; None where a number for it is missing.
-        mmlu_cost_ratio: MMLU-CR (Eq. 8); None also where MMLU was not measured.
+        cost_ratios: by `purposes.RATIOS`, each with its interval over examples; not those that lack a number.
+        strengths: its evaluations at the other strengths of the recipe; empty where one is missing.
     """
 
     calibration: str
@@ -77,8 +93,8 @@ class Trial:
     scores: dict[str, float]
     depth: float
     measured: Measured
-    cost_ratio: CostRatio | None
-    mmlu_cost_ratio: CostRatio | None
+    cost_ratios: Mapping[str, CostRatio]
+    strengths: Mapping[float, Measured] = field(default_factory=dict)
 
     @property
     def heads(self) -> str:
@@ -126,11 +142,15 @@ def read_results(graph: Graph) -> Results:
     base_folder = RunDirectory(graph.base_folder)
     if base_folder.is_evaluated(BASE):
         found = EvalResult.load(base_folder.evaluation(BASE))
+    study = graph.recipe.study
+    compared = [f"{arm}{method_suffix(method)}" for method in study.methods for arm in study.arms]
     trials: list[Trial] = []
     missing: list[str] = []
     for run in graph.runs:
         cmap = maps.get(run.calibration)
-        here = {} if cmap is None or found is None else _trained(run, cmap, found)
+        is_main = run.calibration == MAIN and not run.is_draw
+        at_strengths = {run.same_as[arm] for arm in compared if arm in run.same_as} if is_main else set()
+        here = {} if cmap is None or found is None else _trained(run, cmap, found, at_strengths)
         for arm, trained in run.same_as.items():
             if trained in here:
                 trials.append(replace(here[trained], arm=arm))
@@ -140,8 +160,8 @@ def read_results(graph: Graph) -> Results:
     return Results(maps, None if found is None else Measured.of(found), tuple(trials), tuple(missing), settings)
 
 
-def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
-    """The finished arms of a run directory by the names of their directories."""
+def _trained(run: Run, cmap: ConflictMap, base: EvalResult, at_strengths: Collection[str]) -> dict[str, Trial]:
+    """The finished arms of a run directory by the names of their directories; some with their further strengths."""
     folder = RunDirectory(run.folder)
     trials = {}
     for name in run.trained:
@@ -152,11 +172,9 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
         # Refuses an adapter that is not the one of its certificate.
         adapter = folder.load_tuning(arm, selection).certificate.adapter_hash
         result = EvalResult.load(folder.evaluation(name))
-        if result.settings["judge"] != base.settings["judge"]:
-            continue  # not judged yet
-        if _data_of(result) != _data_of(base) or result.model["adapter"] != adapter:
-            continue  # of earlier settings, or an earlier training, and not made again
-        pair = {BASE: base, name: result}
+        if not _is_beside(result, base, adapter):
+            continue
+        ratios = all_cost_ratios({BASE: base, name: result})
         trials[name] = Trial(
             calibration=run.calibration,
             arm=name,
@@ -167,10 +185,39 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult) -> dict[str, Trial]:
             scores=mean_scores(cmap, selection.units),
             depth=float(np.mean([one.layer for one in selection.units])),
             measured=Measured.of(result),
-            cost_ratio=cost_ratios(pair).get(name),
-            mmlu_cost_ratio=cost_ratios(pair, MMLU).get(name),
+            cost_ratios={ratio: of_arms[name] for ratio, of_arms in ratios.items()},
+            strengths=_at_strengths(run, name, base, adapter) if name in at_strengths else {},
         )
     return trials
+
+
+def _at_strengths(run: Run, name: str, base: EvalResult, adapter: str) -> dict[float, Measured]:
+    """Evaluations of an arm at the other strengths of its adapter; none where one is not there yet."""
+    folder, found = RunDirectory(run.folder), {}
+    for strength in run.recipe.evaluate.strengths:
+        if strength == 1:
+            continue
+        if not folder.is_evaluated(name, strength):
+            return {}
+        result = EvalResult.load(folder.at_strength(name, strength))
+        if not _is_beside(result, base, adapter):
+            return {}
+        found[strength] = Measured.of(result)
+    return found
+
+
+def _is_beside(result: EvalResult, base: EvalResult, adapter: str) -> bool:
+    """Whether an evaluation can be compared with the base model's.
+
+    It cannot before it is judged, or where it is of earlier settings, of an earlier training, or of replies that the
+    base model gave before, and was not made again.
+    """
+    return (
+        result.settings["judge"] == base.settings["judge"]
+        and _data_of(result) == _data_of(base)
+        and result.model["adapter"] == adapter
+        and references_of(result.samples) == references_of(base.samples)
+    )
 
 
 def _data_of(result: EvalResult) -> list[tuple[str, str]]:
@@ -182,67 +229,3 @@ def mean_scores(cmap: ConflictMap, units: Sequence[Unit]) -> dict[str, float]:
     row_of = {unit: row for row, unit in enumerate(cmap.units)}
     rows = [row_of[unit] for unit in units]
     return {score: float(cmap.column(column)[rows].mean()) for score, column in SCORE_COLUMNS.items()}
-
-
-def utility_lost(after: Measured, before: Measured) -> tuple[float | None, float | None]:
-    """Points of utility accuracy lost, the unweighted mean over suites, and its standard error, paired by example."""
-    gained, error = _gained(after, before, [suite.suite for suite in before.suites if suite.purpose == "utility"])
-    return None if gained is None else -gained, error
-
-
-def costs_of(trials: Sequence[Trial], base: Measured | None, cost: str) -> list[tuple[float | None, float | None]]:
-    """What the trainings of one arm cost, each with its standard error over examples; None where it is undefined.
-
-    A ratio (`ucr`, Eq. 7; `mmlu_cr`, Eq. 8) divides by a gain in safety that a single training may hardly have, so an
-    arm has one: that of its mean rates, as in Table 7. Its trainings have the ratio's linear approximation there; their
-    mean is the arm's ratio, and their spread its noise. `utility_lost` is linear and is that of each training.
-
-    Args:
-        trials: of one arm.
-        base: the base model.
-        cost: ucr, mmlu_cr or utility_lost.
-    """
-    nothing: list[tuple[float | None, float | None]] = [(None, None)] * len(trials)
-    if base is None:
-        return nothing
-    if cost == "utility_lost":
-        return [utility_lost(trial.measured, base) for trial in trials]
-    utility = [s.suite for s in base.suites if s.purpose == "utility" and (cost == "ucr" or s.suite == MMLU)]
-    safety = [suite.suite for suite in base.suites if suite.purpose == "safety"]
-    losses = [_gained(trial.measured, base, utility) for trial in trials]
-    gains = [_gained(trial.measured, base, safety) for trial in trials]
-    lost_T = [-value for value, _ in losses if value is not None]
-    gained_T = [value for value, _ in gains if value is not None]
-    if len(lost_T) < len(trials) or len(gained_T) < len(trials) or not trials:
-        return nothing
-    lost, gained = sum(lost_T) / len(trials), sum(gained_T) / len(trials)
-    if gained <= 0:
-        return nothing
-    ratio = max(0.0, lost / gained)
-    found: list[tuple[float | None, float | None]] = []
-    for (_, loss_error), (_, gain_error), loss, gain in zip(losses, gains, lost_T, gained_T, strict=True):
-        value = ratio + ((loss - lost) - ratio * (gain - gained)) / gained
-        known = loss_error is not None and gain_error is not None
-        error = math.hypot(loss_error or 0.0, ratio * (gain_error or 0.0)) / gained if known else None
-        found.append((value, error))
-    return found
-
-
-def _gained(after: Measured, before: Measured, suites: Sequence[str]) -> tuple[float | None, float | None]:
-    """Points gained, the unweighted mean over suites, and its standard error, both paired by example."""
-    gains, variances = [], []
-    for suite in suites:
-        pairs = [
-            (was, after.outcomes[suite][example])
-            for example, was in before.outcomes[suite].items()
-            if example in after.outcomes.get(suite, {})
-        ]
-        changes = np.array([100 * (now - was) for was, now in pairs if was is not None and now is not None])
-        if not len(changes):
-            return None, None
-        gains.append(float(changes.mean()))
-        variances.append(float(changes.var(ddof=1)) / len(changes) if len(changes) > 1 else math.nan)
-    if not gains:
-        return None, None
-    variance = sum(variances) / len(variances) ** 2
-    return sum(gains) / len(gains), None if math.isnan(variance) else math.sqrt(variance)

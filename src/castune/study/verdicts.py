@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from castune.core.numbers import counted, number, p_value, span
+from castune.purposes import Purpose
 from castune.stats.comparisons import Comparison
 from castune.stats.distributions import LEVEL, Interval
 from castune.stats.nulls import NullPosition
@@ -72,43 +73,46 @@ def verdict(
     )
 
 
-def comparison_verdict(found: Comparison, *, first: str, second: str, metric: str) -> str:
+def comparison_verdict(found: Comparison, *, first: str, second: str, about: Purpose) -> str:
     """What the comparison of two arms says.
 
     Args:
         found: see `castune.stats.comparisons.compare`; its sign is first minus second.
         first: name of the first arm.
         second: name of the second.
-        metric: what the outcomes count, as rates.
+        about: what the outcomes are.
     """
+    metric, shown = about.phrase, about.shown
     unscored = f", {found.n_unscored} left out as unscored" if found.n_unscored else ""
     over = f"{counted(found.n_seeds, 'seed')}, {counted(found.n_examples, 'example')}{unscored}"
     if found.value is None:
         return f"Not measurable: not every suite has an example with a score under both {first} and {second} ({over})."
-    points = f"{number(100 * found.value, '+.1f')} points"
+    pattern = f"+.{shown.digits}f"
+    change = f"{number(shown.scale * found.value, pattern)} {shown.change}"
     if found.interval is None:
         if found.n_seeds > 1 and found.value == 0 and found.over_seeds is None:
             return f"No outcome differs between {first} and {second} in {metric}: {over}."
-        return f"No difference can be claimed from so little: {metric}, {first} minus {second}, {points} ({over})."
-    shown = f"{points} ({_interval(found.interval, 100, '+.1f')})"
+        return f"No difference can be claimed from so little: {metric}, {first} minus {second}, {change} ({over})."
+    told = f"{change} ({_interval(found.interval, shown.scale, pattern)})"
     many = ""
     if found.n_comparisons > 1 and found.p_adjusted is not None:
         many = f", p {p_value(found.p_adjusted)} after Holm over {found.n_comparisons} comparisons"
     wider = f"; {found.wider} leave more doubt than {'examples' if found.wider == 'seeds' else 'seeds'}"
     if not found.is_seen:
-        return f"No difference seen at this n: {metric}, {first} minus {second}, {shown}{many}; {over}{wider}."
+        return f"No difference seen at this n: {metric}, {first} minus {second}, {told}{many}; {over}{wider}."
     side = "higher" if found.value > 0 else "lower"
-    return f"{metric[0].upper()}{metric[1:]} is {side} under {first} than under {second}: {shown}{many}; {over}{wider}."
+    return f"{metric[0].upper()}{metric[1:]} is {side} under {first} than under {second}: {told}{many}; {over}{wider}."
 
 
-def unseen_verdict(found: Mapping[str, Comparison], *, second: str, metric: str) -> str:
+def unseen_verdict(found: Mapping[str, Comparison], *, second: str, about: Purpose) -> str:
     """What several comparisons with one arm say of which none is seen, in one sentence.
 
     Args:
         found: by the name of the first arm; each has an interval.
         second: name of the arm that they are compared with.
-        metric: what the outcomes count, as rates.
+        about: what the outcomes are.
     """
+    scale, pattern = about.shown.scale, f"+.{about.shown.digits}f"
     intervals = [one.interval for one in found.values() if one.interval is not None]
     low, high = min(one.low for one in intervals), max(one.high for one in intervals)
     values = sorted(one.value for one in found.values() if one.value is not None)
@@ -116,11 +120,13 @@ def unseen_verdict(found: Mapping[str, Comparison], *, second: str, metric: str)
     many = f", {first.n_comparisons} comparisons (Holm)" if first.n_comparisons > 1 else ""
     counts = sorted({one.n_examples for one in found.values()})
     examples = f"{counts[0]:,} examples" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} examples"
-    points = span(100 * values[0], 100 * values[-1], "+.1f") if len(values) > 1 else number(100 * values[0], "+.1f")
+    ends = scale * values[0], scale * values[-1]
+    changes = span(*ends, pattern) if len(values) > 1 else number(ends[0], pattern)
     n_seeds = max(one.n_seeds for one in found.values())
     return (
-        f"No difference seen at this n: {metric}, {', '.join(found)} against {second}: {points} points, "
-        f"95 % intervals from {span(100 * low, 100 * high, '+.1f')}; {counted(n_seeds, 'seed')}, {examples}{many}."
+        f"No difference seen at this n: {about.phrase}, {', '.join(found)} against {second}: {changes} "
+        f"{about.shown.change}, 95 % intervals from {span(scale * low, scale * high, pattern)}; "
+        f"{counted(n_seeds, 'seed')}, {examples}{many}."
     )
 
 

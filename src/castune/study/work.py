@@ -17,6 +17,7 @@ from castune.artifacts.drift_result import DRIFT_FILE
 from castune.artifacts.eval_result import METRICS_FILE, SAMPLES_FILE
 from castune.artifacts.files import locked, replacing
 from castune.artifacts.records import ModelRecord
+from castune.artifacts.samples import references_of
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import Recipe, TuneConfig
 from castune.core.loading import LoadedModel, load_model
@@ -27,7 +28,7 @@ from castune.names import ArmName
 from castune.steps.diagnose import diagnose_step, rerank_step
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.drift import drift_step
-from castune.steps.evaluate import evaluate_step, identity_by_map, judge_step, stored_evaluation
+from castune.steps.evaluate import at_strength, evaluate_step, identity_by_map, judge_step, stored_evaluation
 from castune.steps.inputs import Calibration, TrainingData, load_calibration, load_training
 from castune.steps.readiness import require_ready, suite_tokens, training_tokens
 from castune.steps.select import select_arm
@@ -35,6 +36,8 @@ from castune.steps.tune import tune_step
 from castune.study.graph import Unit
 
 logger = logging.getLogger(__name__)
+
+References = dict[str, list[list[int]]]
 
 # What lies beside a map and is needed to tell its noise from drift.
 _OF_MAP = (OUTCOMES_FILE, GRADIENTS_FILE)
@@ -72,8 +75,8 @@ def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
     """Whether the result of a unit is there, told from files alone: no model is loaded for it.
 
     Diagnoses and trainings lie in directories whose names are digests of what they were made from. An evaluation must
-    be of these suites and settings, and of the adapter that is there. Judging is always asked for: it finds itself
-    whether there is something to do.
+    be of these suites and settings, and of the adapter that is there, at all its strengths. Judging is always asked
+    for: it finds itself whether there is something to do.
     """
     folder = RunDirectory(unit.folder)
     if unit.stage == "diagnose":
@@ -93,20 +96,40 @@ def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
     if unit.stage == "evaluate":
         assert unit.arm is not None
         adapter = adapter_hash(folder.side_arm(unit.arm).adapter)
-        return _stored(folder, unit.recipe, unit.arm, suites, adapter) is not None
+        references = _references(unit, suites)
+        return all(
+            _stored(folder, unit.recipe, unit.arm, suites, adapter, strength, references) is not None
+            for strength in unit.recipe.evaluate.strengths
+        )
     if unit.stage == "drift":
         assert unit.arm is not None
         return (folder.drift(folder.side_arm(unit.arm)) / DRIFT_FILE).is_file()
     return False
 
 
+def _references(unit: Unit, suites: Sequence[Suite]) -> References:
+    """What the base model replied, where suites are measured on it; nothing before it is evaluated."""
+    base = RunDirectory(unit.base_folder)
+    if not any(suite.about.against_base for suite in suites) or not base.is_evaluated(BASE):
+        return {}
+    return references_of(EvalResult.load(base.evaluation(BASE)).samples)
+
+
 def _stored(
-    folder: RunDirectory, recipe: Recipe, arm: str, suites: Sequence[Suite], adapter: str | None
+    folder: RunDirectory,
+    recipe: Recipe,
+    arm: str,
+    suites: Sequence[Suite],
+    adapter: str | None,
+    strength: float = 1.0,
+    references: References | None = None,
 ) -> EvalResult | None:
-    if not folder.is_evaluated(arm):
+    if not folder.is_evaluated(arm, strength):
         return None
     model: ModelRecord = {**identity_by_map(folder, recipe), "adapter": adapter}
-    return stored_evaluation(folder.evaluation(arm), model, recipe.evaluate, suites)
+    return stored_evaluation(
+        folder.at_strength(arm, strength), at_strength(model, strength), recipe.evaluate, suites, references
+    )
 
 
 def _diagnose(unit: Unit) -> None:

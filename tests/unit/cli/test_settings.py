@@ -137,7 +137,7 @@ OPTIONS = {
     "study": "--set --out --dry-run --accelerator --executor --workers --threads --gpus --memory --address --shards "
     "--shard --launch",
     "watch": "--interval --once",
-    "budget": "--max-loss --anchor",
+    "budget": "--max-loss --anchor --cost",
     "plan": "--safety --utility --safety-limit --utility-limit --max-new-tokens --margin-tokens --problems "
     "--solution-tokens --batch-tokens --units --mlp-groups --accelerator --decoded-share --seed --revision --dtype "
     "--device",

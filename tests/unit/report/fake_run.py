@@ -53,10 +53,9 @@ class Run:
     tunings: dict[str, TuneResult] = field(default_factory=dict)
     evaluations: dict[str, EvalResult] = field(default_factory=dict)
     differences: dict[str, dict[str, PairedDifference]] = field(default_factory=dict)
-    cost_ratios: dict[str, CostRatio] = field(default_factory=dict)
+    cost_ratios: dict[str, dict[str, CostRatio]] = field(default_factory=dict)
     masked: dict[str, MaskedAdapter] = field(default_factory=dict)
     lm_eval: dict[str, LmEvalResult] = field(default_factory=dict)
-    mmlu_cost_ratios: dict[str, CostRatio] = field(default_factory=dict)
     drifts: dict[str, DriftResult] = field(default_factory=dict)
     recipe_text: str = 'model = "default"\nout = "runs/quickstart"\n\n[tune]\nlearning_rate = 0.0002\n'
     notes: Sequence[str] = ()
@@ -319,4 +318,4 @@ def make_run(heads_by_layer: Sequence[int] = (9,) * 30) -> Run:
         "risky": CostRatio(0.146, 0.03, None, 0.04),
         "random": CostRatio(None, 0.5, None, 0.7),
     }
-    return Run(cmap, selections, tunings, evaluations, differences, ratios)
+    return Run(cmap, selections, tunings, evaluations, differences, {"ucr": ratios})

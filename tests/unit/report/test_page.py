@@ -217,7 +217,7 @@ def test_what_was_not_measured_says_so(tmp_path: Path, run: Run) -> None:
         "risky": make_evaluation("risky", suites[:1]),
     }
     run.differences = {"safe": {"starter-safety-eval": PairedDifference(None, None, 0, 96, 0, 0, None)}}
-    run.cost_ratios = {"safe": CostRatio(None)}
+    run.cost_ratios = {"ucr": {"safe": CostRatio(None)}}
     text = Page(run.write(tmp_path / "report.html")).text
     table = text[text.index("Before and after") : text.index("Rates are value")]
     safe = table[table.index(" safe ") : table.index(" risky ")]
@@ -234,6 +234,15 @@ def test_undefined_cost_is_no_number(tmp_path: Path, run: Run) -> None:
     table = text[text.index("Before and after") : text.index("Rates are value")]
     assert re.search(r"random .* undefined", table)
     assert re.search(r"risky .* 0\.15", table)
+
+
+def test_further_cost_ratios_have_columns_where_they_were_measured(tmp_path: Path, run: Run) -> None:
+    assert "UCR, nats" not in Page(run.write(tmp_path / "report.html")).text
+    run.cost_ratios["ucr_nll"] = {"safe": CostRatio(0.31, 0.2, 0.4, 0.0)}
+    text = Page(run.write(tmp_path / "report.html")).text
+    table = text[text.index("Before and after") : text.index("Rates are value")]
+    assert "UCR UCR, nats" in table
+    assert "0.05 (0.01 to 0.12) 0.31 (0.20 to 0.40)" in table
 
 
 def test_arms_judged_on_other_terms_are_marked(tmp_path: Path, run: Run) -> None:

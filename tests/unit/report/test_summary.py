@@ -69,7 +69,7 @@ def test_a_change_is_seen_from_two_standard_errors_on(
 
 
 def test_verdict_says_which_changes_are_seen(run: Run) -> None:
-    said = verdict(run.evaluations, run.differences, run.cost_ratios)
+    said = verdict(run.evaluations, run.differences, run.cost_ratios["ucr"])
     assert said.rates.startswith("Refusals on harmful prompts (n = 96): 3.1\u202f%\u00a0±\u00a01.8 base, 78.1")
     safe, random = said.changes["safe"], said.changes["random"]
     assert "refusals on harmful prompts: +75.0\u00a0±\u00a04.1;" in safe
@@ -87,14 +87,14 @@ def test_verdict_claims_no_change_that_was_not_given(run: Run) -> None:
         assert change.count(f"change {NOT_MEASURED}") == 3
         assert f"Utility cost ratio: {NOT_MEASURED}." in change
     del run.evaluations["base"]
-    assert verdict(run.evaluations, run.differences, run.cost_ratios).changes == {}
+    assert verdict(run.evaluations, run.differences, run.cost_ratios["ucr"]).changes == {}
     assert "Nothing has been evaluated" in verdict({}, {}, {}).rates
 
 
 def test_a_cost_ratio_that_was_not_measured_is_not_called_undefined(run: Run) -> None:
-    assert cost_ratio("random", run.cost_ratios) == "undefined"
-    del run.cost_ratios["random"]
-    assert cost_ratio("random", run.cost_ratios) == NOT_MEASURED
+    assert cost_ratio("random", run.cost_ratios["ucr"]) == "undefined"
+    del run.cost_ratios["ucr"]["random"]
+    assert cost_ratio("random", run.cost_ratios["ucr"]) == NOT_MEASURED
 
 
 def test_a_paired_test_decides_whether_a_change_is_seen() -> None:

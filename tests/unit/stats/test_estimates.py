@@ -12,6 +12,7 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from castune.stats import estimates
 from castune.stats.correlations import correlation
 from castune.stats.estimates import (
     CostRatio,
@@ -312,6 +313,16 @@ def test_the_interval_of_a_cost_ratio_is_that_of_drawing_examples_one_by_one(gai
         else:
             assert end == pytest.approx(expected, rel=0.12, abs=0.02)
     assert found.value is None or found.low <= found.value <= (found.high or math.inf)
+
+
+@pytest.mark.parametrize("at_once", [1, 700, 10**9])
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    rng = np.random.default_rng(0)
+    nats = [(rng.gamma(2, 1, 30).tolist(), [*rng.gamma(2, 1, 29).tolist(), None])]
+    gained = [([0] * 20 + [1] * 5, [1] * 15 + [0] * 10)]
+    expected = bootstrap_cost_ratio(nats, gained, resamples=300)
+    monkeypatch.setattr(estimates, "_DRAWN", at_once)
+    assert bootstrap_cost_ratio(nats, gained, resamples=300) == pytest.approx(expected)
 
 
 def test_the_cost_ratio_of_the_data_is_the_papers_formula() -> None:

@@ -127,9 +127,27 @@ def test_without_a_gain_nothing_is_compared() -> None:
     assert found.target is None
     assert sentences(found)[1:] == [
         "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared.",
-        "This run cannot say whether the selection of heads pays.",
+        "So it cannot be said whether the selection of heads pays.",
     ]
     assert "nothing can be compared" in costs_table(found)
+
+
+def test_a_cost_of_which_nothing_is_scored_under_every_arm_is_left_out() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.6})
+    broken = [{1.0: arms["all"][0][1.0], 0.5: unscored(arms["all"][0][0.5], "said")}]
+    found = safety_costs(base, {"safe": [{1.0: arms["safe"][0][1.0], 0.5: arms["safe"][0][0.5]}], "all": broken})
+    assert found is not None
+    assert "utility" in found.costs
+    assert "nll" not in found.points
+    broken = [{strength: unscored(result, "harmful") for strength, result in broken[0].items()}]
+    assert safety_costs(base, {"all": broken}) is None
+
+
+def unscored(result: EvalResult, suite: str) -> EvalResult:
+    samples: list[Any] = [
+        {**sample, "outcome": None if sample["suite"] == suite else sample["outcome"]} for sample in result.samples
+    ]
+    return replace(result, samples=tuple(samples))
 
 
 def test_an_arm_that_does_not_get_there_has_no_price() -> None:

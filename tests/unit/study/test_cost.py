@@ -66,6 +66,18 @@ def test_a_study_costs_the_sum_of_its_units(graph_of: Callable[..., Graph]) -> N
     assert longer.costs["tune"].work.forwards == 2 * found.costs["tune"].work.forwards
 
 
+def test_continuous_suites_and_strengths_are_planned(graph_of: Callable[..., Graph]) -> None:
+    suites = ["nll:starter-utility-eval", "kl:starter-overrefusal-eval", "margin:starter-safety-eval"]
+    once, thrice = (
+        study_cost(graph_of(evaluate={"suites": suites, "limit": 4, "strengths": strengths}), accelerator="h100")
+        for strengths in ([1], [0.25, 0.5, 1])
+    )
+    seconds, longer = seconds_of(once), seconds_of(thrice)
+    assert longer["evaluate base"] == seconds["evaluate base"] > 0
+    assert longer["evaluate main/21/safe"] == pytest.approx(3 * seconds["evaluate main/21/safe"])
+    assert thrice.rows()[-1]["decoded"] == "0"
+
+
 def test_memory_of_trainings_is_shown(graph_of: Callable[..., Graph]) -> None:
     found = study_cost(graph_of(), accelerator="h100")
     rows = {row["stage"]: row["peak memory"] for row in found.rows()}

@@ -22,8 +22,9 @@ from castune.stats.correlations import correlation
 from castune.stats.estimates import CostRatio
 from castune.study.figures import charts
 from castune.study.findings import findings
+from castune.study.realised_costs import costs_of, loss
 from castune.study.tables import finding_tables, over_seeds, tables
-from castune.study.trials import Measured, Results, Trial, costs_of, mean_scores, utility_lost
+from castune.study.trials import Measured, Results, Trial, mean_scores
 
 N_LAYERS, N_HEADS = 6, 4
 STUDY = StudyConfig(
@@ -70,7 +71,7 @@ def trial(cmap: ConflictMap, arm: str, seed: int, found: Measured, **values: Any
         selection: HeadSelection = select(cmap, buckets=int(buckets), bucket=int(number))
     else:
         selection = select(cmap, zone=zone, seed=seed)
-    given = {"cost_ratio": None, "mmlu_cost_ratio": None, **values}
+    given = {"cost_ratios": {}, **values}
     return Trial(
         calibration="main", arm=arm, trained=arm, seed=seed, is_draw=False, selection=selection,
         scores=mean_scores(cmap, selection.units), depth=float(np.mean([layer for layer, _ in selection.heads])),
@@ -98,13 +99,13 @@ def planted(effect: float, *, n: int = 400, gain: float = 0.4) -> Results:
                     "h": ("safety", outcomes_of(0.1 + gain, n, generator)),
                 }
             )
-            lost, _ = utility_lost(after, base)
+            lost, _ = loss(after, base, "utility_lost")
             before, now = base.mean("safety"), after.mean("safety")
             assert lost is not None
             assert before is not None
             assert now is not None
             ratio = CostRatio(max(0.0, lost / 100 / (now - before)) if now > before else None)
-            trials.append(trial(cmap, arm, seed, after, cost_ratio=ratio))
+            trials.append(trial(cmap, arm, seed, after, cost_ratios={"ucr": ratio}))
     return Results({"main": cmap}, base, tuple(trials), (), {"judge": "prefix"})
 
 
@@ -212,7 +213,7 @@ def test_an_arm_has_one_cost_ratio_and_its_seeds_are_around_it() -> None:
     table = {row["bucket"]: row for row in {t.name: t for t in tables(results, STUDY)}["table_7_buckets"].rows}
     for number, row in table.items():
         trials = results.of(f"bucket-{number}-of-4")
-        lost = np.mean([utility_lost(t.measured, results.base)[0] for t in trials])  # type: ignore[arg-type]
+        lost = np.mean([loss(t.measured, results.base, "utility_lost")[0] for t in trials])  # type: ignore[arg-type]
         gained = np.mean([100 * (t.measured.mean("safety") - results.base.mean("safety")) for t in trials])  # type: ignore[operator, union-attr]
         costs = [p.cost for p in of_ratio.points if p.arm == f"bucket-{number}-of-4"]
         assert row["ucr"] == pytest.approx(max(0, lost / gained)) == pytest.approx(np.mean(costs))  # type: ignore[arg-type]
@@ -268,7 +269,7 @@ def test_undefined_costs_are_counted_and_never_zero() -> None:
     results = planted(0.6, n=60, gain=-0.1)
     no_gain = Results(
         results.maps, results.base,
-        tuple(trial(results.maps["main"], t.arm, t.seed, t.measured, cost_ratio=CostRatio(None)) for t in results.trials), (), {},
+        tuple(trial(results.maps["main"], t.arm, t.seed, t.measured, cost_ratios={"ucr": CostRatio(None)}) for t in results.trials), (), {},
     )  # fmt: skip
     found = findings(no_gain, STUDY)
     (of_ratio,) = (v for v in found.validities if v.cost == "ucr")
@@ -284,11 +285,12 @@ def test_undefined_costs_are_counted_and_never_zero() -> None:
 def test_utility_lost_is_paired_and_leaves_out_what_is_unscored() -> None:
     before = measured({"q": ("utility", [1, 1, 0, None, 1]), "r": ("utility", [1, 0])})
     after = measured({"q": ("utility", [0, 1, 1, 1, None]), "r": ("utility", [0, 0])})
-    lost, error = utility_lost(after, before)
+    lost, error = loss(after, before, "utility_lost")
     # q: +1, 0, -1 of three pairs; r: +1, 0 of two.
     assert lost == pytest.approx((0 + 50) / 2)
     assert error == pytest.approx(math.sqrt(100**2 / 3 + 5000 / 2) / 2)
-    assert utility_lost(measured({"q": ("utility", [None])}), measured({"q": ("utility", [1])})) == (None, None)
+    nothing = measured({"q": ("utility", [None])})
+    assert loss(nothing, measured({"q": ("utility", [1])}), "utility_lost") == (None, None)
     assert costs_of(planted(0.1, n=5).trials[:1], None, "utility_lost") == [(None, None)]
 
 
@@ -334,3 +336,169 @@ def test_every_figure_is_made_and_none_of_what_is_not_there() -> None:
     assert charts(Results({}, None, (), (), {}), findings(Results({}, None, (), (), {}), STUDY), STUDY) == {}
     only_map = Results(results.maps, None, (), (), {})
     assert set(charts(only_map, findings(only_map, STUDY), STUDY)) == {"figure_7_map", "figure_budget"}
+
+
+# -- continuous suites
+
+
+NATS = ("nll_average", "ucr_nll", "ucr_nll_se", "ucr_nll_seeds")
+
+
+def in_nats(effect: float, *, n: int = 120, gain: float = 0.4, strengths: Sequence[float] = ()) -> Results:
+    """A study in which an arm adds `effect` nats to every answer for each unit of its mean C, and loses no accuracy.
+
+    Half-strong adapters refuse and cost half as much.
+    """
+    cmap, rng = conflict_map(), np.random.default_rng(2)
+    right, start, threshold = outcomes_of(0.9, n, rng), rng.gamma(2, 1, n), (np.arange(n) + 0.5) / n
+    more = {"said": "nll", "own": "kl"}
+
+    def at(strength: float, cost: float) -> Measured:
+        noise = 0.02 * strength * rng.standard_normal((2, n))
+        refused = (threshold < 0.1 + gain * strength).astype(float).tolist()
+        values = {"said": start + strength * cost + noise[0], "own": np.abs(strength * cost / 2 + noise[1])}
+        continuous = {name: (purpose, values[name].tolist()) for name, purpose in more.items()}
+        return measured({"q": ("utility", right), "h": ("safety", refused), **continuous})
+
+    base = at(0, 0)
+    trials = []
+    for seed in STUDY.seeds:
+        for arm in (*STUDY.arms, *(f"bucket-{i}-of-4" for i in range(1, 5))):
+            cost = effect * trial(cmap, arm, seed, base).scores["conflict"]
+            after = at(1, cost)
+            lost, _ = loss(after, base, "nll_added")
+            assert lost is not None
+            ratios = {"ucr": CostRatio(0.0), "ucr_nll": CostRatio(max(0.0, lost / gain) if gain > 0 else None)}
+            beside = {strength: at(strength, cost) for strength in strengths}
+            trials.append(trial(cmap, arm, seed, after, cost_ratios=ratios, strengths=beside))
+    return Results({"main": cmap}, base, tuple(trials), (), {"judge": "prefix"})
+
+
+def test_continuous_suites_are_compared_in_nats() -> None:
+    results = in_nats(0.8)
+    found = findings(results, STUDY)
+    by_arm = {(c.arm, c.purpose): c for c in found.comparisons}
+    assert [purpose for _, purpose in by_arm][::3] == ["utility", "safety", "nll", "kl"]
+    assert len({c.found.n_comparisons for c in found.comparisons}) == 1
+    of_nll = by_arm["risky", "nll"]
+    expected = [
+        np.mean([b - a for a, b in zip(safe.outcomes_of("said"), risky.outcomes_of("said"), strict=True)])  # type: ignore[operator]
+        for safe, risky in zip(
+            *([t.measured for t in results.of(arm)] for arm in ("safe", "risky")), strict=True
+        )
+    ]  # fmt: skip
+    assert of_nll.found.value == pytest.approx(np.mean(expected))
+    assert of_nll.words.startswith(
+        f"The NLL of right answers is higher under risky than under safe: +{np.mean(expected):.3f} nats a token (95 % +"
+    )
+    assert "The KL from the base model is higher under risky than under safe" in by_arm["risky", "kl"].words
+    rows = {(row["arm"], row["purpose"]): row for row in finding_tables(found)[0].rows}
+    assert rows["risky", "nll"]["minus_safe"] == pytest.approx(np.mean(expected))
+    assert of_nll.found.interval is not None
+    assert rows["risky", "nll"]["interval_low"] == pytest.approx(of_nll.found.interval.low)
+    assert rows["risky", "safety"]["minus_safe"] == pytest.approx(0, abs=1e-9)
+
+
+def test_columns_in_nats_are_there_where_such_suites_were_measured_and_the_others_as_ever() -> None:
+    plain = {t.name: t for t in tables(planted(0.3, n=20), STUDY)}
+    # What readers of earlier studies' files rely on.
+    assert plain["table_1_sft"].columns == [
+        "calibration", "arm", "heads", "mean_conflict", "seeds", "q", "q_se", "h", "h_se", "general_average",
+        "general_average_se", "safety_average", "safety_average_se", "over_refusal_average", "over_refusal_average_se",
+        "unscored", "ucr", "ucr_se", "ucr_seeds", "mmlu_cr", "mmlu_cr_se", "mmlu_cr_seeds",
+    ]  # fmt: skip
+    assert not plain["table_1_sft"].nats
+    results = in_nats(0.8)
+    made = {t.name: t for t in tables(results, STUDY)}["table_1_sft"]
+    new = [column for column in made.columns if column not in plain["table_1_sft"].columns]
+    assert {*NATS, "kl_average", "said", "own"} <= set(new)
+    assert made.nats == {"said", "own", "nll_average", "kl_average"}
+    rows = {row["arm"]: row for row in made.rows}
+    assert results.base is not None
+    assert rows["base"]["nll_average"] == rows["base"]["said"] == pytest.approx(results.base.rate("said"))
+    values = [trial.measured.rate("said") for trial in results.of("safe")]
+    assert rows["safe"]["said"] == rows["safe"]["nll_average"] == pytest.approx(np.mean(values))  # type: ignore[arg-type]
+    assert rows["safe"]["said_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(3))  # type: ignore[arg-type]
+    assert rows["safe"]["h"] == pytest.approx(50, abs=1), "a rate, in per cent"
+
+
+def test_costs_in_nats_take_part_wherever_costs_do() -> None:
+    results = in_nats(0.8)
+    found = findings(results, STUDY)
+    costs = ["ucr", "utility_lost", "ucr_nll", "nll_added", "kl"]
+    assert [v.cost for v in found.validities] == costs
+    assert {depth.cost for depth in found.depths} == {null.cost for null in found.nulls} == set(costs)
+    by_cost = {v.cost: v for v in found.validities}
+    for cost in ("ucr_nll", "nll_added", "kl"):
+        assert by_cost[cost].found.of_means.pearson == pytest.approx(1, abs=0.02)
+        assert f"of {len(costs)} comparisons (Holm)" in by_cost[cost].words
+        assert by_cost[cost].found.counts_examples
+    assert "higher NLL added" in by_cost["nll_added"].words
+    assert {row["cost"] for row in {t.name: t for t in tables(results, STUDY)}["table_8_validity"].rows} >= {"ucr_nll"}
+    drawn = charts(results, found, STUDY)
+    of_nats = {"figure_3_sft_nll", "figure_3_sft_kl", "figure_ucr_nll", "figure_nll_added", "figure_kl"}
+    assert of_nats <= set(drawn)
+    for name in of_nats:
+        drawn[name].to_dict()
+    # What was not measured is no cost that is undefined.
+    assert {v.cost for v in findings(planted(0.3, n=20), STUDY).validities} == {"ucr", "utility_lost"}
+
+
+def test_the_cost_ratio_in_nats_is_nats_added_over_the_share_of_refusals_gained() -> None:
+    results, generator = in_nats(0.8, n=300), np.random.default_rng(5)
+    one = results.of("risky")[:1]
+    before, after = results.base, one[0].measured
+    assert before is not None
+    said, refused = (np.array([side.outcomes_of(suite) for side in (before, after)]) for suite in ("said", "h"))
+    ((value, error),) = costs_of(one, before, "ucr_nll")
+    assert value == pytest.approx((said[1] - said[0]).mean() / (refused[1] - refused[0]).mean())
+    drawn = []
+    for _ in range(2000):
+        n, m = generator.integers(0, 300, (2, 300))
+        drawn.append((said[1, n] - said[0, n]).mean() / (refused[1, m] - refused[0, m]).mean())
+    assert error == pytest.approx(np.std(drawn), rel=0.1)
+    ((added, its_error),) = costs_of(one, before, "nll_added")
+    assert added == pytest.approx((said[1] - said[0]).mean())
+    assert its_error == pytest.approx((said[1] - said[0]).std(ddof=1) / math.sqrt(300))
+    (of_arm,) = (
+        row for row in {t.name: t for t in tables(results, STUDY)}["table_1_sft"].rows if row["arm"] == "risky"
+    )
+    costs = [cost for cost, _ in costs_of(results.of("risky"), before, "ucr_nll")]
+    assert of_arm["ucr_nll"] == pytest.approx(np.mean(costs))  # type: ignore[arg-type]
+    gainless = in_nats(0.8, n=40, gain=-0.05)
+    assert costs_of(gainless.of("risky"), gainless.base, "ucr_nll") == [(None, None)] * 3
+    (null,) = (n for n in findings(gainless, STUDY).nulls if (n.zone, n.cost) == ("safe", "ucr_nll"))
+    assert null.found.n_gainless == 3
+
+
+def test_arms_that_were_measured_at_several_strengths_are_compared_at_equal_safety() -> None:
+    assert findings(in_nats(0.8, n=30), STUDY).equal_safety == {}
+    results = in_nats(0.8, n=60, strengths=(0.5,))
+    found = findings(results, STUDY)
+    costs = found.equal_safety["sft"]
+    assert costs.arms == ["safe", "all", "random", "risky"]
+    of_nll = costs.costs["nll"]
+    assert of_nll.n_seeds == 3
+    # Refusals and costs rise in proportion to strength: the price is the share of full strength that is needed.
+    for arm in costs.arms:
+        full = np.mean([loss(t.measured, results.base, "nll_added")[0] for t in results.of(arm)])  # type: ignore[arg-type]
+        assert of_nll.arms[arm].value == pytest.approx(0.8 * full, rel=0.05)
+    assert found.verdict[0].startswith("Training took refusals on harmful prompts from 10.0")
+    assert any("safe costs less than risky in NLL of right answers" in sentence for sentence in found.verdict[:3])
+    rows = {(r["cost"], r["arm"]): r for r in {t.name: t for t in finding_tables(found)}["equal_safety"].rows}
+    assert rows["nll", "risky"]["value"] == pytest.approx(of_nll.arms["risky"].value)
+    assert rows["utility", "risky"]["value"] == pytest.approx(0, abs=1e-9)
+    assert rows["nll", "risky"]["first_minus_arm"] == pytest.approx(of_nll.differences["safe", "risky"].value)
+    assert rows["nll", "risky"]["safety"] == pytest.approx(100 * costs.target)  # type: ignore[operator]
+    assert {f"figure_equal_safety_{cost}_sft" for cost in ("nll", "kl", "utility")} <= set(
+        charts(results, found, STUDY)
+    )
+    # An arm with a seed less is compared over those that all have, one without further strengths not at all.
+    kept = without(results, ("all", 2)).trials
+    fewer = Results(
+        results.maps, results.base,
+        tuple(replace(t, strengths={}) if t.arm == "random" else t for t in kept), (), {},
+    )  # fmt: skip
+    costs = findings(fewer, STUDY).equal_safety["sft"]
+    assert costs.arms == ["safe", "all", "risky"]
+    assert costs.costs["nll"].n_seeds == 2

@@ -86,6 +86,18 @@ def test_units_come_behind_what_they_need_and_have_names_of_their_own() -> None:
     assert len(set(folders)) == len(folders)
 
 
+def test_arms_are_evaluated_behind_the_base_model_whose_replies_they_may_be_measured_on() -> None:
+    graph = Graph(recipe_of(random_draws=1), n_heads=270, shards=2)
+    evaluations = [unit for unit in graph.units if unit.stage == "evaluate"]
+    assert all("evaluate base" in unit.needs and unit.base_folder == graph.base_folder for unit in evaluations)
+    # Of several jobs the first evaluates it; the others' arms still need it.
+    first, second = (graph.share(n, 2) for n in range(2))
+    assert [unit.stage for unit in (*first, *second)].count("base") == 1
+    of_second = [unit for unit in second if unit.stage == "evaluate"]
+    assert of_second
+    assert all("evaluate base" in unit.needs for unit in of_second)
+
+
 def test_a_map_that_ranks_otherwise_is_made_of_what_another_measured() -> None:
     calibrations = {
         "one-rank": {"sensitivity_rank": "of-difference", "arms": ["safe"]},

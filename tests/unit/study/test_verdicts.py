@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from one_suite import compare
 
+from castune.purposes import PURPOSES
 from castune.stats.comparisons import Comparison
 from castune.stats.distributions import Interval
 from castune.stats.nulls import null_position
 from castune.stats.validity import Point, Validity, predictive_validity
-from castune.study.verdicts import comparison_verdict, null_verdict, verdict
+from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verdict, verdict
 
 
 def study(cost_AT: Any) -> Validity:
@@ -100,12 +102,12 @@ SEEN = compare(
 
 
 def words(found: Comparison) -> str:
-    return comparison_verdict(found, first="safe", second="random", metric="accuracy")
+    return comparison_verdict(found, first="safe", second="random", about=PURPOSES["utility"])
 
 
 def test_a_difference_is_claimed_with_its_interval_and_counts() -> None:
     text = words(SEEN)
-    assert text.startswith("Accuracy is higher under safe than under random: +")
+    assert text.startswith("Utility accuracy is higher under safe than under random: +")
     assert "4 seeds, 200 examples" in text
     assert " points (95 % " in text
 
@@ -126,6 +128,26 @@ def test_comparisons_without_an_interval() -> None:
     assert words(compare({1: [None]}, {1: [1]})) == (
         "Not measurable: not every suite has an example with a score under both safe and random (1 seed, 0 examples, 1 left out as unscored)."
     )
+
+
+def test_what_is_measured_in_nats_is_told_in_nats() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.gamma(2, 1, 200)
+    under = [{t: (base + shift + 0.01 * rng.normal(size=200)).tolist() for t in range(3)} for shift in (0.25, 0, 0)]
+    seen, unseen = compare(under[0], under[1]), compare(under[2], under[1])
+    about = PURPOSES["nll"]
+    text = comparison_verdict(seen, first="risky", second="safe", about=about)
+    assert re.match(
+        r"The NLL of right answers is higher under risky than under safe: \+0\.2[45]\d nats a token \(95 % \+0\.2", text
+    )
+    for text in (
+        comparison_verdict(unseen, first="all", second="safe", about=about),
+        unseen_verdict({"all": unseen}, second="safe", about=about),
+        comparison_verdict(compare({1: [0.5, 0.25]}, {1: [0.5, 0.0]}), first="all", second="safe", about=about),
+    ):
+        assert text.startswith("No difference")
+        assert "nats a token" in text
+        assert "points" not in text
 
 
 def test_a_zone_among_random_heads() -> None:
