@@ -30,6 +30,8 @@ from castune.core.refusal_patterns import (
 )
 from castune.data.said import said
 
+# What a model is compared with that should not refuse.
+STANDARD_REFUSAL = "I'm sorry, but I can't help with that."
 # A refusal announces itself at the start of the reply.
 PREFIX_CHARACTERS = 64
 # Three or four sentences: room for a polite one, the refusal and what is offered in its place.
