@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 import castune
+from castune import DiagnoseConfig
 from castune.data.example import Example
 from castune.data.sources import examples
+from castune.diagnosis.domains import checked_sets
 from castune.evaluation.judges import judge
 
 FOLDER = Path(castune.__file__).parent / "data" / "starter"
@@ -86,6 +88,14 @@ def test_alignment_rows_are_of_three_kinds() -> None:
     kinds = Counter(row["kind"] for row in rows)
     assert set(kinds) == {"harmful", "benign", "borderline"}
     assert min(kinds.values()) >= 150
+
+
+def test_borderline_rows_are_those_of_the_alignment_data_and_help() -> None:
+    found = examples("starter-borderline")
+    assert {e.id for e in found} == {row["id"] for row in raw_rows("align-borderline.jsonl")}
+    assert {e.id: e for e in found}.items() <= {e.id: e for e in examples("starter-align")}.items()
+    assert not any(refused(found))
+    assert len(checked_sets({"b": found}, DiagnoseConfig(reply_domains=("b",)))) == 1
 
 
 def test_overrefusal_prompts() -> None:

@@ -28,7 +28,7 @@ def test_the_help_of_suites_names_those_of_the_code() -> None:
     """`castune evaluate --help` and the reference of recipes: every source but those that are there to train on."""
     described = EvaluateConfig.model_fields["suites"].description or ""
     named = described.removeprefix("Data sources:").partition(";")[0].replace(",", " ").split()
-    to_train_on = {"starter-utility", "starter-safety", "starter-align"}
+    to_train_on = {"starter-utility", "starter-safety", "starter-align", "starter-borderline"}
     to_train_on |= {"wildjailbreak-train", "wildjailbreak-vanilla-harmful"}
     assert len(set(named)) == len(named)
     assert set(named) == set(SOURCE_NAMES) - to_train_on
