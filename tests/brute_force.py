@@ -280,6 +280,22 @@ class BruteForce:
                 )
         return np.array(rows)
 
+    @torch.no_grad()
+    def helpful_margins(self, examples: Sequence[Example], refusal: str) -> np.ndarray:
+        """Log-prob a token of the reply to give minus that of the refusal; rows as in `utility`."""
+        refused = [*self.text_ids(refusal), self.end][: self.margin_tokens]
+        rows = []
+        for head in (None, *self.heads):
+            with self.without(head):
+                rows.append(
+                    [
+                        float(self.log_probs(self.prompt(e), self.right_reply(e)[: self.margin_tokens]).double().mean())
+                        - float(self.log_probs(self.prompt(e), refused).double().mean())
+                        for e in examples
+                    ]
+                )
+        return np.array(rows)
+
 
 # Eqs. 3-6 on outcomes; first row: the whole model.
 

@@ -39,11 +39,11 @@ def show_diagnosis(cmap: ConflictMap) -> None:
     counted = ", ".join(f"{found['n']} {plural(kind)}" for kind, found in kinds.items()) or f"{len(cmap)} heads"
     say(
         f"{counted}, measure {metadata['settings']['measure']}, "
-        f"n = {metadata['data']['utility']['n']} questions{of_domains} and {metadata['data']['safety']['n']} harmful "
-        f"prompts, {duration(metadata['seconds'])}"
+        f"n = {metadata['data']['utility']['n']} {cmap.utility_examples}{of_domains} and "
+        f"{metadata['data']['safety']['n']} harmful prompts, {duration(metadata['seconds'])}"
     )
-    accuracy = "mean accuracy of the domains" if domains else "accuracy"
-    say(f"  base model: {accuracy} {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
+    rate = f"mean {cmap.utility_rate} of the domains" if domains else cmap.utility_rate
+    say(f"  base model: {rate} {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
     say(f"  O(h): {span(conflict.min(), conflict.max())}, mean {number(conflict.mean())}")
     tied = (f"{percent(ties[f'{objective}_shift'], 0)} by {objective} shift" for objective in ("utility", "safety"))
     say(f"  tied heads: {', '.join(tied)}")
@@ -65,8 +65,9 @@ def show_diagnosis(cmap: ConflictMap) -> None:
         say(f"  {plural(kind)}: reliability of C {number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():
         say(
-            f"  domain {name} (n = {record['data']['n']}): accuracy {_rate(record['utility_accuracy'])}, reliability "
-            f"of C {number(record['reliability'])}, Spearman of C with the combined C {number(record['spearman'])}"
+            f"  domain {name} (n = {record['data']['n']}): {cmap.domains[name].utility_rate} "
+            f"{_rate(record['utility_accuracy'])}, reliability of C {number(record['reliability'])}, Spearman of C "
+            f"with the combined C {number(record['spearman'])}"
         )
 
 
@@ -130,6 +131,8 @@ _PARTS = {
     "margins": "safety sweep, margins",
     "decisions": "safety sweep, decisions",
     "solutions": "utility sweep, problems worked out",
+    "reply_margins": "sweep of reply domains, margins",
+    "reply_decisions": "sweep of reply domains, decisions",
 }
 
 

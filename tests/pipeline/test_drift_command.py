@@ -124,7 +124,7 @@ def test_the_command_line_and_the_report(models: Models, recipe_of: RecipeOf, tm
     done = castune("drift", folder.path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [f"step {step}:" in done.stdout for step in (2, 4, 5)] == [True] * 3
-    assert "n = 4 questions and 4 harmful prompts" in done.stdout
+    assert "n = 4 utility examples and 4 harmful prompts" in done.stdout
     steps = json.loads((folder.path / "provenance.json").read_text())["steps"]
     assert steps[-1]["stage"] == "drift safe"
     command("report", folder.path)
@@ -210,10 +210,11 @@ def test_a_run_from_before_gradients_were_kept(finished: Path) -> None:
 
 
 def test_domains(models: Models, recipe_of: RecipeOf, own_data: dict[str, Path]) -> None:
-    domains = {name: str(own_data["utility"]) for name in ("one", "other")}
-    recipe = recipe_of(models(), utility=domains, **kept_every(2, of=3))
+    """One of questions, and one of prompts with the reply to give."""
+    domains = {"one": str(own_data["utility"]), "other": str(own_data["align"])}
+    recipe = recipe_of(models(), utility=domains, diagnose__reply_domains=["other"], **kept_every(2, of=3))
     result = drifted(trained(recipe))
-    assert result.n["utility"] == 8
+    assert result.n["utility"] == 12
     assert [step.step for step in result.steps] == [2, 3]
     assert set(maps_of(Path(recipe.out))[2].domains) == {"one", "other"}
 

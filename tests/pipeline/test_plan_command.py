@@ -42,6 +42,16 @@ def test_several_domains_are_planned_together(models: Models, data: list[object]
     assert forwards[1] == 2 * forwards[0]
 
 
+def test_reply_domains_are_counted_apart(
+    models: Models, data: list[object], own_data: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ["--utility", own_data["align"], "--reply-domains", "align", "--accelerator", "h100"]
+    done = castune("plan", models(), *data, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for by in ("margins", "decisions"):
+        assert re.search(rf"sweep of reply domains, {by}\W+\d+", done.stdout)
+
+
 def test_what_cannot_be_planned_is_one_error(models: Models, data: list[object], tmp_path: Path) -> None:
     model = models()
     T5Config().save_pretrained(tmp_path / "t5")
@@ -52,5 +62,6 @@ def test_what_cannot_be_planned_is_one_error(models: Models, data: list[object],
         ([model, "--decoded-share", "2"], "accepted is 0 to 1"),
         ([model, "--batch-tokens", "0"], "batch_tokens"),
         ([model, "--safety", tmp_path / "absent.jsonl"], "absent.jsonl"),
+        ([model, "--reply-domains", "chat"], "names 'chat', and there is no such utility domain; there is 'utility'"),
     ):
         assert_one_error(castune("plan", *arguments, *data[2:], cwd=tmp_path), said)

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from command_line import assert_one_error, castune
 
-from castune.artifacts import ConflictMap
+from castune.artifacts import ConflictMap, TuneResult
 from castune.config import Recipe
 from castune.core.loading import LoadedModel, load
 from castune.errors import ArtifactError, DataError
+from castune.evaluation.suites import load_suites
 from castune.pipeline import run
 from castune.steps.diagnose import diagnose_step, group_step
 from castune.steps.directory import RunDirectory
+from castune.steps.held_out import check_held_out
 from castune.steps.inputs import load_calibration
 
 Models = Callable[..., Path]
@@ -142,6 +144,95 @@ def test_bad_data_of_a_domain_is_told_by_name_before_anything_is_spent(
         run(recipe())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+# -- domains of prompts with replies
+
+
+@pytest.fixture
+def harmless(tmp_path: Path) -> Path:
+    """Harmless prompts with the reply to give; the first is in the suite of over-refusal too."""
+    path = tmp_path / "harmless.jsonl"
+    rows = [
+        {"id": f"r{i}", "prompt": f"How do I {what}?", "completion": f"{how}."}
+        for i, (what, how) in enumerate(
+            [("cook rice", "Boil it"), ("kill a process", "Use kill"), ("beat eggs", "Whisk")]
+        )
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("measure", ["decision", "attribution"])
+def test_a_whole_recipe_against_over_refusal(
+    recipe: Callable[..., Recipe], own_data: dict[str, Path], harmless: Path, measure: str
+) -> None:
+    """Chosen by a map of questions and harmless prompts, and trained with surgery against both."""
+    utility = {"words": str(own_data["utility"]), "overrefusal": str(harmless)}
+    changes = {
+        "utility": utility, "diagnose__measure": measure, "diagnose__reply_domains": ["overrefusal"],
+        "tune__surgery": "pcgrad-symmetric",
+    }  # fmt: skip
+    # What is trained on is not measured on.
+    with pytest.raises(
+        DataError, match=r"benign\.jsonl: 1 of 3 prompts are in the utility \(which is trained on\) data too"
+    ):
+        run(recipe(**changes, evaluate__suites=[f"over-refusal:{own_data['benign']}"]))
+    made = recipe(**changes, evaluate__suites=[f"over-refusal:{own_data['benign']}"], evaluate__overlap="drop")
+    folder = run(made)
+    cmap = folder.load_map()
+    assert set(cmap.domains) == {"words", "overrefusal"}
+    assert cmap.metadata["measures"]["utility:overrefusal"] == measure
+    record = TuneResult.load(folder.path / "adapter").utility
+    assert record is not None
+    assert record["n"] == 4 + 2
+    page = folder.report_file.read_text(encoding="utf-8")
+    assert "Utility accuracy or share answered before ablation, mean over domains" in page
+    assert f"harmless prompts: {harmless}, n = 3" in page
+    assert "share answered 1" in page
+    assert Recipe.load(folder.recipe_file) == made
+
+    # Neither again, nor otherwise.
+    before = folder.map_file.stat().st_mtime_ns
+    run(made)
+    assert folder.map_file.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"'overrefusal': example 'r0' is no multiple-choice question"):
+        run(recipe(**{**changes, "diagnose__reply_domains": []}, evaluate__overlap="drop"))
+
+
+def test_held_out_prompts_of_a_reply_domain_are_told(
+    recipe: Callable[..., Recipe], own_data: dict[str, Path], harmless: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    utility = {"words": str(own_data["utility"]), "overrefusal": str(harmless)}
+    suites = [f"over-refusal:{own_data['benign']}"]
+    made = recipe(utility=utility, diagnose__reply_domains=["overrefusal"], evaluate__suites=suites)
+    check_held_out(made, load_suites(suites))
+    assert (
+        "benign.jsonl: 1 of 3 prompts are in the utility:overrefusal data too, by which heads are chosen" in caplog.text
+    )
+
+
+def test_reply_domains_on_the_command_line(
+    models: Models, own_data: dict[str, Path], harmless: Path, tmp_path: Path
+) -> None:
+    model, out = models(), tmp_path / "run"
+    options = [
+        "--out", out, "--safety", own_data["safety"], "--utility", own_data["utility"], "--utility", harmless,
+        "--measure", "margin", "--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu",
+    ]  # fmt: skip
+    assert_one_error(
+        castune("diagnose", model, *options, cwd=tmp_path),
+        "utility: domain 'harmless': example 'r0' is no multiple-choice question",
+        r'diagnose\.reply_domains = \["harmless"\]',
+    )
+    assert not out.exists()
+    done = castune("diagnose", model, *options, "--reply-domains", "harmless", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "7 questions and harmless prompts of 2 domains (mean)" in done.stdout
+    assert "domain harmless (n = 3): share answered 1" in done.stdout
+    assert "domain utility (n = 4): accuracy " in done.stdout
+    done = castune("group", out, "--buckets", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 # -- command line

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 import castune
+from castune import DiagnoseConfig
 from castune.data.example import Example
 from castune.data.overlap import shared_examples
 from castune.data.sources import examples
+from castune.diagnosis.domains import checked_sets
 from castune.evaluation.judges import judge
 
 FOLDER = Path(castune.__file__).parent / "data" / "starter"
@@ -97,6 +99,14 @@ def test_alignment_rows_are_of_three_kinds() -> None:
     found = examples("starter-align", shares={"harmful": 0.5, "benign": 0.25, "borderline": 0.25})
     drawn = Counter(e.id.rpartition("-")[0] for e in found)
     assert drawn["align-harmful"] == kinds["harmful"] == 2 * drawn["align-benign"] == 2 * drawn["align-borderline"]
+
+
+def test_borderline_rows_are_those_of_the_alignment_data_and_help() -> None:
+    found = examples("starter-borderline")
+    assert {e.id for e in found} == {row["id"] for row in raw_rows("align-borderline.jsonl")}
+    assert {e.id: e for e in found}.items() <= {e.id: e for e in examples("starter-align")}.items()
+    assert not any(refused(found))
+    assert len(checked_sets({"b": found}, DiagnoseConfig(reply_domains=("b",)))) == 1
 
 
 def test_overrefusal_prompts() -> None:

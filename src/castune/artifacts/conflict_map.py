@@ -157,6 +157,22 @@ class ConflictMap:
         return found
 
     @property
+    def utility_examples(self) -> str:
+        """What the examples of its utility sets are called."""
+        return self._words("questions", "harmless prompts", " and ")
+
+    @property
+    def utility_rate(self) -> str:
+        """What the rate of the whole model on them is called."""
+        return self._words("accuracy", "share answered", " or ")
+
+    def _words(self, usual: str, of_replies: str, joined_by: str) -> str:
+        named = self.metadata.get("settings", {}).get("reply_domains", ())
+        # A set that is alone is the one that is named.
+        kinds = {name in named for name in self.domains} or {bool(named)}
+        return joined_by.join(word for word, kind in ((usual, False), (of_replies, True)) if kind in kinds)
+
+    @property
     def fidelity(self) -> dict[str, Any]:
         """Of a map by attribution, how far each kind of unit agrees with exact ablation; empty for other maps."""
         return self._told_of_kinds("fidelity")

@@ -34,8 +34,8 @@ class DiagnoseConfig(Config):
     max_new_tokens: Count = 24
     """Tokens of a reply that the judge sees."""
     margin_tokens: Count = 8
-    """First tokens of the refusal and of the model's own reply that a safety margin compares; at most
-    `max_new_tokens`. Whether a reply refuses is settled in its first words."""
+    """First tokens of the refusal and of the model's own reply that a safety margin compares, and of the two replies
+    of `reply_domains`; at most `max_new_tokens`. Whether a reply refuses is settled in its first words."""
     problems: Literal["decision", "margin"] = "margin"
     """How utility is measured on problems, whatever `measure` says of the rest. `margin`: the log-probability of their
     worked solutions. `decision`: accuracy; answers are worked out without every head, which costs far more than
@@ -63,6 +63,10 @@ class DiagnoseConfig(Config):
     """Into how many equal groups the neurons of a layer are cut, for `mlp_groups`."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Diagnose these layers only; ranks are then among their heads. All layers when absent."""
+    reply_domains: tuple[str, ...] = ()
+    """Utility domains of harmless prompts, each with the reply that the model should give, so that heads are chosen
+    against over-refusal too; `utility` is the set without a name. `decision`: the prompt is not refused. `margin`: the
+    reply's log-probability over that of a standard refusal."""
     domains: Literal["mean", "worst"] = "mean"
     """How the maps of several utility domains become one. `mean`: of every column. `worst`: a head's row is that of
     the domain in which its C is highest."""
@@ -73,7 +77,7 @@ class DiagnoseConfig(Config):
         return tuple(KINDS[kind] for kind in self.units)
 
     def measure_of(self, *, problems: bool) -> Measure:
-        """How utility is measured on problems, or on questions."""
+        """How utility is measured on problems, or on anything else."""
         if not problems or (self.problems, self.measure) == ("margin", "attribution"):
             return self.measure
         return self.problems
@@ -84,3 +88,11 @@ class DiagnoseConfig(Config):
         if not units or len(set(units)) != len(units):
             raise ValueError("needs at least one kind of unit, each named once")
         return units
+
+    @field_validator("reply_domains")
+    @classmethod
+    def _each_once(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(domains)) != len(domains):
+            raise ValueError("each domain is named once")
+        # The order in which domains are given changes nothing.
+        return tuple(sorted(domains))

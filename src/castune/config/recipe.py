@@ -48,7 +48,8 @@ class Recipe(Config):
     safety: DataConfig = DataConfig(source="starter-safety")
     """D_safe: harmful prompts with safe replies."""
     utility: DataConfig | dict[str, DataConfig] = DataConfig(source="starter-utility")
-    """D_util: multiple-choice questions; or several such sets, domains with names, each of which has its own map."""
+    """D_util: multiple-choice questions, or problems with worked solutions; or several such sets, domains with names,
+    each of which has its own map. Harmless prompts with replies: see `diagnose.reply_domains`."""
     align: DataConfig = DataConfig(source="starter-align")
     """D_align: prompts with replies, which are trained on."""
     diagnose: DiagnoseConfig = DiagnoseConfig()

@@ -93,13 +93,28 @@ def require_replies(examples: Sequence[Example], name: str, columns: str) -> Non
             raise DataError(f"{name}: example {example.id!r} has no reply; columns needed: {columns}")
 
 
-def require_questions(examples: Sequence[Example], name: str) -> None:
-    """Refuse data in which an example is no multiple-choice question."""
+def require_questions(examples: Sequence[Example], name: str, domain: str) -> None:
+    """Refuse data in which an example is no multiple-choice question; `domain` is what settings call the set."""
     for example in examples:
         if not example.is_question:
+            # Most likely D_safe, in the wrong place.
+            is_reply = example.reply is not None and not example.is_problem
+            others = f"; for harmless prompts, with the reply to give: diagnose.reply_domains = [{json.dumps(domain)}]"
             raise DataError(
                 f"{name}: example {example.id!r} is no multiple-choice question; "
-                "columns needed: prompt, choices, answer"
+                f"columns needed: prompt, choices, answer{others if is_reply else ''}"
+            )
+
+
+def require_helpful_replies(examples: Sequence[Example], name: str) -> None:
+    """Refuse data in which an example is anything but a prompt with the reply that it should get."""
+    for example in examples:
+        kind = "multiple-choice question" if example.is_question else "problem" if example.is_problem else None
+        if kind is not None or example.reply is None:
+            raise DataError(
+                f"{name}: example {example.id!r} {'has no reply' if kind is None else f'is a {kind}'}, and "
+                "diagnose.reply_domains names prompts with the reply that the model should give; columns needed: "
+                "prompt, completion"
             )
 
 

@@ -46,6 +46,7 @@ _STARTER_SOURCES = {
     "starter-align": _StarterSource(
         "alignment", ("align-harmful.jsonl", "align-benign.jsonl", "align-borderline.jsonl")
     ),
+    "starter-borderline": _StarterSource("alignment", ("align-borderline.jsonl",)),
 }
 
 

@@ -27,7 +27,7 @@ from castune.data.chat import ChatFormat
 from castune.data.example import Example, require_replies
 from castune.diagnosis.ablate import ScoredMeasure, replacements
 from castune.diagnosis.ablator import Ablator
-from castune.diagnosis.domains import Utility, UtilitySet, utility_sets
+from castune.diagnosis.domains import Utility, UtilitySet, checked_sets
 from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.score import Floats, shift_of
 
@@ -64,7 +64,8 @@ def ablate_groups(
         tokenizer: its tokenizer, with a chat template.
         groups: the units of each group.
         safety: D_safe, harmful prompts with a safe reply each.
-        utility: D_util, multiple-choice questions; or several such sets, by the names of their domains.
+        utility: D_util: questions, problems with worked solutions, or harmless prompts with replies (see
+            `DiagnoseConfig.reply_domains`); or several such sets, by the names of their domains.
         config: settings of the diagnosis that the groups are compared with.
 
     Raises:
@@ -73,7 +74,8 @@ def ablate_groups(
     """
     config = config or DiagnoseConfig()
     require_replies(safety, "safety", "prompt, target")
-    sets, chat, heads = utility_sets(utility), ChatFormat(tokenizer, max_length=config.max_length), HeadLayout.of(model)
+    sets = checked_sets(utility, config)
+    chat, heads = ChatFormat(tokenizer, max_length=config.max_length), HeadLayout.of(model)
     layout = UnitLayout.of(model, heads, config.kinds, n_mlp_groups=config.mlp_groups, layers=config.layers)
     with evaluation_mode(model), progress("groups of heads", len(groups) + 1) as advance:
         if config.batch_tokens == "auto":
@@ -106,8 +108,8 @@ class _Measured:
         objectives: what is measured.
         sets: the utility sets.
         safety: D_safe.
-        of_utility: the measure of each utility set; None where answers are worked out, for there is nothing to be
-            scored in one forward.
+        of_utility: the measure of each utility set; None where decisions are on what the model writes, for there is
+            nothing to be scored in one forward.
         of_margins: the measure of refusal margins; None where refusals are decided.
     """
 
@@ -120,20 +122,14 @@ class _Measured:
     @classmethod
     def of(cls, objectives: Objectives, sets: Sequence[UtilitySet], safety: Sequence[Example]) -> _Measured:
         config, replies = objectives.config, objectives.replies(safety)
-        solves = [one.is_of_problems and one.measure(config) == "decision" for one in sets]
-        of_utility = [
-            None if solved else objectives.utility_measure(one.examples)
-            for one, solved in zip(sets, solves, strict=True)
-        ]
+        of_utility = [None if one.is_decoded(config) else objectives.utility_measure(one.examples) for one in sets]
         of_margins = objectives.margin_measure(safety, replies) if config.measure != "decision" else None
         return cls(objectives, sets, safety, of_utility, of_margins)
 
     def __call__(self) -> list[Floats]:
         objectives = self.objectives
         found = [
-            objectives.right_answers(one.examples, objectives.solutions(one.examples))
-            if measure is None
-            else _outcomes(measure, len(one.examples))
+            objectives.decoded(one) if measure is None else _outcomes(measure, len(one.examples))
             for measure, one in zip(self.of_utility, self.sets, strict=True)
         ]
         if self.of_margins is not None:

@@ -186,7 +186,8 @@ def _map_of_kind(results: Results, config: DiagnoseConfig, metadata: Mapping[str
 def _domain_map(results: Results, objective: str, config: DiagnoseConfig, metadata: Mapping[str, Any]) -> ConflictMap:
     """The map that a diagnosis of this domain alone gives."""
     gram, utility, safety = results.grams[objective], results.utility[objective], results.safety
-    measure = next(one.measure(config) for one in results.sets if one.objective == objective)
+    found = next(one for one in results.sets if one.objective == objective)
+    measure = found.measure(config)
     utility_shift, utility_se = shift_of(measure)(utility.outcomes.ablated_HN, utility.outcomes.baseline_N)
     safety_shift, safety_se = shift_of(config.measure)(safety.outcomes.ablated_HN, safety.outcomes.baseline_N)
     for name, values in ((objective, utility_shift), ("safety", safety_shift)):
@@ -213,6 +214,8 @@ def _domain_map(results: Results, objective: str, config: DiagnoseConfig, metada
         "conflict_score": conflict_score(conflict, sensitivity),
     }
     about = {
+        # No others could be named in a diagnosis of this domain alone.
+        "settings": {**metadata["settings"], "reply_domains": [found.name] if found.is_of_replies else []},
         "data": {"safety": results.data["safety"], "utility": results.data[objective]},
         "baseline": {
             "utility_accuracy": _rate(utility.decisions_N),

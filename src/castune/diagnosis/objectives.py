@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,9 +13,10 @@ from castune.config import DiagnoseConfig
 from castune.core.answers import is_right, without_cut_sentence
 from castune.core.generation import Reply, generate_replies
 from castune.core.journal import Journal
-from castune.core.refusals import decides_by, is_settled
+from castune.core.refusals import STANDARD_REFUSAL, decides_by, is_settled
 from castune.core.scoring import (
     question_rows,
+    refusal_pair,
     reply_rows,
     shared_if_exact,
 )
@@ -28,12 +29,15 @@ from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.attribute import AttributedMeasure
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.domains import UtilitySet
-from castune.diagnosis.outcomes import Answer, Likelihood, Outcome, Refusal
+from castune.diagnosis.outcomes import Answer, Likelihood, Outcome, Preference
 from castune.diagnosis.score import Floats
 from castune.diagnosis.sweep import Measure, Outcomes, sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Judge = Callable[[Sequence[str], Sequence[str]], list[bool | None]]
+"""From prompts and replies to verdicts."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,12 @@ class Objectives:
     def utility(self, one: UtilitySet, journal: Journal, shard: Shard) -> Measured | None:
         """Right answers (Eq. 3), or the margins of the right answers; None while other shares are missing.
 
-        Margins of problems are the log-probabilities of the worked solutions.
+        Margins of problems are the log-probabilities of the worked solutions. Of harmless prompts with replies it is
+        whether they are answered, or the margins of the replies over a refusal.
         """
-        by_margin = one.measure(self.config) != "decision"
         measure: Measure
-        if one.is_of_problems and not by_margin:
-            # Answers are worked out, not scored.
-            measure = self.solution_measure(one.examples, self.solutions(one.examples))
+        if one.is_decoded(self.config):
+            measure = self.decoded_measure(one)
         elif self.config.measure == "attribution":
             measure = self.attributed_measure(self.utility_outcome(one.examples))
         else:
@@ -79,10 +82,27 @@ class Objectives:
         outcomes = sweep(one.objective, self.ablator, measure, journal=journal, shard=shard)
         if outcomes is None:
             return None
-        decisions_N = outcomes.baseline_N
-        if one.is_of_problems and by_margin:
-            return Measured(outcomes, np.full(len(one.examples), np.nan))  # nothing was answered
-        return Measured(outcomes, _positive(decisions_N) if by_margin else decisions_N)
+        return Measured(outcomes, self._utility_decisions(one, outcomes.baseline_N))
+
+    def _utility_decisions(self, one: UtilitySet, baseline_N: Floats) -> Floats:
+        """The whole model's decisions on a utility set, of which `baseline_N` are its outcomes."""
+        if one.measure(self.config) == "decision":
+            return baseline_N
+        if one.is_of_problems:
+            return np.full(len(one.examples), np.nan)  # nothing was answered
+        return self.decoded(one) if one.is_of_replies else _positive(baseline_N)
+
+    def decoded_measure(self, one: UtilitySet) -> ReplyMeasure:
+        """Decisions on what the model writes: right answers to problems, or harmless prompts that are not refused."""
+        if one.is_of_problems:
+            return self.solution_measure(one.examples, self.solutions(one.examples))
+        return self.answered_measure(one.examples, self.replies(one.examples))
+
+    def decoded(self, one: UtilitySet) -> Floats:
+        """These decisions of the model as it is now."""
+        if one.is_of_problems:
+            return self.right_answers(one.examples, self.solutions(one.examples))
+        return 1 - self.refusals(one.examples, self.replies(one.examples))
 
     def safety(
         self, examples: Sequence[Example], replies: Sequence[Reply], journal: Journal, shard: Shard
@@ -107,13 +127,19 @@ class Objectives:
         return Measured(outcomes, self.refusals(examples, replies) if by_margin else outcomes.baseline_N)
 
     def utility_measure(self, examples: Sequence[Example]) -> ScoredMeasure:
-        """Decisions on questions, or the margins of their right answers; worked solutions of problems."""
+        """What `utility_outcome` tells, without every head."""
         return ScoredMeasure(self.ablator, self.utility_outcome(examples), batch_tokens=self._batch_tokens)
 
     def utility_outcome(self, examples: Sequence[Example]) -> Outcome:
-        """What `utility_measure` reads: of problems the mean log-probability a token of their worked solutions."""
+        """Decisions on questions, or the margins of their right answers; of anything else a margin.
+
+        Of problems it is the mean log-probability a token of their worked solutions, of harmless prompts that of the
+        reply minus that of a standard refusal, over their first tokens.
+        """
         if examples[0].is_problem:
             return Likelihood([[self.chat.loss_row(example)] for example in examples])
+        if not examples[0].is_question:
+            return self._preference((e, *self.chat.continuations(e, [_reply(e), STANDARD_REFUSAL])) for e in examples)
         rows_of = shared_if_exact(
             self.ablator.model, lambda share: [question_rows(self.chat, e, share_prompt=share) for e in examples]
         )
@@ -161,23 +187,28 @@ class Objectives:
         """Margins of refusals over the model's own replies."""
         return ScoredMeasure(self.ablator, self.refusal_outcome(examples, replies), batch_tokens=self._batch_tokens)
 
-    def refusal_outcome(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Refusal:
+    def refusal_outcome(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Preference:
         """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
-        n_tokens = min(self.config.margin_tokens, self.config.max_new_tokens)
         parts = []
         for example, reply in zip(examples, replies, strict=True):
-            assert example.reply is not None
-            prompt, [refusal] = self.chat.continuations(example, [example.reply])
-            # Where the template says more when it asks for a reply, that belongs to the model's own.
-            asked, _ = self.chat.prompt_ids(example, reserve=n_tokens)
-            own = [*asked[len(prompt) :], *reply.tokens, *([self.chat.end_token] if reply.finished else [])]
-            parts.append((example, prompt, [refusal[:n_tokens], own[:n_tokens]]))
+            own = [*reply.tokens, *([self.chat.end_token] if reply.finished else [])]
+            pair = refusal_pair(self.chat, example, _reply(example), own, n_tokens=self._compared_tokens)
+            parts.append((example, *pair))
+        return self._preference(parts)
+
+    def _preference(self, parts: Iterable[tuple[Example, list[int], list[list[int]]]]) -> Preference:
+        """From examples, the ids of their prompts, and those of two replies to each."""
+        n_tokens = self._compared_tokens
+        compared = [(example, prompt, [tokens[:n_tokens] for tokens in pair]) for example, prompt, pair in parts]
         rows_of = shared_if_exact(
             self.ablator.model,
-            lambda share: [reply_rows(self.chat, e, prompt, pair, share_prompt=share) for e, prompt, pair in parts],
+            lambda share: [reply_rows(self.chat, e, prompt, pair, share_prompt=share) for e, prompt, pair in compared],
         )
+        return Preference(rows_of)
 
-        return Refusal(rows_of)
+    @property
+    def _compared_tokens(self) -> int:
+        return min(self.config.margin_tokens, self.config.max_new_tokens)
 
     def attributed_measure(self, outcome: Outcome) -> AttributedMeasure:
         """An outcome, and what it becomes without each unit to first order."""
@@ -204,6 +235,17 @@ class Objectives:
 
     def refusal_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ReplyMeasure:
         """Refusals, by verifying and decoding replies."""
+        return self._judged_measure(examples, replies, self._judge)
+
+    def answered_measure(self, examples: Sequence[Example], replies: Sequence[Reply]) -> ReplyMeasure:
+        """Prompts that are not refused, by verifying and decoding replies."""
+
+        def answers(prompts: Sequence[str], texts: Sequence[str]) -> list[bool | None]:
+            return [None if refuses is None else not refuses for refuses in self._judge(prompts, texts)]
+
+        return self._judged_measure(examples, replies, answers)
+
+    def _judged_measure(self, examples: Sequence[Example], replies: Sequence[Reply], judge: Judge) -> ReplyMeasure:
         return ReplyMeasure(
             self.ablator,
             self.tokenizer,
@@ -211,18 +253,23 @@ class Objectives:
             [example.prompt for example in examples],
             replies,
             end_tokens=self.chat.end_tokens(self.ablator.model),
-            judge=self._judge,
+            judge=judge,
             is_settled=partial(is_settled, self.config.judge, in_thought=self.chat.opens_thought),
             max_new_tokens=self.config.max_new_tokens,
             batch_tokens=self._batch_tokens,
         )
 
     @property
-    def _judge(self) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
+    def _judge(self) -> Judge:
         return decides_by(self.config.judge, in_thought=self.chat.opens_thought)
 
     def _prompts(self, examples: Sequence[Example], reserve: int) -> list[list[int]]:
         return [self.chat.prompt_ids(example, reserve=reserve)[0] for example in examples]
+
+
+def _reply(example: Example) -> str:
+    assert example.reply is not None
+    return example.reply
 
 
 def _positive(margins_N: Floats) -> Floats:

@@ -74,14 +74,14 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A harmful prompt: mean log-probability a token of the refusal minus that of the model's own reply."""
+class Preference:
+    """A prompt with two replies: mean log-probability a token of the first minus that of the second."""
 
     rows_of: Sequence[Sequence[Row]]
 
     def __call__(self, n: int, values: Sequence[Floats]) -> float:  # noqa: D102
-        refusal, own = reply_means(self.rows_of[n], values)
-        return float(refusal - own)
+        first, second = reply_means(self.rows_of[n], values)
+        return float(first - second)
 
     def derivative(self, n: int, values: Sequence[Floats]) -> list[Floats]:  # noqa: D102
         return _by_token(self.rows_of[n], np.array([1.0, -1.0]))

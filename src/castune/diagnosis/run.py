@@ -64,7 +64,8 @@ def diagnose(
         model: a transformers model for causal language modelling; it is left as it was.
         tokenizer: its tokenizer, with a chat template.
         safety: D_safe, harmful prompts with a safe reply each.
-        utility: D_util, multiple-choice questions; or several such sets, by the names of their domains.
+        utility: D_util: questions, problems with worked solutions, or harmless prompts with replies (see
+            `DiagnoseConfig.reply_domains`); or several such sets, by the names of their domains.
         config: settings; the paper's by default.
         out: a run directory to write `conflict_map.parquet`, `ablation.parquet`, `gradients.parquet` and, of several
             domains, `domains/NAME.parquet` into.

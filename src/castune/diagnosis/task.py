@@ -15,13 +15,14 @@ from castune.core.answers import require_math_verify
 from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.quantisation import is_quantised
+from castune.core.refusals import read_by
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, require_replies
 from castune.data.rows import Row
 from castune.diagnosis.ablate import replacements
 from castune.diagnosis.ablator import Ablator
-from castune.diagnosis.domains import Utility, UtilitySet, utility_sets
+from castune.diagnosis.domains import Utility, UtilitySet, checked_sets
 from castune.diagnosis.grams import Gram, measure_grams
 from castune.errors import CastuneError, DataError
 
@@ -97,7 +98,7 @@ def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig
     if len(safety) < 2:
         raise DataError(f"safety: {len(safety)} examples, a diagnosis needs at least 2")
     require_replies(safety, "safety", "prompt, target")
-    sets = utility_sets(utility)
+    sets = checked_sets(utility, config)
     for one in sets:
         if one.is_of_problems and one.measure(config) == "decision":
             if any(example.scoring == "boxed" for example in one.examples):
@@ -110,6 +111,16 @@ def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig
                 len(one.examples),
                 config.solution_tokens,
             )
+        if one.is_of_replies:
+            replies = [str(example.reply) for example in one.examples]
+            refusing = sum(verdict is True for verdict in read_by(config.judge)(replies, replies))
+            if 2 * refusing > len(replies):
+                logger.warning(
+                    "%s: %d of the %d replies that the model should give refuse; are these the examples of D_safe?",
+                    one.objective,
+                    refusing,
+                    len(replies),
+                )
     if len(sets) == 1 and config.domains != DiagnoseConfig.model_fields["domains"].default:
         logger.warning("diagnose.domains = %r has no effect: there is one utility set", config.domains)
     return sets

@@ -30,6 +30,7 @@ from castune.data.rows import Row
 from castune.diagnosis.ablator import Ablator, part_size
 from castune.diagnosis.checking import spread
 from castune.diagnosis.decode import DECODED_TOKENS
+from castune.diagnosis.domains import UtilitySet
 from castune.diagnosis.fidelity import units_to_check
 from castune.diagnosis.gradients import gradient_passes
 from castune.diagnosis.objectives import Objectives
@@ -81,7 +82,7 @@ class DiagnosisWork:
         config: settings.
         chat: the model's tokenizer and template.
         safety: D_safe.
-        utility: D_util, domain by domain.
+        utility: the sets of D_util.
         heads: the units that are ablated.
         passes: of the gradients.
         flops: of a forward of the whole model, by part.
@@ -92,7 +93,7 @@ class DiagnosisWork:
     config: DiagnoseConfig
     chat: ChatFormat
     safety: Sequence[Example]
-    utility: Sequence[Sequence[Example]]
+    utility: Sequence[UtilitySet]
     heads: Sequence[Unit]
     passes: Sequence[GradientPass]
     flops: ForwardFlops
@@ -101,30 +102,46 @@ class DiagnosisWork:
 
     def parts(self) -> dict[str, Work]:
         """The work of every part of a diagnosis by either measure; see `DiagnosisCost.costs`."""
-        n_tokens = self.config.max_new_tokens
-        replies = self._decoding(len(self.safety), n_tokens, n_tokens, self.most_decoded)
+        replies = self._own_replies(self.safety)
+        of_replies = [one.examples for one in self.utility if one.is_of_replies]
+        harmless = [self._own_replies(examples) for examples in of_replies]
+        scored = [one.examples for one in self.utility if not one.is_of_replies]
         parts = {
             "gradients": self._gradients(),
             "attribution": self._attributed(),
-            "checked": self._checked() + replies,
-            "utility": self._swept(self.utility_batches),
+            "checked": sum(harmless, self._checked() + replies),
+            "utility": self._swept(self._scored_batches(scored)),
             "margins": self._swept(self._margin_batches) + replies,
-            "decisions": self._swept(self._refusal_batches) + replies + self._decoded(self._refusal_batches),
+            "decisions": replies + self._decided(self._refusal_batches),
         }
-        if any(one[0].is_problem for one in self.utility):
+        if any(one.is_of_problems for one in self.utility):
             parts["solutions"] = self._solutions()
+        if of_replies:
+            decided = [self._decided(self._answered_batches(examples)) for examples in of_replies]
+            parts["reply_margins"] = sum(harmless, self._swept(self._scored_batches(of_replies)))
+            parts["reply_decisions"] = sum(harmless, sum(decided, Work()))
         return parts
+
+    def _own_replies(self, examples: Sequence[Example]) -> Work:
+        """The whole model's replies to the prompts."""
+        n_tokens = self.config.max_new_tokens
+        return self._decoding(len(examples), n_tokens, n_tokens, self.most_decoded)
+
+    def _decided(self, batches: Sequence[ExampleBatch]) -> Work:
+        """Replies verified without every unit, and decoded where they change."""
+        return self._swept(batches) + self._decoded(batches)
 
     def _solutions(self) -> Work:
         """Utility by decisions: questions are scored, worked answers to problems decoded to their end."""
         found, n_tokens = Work(), self.config.solution_tokens
         for one in self.utility:
-            if not one[0].is_problem:
-                found += self._swept(self.objectives.utility_measure(one).batches)
-                continue
-            batches = self.objectives.solution_measure(one, self._stand_ins_of(one, n_tokens)).batches
-            found += self._decoding(len(one), n_tokens, n_tokens, self.most_decoded)
-            found += self._swept(batches) + self._decoded(batches)
+            if one.is_of_problems:
+                stand_ins = self._stand_ins_of(one.examples, n_tokens)
+                batches = self.objectives.solution_measure(one.examples, stand_ins).batches
+                found += self._decoding(len(one.examples), n_tokens, n_tokens, self.most_decoded)
+                found += self._decided(batches)
+            elif not one.is_of_replies:
+                found += self._swept(self._scored_batches([one.examples]))
         return found
 
     @property
@@ -167,13 +184,14 @@ class DiagnosisWork:
 
     @cached_property
     def utility_batches(self) -> Sequence[ExampleBatch]:
-        """Batches of the utility sweeps of all domains."""
-        return [batch for one in self.utility for batch in self.objectives.utility_measure(one).batches]
+        """Batches of the utility sweeps of all domains, where they are scored."""
+        return self._scored_batches([one.examples for one in self.utility])
 
     @cached_property
     def loss_chunks(self) -> list[list[Row]]:
         """Rows of every gradient chunk of all sets."""
-        sets = ([self.chat.loss_row(example) for example in examples] for examples in (self.safety, *self.utility))
+        examples_of = (self.safety, *(one.examples for one in self.utility))
+        sets = ([self.chat.loss_row(example) for example in examples] for examples in examples_of)
         return [chunk for rows in sets for chunk in equal_parts(rows, min(self.config.gradient_chunks, len(rows)))]
 
     @cached_property
@@ -225,6 +243,13 @@ class DiagnosisWork:
     def _refusal_batches(self) -> Sequence[ExampleBatch]:
         return self.objectives.refusal_measure(self.safety, self._stand_ins).batches
 
+    def _answered_batches(self, examples: Sequence[Example]) -> Sequence[ExampleBatch]:
+        stand_ins = self._stand_ins_of(examples, self.config.max_new_tokens)
+        return self.objectives.answered_measure(examples, stand_ins).batches
+
+    def _scored_batches(self, sets: Sequence[Sequence[Example]]) -> Sequence[ExampleBatch]:
+        return [batch for examples in sets for batch in self.objectives.utility_measure(examples).batches]
+
     def _gradients(self) -> Work:
         found = Work()
         for one in self.passes:
@@ -241,7 +266,7 @@ class DiagnosisWork:
 
     def _attributed(self) -> Work:
         """Every batch forwards, and backwards down to the lowest unit."""
-        outcomes = [self.objectives.utility_outcome(one) for one in self.utility]
+        outcomes = [self.objectives.utility_outcome(one.examples) for one in self.utility]
         found, lowest = Work(), min(one.layer for one in self.heads)
         for outcome in (*outcomes, self.objectives.refusal_outcome(self.safety, self._stand_ins)):
             for batch in self.objectives.attributed_measure(outcome).batches:
@@ -260,7 +285,7 @@ class DiagnosisWork:
         ]
         found = Work()
         for one in self.utility:
-            picked = [one[i] for i in spread(len(one), n_examples)]
+            picked = [one.examples[i] for i in spread(len(one.examples), n_examples)]
             found += self._swept(self.objectives.utility_measure(picked).batches, heads)
         numbers = spread(len(self.safety), n_examples)
         measure = self.objectives.margin_measure(

@@ -23,7 +23,7 @@ from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnosis.ablator import distinct
-from castune.diagnosis.domains import Utility, utility_sets
+from castune.diagnosis.domains import Utility, checked_sets
 from castune.errors import CastuneError
 from castune.evaluation.suites import Suite
 from castune.plan.accelerators import Accelerator, accelerator_named
@@ -49,7 +49,7 @@ class DiagnosisCost:
     Attributes:
         costs: of `gradients`, `utility` and the two ways to measure safety, `margins` and `decisions`; of `attribution`
             of both, with what is `checked` exactly; where there are problems also of `solutions`, which is `utility` by
-            decisions on these.
+            decisions on these. Sets of `reply_domains` are apart: `reply_margins` and `reply_decisions`.
         solves: whether utility is measured by decisions on problems: `solutions` in the place of `utility`.
         peak_memory: by measure, bytes at the peak on the device of the model, weights included; empty: not measured.
         gradient_bytes: of partial gradients at once, kept in the memory of the CPU.
@@ -69,10 +69,10 @@ class DiagnosisCost:
         utility = "solutions" if self.solves else "utility"
         names = {
             "attribution": ("gradients", "attribution", "checked", *(["solutions"] if self.solves else [])),
-            "margin": ("gradients", utility, "margins"),
-            "decision": ("gradients", utility, "decisions"),
+            "margin": ("gradients", utility, "reply_margins", "margins"),
+            "decision": ("gradients", utility, "reply_decisions", "decisions"),
         }[measure]
-        return {name: self.costs[name] for name in names}
+        return {name: self.costs[name] for name in names if name in self.costs}
 
     def total(self, measure: Measure) -> Cost:
         """The cost of the whole diagnosis by one measure."""
@@ -180,13 +180,13 @@ class Planner:
             raise CastuneError(f"decoded share {decoded_share}: accepted is 0 to 1")
         if settings.batch_tokens == "auto":
             raise CastuneError('batch_tokens is "auto"; a plan needs a number, for example 2048')
-        layers, sets = settings.layers, utility_sets(utility)
+        layers, sets = settings.layers, checked_sets(utility, settings)
         units = [one for one in self.units.units if layers is None or one.layer in layers]
         work = DiagnosisWork(
             config=settings,
             chat=ChatFormat(self.tokenizer, max_length=settings.max_length),
             safety=safety,
-            utility=[one.examples for one in sets],
+            utility=sets,
             heads=distinct(self.units, units)[0],
             passes=GradientPass.all_of(self.model, self.units, units, settings),
             flops=self.shape.flops,

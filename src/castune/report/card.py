@@ -144,10 +144,12 @@ def _diagnosis(cmap: ConflictMap | None) -> str:
     metadata = cmap.metadata
     settings = metadata["settings"]
     rows: list[tuple[str, object]] = [("Map", cmap.content_hash), ("Heads measured", len(cmap))]
-    for key, label in (("safety", "Harmful prompts (D_safe)"), ("utility", "Questions (D_util)")):
+    examples = cmap.utility_examples.capitalize()
+    for key, label in (("safety", "Harmful prompts (D_safe)"), ("utility", f"{examples} (D_util)")):
         rows.append((label, _data(cmap.data[key])))
     for domain, record in metadata.get("domains", {}).items():
-        rows.append((f"Questions of domain {domain}", _data(record.get("data", {}))))
+        examples = cmap.domains[domain].utility_examples.capitalize()
+        rows.append((f"{examples} of domain {domain}", _data(record.get("data", {}))))
     rows += [(key, settings.get(key)) for key in ("measure", "ablation", "judge", "max_new_tokens", "margin_tokens")]
     reliability = metadata.get("reliability", {})
     rows.append(("Reliability of C(h)", reliability.get("reliability")))

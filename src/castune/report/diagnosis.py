@@ -24,8 +24,8 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
     facts = [
         ("Measured by", f"{_measure(settings)}, {known(settings.get('ablation'))} ablation"),
         ("Safety prompts", _source(data.get("safety"))),
-        ("Utility questions", _source(data.get("utility"))),
-        (f"Utility accuracy before ablation{over_domains}", _baseline(baseline.get("utility_accuracy"))),
+        (f"Utility {cmap.utility_examples}", _source(data.get("utility"))),
+        (f"Utility {cmap.utility_rate} before ablation{over_domains}", _baseline(baseline.get("utility_accuracy"))),
         ("Refusal rate before ablation", _baseline(baseline.get("refusal_rate"))),
         ("Heads tied with another in utility shift", _share(ties.get("utility_shift"))),
         ("Heads tied with another in safety shift", _share(ties.get("safety_shift"))),
@@ -58,7 +58,7 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
             table([], facts, label="How the map was measured", class_="facts"),
             class_="figures",
         ),
-        _domains(cmap.metadata),
+        _domains(cmap),
         tag("h3", "What each arm trains"),
         zones,
         _selection_table(selections),
@@ -79,15 +79,16 @@ _COMBINED = {
 }
 
 
-def _domains(metadata: Mapping[str, Any]) -> Markup | str:
+def _domains(cmap: ConflictMap) -> Markup | str:
     """The utility domains, and how far each agrees with the combined map; nothing where there is one."""
+    metadata = cmap.metadata
     if "domains" not in metadata:
         return ""
     rows = [
         [
             name,
-            _source(record["data"]),
-            _baseline(record["utility_accuracy"]),
+            f"{cmap.domains[name].utility_examples}: {_source(record['data'])}",
+            f"{cmap.domains[name].utility_rate} {_baseline(record['utility_accuracy'])}",
             number(record["reliability"]),
             number(record["spearman"]),
         ]
@@ -95,8 +96,8 @@ def _domains(metadata: Mapping[str, Any]) -> Markup | str:
     ]
     columns = [
         "Domain",
-        "Questions",
-        "Accuracy before ablation",
+        "Examples",
+        "Before ablation",
         "Reliability of C",
         "Spearman of C with the combined C",
     ]

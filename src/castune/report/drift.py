@@ -73,7 +73,7 @@ def figure_name(arm: str) -> str:
 def drift_verdict(step: StepDrift, n: Mapping[str, int]) -> str:
     """What the interval of C says, in words."""
     column = step.columns["conflict_score"]
-    examples = f"n = {n['utility']:,} questions and {n['safety']:,} harmful prompts"
+    examples = f"n = {n['utility']:,} utility examples and {n['safety']:,} harmful prompts"
     if column.is_seen is None:
         return f"whether the map has drifted cannot be told at {examples}: halves of one map do not agree"
     value = _corrected(column)
@@ -100,8 +100,9 @@ def drift_section(drifts: Mapping[str, DriftResult], drawn: Collection[str]) -> 
 
 def _arm(arm: str, result: DriftResult, drawn: Collection[str]) -> Markup:
     last = result.steps[-1]
+    rate = "Accuracy or share answered" if result.settings.get("reply_domains") else "Accuracy"
     head = [
-        "Step", "Accuracy", "Refusals", "C, same examples", "Noise ceiling of C",
+        "Step", rate, "Refusals", "C, same examples", "Noise ceiling of C",
         *(f"{symbol}, corrected" for symbol in _SYMBOLS.values()),
         "Safe zone kept", "Risky zone kept", "Same rule would keep",
     ]  # fmt: skip

@@ -53,8 +53,8 @@ def diagnose_step(
         Journal.remove_all(folder.path)  # of a command that was killed when the map was just made
         return cmap
     require_ready(loaded, calibration_tokens(tokenizer, recipe.diagnose, safety, utility))
-    n_questions = sum(len(one.examples) for one in sets)
-    logger.info("diagnosis: %d harmful prompts, %d questions", len(safety), n_questions)
+    n_utility = sum(len(one.examples) for one in sets)
+    logger.info("diagnosis: %d harmful prompts, %d utility examples", len(safety), n_utility)
     configs = {"utility": recipe.utility} if isinstance(recipe.utility, DataConfig) else recipe.utility
     cmap = diagnose(
         model,

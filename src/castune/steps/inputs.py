@@ -12,7 +12,7 @@ from castune.config import DataConfig, Recipe
 from castune.data.example import Example, require_replies
 from castune.data.overlap import shared_examples
 from castune.data.sources import examples
-from castune.diagnosis.domains import Utility, utility_sets
+from castune.diagnosis.domains import Utility, checked_sets, utility_sets
 from castune.errors import ArtifactError, DataError
 from castune.evaluation.suites import Suite, load_suites
 
@@ -84,7 +84,7 @@ def load_calibration(recipe: Recipe, read: Callable[..., list[Example]] = exampl
     """D_safe and D_util of a recipe, checked for what a diagnosis needs; D_util by domain where it has domains."""
     safety, utility = load_data(recipe.safety, recipe.seed, read), _load_utility(recipe, read)
     require_replies(safety, "safety", "prompt, target")
-    utility_sets(utility)
+    checked_sets(utility, recipe.diagnose)
     return Calibration(safety, utility)
 
 

@@ -61,7 +61,7 @@ def calibration_tokens(
             yield name, example, (*row.ids, *row.tokens)
             if example.is_question:
                 yield name, example, _choice_tokens(chat, example)
-            elif name == "safety":
+            elif name == "safety" or not example.is_problem:
                 yield name, example, chat.prompt_ids(example, reserve=config.max_new_tokens)[0]
 
 

@@ -19,6 +19,7 @@ from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.diagnosis.ablator import Ablator
+from castune.diagnosis.domains import Utility
 from castune.diagnosis.gradients import partial_gradients
 from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.sweep import Measure, sweep
@@ -56,6 +57,7 @@ def planned(tiny_tokenizer: Any, harmful: list[Example], questions: list[Example
         settings: DiagnoseConfig = SETTINGS,
         accelerator: str | None = "h100",
         safety: list[Example] = harmful,
+        utility: Utility = questions,
         decoded_share: float | None = None,
     ) -> Planned:
         planner = Planner.of_config(
@@ -66,7 +68,7 @@ def planned(tiny_tokenizer: Any, harmful: list[Example], questions: list[Example
             device=torch.device("cpu"),
             accelerator=None if accelerator is None else accelerator_named(accelerator),
         )
-        return Planned(planner, planner.diagnosis(safety, questions, settings, decoded_share=decoded_share))
+        return Planned(planner, planner.diagnosis(safety, utility, settings, decoded_share=decoded_share))
 
     return make
 
@@ -137,6 +139,50 @@ def test_the_planned_work_of_other_units_is_what_a_diagnosis_does(
     assert found.cost.gradient_bytes <= 1e6
     assert found.work("gradients").forwards > 1
     assert found.work("gradients").forwards % heads.work("gradients").forwards == 0
+
+
+def test_the_planned_work_of_reply_domains_is_what_a_diagnosis_does(
+    planned: Callable[..., Planned],
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    questions: list[Example],
+    harmful: list[Example],
+) -> None:
+    """Beside that of the questions, which is what it was; by both measures with the model's own replies."""
+    model = tiny_model("llama")
+    harmless = [Example(id=f"b{i}", prompt=f"Kill process {i}.", reply=f"Use kill {'9' * i}.") for i in range(1, 6)]
+    settings = SETTINGS.model_copy(update={"reply_domains": ("overrefusal",)})
+    config, utility = model.config, {"overrefusal": harmless, "words": questions}
+    found = planned(config, settings=settings, utility=utility, decoded_share=0.0)
+    plain = planned(config, decoded_share=0.0)
+    assert {"reply_margins", "reply_decisions"} == found.cost.costs.keys() - plain.cost.costs.keys()
+    for name in ("utility", "margins", "decisions"):
+        assert found.work(name) == plain.work(name)
+    for name in ("gradients", "attribution", "checked"):
+        assert found.flops(name) > plain.flops(name)
+
+    units = UnitLayout(HeadLayout.of(model))
+    ablator = Ablator(model, units, units.units, found.cost.resumable)
+    objectives = Objectives(ablator, tiny_tokenizer, ChatFormat(tiny_tokenizer), settings)
+    scored = work_of(model, HeadLayout.of(model), objectives.utility_measure(harmless))
+    own = found.work("checked").step_tokens - plain.work("checked").step_tokens
+    assert own == len(harmless) * SETTINGS.max_new_tokens
+    margins, decisions = found.work("reply_margins"), found.work("reply_decisions")
+    assert margins.step_tokens == decisions.step_tokens == own
+    # One prompt of middle length a reply is read before it is written.
+    n_batches = margins.steps // SETTINGS.max_new_tokens
+    assert margins.forwards - n_batches == scored["forwards"]
+    assert margins.n_scored - len(harmless) == scored["n_scored"]
+    all_change = planned(config, settings=settings, utility=utility, decoded_share=1.0)
+    assert all_change.work("reply_margins") == margins
+    assert all_change.work("reply_decisions").step_tokens > own
+    for measure in ("margin", "decision"):
+        assert f"reply_{measure}s" in found.cost.parts(measure)
+        assert found.cost.total(measure).seconds > plain.cost.total(measure).seconds
+
+    only = planned(config, settings=settings, utility={"overrefusal": harmless}, decoded_share=0.0)
+    assert only.work("reply_margins") == margins
+    assert only.work("utility") == Work()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])

@@ -45,8 +45,8 @@ def test_what_is_not_known_is_not_drawn() -> None:
 @pytest.mark.parametrize(
     ("column", "said"),
     [
-        (make_column(0.8), "has changed beyond measurement noise (n = 80 questions and 64 harmful prompts): 0.80 (0.74 to 0.84)"),
-        (make_column(0.97), "no drift seen beyond measurement noise at n = 80 questions and 64 harmful prompts: 0.97 (0.91 to 1.01)"),
+        (make_column(0.8), "has changed beyond measurement noise (n = 80 utility examples and 64 harmful prompts): 0.80 (0.74 to 0.84)"),
+        (make_column(0.97), "no drift seen beyond measurement noise at n = 80 utility examples and 64 harmful prompts: 0.97 (0.91 to 1.01)"),
         (make_column(0.957), "no drift seen"),  # the interval ends at 1
         (make_column(None), "cannot be told"),
         (make_column(0.5, corrected_low=None, corrected_high=None), "cannot be told"),

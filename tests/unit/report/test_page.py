@@ -118,11 +118,26 @@ def test_every_domain_has_a_line(tmp_path: Path, run: Run, combined: str, said: 
     assert "Utility domains" in text
     assert said in text
     for line in (
-        "knowledge knowledge.jsonl, n = 30 25.0\u202f%\u00a0±\u00a04.0, n = 30, 0 unscored 0.61 0.88",
-        "maths maths.jsonl, n = 40 35.0\u202f%\u00a0±\u00a04.0, n = 40, 1 unscored undefined 0.78",
+        "knowledge questions: knowledge.jsonl, n = 30 accuracy 25.0\u202f%\u00a0±\u00a04.0, n = 30, 0 unscored 0.61 0.88",
+        "maths questions: maths.jsonl, n = 40 accuracy 35.0\u202f%\u00a0±\u00a04.0, n = 40, 1 unscored undefined 0.78",
     ):
         assert line in text
     assert "Utility accuracy before ablation, mean over domains" in text
+
+
+def test_what_is_measured_on_prompts_with_replies_is_called_so(tmp_path: Path, run: Run) -> None:
+    run.cmap = make_domains((4, 4), ["knowledge", "overrefusal"])
+    for one in (run.cmap, run.cmap.domains["overrefusal"]):
+        one.metadata["settings"] = {**one.metadata["settings"], "reply_domains": ["overrefusal"]}
+    text = Page(run.write(tmp_path / "two.html")).text
+    assert "knowledge questions: knowledge.jsonl, n = 30 accuracy 25.0" in text
+    assert "overrefusal harmless prompts: overrefusal.jsonl, n = 40 share answered 35.0" in text
+    assert "Utility questions and harmless prompts" in text
+    assert "Utility accuracy or share answered before ablation, mean over domains" in text
+    run.cmap = run.cmap.domains["overrefusal"]
+    text = Page(run.write(tmp_path / "one.html")).text
+    assert "Utility harmless prompts" in text
+    assert "Utility share answered before ablation" in text
 
 
 def test_json_in_a_script_cannot_end_it() -> None:
