@@ -28,6 +28,7 @@ from castune.artifacts.records import DataRecord, ModelRecord, Provenance
 from castune.artifacts.rules import warn_of_old_rules
 from castune.artifacts.unit import Unit
 from castune.errors import ArtifactError
+from castune.names import kind_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,6 +123,12 @@ class ConflictMap:
     def kinds(self) -> list[str]:
         """The kinds of unit there are, in the order of the rows."""
         return list(dict.fromkeys(self._kinds))
+
+    @property
+    def kind_words(self) -> dict[str, str]:
+        """What its units are called where people read of them, by kind: `heads` in a map of query heads alone."""
+        kinds = self.kinds
+        return {kind: kind_words(kind, alone=len(kinds) == 1) for kind in kinds}
 
     def rows_of(self, kind: str) -> list[int]:
         """Numbers of the rows of a kind of unit."""

@@ -35,6 +35,7 @@ from castune.diagnosis.score import (
 )
 from castune.diagnosis.zones import safe_border
 from castune.errors import CastuneError
+from castune.names import kind_words
 from castune.stats.ranking import bucket_numbers, percentile_rank, tie_share
 
 # What is told of each kind of unit.
@@ -164,7 +165,7 @@ def _together(maps: Mapping[str, ConflictMap]) -> ConflictMap:
         }
         for kind, cmap in maps.items()
     }
-    warnings = [f"{kind}: {text}" for kind, cmap in maps.items() for text in cmap.warnings]
+    warnings = [f"{kind_words(kind)}: {text}" for kind, cmap in maps.items() for text in cmap.warnings]
     about: dict[str, Any] = {"kinds": kinds, "reliability": {**first.metadata["reliability"], "warnings": warnings}}
     if domains:
         records = first.metadata["domains"]

@@ -107,6 +107,7 @@ def test_one_kind_of_unit_is_shown_at_a_time() -> None:
     spec = figures.conflict_heatmap(cmap, selections).to_dict()
     switch = next(param for param in spec["params"] if param["name"] == "shown_unit")
     assert switch["bind"]["options"] == ["q_head", "mlp_group"]
+    assert switch["bind"]["labels"] == ["query heads", "groups of MLP neurons"]
     found = rows(spec)
     assert [(row["unit"], row["layer"], row["head"]) for row in found] == cmap.units
     for arm, selection in selections.items():
@@ -120,10 +121,12 @@ def test_one_kind_of_unit_is_shown_at_a_time() -> None:
     assert cells["q_head"] - cells["mlp_group"] == 12 * (9 - 4)
     grids = figures.zones(cmap, selections).to_dict()["concat"]
     assert [grid["title"] for grid in grids] == [
-        f"{arm}: {n} of {4 * n} {kind}s" for arm in selections for kind, n in (("q_head", 27), ("mlp_group", 12))
+        f"{arm}: {n} of {4 * n} {words}"
+        for arm in selections
+        for words, n in (("query heads", 27), ("groups of MLP neurons", 12))
     ]
     svg = vl_convert.vegalite_to_svg(figures.score_distribution(cmap).to_dict())
-    assert "mlp_groups" in svg
+    assert svg.index("query heads") < svg.index("groups of MLP neurons")
     # A map of query heads alone has no switch, and its rows no kind.
     alone = figures.conflict_heatmap(make_map((4,) * 3), {}).to_dict()
     assert "shown_unit" not in str(alone)

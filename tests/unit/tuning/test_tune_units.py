@@ -22,6 +22,7 @@ from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
 from castune.data.example import Example
 from castune.errors import CastuneError, CertificateError, UnsupportedArchitecture
+from castune.names import kind_words
 from castune.tuning.mask import mask_adapter
 from castune.tuning.merge import write_merged
 from castune.tuning.row_lora import budget, sparse_lora
@@ -433,8 +434,10 @@ def test_masks_are_for_query_heads(tiny_model: Callable[..., Any], adapter: Path
 
 @pytest.mark.parametrize("unit", [("k_group", 0, 2), ("mlp_group", 0, 4), ("o_head", 3, 0), ("mlp_block", 0, 1)])
 def test_units_that_do_not_exist_are_named(tiny_model: Callable[..., Any], unit: tuple[str, int, int]) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(CastuneError, match=f"units this model does not have: .*{unit[0]}"):
+    model, (kind, layer, index) = tiny_model("llama"), unit
+    with pytest.raises(
+        CastuneError, match=f"units this model does not have: .*{kind_words(kind, 1)} {index} of layer {layer}"
+    ):
         sparse_lora(model, mixed(model, [("mlp_group", 0, 0), unit]))
     assert not any("lora" in name for name, _ in model.named_modules())
 
