@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from castune.core.numbers import duration, fidelity, gigabytes, number, percent, span, standing, with_error
+from castune.core.numbers import duration, gigabytes, number, percent, span, with_error
 from castune.names import KINDS, units_counted
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def say(text: str) -> None:
 
 def show_diagnosis(cmap: ConflictMap) -> None:
     """What a diagnosis found, and how far it can be trusted."""
+    from castune.report.attribution import fidelity_words, standing_words
+
     metadata = cmap.metadata
     baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
     domains = metadata.get("domains", {})
@@ -57,8 +59,8 @@ def show_diagnosis(cmap: ConflictMap) -> None:
         f"({number(zones['safe_by_chance'])} by chance)"
     )
     for kind, found in cmap.fidelity.items():
-        say(f"  attribution against exact ablation: {fidelity(found)}, over {len(found['units'])} {words[kind]}")
-        placed = standing(cmap.standing[kind], len(cmap.rows_of(kind)))
+        say(f"  attribution against exact ablation: {fidelity_words(found)}, over {len(found['units'])} {words[kind]}")
+        placed = standing_words(cmap.standing[kind], len(cmap.rows_of(kind)))
         say(f"  inside or outside the safe quarter, {words[kind]}: {placed}")
     for kind, found in kinds.items():
         say(f"  {words[kind]}: reliability of C {number(found['reliability']['reliability'])}, within the kind")

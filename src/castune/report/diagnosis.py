@@ -7,7 +7,8 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.records import DataRecord, Settings
-from castune.core.numbers import duration, fidelity, number, standing
+from castune.core.numbers import duration, number
+from castune.report.attribution import fidelity_words, standing_words
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import NOT_RECORDED, cut_words, figure, known, recorded_rate, section
@@ -126,11 +127,11 @@ def _trust(cmap: ConflictMap) -> list[tuple[str, str]]:
             for kind, found in cmap.metadata.get("kinds", {}).items()
         ),
         *(
-            (f"Attribution against exact ablation, {len(found['units'])} {words[kind]}", fidelity(found))
+            (f"Attribution against exact ablation, {len(found['units'])} {words[kind]}", fidelity_words(found))
             for kind, found in cmap.fidelity.items()
         ),
         *(
-            (f"Inside or outside the safe quarter, {words[kind]}", standing(found, len(cmap.rows_of(kind))))
+            (f"Inside or outside the safe quarter, {words[kind]}", standing_words(found, len(cmap.rows_of(kind))))
             for kind, found in cmap.standing.items()
         ),
         *(("Warning", warning) for warning in cmap.warnings),
