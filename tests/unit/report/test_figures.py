@@ -22,6 +22,7 @@ from castune.artifacts import ConflictMap
 from castune.report import figures
 from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.page import write_figures
+from castune.report.theme import theme
 from castune.selection import select
 
 NAMES = {
@@ -131,6 +132,15 @@ def test_one_kind_of_unit_is_shown_at_a_time() -> None:
     alone = figures.conflict_heatmap(make_map((4,) * 3), {}).to_dict()
     assert "shown_unit" not in str(alone)
     assert "unit" not in rows(alone)[0]
+
+
+def test_all_text_has_the_ink_of_the_page(run: Run) -> None:
+    run.cmap, ink = make_mixed_map(), "#12ab9f"
+    selections = {zone: select(run.cmap, zone=zone) for zone in ("safe", "risky")}
+    for name, chart in figures.charts(run.cmap, selections, run.tunings, run.evaluations).items():
+        svg = vl_convert.vegalite_to_svg({**chart.to_dict(), "config": theme(ink, "sans-serif")})
+        fills = re.findall(r'<text [^>]*fill="([^"]+)"[^>]*>[^<]', svg)
+        assert set(fills) == {ink}, name
 
 
 def test_high_scores_are_red_and_low_ones_blue() -> None:
