@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from castune.stats.estimates import CostRatio
     from castune.steps.reproduce import Difference, Reproduction
 
+# Undecided units of a kind that are named; the report has them all.
+_MOST_NAMED = 10
+
 
 def say(text: str) -> None:
     """A line on standard output."""
@@ -30,7 +33,7 @@ def say(text: str) -> None:
 
 def show_diagnosis(cmap: ConflictMap) -> None:
     """What a diagnosis found, and how far it can be trusted."""
-    from castune.report.attribution import fidelity_words, standing_words
+    from castune.report.attribution import fidelity_words, named_undecided, standing_words
 
     metadata = cmap.metadata
     baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
@@ -60,8 +63,11 @@ def show_diagnosis(cmap: ConflictMap) -> None:
     )
     for kind, found in cmap.fidelity.items():
         say(f"  attribution against exact ablation: {fidelity_words(found)}, over {len(found['units'])} {words[kind]}")
-        placed = standing_words(cmap.standing[kind], len(cmap.rows_of(kind)))
-        say(f"  inside or outside the safe quarter, {words[kind]}: {placed}")
+        placed = cmap.standing[kind]
+        told = standing_words(placed, len(cmap.rows_of(kind)))
+        say(f"  inside or outside the safe quarter, {words[kind]}: {told}")
+        if 0 < len(placed["undecided"]) <= _MOST_NAMED:
+            say(f"    left open, {words[kind]} by layer: {named_undecided(placed, _MOST_NAMED)}")
     for kind, found in kinds.items():
         say(f"  {words[kind]}: reliability of C {number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():

@@ -174,8 +174,8 @@ class ConflictMap:
         return self._told_of_kinds("standing")
 
     def _told_of_kinds(self, what: str) -> dict[str, Any]:
-        alone = {self.kinds[0]: self.metadata} if len(self.kinds) == 1 else self.metadata["kinds"]
-        return {kind: found[what] for kind, found in alone.items() if what in found}
+        told = self.metadata.get("kinds") or dict.fromkeys(self.kinds, self.metadata)
+        return {kind: told[kind][what] for kind in self.kinds if what in told[kind]}
 
     @property
     def warnings(self) -> list[str]:

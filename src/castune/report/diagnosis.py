@@ -8,11 +8,14 @@ from typing import Any
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.records import DataRecord, Settings
 from castune.core.numbers import duration, number
-from castune.report.attribution import fidelity_words, standing_words
+from castune.report.attribution import fidelity_words, named_undecided, standing_words
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import NOT_RECORDED, cut_words, figure, known, recorded_rate, section
 from castune.report.summary import percent
+
+# Undecided units that are named outside the table, which has them all.
+_MOST_NAMED = 20
 
 
 def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Collection[str]) -> Markup:
@@ -133,6 +136,11 @@ def _trust(cmap: ConflictMap) -> list[tuple[str, str]]:
         *(
             (f"Inside or outside the safe quarter, {words[kind]}", standing_words(found, len(cmap.rows_of(kind))))
             for kind, found in cmap.standing.items()
+        ),
+        *(
+            (f"Left open by the estimate, {words[kind]}", undecided)
+            for kind, found in cmap.standing.items()
+            if (undecided := named_undecided(found, _MOST_NAMED))
         ),
         *(("Warning", warning) for warning in cmap.warnings),
     ]

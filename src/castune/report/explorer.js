@@ -64,7 +64,11 @@
     const ramp = colours(data.ramp);
     const armsOf = rows.map(() => []);
     for (const arm of data.arms) for (const row of arm.rows) armsOf[row].push(arm.name);
-    const armSets = data.arms.map((arm) => new Set(arm.rows));
+    // How sure it is on which side of the safe quarter's border a row is; empty for a map that does not tell.
+    const standing = data.standing.rows.map((at) => data.standing.words[at]);
+    // What can be brought out beside all, risky and safe.
+    const sets = data.arms.map((arm) => new Set(arm.rows));
+    sets.push(new Set(rows.filter((row) => standing[row] === "undecided")));
 
     // All that is shown follows from this and from the controls.
     const state = { selected: null, sort: null };
@@ -174,7 +178,7 @@
       const choice = Number(controls["bring-out"].value);
       for (const row of some) {
         const zone = cut.zone[row];
-        const out = [true, zone.startsWith("risky"), zone.endsWith("safe")][choice] ?? armSets[choice - 3].has(row);
+        const out = [true, zone.startsWith("risky"), zone.endsWith("safe")][choice] ?? sets[choice - 3].has(row);
         const classes = `cell ${ground[row]} ${zone} ${out ? "" : "dim"} ${row === state.selected ? "selected" : ""}`;
         // Among thousands of cells only those that change are touched, and each of them once.
         if (worn[row] !== classes) cells[row].className = worn[row] = classes;
@@ -241,6 +245,9 @@
       })),
       { title: "Bucket", compare: byNumber((row) => cut.bucket[row]), text: (row) => String(cut.bucket[row]) },
       { title: "Zone", compare: byNumber((row) => cut.zone[row].length), text: (row) => cut.zone[row] || "–" },
+      ...(standing.length
+        ? [{ title: "Standing", compare: byNumber((row) => data.standing.rows[row]), text: (row) => standing[row] }]
+        : []),
       {
         title: "Trained in",
         compare: (a, b) => armsOf[a].join().localeCompare(armsOf[b].join(), "en") || a - b,
@@ -368,6 +375,7 @@
       lines.push(
         ["Bucket", `${cut.bucket[row]} of ${parts}`, `place ${cut.place[row] + 1} of ${total} by ${score.symbol}`],
         ["Zone", zoneWords(row), ""],
+        ...(standing.length ? [["Standing", standing[row], ""]] : []),
         ["Trained in", armsOf[row].join(", ") || "no arm", ""],
       );
       return lines;

@@ -406,6 +406,13 @@ def test_kinds_of_unit_are_read_in_words(cmap: ConflictMap) -> None:
     assert ("safe quarter, groups of MLP neurons" in text) == (len(cmap.kinds) > 1)
 
 
+@pytest.mark.parametrize(("n_heads", "more"), [(50, ""), (53, "; and 1 more"), (1000, "; and 380 more")])
+def test_undecided_heads_are_named_up_to_twenty(n_heads: int, more: str) -> None:
+    text = Page(conflict_map(attributed(make_map((n_heads, n_heads))), {}, [])).text
+    first = ", ".join(map(str, range(20)))
+    assert f"Left open by the estimate, heads layer 0: {first}{more} Warning" in re.sub(r"\s+", " ", text)
+
+
 def test_lm_evals_numbers_stand_beside_ours(tmp_path: Path, run: Run) -> None:
     assert "lm-eval's protocol" not in Page(run.write(tmp_path / "report.html")).text
     task = LmEvalScore("mmlu_<b>", "acc,none", 0.25, 0.0125, 100, True, "1", 5)
