@@ -90,7 +90,8 @@ class Results:
             return None
         estimated, exact, numbers = (self.attribution or self)._checked_both_ways(self.checked, config)
         n_examples = {name: len(picked) for name, picked in self.checked.examples.items()}
-        return {**compared(estimated, exact, self.heads, numbers), "examples": n_examples}
+        found = compared(estimated, exact, self.heads, numbers, verified=config.verify == "zone")
+        return {**found, "examples": n_examples}
 
     def unsettled(self, config: DiagnoseConfig) -> float:
         """How near the border of the safe zone a C by attribution leaves open on which side its unit is.

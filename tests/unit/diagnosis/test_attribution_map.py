@@ -198,7 +198,13 @@ def test_a_verified_zone_is_that_of_the_exact_map(
         found.heads, *(cmap.column("safety_shift") for cmap in (found, plain, exact)), strict=True
     ):
         assert shift == pytest.approx(margin if head in measured else before, rel=1e-3, abs=1e-5)
-    assert found.fidelity == plain.fidelity
+    assert found.fidelity["q_head"]["columns"] == plain.fidelity["q_head"]["columns"]
+    # What was done already is no remedy.
+    assert plain.fidelity["q_head"]["columns"]["conflict_score"]["spearman"] < FAITHFUL
+    remedies = ['those near the border of the safe zone (diagnose.verify = "zone"), or ', ""]
+    for cmap, near in zip((plain, found), remedies, strict=True):
+        (warning,) = cmap.fidelity["q_head"]["warnings"]
+        assert warning.endswith(f': measure exactly {near}all units (diagnose.measure = "margin").')
     zones = [
         {head for head, bucket in zip(cmap.heads, cmap.column("bucket"), strict=True) if bucket == 4}
         for cmap in (found, exact, plain)
