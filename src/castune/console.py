@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from castune.core.numbers import duration, fidelity, gigabytes, number, percent, span, standing, with_error
-from castune.names import KINDS, plural
+from castune.core.numbers import duration, gigabytes, number, percent, span, with_error
+from castune.names import KINDS, units_counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from castune.stats.safety_costs import SafetyCosts
     from castune.steps.reproduce import Difference, Reproduction
 
+# Undecided units of a kind that are named; the report has them all.
+_MOST_NAMED = 10
+
 
 def say(text: str) -> None:
     """A line on standard output."""
@@ -31,12 +34,14 @@ def say(text: str) -> None:
 
 def show_diagnosis(cmap: ConflictMap) -> None:
     """What a diagnosis found, and how far it can be trusted."""
+    from castune.report.attribution import fidelity_words, named_undecided, standing_words
+
     metadata = cmap.metadata
     baseline, ties, conflict = metadata["baseline"], metadata["ties"], cmap.column("optimization_conflict")
     domains = metadata.get("domains", {})
     of_domains = f" of {len(domains)} domains ({metadata['combined']})" if domains else ""
     kinds = metadata.get("kinds", {})
-    counted = ", ".join(f"{found['n']} {plural(kind)}" for kind, found in kinds.items()) or f"{len(cmap)} heads"
+    words, counted = cmap.kind_words, units_counted({kind: len(cmap.rows_of(kind)) for kind in cmap.kinds})
     say(
         f"{counted}, measure {metadata['settings']['measure']}, "
         f"n = {metadata['data']['utility']['n']} {cmap.utility_examples}{of_domains} and "
@@ -46,7 +51,8 @@ def show_diagnosis(cmap: ConflictMap) -> None:
     say(f"  base model: {rate} {_rate(baseline['utility_accuracy'])}, refusals {_rate(baseline['refusal_rate'])}")
     say(f"  O(h): {span(conflict.min(), conflict.max())}, mean {number(conflict.mean())}")
     tied = (f"{percent(ties[f'{objective}_shift'], 0)} by {objective} shift" for objective in ("utility", "safety"))
-    say(f"  tied heads: {', '.join(tied)}")
+    # What is told of a whole map is told of its first kind of unit.
+    say(f"  tied {words[cmap.kinds[0]]}: {', '.join(tied)}")
     found = metadata["reliability"]
     columns = found["split_half"]["columns"]
     shown = {"O": "optimization_conflict", "H_gen": "utility_shift", "H_safe": "safety_shift", "C": "conflict_score"}
@@ -57,12 +63,14 @@ def show_diagnosis(cmap: ConflictMap) -> None:
         f"({number(zones['safe_by_chance'])} by chance)"
     )
     for kind, found in cmap.fidelity.items():
-        what = "heads" if len(cmap.fidelity) == 1 else plural(kind)
-        say(f"  attribution against exact ablation: {fidelity(found)}, over {len(found['units'])} {what}")
-        placed = standing(cmap.standing[kind], len(cmap.rows_of(kind)))
-        say(f"  inside or outside the safe quarter, {what}: {placed}")
+        say(f"  attribution against exact ablation: {fidelity_words(found)}, over {len(found['units'])} {words[kind]}")
+        placed = cmap.standing[kind]
+        told = standing_words(placed, len(cmap.rows_of(kind)))
+        say(f"  inside or outside the safe quarter, {words[kind]}: {told}")
+        if 0 < len(placed["undecided"]) <= _MOST_NAMED:
+            say(f"    left open, {words[kind]} by layer: {named_undecided(placed, _MOST_NAMED)}")
     for kind, found in kinds.items():
-        say(f"  {plural(kind)}: reliability of C {number(found['reliability']['reliability'])}, within the kind")
+        say(f"  {words[kind]}: reliability of C {number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():
         say(
             f"  domain {name} (n = {record['data']['n']}): {cmap.domains[name].utility_rate} "
@@ -203,8 +211,9 @@ def _show_plan_notes(planner: Planner, found: DiagnosisCost) -> None:
 
 def selected_in(budget: dict[str, int]) -> str:
     """How many units of each kind are trained."""
-    others = [f"{n} {name}" for name, n in budget.items() if name in KINDS]
-    return ", ".join([f"{budget['heads']} heads"] * bool(budget["heads"] or not others) + others)
+    others = {single: budget[many] for many, single in KINDS.items() if many in budget}
+    heads = {"q_head": budget["heads"]} if budget["heads"] or not others else {}
+    return units_counted({**heads, **others})
 
 
 def show_certificate(certificate: Certificate) -> None:

@@ -9,6 +9,7 @@ trained differently from the recipe: a method of gradient surgery, `dpo`, or `re
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -36,6 +37,15 @@ KINDS: dict[UnitKind, str] = {
     "mlp_groups": "mlp_group",
 }
 _PLURALS: dict[str, str] = {single: many for many, single in KINDS.items()}
+# The same for people, one and several.
+_WORDS: dict[str, tuple[str, str]] = {
+    "q_head": ("query head", "query heads"),
+    "k_group": ("KV group by keys", "KV groups by keys"),
+    "v_group": ("KV group by values", "KV groups by values"),
+    "o_head": ("head by output columns", "heads by output columns"),
+    "mlp_block": ("whole MLP", "whole MLPs"),
+    "mlp_group": ("group of MLP neurons", "groups of MLP neurons"),
+}
 
 _HEADS = re.compile(
     rf"(?:(?P<zone>{'|'.join(ZONES)})(?:-(?P<percent>\d+(?:\.\d+)?))?|bucket-(?P<bucket>\d+)-of-(?P<buckets>\d+))"
@@ -139,8 +149,23 @@ def _change_name(key: str, value: Any) -> str:
 
 
 def plural(kind: str) -> str:
-    """What several units of a kind are called; a kind that this castune does not know keeps its name."""
+    """What several units of a kind are called in settings and records; an unknown kind keeps its name."""
     return _PLURALS.get(kind, kind)
+
+
+def kind_words(kind: str, n: int = 2, *, alone: bool = False) -> str:
+    """What n units of a kind are called where people read of them; an unknown kind keeps its name.
+
+    `alone`: where there is no other kind, query heads are plain heads.
+    """
+    one, several = ("head", "heads") if alone and kind == "q_head" else _WORDS.get(kind, (kind, kind))
+    return one if n == 1 else several
+
+
+def units_counted(numbers: Mapping[str, int]) -> str:
+    """How many units of each kind, in words: `270 heads`, `90 query heads, 1 group of MLP neurons`."""
+    alone = len(numbers) == 1
+    return ", ".join(f"{n:,} {kind_words(kind, n, alone=alone)}" for kind, n in numbers.items())
 
 
 # The kinds, and what stands after the equals sign where none is given; "" needs none, None needs one.

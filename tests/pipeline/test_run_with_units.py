@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def test_the_whole_recipe_with_two_kinds_of_unit(models: Models, recipe_of: Reci
         assert certificate.changed_rows == certificate.selected_rows == 3 * 8 + 2 * 3 * 12
         assert certificate.changed_columns == certificate.selected_columns == 3 * 12
     report = (folder / "report.html").read_text(encoding="utf-8")
-    assert "12 query heads, 12 mlp_groups" in report
-    assert "mlp_groups</h3>" in report
+    assert "12 query heads, 12 groups of MLP neurons" in report
+    assert "Groups of MLP neurons</h3>" in report
     run(recipe)  # everything is there already
 
     model, tokenizer = load_model(recipe)
@@ -77,12 +78,10 @@ def test_units_on_the_command_line(models: Models, own_data: dict[str, Path], tm
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "12 v_groups, 3 mlp_blocks, measure margin" in done.stdout
+    assert "12 KV groups by values, 3 whole MLPs, measure margin" in done.stdout
     done = castune("select", tmp_path / "run", "--fraction", "0.3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "5 of 15 units (4 v_groups, 1 mlp_blocks)" in done.stdout.replace(
-        "1 mlp_blocks, 4 v_groups", "4 v_groups, 1 mlp_blocks"
-    )
+    assert re.search(r"5 of 15 units \((4 KV groups by values|, |1 whole MLP){3}\)", done.stdout)
     selection = HeadSelection.load(tmp_path / "run")
     assert not selection.heads
     assert len(selection.units) == 5

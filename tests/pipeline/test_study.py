@@ -241,11 +241,13 @@ def test_a_study_of_other_units_beside_heads(study_of: Callable[..., Path], tmp_
     by_arm = {row["arm"]: row for row in rows(folder, "table_1_sft")}
     assert (by_arm["all"]["heads"], by_arm["safe"]["heads"]) == ("24", "6")
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "q_heads</h3>" in page
-    assert "mlp_groups</h3>" in page
+    assert "query heads</h3>" in page
+    assert "groups of MLP neurons</h3>" in page
     # Scores of several kinds do not add up.
     assert not (folder / "tables" / "budget.csv").exists()
-    assert_one_error(castune("budget", study_graph(Recipe.load(path)).runs[0].folder, cwd=tmp_path), "do not add up")
+    assert_one_error(
+        castune("budget", study_graph(Recipe.load(path)).runs[0].folder, cwd=tmp_path), "heads and groups of MLP"
+    )
 
 
 @pytest.mark.slow

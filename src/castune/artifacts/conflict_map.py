@@ -28,6 +28,7 @@ from castune.artifacts.records import DataRecord, ModelRecord, Provenance
 from castune.artifacts.rules import warn_of_old_rules
 from castune.artifacts.unit import Unit
 from castune.errors import ArtifactError
+from castune.names import kind_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,6 +124,12 @@ class ConflictMap:
         """The kinds of unit there are, in the order of the rows."""
         return list(dict.fromkeys(self._kinds))
 
+    @property
+    def kind_words(self) -> dict[str, str]:
+        """What its units are called where people read of them, by kind: `heads` in a map of query heads alone."""
+        kinds = self.kinds
+        return {kind: kind_words(kind, alone=len(kinds) == 1) for kind in kinds}
+
     def rows_of(self, kind: str) -> list[int]:
         """Numbers of the rows of a kind of unit."""
         return [row for row, found in enumerate(self._kinds) if found == kind]
@@ -183,8 +190,8 @@ class ConflictMap:
         return self._told_of_kinds("standing")
 
     def _told_of_kinds(self, what: str) -> dict[str, Any]:
-        alone = {self.kinds[0]: self.metadata} if len(self.kinds) == 1 else self.metadata["kinds"]
-        return {kind: found[what] for kind, found in alone.items() if what in found}
+        told = self.metadata.get("kinds") or dict.fromkeys(self.kinds, self.metadata)
+        return {kind: told[kind][what] for kind in self.kinds if what in told[kind]}
 
     @property
     def warnings(self) -> list[str]:

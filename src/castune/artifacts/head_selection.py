@@ -11,7 +11,7 @@ from typing import Any
 from castune.artifacts.formats import read_json, typed, write_json
 from castune.artifacts.unit import QUERY_HEAD, Unit, heads_of, joined, layers_of, only_heads
 from castune.errors import ArtifactError
-from castune.names import SCORES, ZONES, plural
+from castune.names import SCORES, ZONES, units_counted
 
 SELECTION_FILE = "selection.json"
 _KIND = "head selection"
@@ -113,8 +113,7 @@ class HeadSelection:
     @property
     def counted(self) -> str:
         """How many units of each kind are selected, in words."""
-        numbers = Counter(one.kind for one in self.units) or {QUERY_HEAD: 0}
-        return ", ".join(f"{n} {'heads' if kind == QUERY_HEAD else plural(kind)}" for kind, n in numbers.items())
+        return units_counted(Counter(one.kind for one in self.units) or {QUERY_HEAD: 0})
 
     @property
     def layers(self) -> tuple[int, ...]:

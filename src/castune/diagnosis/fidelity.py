@@ -79,7 +79,7 @@ def units_to_check(units: Sequence[Unit], score_H: Floats, n: int) -> list[int]:
 
 
 def compared(
-    estimated: Measurements, exact: Measurements, units: Sequence[Unit], numbers: Sequence[int]
+    estimated: Measurements, exact: Measurements, units: Sequence[Unit], numbers: Sequence[int], *, verified: bool
 ) -> dict[str, Any]:
     """Agreement of every column of two maps of the same examples on the units that were measured exactly.
 
@@ -89,6 +89,7 @@ def compared(
             then that of a map in which they alone are exact.
         units: all units.
         numbers: of the checked ones.
+        verified: whether units near the border of the safe zone are measured exactly anyway.
 
     Returns:
         Plain JSON: `columns`, `units` and `warnings`.
@@ -99,15 +100,16 @@ def compared(
     return {
         "units": [list(unit) for unit in checked],
         "columns": {name: asdict(found) for name, found in columns.items()},
-        "warnings": _warnings(columns["conflict_score"], len(checked)),
+        "warnings": _warnings(columns["conflict_score"], len(checked), verified),
     }
 
 
-def _warnings(score: Fidelity, n: int) -> list[str]:
+def _warnings(score: Fidelity, n: int, verified: bool) -> list[str]:
     if score.spearman is not None and score.spearman >= FAITHFUL:
         return []
     found = "is undefined" if score.spearman is None else f"is {score.spearman:.2f}"
+    near = "" if verified else 'those near the border of the safe zone (diagnose.verify = "zone"), or '
     return [
         f"The rank correlation of attributed and exact conflict scores {found} over {n} units, below {FAITHFUL}: "
-        'measure all units exactly (diagnose.measure = "margin").'
+        f'measure exactly {near}all units (diagnose.measure = "margin").'
     ]

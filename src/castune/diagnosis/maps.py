@@ -35,6 +35,7 @@ from castune.diagnosis.score import (
 )
 from castune.diagnosis.zones import safe_border
 from castune.errors import CastuneError
+from castune.names import kind_words
 from castune.stats.ranking import bucket_numbers, percentile_rank, tie_share
 
 # What is told of each kind of unit.
@@ -89,7 +90,8 @@ class Results:
             return None
         estimated, exact, numbers = (self.attribution or self)._checked_both_ways(self.checked, config)
         n_examples = {name: len(picked) for name, picked in self.checked.examples.items()}
-        return {**compared(estimated, exact, self.heads, numbers), "examples": n_examples}
+        found = compared(estimated, exact, self.heads, numbers, verified=config.verify == "zone")
+        return {**found, "examples": n_examples}
 
     def unsettled(self, config: DiagnoseConfig) -> float:
         """How near the border of the safe zone a C by attribution leaves open on which side its unit is.
@@ -164,7 +166,7 @@ def _together(maps: Mapping[str, ConflictMap]) -> ConflictMap:
         }
         for kind, cmap in maps.items()
     }
-    warnings = [f"{kind}: {text}" for kind, cmap in maps.items() for text in cmap.warnings]
+    warnings = [f"{kind_words(kind)}: {text}" for kind, cmap in maps.items() for text in cmap.warnings]
     about: dict[str, Any] = {"kinds": kinds, "reliability": {**first.metadata["reliability"], "warnings": warnings}}
     if domains:
         records = first.metadata["domains"]

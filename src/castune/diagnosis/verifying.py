@@ -22,6 +22,7 @@ from castune.diagnosis.score import Floats
 from castune.diagnosis.sweep import sweep
 from castune.diagnosis.task import Task
 from castune.diagnosis.zones import safe_border
+from castune.names import kind_words
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def verified(
             todo = _undecided(found.of_kind(kind), task.config)[:left]
             if not todo:
                 break
-            found = _measured_exactly(task, objectives, found, todo, f"{kind} {number + 1}", replies, journal, shard)
+            name = f"{kind_words(kind)}, round {number + 1}"
+            found = _measured_exactly(task, objectives, found, todo, name, replies, journal, shard)
             left -= len(todo)
     return found
 

@@ -1,4 +1,4 @@
-"""How long units of work take on several devices: list scheduling with dependencies."""
+"""How long jobs take on several devices: list scheduling with dependencies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from castune.errors import CastuneError
 
 
 @dataclass(frozen=True)
-class Unit:
+class Job:
     """A piece of work for one device.
 
     Attributes:
-        name: its name, no other unit's.
+        name: its name, no other job's.
         seconds: how long it takes on one device.
-        after: names of the units it waits for.
+        after: names of the jobs it waits for.
         is_divisible: whether several devices may share it (`--shard i/n`), without loss.
     """
 
@@ -27,32 +27,32 @@ class Unit:
     is_divisible: bool = False
 
 
-def makespan(units: Sequence[Unit], n_devices: int) -> float:
-    """Seconds until all units are done, when a free device takes the ready unit with the longest chain behind it.
+def makespan(jobs: Sequence[Job], n_devices: int) -> float:
+    """Seconds until all jobs are done, when a free device takes the ready job with the longest chain behind it.
 
     At most sum / n + (1 - 1/n) longest chain (Graham 1966); never below sum / n and the longest chain.
 
     Args:
-        units: the work; a divisible unit becomes as many equal parts as there are devices.
+        jobs: the work; a divisible job becomes as many equal parts as there are devices.
         n_devices: how many devices there are.
 
     Raises:
-        CastuneError: no device, two units of one name, one that waits for none that is there, units that wait for each
+        CastuneError: no device, two jobs of one name, one that waits for none that is there, jobs that wait for each
             other, or seconds that are negative or not finite.
     """
     if n_devices < 1:
         raise CastuneError(f"{n_devices} devices: accepted is at least 1")
-    ordered = _order(units)
-    seconds = {unit.name: unit.seconds / (n_devices if unit.is_divisible else 1) for unit in ordered}
-    parts = {unit.name: n_devices if unit.is_divisible else 1 for unit in ordered}
-    behind = {unit.name: 0.0 for unit in ordered}
-    for unit in reversed(ordered):
-        for name in unit.after:
-            behind[name] = max(behind[name], behind[unit.name] + seconds[unit.name])
-    waits = {unit.name: len(set(unit.after)) for unit in ordered}
-    follow = {unit.name: [other.name for other in ordered if unit.name in other.after] for unit in ordered}
+    ordered = _order(jobs)
+    seconds = {job.name: job.seconds / (n_devices if job.is_divisible else 1) for job in ordered}
+    parts = {job.name: n_devices if job.is_divisible else 1 for job in ordered}
+    behind = {job.name: 0.0 for job in ordered}
+    for job in reversed(ordered):
+        for name in job.after:
+            behind[name] = max(behind[name], behind[job.name] + seconds[job.name])
+    waits = {job.name: len(set(job.after)) for job in ordered}
+    follow = {job.name: [other.name for other in ordered if job.name in other.after] for job in ordered}
     left = dict(parts)
-    place = {unit.name: number for number, unit in enumerate(ordered)}
+    place = {job.name: number for number, job in enumerate(ordered)}
 
     def ready(name: str) -> list[tuple[float, int, str]]:
         return [(-(behind[name] + seconds[name]), place[name], name)] * parts[name]
@@ -77,25 +77,25 @@ def makespan(units: Sequence[Unit], n_devices: int) -> float:
     return now
 
 
-def _order(units: Sequence[Unit]) -> list[Unit]:
-    """The units, each behind those it waits for; checked."""
-    by_name = {unit.name: unit for unit in units}
-    if len(by_name) < len(units):
-        names = [unit.name for unit in units]
-        raise CastuneError(f"unit {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    for unit in units:
-        if not (math.isfinite(unit.seconds) and unit.seconds >= 0):
-            raise CastuneError(f"unit {unit.name!r} takes {unit.seconds} seconds; accepted are finite numbers from 0")
-        if missing := [name for name in unit.after if name not in by_name]:
-            raise CastuneError(f"unit {unit.name!r} waits for {missing[0]!r}, which is not there")
-    ordered: list[Unit] = []
+def _order(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, each behind those it waits for; checked."""
+    by_name = {job.name: job for job in jobs}
+    if len(by_name) < len(jobs):
+        names = [job.name for job in jobs]
+        raise CastuneError(f"job {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    for job in jobs:
+        if not (math.isfinite(job.seconds) and job.seconds >= 0):
+            raise CastuneError(f"job {job.name!r} takes {job.seconds} seconds; accepted are finite numbers from 0")
+        if missing := [name for name in job.after if name not in by_name]:
+            raise CastuneError(f"job {job.name!r} waits for {missing[0]!r}, which is not there")
+    ordered: list[Job] = []
     done: set[str] = set()
-    left = list(units)
+    left = list(jobs)
     while left:
-        free = [unit for unit in left if done.issuperset(unit.after)]
+        free = [job for job in left if done.issuperset(job.after)]
         if not free:
-            raise CastuneError(f"units wait for each other: {', '.join(unit.name for unit in left)}")
+            raise CastuneError(f"jobs wait for each other: {', '.join(job.name for job in left)}")
         ordered += free
-        done |= {unit.name for unit in free}
-        left = [unit for unit in left if unit.name not in done]
+        done |= {job.name for job in free}
+        left = [job for job in left if job.name not in done]
     return ordered

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, SuiteResult, TuneResult
 from castune.artifacts.records import DataRecord, ModelRecord
-from castune.artifacts.unit import QUERY_HEAD
 from castune.core import numbers
-from castune.names import plural
+from castune.names import kind_words
 from castune.report.sections import cut_words
 from castune.report.summary import BASE, interval
 from castune.stats.estimates import CostRatio, PairedDifference
@@ -130,7 +129,7 @@ def _heads(facts: CardFacts) -> str:
     chosen = [
         (
             f"layer {layer}",
-            f"{'heads' if kind == QUERY_HEAD else plural(kind)} {', '.join(str(one.index) for one in found)}",
+            f"{kind_words(kind, alone=facts.certificate.only_heads)} {', '.join(str(one.index) for one in found)}",
         )
         for (kind, layer), found in groupby(facts.certificate.units, key=lambda one: one.place)
     ]

@@ -7,12 +7,15 @@ from typing import Any
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.records import DataRecord, Settings
-from castune.core.numbers import duration, fidelity, number, standing
-from castune.names import plural
+from castune.core.numbers import duration, number
+from castune.report.attribution import fidelity_words, named_undecided, standing_words
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import NOT_RECORDED, cut_words, figure, known, recorded_rate, section
 from castune.report.summary import percent
+
+# Undecided units that are named outside the table, which has them all.
+_MOST_NAMED = 20
 
 
 def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], drawn: Collection[str]) -> Markup:
@@ -20,6 +23,8 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
     settings, ties = cmap.metadata.get("settings", {}), cmap.metadata.get("ties", {})
     baseline, data = cmap.metadata.get("baseline", {}), cmap.metadata.get("data", {})
     seconds = cmap.metadata.get("seconds")
+    # What is told of a whole map is told of its first kind of unit.
+    heads = _capitalised(cmap.kind_words[cmap.kinds[0]])
     over_domains = ", mean over domains" if cmap.domains else ""
     facts = [
         ("Measured by", f"{_measure(settings)}, {known(settings.get('ablation'))} ablation"),
@@ -27,8 +32,8 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         (f"Utility {cmap.utility_examples}", _source(data.get("utility"))),
         (f"Utility {cmap.utility_rate} before ablation{over_domains}", _baseline(baseline.get("utility_accuracy"))),
         ("Refusal rate before ablation", _baseline(baseline.get("refusal_rate"))),
-        ("Heads tied with another in utility shift", _share(ties.get("utility_shift"))),
-        ("Heads tied with another in safety shift", _share(ties.get("safety_shift"))),
+        (f"{heads} tied with another in utility shift", _share(ties.get("utility_shift"))),
+        (f"{heads} tied with another in safety shift", _share(ties.get("safety_shift"))),
         ("Judge", f"{known(settings.get('judge'))}, {known(settings.get('max_new_tokens'))} new tokens"),
         *_trust(cmap),
         ("Time", NOT_RECORDED if seconds is None else duration(seconds)),
@@ -69,7 +74,14 @@ def _explorers(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> li
     """The map to explore; of several kinds of unit each by itself, for their scores do not compare."""
     if len(cmap.kinds) == 1:
         return [explorer(cmap, selections)]
-    return [tag("div", tag("h3", plural(kind)), explorer(cmap.only(kind), selections)) for kind in cmap.kinds]
+    return [
+        tag("div", tag("h3", _capitalised(words)), explorer(cmap.only(kind), selections))
+        for kind, words in cmap.kind_words.items()
+    ]
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 _COMBINED = {
@@ -111,25 +123,31 @@ def _domains(cmap: ConflictMap) -> Markup | str:
 
 def _trust(cmap: ConflictMap) -> list[tuple[str, str]]:
     """How far the map can be trusted, as facts: by other examples, and by exact ablation."""
+    words = cmap.kind_words
     return [
-        *_reliability(cmap.metadata.get("reliability", {})),
+        *_reliability(cmap.metadata.get("reliability", {}), words[cmap.kinds[0]]),
         *(
-            (f"Reliability of C over {plural(kind)} alone", number(found["reliability"]["reliability"]))
+            (f"Reliability of C over {words[kind]} alone", number(found["reliability"]["reliability"]))
             for kind, found in cmap.metadata.get("kinds", {}).items()
         ),
         *(
-            (f"Attribution against exact ablation, {len(found['units'])} {plural(kind)}", fidelity(found))
+            (f"Attribution against exact ablation, {len(found['units'])} {words[kind]}", fidelity_words(found))
             for kind, found in cmap.fidelity.items()
         ),
         *(
-            (f"Inside or outside the safe quarter, {plural(kind)}", standing(found, len(cmap.rows_of(kind))))
+            (f"Inside or outside the safe quarter, {words[kind]}", standing_words(found, len(cmap.rows_of(kind))))
             for kind, found in cmap.standing.items()
+        ),
+        *(
+            (f"Left open by the estimate, {words[kind]}", undecided)
+            for kind, found in cmap.standing.items()
+            if (undecided := named_undecided(found, _MOST_NAMED))
         ),
         *(("Warning", warning) for warning in cmap.warnings),
     ]
 
 
-def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _reliability(found: Mapping[str, Any], heads: str) -> list[tuple[str, str]]:
     """What halves of the examples agree on, as facts."""
     halves = found.get("split_half", {})
     columns, zones = halves.get("columns", {}), halves.get("zones", {})
@@ -140,7 +158,7 @@ def _reliability(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("C", "conflict_score"),
     )
     parts = [f"{symbol} {number(columns[name]['full'])}" for symbol, name in symbols if name in columns]
-    facts = [("Reliability over heads (split halves, Spearman-Brown)", ", ".join(parts) or known(None))]
+    facts = [(f"Reliability over {heads} (split halves, Spearman-Brown)", ", ".join(parts) or known(None))]
     for zone in ("safe", "risky"):
         shown = f"{number(zones.get(zone))}; {number(zones.get(f'{zone}_by_chance'))} by chance"
         facts.append((f"Overlap of the {zone} zones of two halves of the examples", shown))

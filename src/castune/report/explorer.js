@@ -56,12 +56,19 @@
     const controls = Object.fromEntries(
       ["score", "map", "budget", "parts", "colour", "bring-out"].map((name) => [name, part(name)]),
     );
+    const noun = data.noun; // "head" or "unit"
+    const capitalNoun = noun[0].toUpperCase() + noun.slice(1);
     const total = data.layers.length;
     const rows = [...Array(total).keys()];
+    const named = (row) => `Layer ${data.layers[row]}, ${noun} ${data.heads[row]}`;
     const ramp = colours(data.ramp);
     const armsOf = rows.map(() => []);
     for (const arm of data.arms) for (const row of arm.rows) armsOf[row].push(arm.name);
-    const armSets = data.arms.map((arm) => new Set(arm.rows));
+    // How sure it is on which side of the safe quarter's border a row is; empty for a map that does not tell.
+    const standing = data.standing.rows.map((at) => data.standing.words[at]);
+    // What can be brought out beside all, risky and safe.
+    const sets = data.arms.map((arm) => new Set(arm.rows));
+    sets.push(new Set(rows.filter((row) => standing[row] === "undecided")));
 
     // All that is shown follows from this and from the controls.
     const state = { selected: null, sort: null };
@@ -116,10 +123,10 @@
       grid.setAttribute("aria-rowcount", layers.length + 1);
       grid.setAttribute("aria-colcount", columns.length + 1);
       const heading = make("div", { className: "grid-row axis", role: "row", "aria-rowindex": 1 });
-      heading.append(make("span", { role: "columnheader", className: "corner" }, "Layer / head"));
+      heading.append(make("span", { role: "columnheader", className: "corner" }, `Layer / ${noun}`));
       for (const column of columns) {
         const label = column % acrossEvery === 0 ? column : "";
-        heading.append(make("span", { role: "columnheader", "aria-label": `Head ${column}` }, String(label)));
+        heading.append(make("span", { role: "columnheader", "aria-label": `${capitalNoun} ${column}` }, String(label)));
       }
       const lines = layers.map((layer, at) => {
         const line = make("div", { className: "grid-row", role: "row", "aria-rowindex": at + 2 });
@@ -130,7 +137,7 @@
           const column = columns.indexOf(data.heads[row]) + 2;
           cell.style.gridColumn = column;
           cell.setAttribute("aria-colindex", column);
-          cell.setAttribute("aria-label", `Layer ${layer}, head ${data.heads[row]}`);
+          cell.setAttribute("aria-label", named(row));
           cell.dataset.row = row;
           cells[row] = cell;
           line.append(cell);
@@ -171,7 +178,7 @@
       const choice = Number(controls["bring-out"].value);
       for (const row of some) {
         const zone = cut.zone[row];
-        const out = [true, zone.startsWith("risky"), zone.endsWith("safe")][choice] ?? armSets[choice - 3].has(row);
+        const out = [true, zone.startsWith("risky"), zone.endsWith("safe")][choice] ?? sets[choice - 3].has(row);
         const classes = `cell ${ground[row]} ${zone} ${out ? "" : "dim"} ${row === state.selected ? "selected" : ""}`;
         // Among thousands of cells only those that change are touched, and each of them once.
         if (worn[row] !== classes) cells[row].className = worn[row] = classes;
@@ -182,7 +189,7 @@
 
     function numbersTable(caption, first, groups) {
       const means = score.column === "conflict_score" ? ["C(h)"] : ["C(h)", score.symbol];
-      const head = [first, "Heads", "Layers", ...means.map((symbol) => `Mean ${symbol}`)];
+      const head = [first, `${capitalNoun}s`, "Layers", ...means.map((symbol) => `Mean ${symbol}`)];
       const lines = groups.map(([name, group]) => {
         const [count, inLayers, ...found] = statistics(group);
         const shownCells = [count.toLocaleString("en"), String(inLayers), ...found.map(shown)];
@@ -202,10 +209,10 @@
       const parts = Number(controls.parts.value);
       const said = `${shorten(percent, 4)} %`;
       part("budget-shown").textContent = said;
-      controls.budget.setAttribute("aria-valuetext", `${said}, ${counted(cut.count, "head")}`);
+      controls.budget.setAttribute("aria-valuetext", `${said}, ${counted(cut.count, noun)}`);
       const both = Math.max(0, 2 * cut.count - total);
       part("budget-said").textContent =
-        `${said} of ${counted(total, "head")}: ${counted(cut.count, "head")} in each zone` +
+        `${said} of ${counted(total, noun)}: ${counted(cut.count, noun)} in each zone` +
         (both ? `, ${both.toLocaleString("en")} of them in both.` : ".");
       const zones = [
         ["Risky zone", cut.order.slice(0, cut.count)],
@@ -230,7 +237,7 @@
     const byNumber = (key) => (a, b) => key(a) - key(b) || a - b;
     const tableColumns = [
       { title: "Layer", compare: byNumber((row) => data.layers[row]), text: (row) => String(data.layers[row]) },
-      { title: "Head", compare: byNumber((row) => data.heads[row]), text: (row) => String(data.heads[row]) },
+      { title: capitalNoun, compare: byNumber((row) => data.heads[row]), text: (row) => String(data.heads[row]) },
       ...data.scores.map((one) => ({
         title: one.symbol,
         score: one.column,
@@ -238,6 +245,9 @@
       })),
       { title: "Bucket", compare: byNumber((row) => cut.bucket[row]), text: (row) => String(cut.bucket[row]) },
       { title: "Zone", compare: byNumber((row) => cut.zone[row].length), text: (row) => cut.zone[row] || "–" },
+      ...(standing.length
+        ? [{ title: "Standing", compare: byNumber((row) => data.standing.rows[row]), text: (row) => standing[row] }]
+        : []),
       {
         title: "Trained in",
         compare: (a, b) => armsOf[a].join().localeCompare(armsOf[b].join(), "en") || a - b,
@@ -262,7 +272,7 @@
         sorters.push(cell);
         return cell;
       });
-      const table = make("table", { role: "grid", "aria-label": "Heads", "aria-rowcount": total + 1 });
+      const table = make("table", { role: "grid", "aria-label": `${capitalNoun}s`, "aria-rowcount": total + 1 });
       table.append(make("thead", {}, make("tr", { "aria-rowindex": 1 }, ...heads)), body);
       box.append(table);
     }
@@ -365,6 +375,7 @@
       lines.push(
         ["Bucket", `${cut.bucket[row]} of ${parts}`, `place ${cut.place[row] + 1} of ${total} by ${score.symbol}`],
         ["Zone", zoneWords(row), ""],
+        ...(standing.length ? [["Standing", standing[row], ""]] : []),
         ["Trained in", armsOf[row].join(", ") || "no arm", ""],
       );
       return lines;
@@ -372,13 +383,12 @@
 
     function showTip(target) {
       const row = Number(target.dataset.row);
-      const title = `Layer ${data.layers[row]}, head ${data.heads[row]}`;
       const head = ["", "value ± standard error", "95 % interval"];
       const filled = describe(row).map(([label, text, note]) =>
         make("tr", {}, make("th", { scope: "row" }, label), make("td", {}, text), make("td", {}, note)),
       );
       tip.replaceChildren(
-        make("strong", {}, title),
+        make("strong", {}, named(row)),
         make("table", {}, make("tr", {}, ...head.map((text) => make("td", {}, text))), ...filled),
       );
       tip.hidden = false;

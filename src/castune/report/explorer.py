@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 from castune.artifacts import ConflictMap, HeadSelection
 from castune.artifacts.conflict_map import SCHEMA
+from castune.artifacts.unit import only_heads
+from castune.report.attribution import STANDINGS, standings
 from castune.report.maps import SCORES
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.theme import LOW_TO_HIGH
@@ -46,6 +48,7 @@ def explorer(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Mark
     Raises:
         ValueError: a domain's map has other heads than the combined one.
     """
+    noun = _noun(cmap)
     marks = [
         tag("span", tag("i", class_="cell risky", aria_hidden="true"), " risky zone"),
         tag("span", tag("i", class_="cell safe", aria_hidden="true"), " safe zone"),
@@ -54,7 +57,11 @@ def explorer(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Mark
     grid = tag(
         "div",
         tag(
-            "div", data_part="grid", class_="grid", role="grid", aria_label="Map of heads: a row a layer, layer 0 first"
+            "div",
+            data_part="grid",
+            class_="grid",
+            role="grid",
+            aria_label=f"Map of {noun}s: a row a layer, layer 0 first",
         ),
         tag("div", data_part="legend", class_="legend"),
         tag("p", *marks, class_="marks"),
@@ -69,17 +76,24 @@ def explorer(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Mark
         class_="explorer-numbers",
     )
     use = (
-        "Point at a head, or reach it with the arrow keys, for all its values with standard errors and 95 % intervals. "
-        "Selecting it marks it in the map and in the table; a click on the head of a column sorts. Colours span the "
-        "lowest to the highest value shown. Beyond 50 % a head can be in both zones."
+        f"Point at a {noun}, or reach it with the arrow keys, for all its values with standard errors and 95 % "
+        "intervals. Selecting it marks it in the map and in the table; a click on the head of a column sorts. Colours "
+        f"span the lowest to the highest value shown. Beyond 50 % a {noun} can be in both zones."
     )
-    heads = tag("div", data_part="heads", class_="heads", role="region", aria_label="Table of heads")
+    of_map = " of the combined map" if cmap.domains else ""
+    sure = (
+        f"Standing: how sure it is that a {noun} is inside or outside the safe quarter by C(h){of_map}. Undecided: the "
+        "error of the estimate may move it across the border; probable: other examples may; certain: neither. Exact: "
+        "measured by ablation instead of estimated."
+    )
+    heads = tag("div", data_part="heads", class_="heads", role="region", aria_label=f"Table of {noun}s")
     live = tag(
         "div",
         _controls(cmap, selections),
         tag("div", grid, numbers, class_="explorer-body"),
         heads,
         tag("p", use, class_="small"),
+        tag("p", sure, class_="small") if cmap.standing else "",
         tag("div", data_part="tip", class_="tip", role="tooltip", hidden=True),
         data_part="live",
         hidden=True,
@@ -93,13 +107,16 @@ def _controls(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Mar
     fields = [_choice("Score", "score", list(SCORES.values()))]
     if cmap.domains:
         fields.append(_choice("Utility domain", "map", ["combined", *cmap.domains]))
-    arms = [f"heads of {arm}" for arm in selections]
+    noun = _noun(cmap)
+    sets = [f"{noun}s of {arm}" for arm in selections]
+    if cmap.standing:
+        sets.append(f"undecided {noun}s")
     budget = tag("input", type="range", min="1", max="100", step="0.5", value=str(_USUAL_BUDGET), data_part="budget")
     fields += [
         tag("label", "Budget ", budget, tag("output", data_part="budget-shown")),
         _choice("Buckets", "parts", [str(count) for count in _BUCKETS], values=[str(count) for count in _BUCKETS]),
         _choice("Colour by", "colour", ["score", "bucket"]),
-        _choice("Bring out", "bring-out", ["all heads", "risky zone", "safe zone", *arms]),
+        _choice("Bring out", "bring-out", [f"all {noun}s", "risky zone", "safe zone", *sets]),
     ]
     return tag("div", *fields, class_="explorer-controls", role="group", aria_label="What the map shows")
 
@@ -114,6 +131,7 @@ def _data(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> dict[st
     rows = {unit: i for i, unit in enumerate(cmap.units)}
     layers, heads = zip(*cmap.heads, strict=True)
     return {
+        "noun": _noun(cmap),
         "layers": layers,
         "heads": heads,
         "scores": [
@@ -124,9 +142,15 @@ def _data(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> dict[st
             {"name": arm, "rows": [rows[unit] for unit in selection.units if unit in rows]}
             for arm, selection in selections.items()
         ],
+        "standing": {"words": STANDINGS, "rows": [STANDINGS.index(one) for one in standings(cmap)]},
         "maps": [_map(one, cmap) for one in (cmap, *cmap.domains.values())],
         "ramp": LOW_TO_HIGH,
     }
+
+
+def _noun(cmap: ConflictMap) -> str:
+    """What one row is called."""
+    return "head" if only_heads(cmap.units) else "unit"
 
 
 def _map(one: ConflictMap, combined: ConflictMap) -> dict[str, object]:

@@ -13,7 +13,7 @@ import altair as alt
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, TuneResult
 from castune.artifacts.drift_result import DriftResult
-from castune.names import plural
+from castune.artifacts.unit import only_heads
 from castune.purposes import PURPOSES
 from castune.report.drift import drift_charts
 from castune.report.labels import Coordinate, ScatterPoint, place_labels
@@ -48,9 +48,10 @@ def charts(
 def score_distribution(cmap: ConflictMap) -> Chart:
     """How many heads have which conflict score, by bucket; of several kinds of unit, a histogram each."""
     scores, buckets = cmap.column("conflict_score").tolist(), cmap.table["bucket"].to_pylist()
-    several = len(cmap.kinds) > 1
+    words, counted = cmap.kind_words, "Heads" if only_heads(cmap.units) else "Units"
+    several = len(words) > 1
     records = [
-        {"conflict_score": score, "bucket": bucket, **({"unit": plural(unit.kind)} if several else {})}
+        {"conflict_score": score, "bucket": bucket, **({"unit": words[unit.kind]} if several else {})}
         for score, bucket, unit in zip(scores, buckets, cmap.units, strict=True)
         if math.isfinite(score)
     ]
@@ -61,13 +62,13 @@ def score_distribution(cmap: ConflictMap) -> Chart:
         .mark_bar(aria=False, binSpacing=1)
         .encode(
             x=bars.axis(grid=False),
-            y=alt.Y("count():Q", title="Units" if several else "Heads", axis=alt.Axis(tickMinStep=1, tickCount=5)),
+            y=alt.Y("count():Q", title=counted, axis=alt.Axis(tickMinStep=1, tickCount=5)),
             color=alt.Color("bucket:O", title="Bucket").scale(domain=domain, range=bucket_colours(len(domain))),
-            tooltip=[alt.Tooltip("bucket:O", title="Bucket"), alt.Tooltip("count():Q", title="Heads")],
+            tooltip=[alt.Tooltip("bucket:O", title="Bucket"), alt.Tooltip("count():Q", title=counted)],
         )
         .properties(width=360, height=150, description="Histogram of the conflict score by bucket.")
     )
-    return chart.encode(row=alt.Row("unit:N", title=None, sort=cmap.kinds)) if several else chart
+    return chart.encode(row=alt.Row("unit:N", title=None, sort=[*words.values()])) if several else chart
 
 
 def trade_off(evaluations: Mapping[str, EvalResult], *, cost: str = "utility") -> Chart:

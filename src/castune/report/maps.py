@@ -11,7 +11,6 @@ import altair as alt
 
 from castune.artifacts import ConflictMap, HeadSelection, Unit
 from castune.artifacts.unit import only_heads
-from castune.names import plural
 from castune.report.theme import NEUTRAL, Chart, arm_colours
 
 SCORES = {
@@ -50,14 +49,14 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
         .properties(
             data=alt.InlineData(values=records),
             title=alt.TitleParams(text=alt.ExprRef(f"({json.dumps(SCORES)})[score]")),
-            description="Heat map of all query heads by layer and head index, coloured by the chosen score.",
+            description=f"Heat map of all {grid.title.lower()}s by layer and index, coloured by the chosen score.",
         )
         .transform_calculate(value="datum[score]", **_tooltip_texts())
         .encode(
             color=alt.Color("value:Q", scale=scale, legend=legend),
             tooltip=[
                 alt.Tooltip("layer:O", title="Layer"),
-                alt.Tooltip("head:O", title="Head"),
+                alt.Tooltip("head:O", title=grid.title),
                 *(alt.Tooltip(f"{name}_text:N", title=label) for name, label in SCORES.items()),
                 alt.Tooltip("bucket:O", title="Bucket (1: highest)"),
                 alt.Tooltip("zones:N", title="Trained in"),
@@ -66,7 +65,7 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
         .add_params(score)
     )
     if len(cmap.kinds) > 1:
-        kinds = alt.binding_select(options=cmap.kinds, labels=[*map(plural, cmap.kinds)], name="Units ")
+        kinds = alt.binding_select(options=cmap.kinds, labels=[*cmap.kind_words.values()], name="Units ")
         unit = alt.param(name="shown_unit", value=cmap.kinds[0], bind=kinds)
         chart = chart.transform_filter("datum.unit === shown_unit").add_params(unit)
     if cmap.domains:
@@ -94,17 +93,18 @@ def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Chart:
         selection = selections[arm]
         chosen = f"indexof(datum.arms, {json.dumps(arm)}) >= 0"
         n = sum(one.kind == kind for one in selection.units)
-        title, cells = f"{arm}: {n:,} of {selection.n_total:,} heads", grid.cells()
+        total, cells = selection.n_total, grid.cells()
         if len(cmap.kinds) > 1:
-            title = f"{arm}: {n:,} of {len(cmap.rows_of(kind)):,} {plural(kind)}"
+            total = len(cmap.rows_of(kind))
             cells = cells.transform_filter(f"datum.unit === {json.dumps(kind)}")
+        title = f"{arm}: {n:,} of {total:,} {cmap.kind_words[kind]}"
         grids.append(
             cells.properties(title=title).encode(
                 color=alt.condition(chosen, alt.value(colours[arm]), alt.value(NEUTRAL)),
                 opacity=alt.condition(chosen, alt.value(1), alt.value(0.14)),
                 tooltip=[
                     alt.Tooltip("layer:O", title="Layer"),
-                    alt.Tooltip("head:O", title="Head"),
+                    alt.Tooltip("head:O", title=grid.title),
                     alt.Tooltip("conflict_score:Q", title=SCORES["conflict_score"], format=".4~g"),
                     alt.Tooltip("zones:N", title="Trained in"),
                 ],

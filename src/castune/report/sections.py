@@ -8,9 +8,8 @@ from typing import Any
 from castune.artifacts import ConflictMap, EvalResult, SuiteResult
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.artifacts.records import DataRecord
-from castune.artifacts.unit import QUERY_HEAD
 from castune.core.numbers import p_value
-from castune.names import plural
+from castune.names import kind_words
 from castune.purposes import COSTS, PURPOSES, RATIOS, UnitOfMeasure
 from castune.report.equal_safety import chart_names, costs_of, costs_table, sentences
 from castune.report.markup import Markup, join, table, tag
@@ -79,7 +78,7 @@ def opening(
     """Title, what this is about, and what the numbers say: what safety costs first, where that was measured."""
     model = cmap.metadata.get("model", {})
     kinds = {kind: len(cmap.rows_of(kind)) for kind in cmap.kinds}
-    units = ", ".join(f"{n:,} {'query heads' if kind == QUERY_HEAD else plural(kind)}" for kind, n in kinds.items())
+    units = ", ".join(f"{n:,} {kind_words(kind, n)}" for kind, n in kinds.items())
     size = f"{known(model.get('parameters'))} parameters, {units}"
     said = verdict(evaluations, differences, cost_ratios)
     changes = [tag("li", tag("strong", arm), " – ", change) for arm, change in said.changes.items()]

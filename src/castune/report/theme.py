@@ -35,6 +35,7 @@ def theme(ink: str, font: str) -> dict[str, object]:
         "axis": {**guide, "domainColor": ink, "tickColor": ink, "gridColor": ink, "gridOpacity": 0.12},
         "axisX": {"titlePadding": 8},
         "legend": guide,
+        "header": guide,
         "title": {"color": ink, "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 10},
         "text": {"color": ink, "fontSize": 12},
     }

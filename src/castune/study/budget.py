@@ -158,9 +158,8 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
     _check_max_loss(max_loss, cost)
     cmap = folder.load_map()
     if len(cmap.kinds) > 1:
-        raise CastuneError(
-            f"{folder.path}: scores of {', '.join(cmap.kinds)} do not add up; accepted are maps of one kind"
-        )
+        kinds = " and ".join(cmap.kind_words.values())
+        raise CastuneError(f"{folder.path}: scores of {kinds} do not add up; accepted are maps of one kind")
     curve = map_curve(cmap)
     n = curve.n_heads
     rows = []

@@ -18,7 +18,7 @@ from castune.plan.shape import ModelShape
 from castune.plan.stand_ins import DataOrStandIns
 from castune.plan.work import Cost
 from castune.steps.inputs import load_calibration, load_data
-from castune.study.graph import MAIN, Graph, Unit
+from castune.study.graph import MAIN, Graph, WorkUnit
 from castune.tuning.snapshots import snapshot_steps
 
 # What the paper's diagnosis takes a head on an H800 (Appendix F.5, 100 examples): utility, and safety.
@@ -44,7 +44,7 @@ class StudyCost:
     """
 
     shape: ModelShape
-    units: Sequence[makespan.Unit]
+    units: Sequence[makespan.Job]
     costs: Mapping[str, Cost]
     peak_memory: Mapping[str, int]
     diagnosis_seconds: float
@@ -92,7 +92,7 @@ def study_cost(graph: Graph, *, accelerator: str | None = None) -> StudyCost:
         cost = pieces.cost(unit)
         costs[_stage(unit.name)] += cost
         needs = tuple(name for name in unit.needs if name in names)
-        units.append(makespan.Unit(unit.name, cost.seconds, needs, is_divisible=unit.stage == "diagnose"))
+        units.append(makespan.Job(unit.name, cost.seconds, needs, is_divisible=unit.stage == "diagnose"))
     return StudyCost(
         shape=pieces.planner.shape,
         units=units,
@@ -113,7 +113,7 @@ class _Pieces:
         self._diagnoses: dict[str, DiagnosisCost] = {}
         self._trainings: dict[tuple[str, str], TrainingCost] = {}
 
-    def cost(self, unit: Unit) -> Cost:
+    def cost(self, unit: WorkUnit) -> Cost:
         """The cost of a unit of any stage but judging."""
         name = self._map_of[str(unit.map_folder)]
         if unit.stage == "diagnose":
@@ -146,7 +146,7 @@ class _Pieces:
             self._diagnoses[name] = self.planner.diagnosis(safety, utility, recipe.diagnose)
         return self._diagnoses[name]
 
-    def _training(self, unit: Unit, name: str) -> TrainingCost:
+    def _training(self, unit: WorkUnit, name: str) -> TrainingCost:
         """Arms that differ in their heads alone cost the same; so do maps, but for utility data that take part."""
         assert unit.arm is not None
         config: TuneConfig = self._recipe.tune.changed(**dict(ArmName.parse(unit.arm).changes))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from castune.core.numbers import gigabytes
 from castune.errors import CastuneError
 from castune.study.directory import StudyDirectory
-from castune.study.graph import Unit
+from castune.study.graph import WorkUnit
 from castune.study.worker import Outcome, Task, attempt, exit_words
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Resources(NamedTuple):
     memory: int | None = None
     launch: tuple[str, ...] = ()
 
-    def task(self, folder: StudyDirectory, unit: Unit) -> Task:
+    def task(self, folder: StudyDirectory, unit: WorkUnit) -> Task:
         """The unit as a process does it."""
         log = str(folder.log(unit.name))
         return {"unit": unit.to_json(), "log": log, "threads": self.threads, "launch": list(self.launch)}
@@ -70,7 +70,7 @@ class Executor(ABC):
     slots: int
 
     @abstractmethod
-    def start(self, unit: Unit) -> None:
+    def start(self, unit: WorkUnit) -> None:
         """Start a unit; there is a free slot."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ class LocalExecutor(Executor):
         self._not_started: list[Outcome] = []
         self._selector = selectors.DefaultSelector()
 
-    def start(self, unit: Unit) -> None:
+    def start(self, unit: WorkUnit) -> None:
         """Give the unit to an idle worker; start one where there is none."""
         slot = next(slot for slot in range(self.slots) if slot not in self._unit_of)
         try:
@@ -240,7 +240,7 @@ class RayExecutor(Executor):
             self._options["memory"] = resources.memory
         self._attempt = self._ray.remote(attempt)
 
-    def start(self, unit: Unit) -> None:
+    def start(self, unit: WorkUnit) -> None:
         """Queue the unit."""
         task = self.resources.task(self.folder, unit)
         self._names[self._attempt.options(name=unit.name, **self._options).remote(task)] = unit.name

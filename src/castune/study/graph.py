@@ -35,7 +35,7 @@ Stage = Literal["diagnose", "base", "tune", "evaluate", "judge", "drift"]
 _OF_MODEL = ("model", "revision", "template_date", "dtype")
 
 
-class UnitRecord(TypedDict):
+class WorkUnitRecord(TypedDict):
     """A unit as plain JSON."""
 
     name: str
@@ -49,7 +49,7 @@ class UnitRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """A piece of work that one worker does, and that is retried when the worker dies.
 
     Attributes:
@@ -77,7 +77,7 @@ class Unit:
         """The run directory the unit writes to."""
         return Path(self.recipe.out)
 
-    def to_json(self) -> UnitRecord:
+    def to_json(self) -> WorkUnitRecord:
         """Plain JSON, from which another process makes the unit again."""
         return {
             "name": self.name,
@@ -91,7 +91,7 @@ class Unit:
         }
 
     @classmethod
-    def from_json(cls, record: UnitRecord) -> Unit:
+    def from_json(cls, record: WorkUnitRecord) -> WorkUnit:
         """The unit that `to_json` wrote."""
         return cls(
             record["name"],
@@ -179,14 +179,14 @@ class Graph:
         return tuple(self._run(*one) for one in wanted)
 
     @cached_property
-    def units(self) -> tuple[Unit, ...]:
+    def units(self) -> tuple[WorkUnit, ...]:
         """All units, in the order in which they are best done: map by map, each with its runs."""
-        found: list[Unit] = []
+        found: list[WorkUnit] = []
         for name, recipe in self.maps.items():
             found += self._map_units(name, recipe)
             if name == MAIN:
                 needs = (f"diagnose {MAIN}",)
-                found.append(Unit("evaluate base", "base", recipe, needs, self.base_folder, self.base_folder))
+                found.append(WorkUnit("evaluate base", "base", recipe, needs, self.base_folder, self.base_folder))
             found += [unit for run in self.runs if run.calibration == name for unit in self._run_units(run)]
         return tuple(found)
 
@@ -195,7 +195,7 @@ class Graph:
         """The run directory that holds the evaluation of the base model."""
         return Path(self.maps[MAIN].out)
 
-    def share(self, index: int, count: int) -> tuple[Unit, ...]:
+    def share(self, index: int, count: int) -> tuple[WorkUnit, ...]:
         """The units of share `index` (0-based) of `count` separate jobs that have the study directory in common.
 
         A share has its part of every diagnosis, which is the `shards` of the graph, and every count-th arm. The first
@@ -305,32 +305,34 @@ class Graph:
                 return other
         return None
 
-    def _map_units(self, name: str, recipe: Recipe) -> Iterator[Unit]:
+    def _map_units(self, name: str, recipe: Recipe) -> Iterator[WorkUnit]:
         measured_by = self._measured_by(name)
         if measured_by is not None:
             source = Path(self.maps[measured_by].out)
             needs = (f"diagnose {measured_by}",)
-            yield Unit(f"diagnose {name}", "diagnose", recipe, needs, source, self.base_folder)
+            yield WorkUnit(f"diagnose {name}", "diagnose", recipe, needs, source, self.base_folder)
             return
         places = Path(recipe.out), self.base_folder
         shares: list[str] = []
         for number in range(1, self.shards + 1) if self.shards > 1 else ():
             shares.append(f"diagnose {name}, share {number} of {self.shards}")
-            yield Unit(shares[-1], "diagnose", recipe, (), *places, shard=f"{number}/{self.shards}")
+            yield WorkUnit(shares[-1], "diagnose", recipe, (), *places, shard=f"{number}/{self.shards}")
         # Behind the shares it finds the map made; without them it makes it.
-        yield Unit(f"diagnose {name}", "diagnose", recipe, tuple(shares), *places)
+        yield WorkUnit(f"diagnose {name}", "diagnose", recipe, tuple(shares), *places)
 
-    def _run_units(self, run: Run) -> Iterator[Unit]:
+    def _run_units(self, run: Run) -> Iterator[WorkUnit]:
         places = Path(run.map_recipe.out), self.base_folder
         evaluations = []
         for arm in run.trained:
             tune, evaluate = f"tune {run.label}/{arm}", f"evaluate {run.label}/{arm}"
-            yield Unit(tune, "tune", run.recipe, (f"diagnose {run.calibration}",), *places, arm=arm)
-            yield Unit(evaluate, "evaluate", run.recipe, (tune, "evaluate base"), *places, arm=arm)
+            yield WorkUnit(tune, "tune", run.recipe, (f"diagnose {run.calibration}",), *places, arm=arm)
+            yield WorkUnit(evaluate, "evaluate", run.recipe, (tune, "evaluate base"), *places, arm=arm)
             evaluations.append(evaluate)
-        yield Unit(f"judge {run.label}", "judge", run.recipe, tuple(evaluations), *places)
+        yield WorkUnit(f"judge {run.label}", "judge", run.recipe, tuple(evaluations), *places)
         for arm in self.drifting(run):
-            yield Unit(f"drift {run.label}/{arm}", "drift", run.recipe, (f"tune {run.label}/{arm}",), *places, arm=arm)
+            yield WorkUnit(
+                f"drift {run.label}/{arm}", "drift", run.recipe, (f"tune {run.label}/{arm}",), *places, arm=arm
+            )
 
     def drifting(self, run: Run) -> tuple[str, ...]:
         """Trained arms of a run whose drift is measured."""

@@ -10,7 +10,6 @@ from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
 from castune.config import StudyConfig
 from castune.core.numbers import duration, number, p_value, percent, span, with_error
-from castune.names import plural
 from castune.purposes import COSTS, PURPOSES, RATIOS
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_charts, drift_section
@@ -239,8 +238,8 @@ def _maps(graph: Graph, results: Results, found: Findings) -> Markup:
         selections = {}
         if first is not None and name == "main":
             selections = _selections(RunDirectory(first.folder), graph.recipe.study.arms, first.same_as, cmap)
-        for kind in cmap.kinds:
-            of_kind = "" if len(cmap.kinds) == 1 else f", {plural(kind)}"
+        for kind, words in cmap.kind_words.items():
+            of_kind = "" if len(cmap.kinds) == 1 else f", {words}"
             title = f"Map {name}: {known(cmap.metadata['settings'].get('measure'))}{of_kind}"
             parts += [tag("h3", title), explorer(cmap.only(kind), selections)]
     rows = [

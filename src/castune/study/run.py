@@ -36,7 +36,7 @@ from castune.steps.inputs import load_calibration, load_training
 from castune.study.cost import paper_seconds, study_cost
 from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resources
 from castune.study.findings import Findings, findings
-from castune.study.graph import Graph, Unit
+from castune.study.graph import Graph, WorkUnit
 from castune.study.page import write_study_report
 from castune.study.schedule import Schedule, State
 from castune.study.tables import Cell, Row, Table, average_column, finding_tables, method_table, tables
@@ -283,7 +283,7 @@ def run_share(graph: Graph, executor: Executor, suites: Sequence[Suite], share: 
     with _alone(graph.folder.path, shared=True):
         units = graph.share(share.index, share.count)
         by_name = {unit.name: unit for unit in graph.units}
-        mine: dict[str, Unit] = {}
+        mine: dict[str, WorkUnit] = {}
         for unit in units:
             others = [name for name in unit.needs if name not in mine]
             if all(is_done(by_name[name], suites) for name in others):

@@ -12,7 +12,7 @@ from castune.artifacts.formats import parsed, read_json, write_json
 from castune.core.numbers import duration
 from castune.study.directory import StudyDirectory
 from castune.study.executors import Executor
-from castune.study.graph import Unit
+from castune.study.graph import WorkUnit
 from castune.study.worker import Outcome
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Schedule:
         is_done: whether a unit's result is there already.
     """
 
-    def __init__(self, units: Sequence[Unit], status_file: Path, is_done: Callable[[Unit], bool]) -> None:
+    def __init__(self, units: Sequence[WorkUnit], status_file: Path, is_done: Callable[[WorkUnit], bool]) -> None:
         self.units, self.status_file = {unit.name: unit for unit in units}, status_file
         self.states = {unit.name: State(unit.stage) for unit in units}
         self._started = time.time()

@@ -33,7 +33,7 @@ from castune.steps.inputs import Calibration, TrainingData, load_calibration, lo
 from castune.steps.readiness import require_ready, suite_tokens, training_tokens
 from castune.steps.select import select_arm
 from castune.steps.tune import tune_step
-from castune.study.graph import Unit
+from castune.study.graph import WorkUnit
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ References = dict[str, list[list[int]]]
 _OF_MAP = (OUTCOMES_FILE, GRADIENTS_FILE)
 
 
-def perform(unit: Unit) -> None:
+def perform(unit: WorkUnit) -> None:
     """Do a unit; what it has done already is kept, also from an attempt that died.
 
     Raises:
@@ -59,7 +59,7 @@ def perform(unit: Unit) -> None:
     }[unit.stage](unit)
 
 
-def is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
+def is_done(unit: WorkUnit, suites: Sequence[Suite]) -> bool:
     """Whether the result of a unit is there; what cannot be told, for a file is missing or damaged, is not done.
 
     The unit then makes it again, or fails with what is wrong, and the study goes on.
@@ -71,7 +71,7 @@ def is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
         return False
 
 
-def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
+def _is_done(unit: WorkUnit, suites: Sequence[Suite]) -> bool:
     """Whether the result of a unit is there, told from files alone: no model is loaded for it.
 
     Diagnoses and trainings lie in directories whose names are digests of what they were made from. An evaluation must
@@ -107,7 +107,7 @@ def _is_done(unit: Unit, suites: Sequence[Suite]) -> bool:
     return False
 
 
-def _references(unit: Unit, suites: Sequence[Suite]) -> References:
+def _references(unit: WorkUnit, suites: Sequence[Suite]) -> References:
     """What the base model replied, where suites are measured on it; nothing before it is evaluated."""
     base = RunDirectory(unit.base_folder)
     if not any(suite.about.against_base for suite in suites) or not base.is_evaluated(BASE):
@@ -132,7 +132,7 @@ def _stored(
     )
 
 
-def _diagnose(unit: Unit) -> None:
+def _diagnose(unit: WorkUnit) -> None:
     folder, recipe = RunDirectory(unit.folder), unit.recipe
     folder.save_recipe(recipe)
     if unit.map_folder != unit.folder:
@@ -150,11 +150,11 @@ def _diagnose(unit: Unit) -> None:
             raise
 
 
-def _evaluate_base(unit: Unit) -> None:
+def _evaluate_base(unit: WorkUnit) -> None:
     evaluate_step(RunDirectory(unit.folder), unit.recipe, _suites(unit.recipe), _evaluated(unit.recipe))
 
 
-def _tune(unit: Unit) -> None:
+def _tune(unit: WorkUnit) -> None:
     assert unit.arm is not None
     folder, recipe = _opened(unit), unit.recipe
     name = ArmName.parse(unit.arm)
@@ -165,20 +165,20 @@ def _tune(unit: Unit) -> None:
     tune_step(folder, arm, _model(loads, config.quantization), data, config)
 
 
-def _evaluate(unit: Unit) -> None:
+def _evaluate(unit: WorkUnit) -> None:
     folder = _opened(unit)
     evaluate_step(folder, unit.recipe, _suites(unit.recipe), _evaluated(unit.recipe), only=unit.arm)
 
 
-def _judge(unit: Unit) -> None:
+def _judge(unit: WorkUnit) -> None:
     judge_step(_opened(unit), unit.recipe.evaluate.judge)
 
 
-def _drift(unit: Unit) -> None:
+def _drift(unit: WorkUnit) -> None:
     drift_step(_opened(unit), unit.arm)
 
 
-def _opened(unit: Unit) -> RunDirectory:
+def _opened(unit: WorkUnit) -> RunDirectory:
     """The unit's run directory, with the map and the evaluation of the base model that it shares with others."""
     folder = RunDirectory(unit.folder)
     folder.path.mkdir(parents=True, exist_ok=True)

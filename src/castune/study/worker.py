@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict
 from castune.artifacts.files import write_text
 from castune.errors import CastuneError, of_the_machine
 from castune.secrets import redacted
-from castune.study.graph import Unit, UnitRecord
+from castune.study.graph import WorkUnit, WorkUnitRecord
 
 # By its full name, which it does not have as the process that it is: logs of units take what castune says.
 logger = logging.getLogger("castune.study.worker")
@@ -58,14 +58,14 @@ class Task(TypedDict):
     """What a process is given to do, as plain JSON.
 
     Attributes:
-        unit: see `Unit.to_json`.
+        unit: see `WorkUnit.to_json`.
         log: file of its log.
         threads: CPU threads.
         launch: what starts several processes for it; empty for one.
         launched_by: the process that has launched this one.
     """
 
-    unit: UnitRecord
+    unit: WorkUnitRecord
     log: str
     threads: int
     launch: list[str]
@@ -98,7 +98,7 @@ def attempt(task: Task) -> dict[str, object]:
 
             torch.set_num_threads(task["threads"])
             try:
-                perform(Unit.from_json(task["unit"]))
+                perform(WorkUnit.from_json(task["unit"]))
             except CastuneError:
                 raise
             except Exception as bug:

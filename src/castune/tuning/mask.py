@@ -149,7 +149,7 @@ class _Masking:
         check_selection(base, layout, selection)
         if not selection.only_heads:
             raise CastuneError(
-                f"the selection has units of kinds {', '.join(selection.kinds)}; castune mask cuts adapters down to "
+                f"the selection has {selection.counted}; castune mask cuts adapters down to "
                 "query heads alone: select from a map of query heads"
             )
         return cls(base, layout, selection, targets(UnitLayout(layout), selection))

@@ -13,6 +13,7 @@ from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
 from castune.core.units import UnitLayout
 from castune.errors import CastuneError
+from castune.names import kind_words
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def units_for(model: nn.Module, layout: HeadLayout, selection: HeadSelection) ->
     found = UnitLayout.of(model, layout, selection.kinds, n_mlp_groups=selection.mlp_groups or 0, layers=layers)
     unknown = sorted(set(selection.units) - set(found.units))
     if unknown:
-        raise CastuneError(f"the selection names units this model does not have: {', '.join(map(str, unknown[:5]))}")
+        named = (f"{kind_words(kind, 1)} {index} of layer {layer}" for kind, layer, index in unknown[:5])
+        raise CastuneError(f"the selection names units this model does not have: {', '.join(named)}")
     return found
 
 

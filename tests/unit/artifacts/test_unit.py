@@ -7,7 +7,7 @@ import random
 
 from castune.artifacts import Unit
 from castune.artifacts.unit import heads_of, joined, layers_of, only_heads
-from castune.names import KINDS, plural
+from castune.names import KINDS, kind_words, plural, units_counted
 
 SORTED = [
     Unit("q_head", 0, 3), Unit("q_head", 10, 0), Unit("k_group", 2, 0), Unit("mlp_block", 0, 0), Unit("mlp_group", 0, 1),
@@ -51,3 +51,20 @@ def test_heads_apart_from_the_others_and_back() -> None:
 def test_kinds_have_one_spelling_for_one_and_one_for_many() -> None:
     assert {plural(single): single for single in KINDS.values()} == KINDS
     assert plural("neuron") == "neuron"
+
+
+def test_people_read_words_for_every_kind() -> None:
+    words = {kind: (kind_words(kind, 1), kind_words(kind)) for kind in KINDS.values()}
+    assert len({word for pair in words.values() for word in pair}) == 2 * len(KINDS)
+    assert not any("_" in word for pair in words.values() for word in pair)
+    # Query heads are plain heads only where nothing else is spoken of.
+    for kind in KINDS.values():
+        alone = (kind_words(kind, 1, alone=True), kind_words(kind, alone=True))
+        assert alone == (("head", "heads") if kind == "q_head" else words[kind])
+    assert (kind_words("neuron", 1), kind_words("neuron")) == ("neuron", "neuron")
+
+
+def test_units_are_counted_in_words() -> None:
+    assert units_counted({"q_head": 1}) == "1 head"
+    assert units_counted({"q_head": 1200, "mlp_group": 1}) == "1,200 query heads, 1 group of MLP neurons"
+    assert units_counted({"k_group": 4}) == "4 KV groups by keys"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 import castune
 from castune import ConflictMap, DiagnoseConfig, HeadLayout
 from castune.artifacts import Unit
+from castune.console import show_diagnosis
 from castune.core.journal import Journal
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
@@ -221,7 +224,13 @@ def test_a_verified_zone_is_that_of_the_exact_map(
         found.heads, *(cmap.column("safety_shift") for cmap in (found, plain, exact)), strict=True
     ):
         assert shift == pytest.approx(margin if head in measured else before, rel=1e-3, abs=1e-5)
-    assert found.fidelity == plain.fidelity
+    assert found.fidelity["q_head"]["columns"] == plain.fidelity["q_head"]["columns"]
+    # What was done already is no remedy.
+    assert plain.fidelity["q_head"]["columns"]["conflict_score"]["spearman"] < FAITHFUL
+    remedies = ['those near the border of the safe zone (diagnose.verify = "zone"), or ', ""]
+    for cmap, near in zip((plain, found), remedies, strict=True):
+        (warning,) = cmap.fidelity["q_head"]["warnings"]
+        assert warning.endswith(f': measure exactly {near}all units (diagnose.measure = "margin").')
     zones = [
         {head for head, bucket in zip(cmap.heads, cmap.column("bucket"), strict=True) if bucket == 4}
         for cmap in (found, exact, plain)
@@ -230,6 +239,24 @@ def test_a_verified_zone_is_that_of_the_exact_map(
     # Within a budget, the nearest to the border first.
     few = castune.diagnose(model, tiny_tokenizer, config=config.model_copy(update={"verify_units": 1}), **arguments)
     assert len(few.standing["q_head"]["exact"]) == 1
+
+
+def test_the_command_line_names_the_undecided_where_they_are_few(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    questions: list[Example],
+    harmful: list[Example],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = castune.diagnose(tiny_model("llama"), tiny_tokenizer, safety=harmful, utility=questions, config=ATTRIBUTION)
+    heads = [list(one) for one in found.units]
+    for n in (0, 1, 10, 11):
+        placed = {**found.standing["q_head"], "undecided": heads[:n], "probable": [], "exact": []}
+        show_diagnosis(replace(found, metadata={**found.metadata, "standing": placed}))
+        said = capsys.readouterr().out
+        assert f"safe quarter, heads: {len(heads) - n} certain, 0 may change with other examples, {n} left open" in said
+        named = {0: [], 1: ["layer 0: 0"], 10: ["layer 0: 0, 1, 2, 3; layer 1: 0, 1, 2, 3; layer 2: 0, 1"], 11: []}
+        assert re.findall(r"^    left open, heads by layer: (.*)$", said, re.MULTILINE) == named[n]
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 60), st.randoms())

@@ -27,7 +27,7 @@ from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.gradients import gradient_passes, gram_matrices, partial_gradients
 from castune.diagnosis.groups import ablate_groups
 from castune.diagnosis.sweep import sweep
-from castune.names import KINDS
+from castune.names import KINDS, kind_words
 
 MARGIN = DiagnoseConfig(measure="margin", max_new_tokens=4, mlp_groups=3)
 ROWS = [
@@ -137,7 +137,7 @@ def test_every_kind_has_the_rows_of_a_map_of_its_own(
         *(together.column("optimization_conflict")[together.rows_of(k)] for k in ("q_head", "o_head"))
     )
     assert together.metadata["reliability"]["warnings"] == [
-        f"{kind}: {text}"
+        f"{kind_words(kind)}: {text}"
         for kind, found in together.metadata["kinds"].items()
         for text in found["reliability"]["warnings"]
     ]

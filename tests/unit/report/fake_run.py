@@ -153,6 +153,32 @@ def make_mixed_map() -> ConflictMap:
     return ConflictMap(pa.concat_tables([heads.table, table]).combine_chunks(), metadata)
 
 
+def attributed(cmap: ConflictMap) -> ConflictMap:
+    """The map as if by attribution: of every kind a fifth of the units is undecided, probable, both probable and exact,
+    exact, and certain."""
+    about = {}
+    for kind in cmap.kinds:
+        units = [list(cmap.units[row]) for row in cmap.rows_of(kind)]
+        fifth = len(units) // 5
+        agreement = {"spearman": 0.87, "low": 0.66, "high": 0.95, "slope": 1.1, "worst": []}
+        columns = dict.fromkeys(
+            ("utility_shift", "safety_shift", "functional_sensitivity", "conflict_score"), agreement
+        )
+        about[kind] = {
+            "fidelity": {"units": units[:3], "columns": columns, "warnings": []},
+            "standing": {
+                "border": 0.5,
+                "undecided": units[:fifth],
+                "probable": units[fifth : 3 * fifth],
+                "exact": units[2 * fifth : 4 * fifth],
+            },
+        }
+    if len(cmap.kinds) == 1:
+        return ConflictMap(cmap.table, {**cmap.metadata, **about[cmap.kinds[0]]}, cmap.domains)
+    kinds = {kind: {**cmap.metadata["kinds"][kind], **about[kind]} for kind in cmap.kinds}
+    return ConflictMap(cmap.table, {**cmap.metadata, "kinds": kinds}, cmap.domains)
+
+
 def make_selection(cmap: ConflictMap, zone: str) -> HeadSelection:
     count = len(cmap) // 4
     order = (-cmap.column("conflict_score")).argsort(kind="stable")

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from browser import CHROMIUM, Browser
-from fake_run import Run, make_domains, make_map, make_run, make_selection
+from fake_run import Run, attributed, make_domains, make_map, make_mixed_map, make_run, make_selection
 
 from castune.artifacts import ConflictMap
+from castune.report.attribution import STANDINGS
 from castune.report.explorer import explorer
 from castune.report.maps import SCORES
 from castune.selection import SCORE_COLUMNS, select
@@ -141,6 +142,26 @@ def test_a_domain_of_another_model_is_refused() -> None:
     cmap.domains["knowledge"].__dict__["table"] = make_map((4, 3)).table  # type: ignore[index]
     with pytest.raises(ValueError, match="7 heads that are not those"):
         explorer(cmap, {})
+
+
+@pytest.mark.parametrize("cmap", [make_map((9,) * 4), make_mixed_map()], ids=["heads", "mixed"])
+def test_every_unit_has_the_standing_that_its_map_tells(cmap: ConflictMap) -> None:
+    for kind, told in attributed(cmap).standing.items():
+        shown = attributed(cmap).only(kind)
+        standing = data_of(explorer(shown, {}))["standing"]
+        found = dict(zip(shown.units, (standing["words"][at] for at in standing["rows"]), strict=True))
+        assert standing["words"] == list(STANDINGS)
+        assert set(found.values()) == set(STANDINGS)
+        assert [list(one) for one, words in found.items() if words == "undecided"] == told["undecided"]
+        assert [list(one) for one, words in found.items() if "probable" in words] == told["probable"]
+        assert [list(one) for one, words in found.items() if "exact" in words] == told["exact"]
+
+
+def test_a_map_without_attribution_says_nothing_of_standing() -> None:
+    for cmap in (make_map((2, 2)), make_mixed_map().only("q_head")):
+        markup = explorer(cmap, {})
+        assert data_of(markup)["standing"]["rows"] == []
+        assert "undecided" not in markup.replace(json.dumps(list(STANDINGS), separators=(",", ":")), "")
 
 
 def test_a_map_of_a_thousand_heads_and_two_domains_stays_small(tmp_path: Path) -> None:
@@ -448,6 +469,42 @@ def test_an_arm_can_be_brought_out(browser: Browser, tmp_path: Path, run: Run) -
         assert cells(browser, ":not(.dim)") == {rows[pair] for pair in chosen.heads}
     choose(browser, "bring-out", 2)
     assert cells(browser, ":not(.dim)") == cells(browser, ".safe")
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [True, False])
+def test_the_standing_of_a_head_is_told_in_the_table_the_map_and_the_tooltip(
+    browser: Browser, tmp_path: Path, run: Run, dark: bool
+) -> None:
+    run.cmap = attributed(run.cmap)
+    show(browser, tmp_path, run, dark=dark)
+    undecided = {run.cmap.units.index(tuple(one)) for one in run.cmap.standing["q_head"]["undecided"]}
+    titles = browser.run("[...document.querySelectorAll('.heads th')].map((one) => one.textContent)")
+    column = titles.index("Standing")
+    # By the keyboard alone: the least sure are looked for first.
+    browser.run(f"document.querySelector('.heads th:nth-child({column + 1}) button').focus()")
+    browser.key("Enter")
+    lines = listed(browser)
+    places = [STANDINGS.index(line[column]) for line in lines]
+    assert places == sorted(places)
+    assert {run.cmap.heads.index((int(line[0]), int(line[1]))) for line in lines[: len(undecided)]} == undecided
+    assert places.count(0) == len(undecided)
+    browser.run("document.querySelector('.heads [data-row]').focus()")
+    browser.key("Home")
+    browser.settle()
+    assert focused(browser) == min(undecided)
+    assert "Standing undecided" in str(tip(browser))
+    described_by = "document.getElementById(document.activeElement.getAttribute('aria-describedby')).innerText"
+    assert "undecided" in browser.run(described_by)
+    options = browser.run("[...document.querySelector('[data-part=bring-out]').options].map((one) => one.textContent)")
+    choose(browser, "bring-out", options.index("undecided heads"))
+    assert cells(browser, ":not(.dim)") == undecided
+    # Every arm is where it was.
+    for choice, selection in enumerate(run.selections.values(), start=3):
+        choose(browser, "bring-out", choice)
+        assert cells(browser, ":not(.dim)") == {run.cmap.heads.index(pair) for pair in selection.heads}
+    assert browser.run("document.documentElement.scrollWidth") <= 1280
+    assert browser.console == []
 
 
 @needs_browser

@@ -22,6 +22,7 @@ from castune.artifacts import ConflictMap
 from castune.report import figures
 from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.page import write_figures
+from castune.report.theme import theme
 from castune.selection import select
 
 NAMES = {
@@ -107,6 +108,7 @@ def test_one_kind_of_unit_is_shown_at_a_time() -> None:
     spec = figures.conflict_heatmap(cmap, selections).to_dict()
     switch = next(param for param in spec["params"] if param["name"] == "shown_unit")
     assert switch["bind"]["options"] == ["q_head", "mlp_group"]
+    assert switch["bind"]["labels"] == ["query heads", "groups of MLP neurons"]
     found = rows(spec)
     assert [(row["unit"], row["layer"], row["head"]) for row in found] == cmap.units
     for arm, selection in selections.items():
@@ -120,14 +122,25 @@ def test_one_kind_of_unit_is_shown_at_a_time() -> None:
     assert cells["q_head"] - cells["mlp_group"] == 12 * (9 - 4)
     grids = figures.zones(cmap, selections).to_dict()["concat"]
     assert [grid["title"] for grid in grids] == [
-        f"{arm}: {n} of {4 * n} {kind}s" for arm in selections for kind, n in (("q_head", 27), ("mlp_group", 12))
+        f"{arm}: {n} of {4 * n} {words}"
+        for arm in selections
+        for words, n in (("query heads", 27), ("groups of MLP neurons", 12))
     ]
     svg = vl_convert.vegalite_to_svg(figures.score_distribution(cmap).to_dict())
-    assert "mlp_groups" in svg
+    assert svg.index("query heads") < svg.index("groups of MLP neurons")
     # A map of query heads alone has no switch, and its rows no kind.
     alone = figures.conflict_heatmap(make_map((4,) * 3), {}).to_dict()
     assert "shown_unit" not in str(alone)
     assert "unit" not in rows(alone)[0]
+
+
+def test_all_text_has_the_ink_of_the_page(run: Run) -> None:
+    run.cmap, ink = make_mixed_map(), "#12ab9f"
+    selections = {zone: select(run.cmap, zone=zone) for zone in ("safe", "risky")}
+    for name, chart in figures.charts(run.cmap, selections, run.tunings, run.evaluations).items():
+        svg = vl_convert.vegalite_to_svg({**chart.to_dict(), "config": theme(ink, "sans-serif")})
+        fills = re.findall(r'<text [^>]*fill="([^"]+)"[^>]*>[^<]', svg)
+        assert set(fills) == {ink}, name
 
 
 def test_high_scores_are_red_and_low_ones_blue() -> None:

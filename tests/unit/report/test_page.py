@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import MODEL, Run, make_domains, make_evaluation, make_map, make_masked, make_run, make_suite
+from fake_run import (
+    MODEL,
+    Run,
+    attributed,
+    make_domains,
+    make_evaluation,
+    make_map,
+    make_masked,
+    make_mixed_map,
+    make_run,
+    make_suite,
+)
 
+from castune.artifacts import ConflictMap
 from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
+from castune.names import KINDS
+from castune.report.diagnosis import conflict_map
 from castune.report.markup import Markup, join, script_json, tag
 from castune.report.summary import NOT_MEASURED
+from castune.selection import select
 from castune.stats.estimates import CostRatio, PairedDifference
 
 ATTACKS = [
@@ -402,6 +417,24 @@ def test_reasons_of_lost_problems_add_up(tmp_path: Path, run: Run) -> None:
     text = Page(run.write(tmp_path / "report.html")).text
     expected = ["50.0", "25.0", "12.5", "0.0", "0.0", "0.0", "12.5"]
     assert "safe gsm8k " + " ".join(f"{share}\u202f%" for share in expected) in text
+
+
+@pytest.mark.parametrize("cmap", [make_map((9,) * 12), make_mixed_map()], ids=["heads", "mixed"])
+def test_kinds_of_unit_are_read_in_words(cmap: ConflictMap) -> None:
+    selections = {"safe": select(cmap, zone="safe")}
+    text = Page(conflict_map(attributed(cmap), selections, ["zones"])).text
+    assert not [name for pair in KINDS.items() for name in pair if name in text]
+    heads = "query heads" if len(cmap.kinds) > 1 else "heads"
+    for label in ("Attribution against exact ablation, 3", "Inside or outside the safe quarter,", "Reliability over"):
+        assert f"{label} {heads} " in text
+    assert ("safe quarter, groups of MLP neurons" in text) == (len(cmap.kinds) > 1)
+
+
+@pytest.mark.parametrize(("n_heads", "more"), [(50, ""), (53, "; and 1 more"), (1000, "; and 380 more")])
+def test_undecided_heads_are_named_up_to_twenty(n_heads: int, more: str) -> None:
+    text = Page(conflict_map(attributed(make_map((n_heads, n_heads))), {}, [])).text
+    first = ", ".join(map(str, range(20)))
+    assert f"Left open by the estimate, heads layer 0: {first}{more} Warning" in re.sub(r"\s+", " ", text)
 
 
 def test_lm_evals_numbers_stand_beside_ours(tmp_path: Path, run: Run) -> None:

@@ -17,7 +17,7 @@ from castune.config import Recipe, StudyConfig
 from castune.errors import CastuneError
 from castune.names import ArmName
 from castune.selection import select
-from castune.study.graph import Graph, Unit
+from castune.study.graph import Graph, WorkUnit
 
 
 def recipe_of(**study: Any) -> Recipe:
@@ -190,7 +190,7 @@ def test_other_data_give_other_directories() -> None:
 
 def test_a_unit_survives_json() -> None:
     for unit in Graph(recipe_of(), 270, shards=2).units:
-        assert Unit.from_json(unit.to_json()) == unit
+        assert WorkUnit.from_json(unit.to_json()) == unit
         assert unit.folder.parts[0] == "somewhere"
 
 

@@ -16,7 +16,7 @@ from castune.config import Recipe
 from castune.errors import ArtifactError
 from castune.study.directory import StudyDirectory
 from castune.study.executors import Executor, LocalExecutor, Resources
-from castune.study.graph import Graph, Unit
+from castune.study.graph import Graph, WorkUnit
 from castune.study.schedule import Schedule, State, load_states, progress_line
 from castune.study.worker import Ending, Outcome, attempt
 
@@ -30,12 +30,12 @@ class Scripted(Executor):
 
     def __init__(self, ends: Callable[[str, int], Ending], slots: int = 2, there: Collection[str] = ()) -> None:
         self.ends, self.slots, self.there = ends, slots, there
-        self.running: list[Unit] = []
+        self.running: list[WorkUnit] = []
         self.attempts: dict[str, int] = {}
         self.done: list[str] = []
         self.is_closed = False
 
-    def start(self, unit: Unit) -> None:
+    def start(self, unit: WorkUnit) -> None:
         assert len(self.running) < self.slots
         # Judging comes when no evaluation is to be waited for, the others when all they need is done.
         assert unit.stage == "judge" or set(unit.needs) <= {*self.done, *self.there}

@@ -1,19 +1,23 @@
-"""Selections of tiny models, small training sets, and the state a model must be left in."""
+"""Selections of tiny models, small training sets, trainings on them, and the state a model must be left in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_training import SOME, Interrupter, SelectionOf, Tuned
 from torch import Tensor
 
-from castune.artifacts import HeadSelection
+from castune.artifacts import HeadSelection, TuneResult
 from castune.artifacts.unit import joined
+from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
 from castune.data.example import Example
+from castune.tuning.train import tune
 
 
 def make_selection(
@@ -28,7 +32,7 @@ def make_selection(
 
 
 @pytest.fixture
-def selection_of() -> Callable[..., HeadSelection]:
+def selection_of() -> SelectionOf:
     return make_selection
 
 
@@ -39,6 +43,22 @@ def aligned() -> list[Example]:
     return [
         Example(id=f"a{i}", prompt=f"Tell me about {w}.", reply=f"I like {w}{'!' * i}") for i, w in enumerate(words)
     ]
+
+
+@pytest.fixture
+def tuned(tiny_tokenizer: Any, aligned: list[Example]) -> Tuned:
+    """`tune` of the heads `SOME` on `aligned`, or with whatever else is given."""
+
+    def call(model: Any, out: Path, config: TuneConfig, **given: Any) -> TuneResult:
+        selection = given.pop("selection", None) or make_selection(model, SOME)
+        return tune(model, tiny_tokenizer, selection, out=out, config=config, **{"data": aligned, **given})
+
+    return call
+
+
+@pytest.fixture
+def interrupter(monkeypatch: pytest.MonkeyPatch) -> Interrupter:
+    return Interrupter(monkeypatch)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_training import SOME, SelectionOf, edit_config
 from torch import Tensor
 
 from castune.artifacts import HeadSelection
@@ -20,8 +20,6 @@ from castune.tuning.mask import mask_adapter
 from castune.tuning.row_lora import sparse_lora
 from castune.tuning.verify import certify
 
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))
 KEY = "base_model.model.model.layers.{0}.self_attn.q_proj.lora_{1}.weight"
 
 
@@ -46,11 +44,6 @@ def adapter(tiny_model: Callable[..., Any], selection: HeadSelection, tmp_path: 
                 parameter[rows] = torch.randn(len(rows), 4)
     peft_model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def edit_config(adapter: Path, **changes: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def edit_tensors(adapter: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import query_rows_mask
+from tiny_training import SOME, SelectionOf, edit_config
 from torch import Tensor
 
 from castune.artifacts import HeadSelection, MaskedAdapter
@@ -21,10 +22,8 @@ from castune.tuning.mask import every_head, mask_adapter
 from castune.tuning.merge import write_merged
 from castune.tuning.verify import certify
 
-SelectionOf = Callable[..., HeadSelection]
 TinyModel = Callable[..., Any]
 Source = Callable[..., Path]
-SOME = ((0, 1), (0, 3), (2, 0))
 # Family, its query projection, another linear module.
 FAMILIES = [("llama", "q_proj", "o_proj"), ("gpt2", "c_attn", "c_proj"), ("phi3", "qkv_proj", "o_proj")]
 IDS = torch.arange(5, 25)[None]
@@ -44,11 +43,6 @@ def source(tiny_model: TinyModel, tmp_path: Path) -> Source:
         return tmp_path / name
 
     return make
-
-
-def edit_config(adapter: Path, **changes: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def pair(adapter: Path, path: str) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from tiny_training import IDS, SOME, SelectionOf
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import castune as ct
-from castune.artifacts import HeadSelection
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
 from castune.tuning.verify import certify
-
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))
-IDS = torch.arange(5, 45).reshape(2, 20) * 3 % 250
 
 
 def arguments(tmp_path: Path) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_training import SOME, SelectionOf
 from torch import Tensor
 from torch.nn import functional
 
-from castune.artifacts import HeadSelection, TuneResult
+from castune.artifacts import TuneResult
 from castune.config import TuneConfig
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
@@ -30,8 +31,6 @@ from castune.tuning.workspace import Workspace
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))
 CONFIG = TuneConfig(
     method="dpo", beta=0.3, rank=4, alpha=8, learning_rate=0.02, max_steps=3, batch_size=2, accumulation=2,
     max_length=128, checkpoint_steps=1,

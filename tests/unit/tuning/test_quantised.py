@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_training import SOME, SelectionOf
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import castune as ct
-from castune.artifacts import HeadSelection
 from castune.artifacts.fingerprints import same_model
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
@@ -34,8 +34,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
 )
 
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))
 CONFIG = TuneConfig(rank=4, learning_rate=0.02, max_steps=3, batch_size=2, accumulation=1)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_training import SOME, SelectionOf, Tuned
 
-from castune.artifacts import HeadSelection, TuneResult
+from castune.artifacts import TuneResult
 from castune.config import TuneConfig
 from castune.data.chat import ChatFormat
 from castune.data.example import Example, content_hash
@@ -20,7 +21,6 @@ from castune.errors import CastuneError
 from castune.tuning.rows import replayed_rows
 from castune.tuning.train import tune
 
-SOME = ((0, 1), (2, 0))
 CONFIG = TuneConfig(rank=4, learning_rate=0.01, epochs=1, batch_size=2, accumulation=1, replay=0.2)
 
 
@@ -40,7 +40,7 @@ def test_replayed_examples_are_trained_on(
     tiny_tokenizer: Any,
     aligned: list[Example],
     harmful: list[Example],
-    selection_of: Callable[..., HeadSelection],
+    selection_of: SelectionOf,
     tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
@@ -59,16 +59,10 @@ def test_replayed_examples_are_trained_on(
     assert own + sum(lengths[:2]) <= result.tokens <= own + sum(lengths[-2:])
 
 
-def test_replay_needs_data(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: Callable[..., HeadSelection],
-    tmp_path: Path,
-) -> None:
+def test_replay_needs_data(tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(CastuneError, match=r"replay = 0\.2 needs utility data"):
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=CONFIG)
+        tuned(model, tmp_path / "a", CONFIG)
     for share in (1.0, -0.1, float("nan")):
         with pytest.raises(CastuneError, match="replay"):
             CONFIG.changed(replay=share)

@@ -16,12 +16,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import query_rows_mask
+from tiny_training import IDS, N_STEPS, THREE_EPOCHS, Interrupter, SelectionOf
 from torch import Tensor
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.tune_result import snapshots_of
 from castune.artifacts.unit import joined
-from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.losses import reply_nll
 from castune.data.example import Example
@@ -33,18 +33,12 @@ from castune.tuning.trainer import ReplyTrainer
 from castune.tuning.verify import certify, lora_pairs
 from castune.tuning.workspace import Workspace
 
-SelectionOf = Callable[..., HeadSelection]
 Train = Callable[..., TuneResult]
 # Layer 1 comes, layer 2 goes and comes back, a head of layer 0 stays.
 HEADS = {0: ((0, 1), (0, 3), (2, 0)), 2: ((0, 1), (1, 2), (1, 3)), 4: ((0, 0), (0, 1), (2, 0))}
 EVERY = tuple(sorted({head for heads in HEADS.values() for head in heads}))
-RANK = 4
-CONFIG = TuneConfig(
-    rank=RANK, alpha=8, learning_rate=0.02, epochs=3, batch_size=2, accumulation=2, weight_decay=0.1, max_length=128,
-    reselect_steps=2,
-)  # fmt: skip
-N_STEPS = 6  # eight examples, four a step, three epochs
-IDS = torch.arange(5, 45).reshape(2, 20) * 3 % 250
+CONFIG = THREE_EPOCHS.changed(reselect_steps=2)
+RANK = CONFIG.rank
 
 
 @dataclass
@@ -379,22 +373,6 @@ def test_bfloat16(train: Trained, tmp_path: Path, tiny_model: Callable[..., Any]
 # -- interruptions
 
 
-class Interrupter:
-    """A loss that raises KeyboardInterrupt at a given micro-batch."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.countdown: int | None = None
-        monkeypatch.setattr(importlib.import_module("castune.tuning.trainer"), "reply_nll", self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.countdown is not None:
-            self.countdown -= 1
-            if self.countdown == 0:
-                self.countdown = None
-                raise KeyboardInterrupt
-        return reply_nll(*args, **kwargs)
-
-
 # Micro-batches, two a step, and steps at whose selection it stops. Phases end after micro-batches 4 and 8.
 @pytest.mark.parametrize(
     ("family", "changes", "stops"),
@@ -414,14 +392,13 @@ class Interrupter:
 def test_a_stopped_training_comes_to_the_same_adapter(
     train: Trained,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    interrupter: Interrupter,
     family: str,
     changes: dict[str, Any],
     stops: tuple[int | str, ...],
 ) -> None:
     if changes.get("surgery") == "gradvac":
         pytest.importorskip("torchjd")
-    interrupter = Interrupter(monkeypatch)
     whole = train("whole", family=family, **changes)
     for stop in stops:
         if isinstance(stop, int):
@@ -441,9 +418,8 @@ def test_a_stopped_training_comes_to_the_same_adapter(
 
 
 def test_a_selection_that_was_written_is_not_made_again(
-    train: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Trained, tmp_path: Path, interrupter: Interrupter
 ) -> None:
-    interrupter = Interrupter(monkeypatch)
     interrupter.countdown = 5  # the first micro-batch of the second phase
     with pytest.raises(KeyboardInterrupt):
         train("one")

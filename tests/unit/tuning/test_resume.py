@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,53 +9,18 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tiny_training import N_STEPS, SOME, THREE_EPOCHS, Interrupter, SelectionOf, Tuned, weights
 from transformers import AutoModelForCausalLM
 
 from castune.artifacts import HeadSelection, TuneResult
 from castune.config import TuneConfig
-from castune.core.losses import reply_nll
 from castune.data.example import Example
 from castune.errors import TrainingError
 from castune.tuning.train import tune
 from castune.tuning.trainer import ByLength
 from castune.tuning.workspace import Workspace
 
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))
-CONFIG = TuneConfig(
-    rank=4, alpha=8, learning_rate=0.02, max_steps=None, epochs=3, batch_size=2, accumulation=2, weight_decay=0.1,
-    max_length=128, checkpoint_steps=1,
-)  # fmt: skip
-N_STEPS = 6  # eight examples, four a step, three epochs
-
-
-def changed_config(**changes: Any) -> TuneConfig:
-    return CONFIG.changed(**changes)
-
-
-class Interrupter:
-    """A loss that raises KeyboardInterrupt at a given micro-batch, as a user might."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.countdown: int | None = None
-        monkeypatch.setattr(importlib.import_module("castune.tuning.trainer"), "reply_nll", self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.countdown is not None:
-            self.countdown -= 1
-            if self.countdown == 0:
-                self.countdown = None
-                raise KeyboardInterrupt
-        return reply_nll(*args, **kwargs)
-
-
-@pytest.fixture
-def interrupter(monkeypatch: pytest.MonkeyPatch) -> Interrupter:
-    return Interrupter(monkeypatch)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
+CONFIG = THREE_EPOCHS.changed(checkpoint_steps=1)
 
 
 # At which micro-batch: in the first epoch, at its end, in the second, in the last step.
@@ -73,8 +37,7 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_stopped_training_comes_to_the_same_adapter(
     tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
+    tuned: Tuned,
     harmful: list[Example],
     selection_of: SelectionOf,
     interrupter: Interrupter,
@@ -85,13 +48,13 @@ def test_a_stopped_training_comes_to_the_same_adapter(
 ) -> None:
     if surgery == "gradvac":
         pytest.importorskip("torchjd")
-    config = changed_config(surgery=surgery, surgery_batch_size=None if surgery == "none" else 4)
+    config = CONFIG.changed(surgery=surgery, surgery_batch_size=None if surgery == "none" else 4)
 
     def train(name: str) -> TuneResult:
         model = tiny_model(family)  # gpt2 has dropout: the random state must come back too
         selection = selection_of(model, SOME)
         out = tmp_path / name
-        return tune(model, tiny_tokenizer, selection, data=aligned, out=out, config=config, utility=harmful)
+        return tuned(model, out, config, selection=selection, utility=harmful)
 
     whole = train("whole")
     assert whole.steps == N_STEPS
@@ -112,12 +75,7 @@ def test_a_stopped_training_comes_to_the_same_adapter(
 
 
 def test_checkpoints_hold_the_adapter_alone(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    interrupter: Interrupter,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, interrupter: Interrupter, tmp_path: Path
 ) -> None:
     """PEFT adds the embeddings of a model whose vocabulary was resized, and the Trainer its arguments in a pickle."""
     tiny_model("llama").save_pretrained(tmp_path / "model")
@@ -125,9 +83,7 @@ def test_checkpoints_hold_the_adapter_alone(
     model.resize_token_embeddings(model.config.vocab_size + 8)
     interrupter.countdown = 4
     with pytest.raises(KeyboardInterrupt):
-        tune(
-            model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=changed_config()
-        )
+        tuned(model, tmp_path / "a", CONFIG)
     last = Workspace.beside(tmp_path / "a").last_checkpoint()
     assert last is not None
     saved = load_file(last[0] / "adapter_model.safetensors")
@@ -157,7 +113,7 @@ def test_another_training_starts_anew(
         return weights(tmp_path / "one")
 
     found = {
-        stopped_then(changed_config(learning_rate=0.01), aligned, selection),
+        stopped_then(CONFIG.changed(learning_rate=0.01), aligned, selection),
         stopped_then(CONFIG, aligned[:7], selection),
         stopped_then(CONFIG, aligned, selection_of(model, ((1, 1),))),
     }
@@ -184,27 +140,18 @@ def test_checkpoints_that_are_not_whole_are_not_used(tmp_path: Path) -> None:
 
 
 def test_a_training_that_diverges_keeps_no_checkpoints(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    config = changed_config(learning_rate=1e30)
+    config = CONFIG.changed(learning_rate=1e30)
     with pytest.raises(TrainingError):
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=config)
+        tuned(model, tmp_path / "a", config)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_below_the_lowest_chosen_layer_is_kept_for_backward(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-    checkpointing: bool,
+    tiny_model: Callable[..., Any], tuned: Tuned, selection_of: SelectionOf, tmp_path: Path, checkpointing: bool
 ) -> None:
     model = tiny_model("llama")
     seen: dict[int, set[bool]] = {0: set(), 1: set(), 2: set()}
@@ -214,26 +161,21 @@ def test_nothing_below_the_lowest_chosen_layer_is_kept_for_backward(
                 seen[layer].add(output.requires_grad) if model.training else None
             )
         )
-    config = changed_config(gradient_checkpointing=checkpointing)
-    tune(model, tiny_tokenizer, selection_of(model, ((1, 2),)), data=aligned, out=tmp_path / "a", config=config)
+    config = CONFIG.changed(gradient_checkpointing=checkpointing)
+    tuned(model, tmp_path / "a", config, selection=selection_of(model, ((1, 2),)))
     assert seen == {0: {False}, 1: {True}, 2: {True}}
 
 
 def test_gradient_checkpointing_trains_the_same(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    state_of: Callable[[Any], dict[str, Any]],
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, state_of: Callable[[Any], dict[str, Any]], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     before = state_of(model)
     losses = []
     for name, checkpointing in (("with", True), ("without", False)):
-        config = changed_config(gradient_checkpointing=checkpointing)
+        config = CONFIG.changed(gradient_checkpointing=checkpointing)
         out = tmp_path / name
-        losses.append(tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=out, config=config))
+        losses.append(tuned(model, out, config))
         after = state_of(model)
         for what in ("modules", "hooks", "requires_grad", "training", "config", "attributes"):
             assert after[what] == before[what], what

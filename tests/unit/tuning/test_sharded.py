@@ -16,11 +16,11 @@ import torch
 from loopback import needs_loopback
 from processes import run_command
 from safetensors.torch import load_file
+from tiny_training import SOME
 
 from castune.artifacts import HeadSelection, Unit
 from castune.tuning.verify import certify
 
-SOME = ((0, 1), (0, 3), (2, 0))
 OTHERS = (*(Unit.head(*head) for head in SOME), Unit("o_head", 0, 2), Unit("mlp_group", 2, 1))
 
 JOB = """

@@ -14,27 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_training import SOME, THREE_EPOCHS, SelectionOf, Tuned, weights
 
-from castune.artifacts import Certificate, HeadSelection
+from castune.artifacts import Certificate
 from castune.artifacts.tune_result import adapter_hash, snapshots_of
-from castune.config import TuneConfig
 from castune.data.example import Example
 from castune.errors import CertificateError
 from castune.tuning.snapshots import snapshot_steps
 from castune.tuning.train import tune
 from castune.tuning.verify import certify
 
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))
-CONFIG = TuneConfig(
-    rank=4, alpha=8, learning_rate=0.02, epochs=3, batch_size=2, accumulation=2, weight_decay=0.1, max_length=128,
-    scheduler="constant", snapshot_steps=2,
-)  # fmt: skip
-N_STEPS = 6  # eight examples, four a step, three epochs
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
+CONFIG = THREE_EPOCHS.changed(scheduler="constant", snapshot_steps=2)
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -47,17 +37,12 @@ def test_every_multiple_before_the_last_step_is_kept(every: int, n_steps: int) -
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_a_snapshot_is_the_adapter_of_a_shorter_training(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-    family: str,
+    tiny_model: Callable[..., Any], tuned: Tuned, selection_of: SelectionOf, tmp_path: Path, family: str
 ) -> None:
     def train(name: str, **changes: Any) -> Path:
         model = tiny_model(family)
         selection = selection_of(model, SOME)
-        tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / name, config=CONFIG.changed(**changes))
+        tuned(model, tmp_path / name, CONFIG.changed(**changes), selection=selection)
         return tmp_path / name
 
     kept = snapshots_of(train("kept"))
@@ -78,16 +63,12 @@ def test_a_snapshot_is_the_adapter_of_a_shorter_training(
 
 
 def test_snapshots_are_plain_adapters_as_readable_as_the_last_one(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path
 ) -> None:
     model, out = tiny_model("llama"), tmp_path / "adapter"
     before = os.umask(0o022)
     try:
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=out, config=CONFIG)
+        tuned(model, out, CONFIG)
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o644}
@@ -99,19 +80,15 @@ def test_snapshots_are_plain_adapters_as_readable_as_the_last_one(
     assert all(not torch.allclose(one, other) for one, other in zip(logits, logits[1:], strict=False))
     # Training again replaces the whole directory: no snapshot of the earlier training stays.
     changed = CONFIG.changed(snapshot_steps=5)
-    tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=out, config=changed)
+    tuned(model, out, changed)
     assert list(snapshots_of(out)) == [5]
 
 
 def test_a_snapshot_of_other_rows_is_not_certified(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, selection_of: SelectionOf, tmp_path: Path
 ) -> None:
     model, out = tiny_model("llama"), tmp_path / "adapter"
-    tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=out, config=CONFIG)
+    tuned(model, out, CONFIG)
     with pytest.raises(CertificateError):
         certify(model, snapshots_of(out)[2], selection_of(model, SOME[1:]))
     assert all(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_training import IDS, SOME, SelectionOf
 from torch import Tensor, nn
 
 from castune.artifacts import HeadSelection
@@ -18,10 +19,7 @@ from castune.errors import CastuneError
 from castune.tuning.row_lora import budget, sparse_lora
 from castune.tuning.targets import targets
 
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))  # layer 1 holds none
 FAMILIES = ("llama", "phi3", "gpt2", "gpt_neox", "mixtral")
-IDS = torch.arange(5, 45).reshape(2, 20) * 3 % 250
 
 
 def lora_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:

@@ -22,9 +22,10 @@ from hypothesis.extra import numpy as hnp
 from loopback import needs_loopback
 from processes import run_command
 from safetensors.torch import load_file
+from tiny_training import SOME, SelectionOf, Tuned
 from torch import Tensor
 
-from castune.artifacts import HeadSelection, TuneResult
+from castune.artifacts import TuneResult
 from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, reply_nll
@@ -39,8 +40,6 @@ from castune.tuning.train import tune
 from castune.tuning.trainer import ReplyTrainer
 from castune.tuning.verify import certify
 
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))
 # With this seed of A the gradients of `opposed` conflict with those of `aligned`.
 CONFIG = TuneConfig(
     rank=4,
@@ -56,10 +55,6 @@ CONFIG = TuneConfig(
 OWN = ("pcgrad", "pcgrad-symmetric")
 SOLVERS = {"cagrad": "cvxpy", "upgrad": "quadprog"}
 BY_TORCHJD = ("cagrad", "upgrad", "mgda", "gradvac", "alignedmtl", "imtlg")
-
-
-def changed_config(**changes: Any) -> TuneConfig:
-    return TuneConfig(**{**CONFIG.model_dump(), **changes})
 
 
 def parts(vector: Any) -> list[Tensor]:
@@ -258,7 +253,7 @@ def test_a_method_goes_on_with_what_another_remembers() -> None:
 
 def test_the_state_of_an_operation_is_restored_to_the_last_bit() -> None:
     method_or_skip("gradvac")
-    config = changed_config(surgery="gradvac")
+    config = CONFIG.changed(surgery="gradvac")
     # One group has been trained and one has not.
     state = {"cosines": [0.5, None, -0.2], "conflicts": 1, "memories": [[[0.0, 0.1], [-0.3, 0.0]], None]}
     operation = Operation([], config, [[], []])
@@ -356,7 +351,7 @@ def test_a_step_is_the_projected_step(
     method: str,
 ) -> None:
     # All examples in one step: 2 micro-batches of 4, and the whole of D_util.
-    config = changed_config(max_steps=1, batch_size=4, surgery=method, surgery_granularity=granularity)
+    config = CONFIG.changed(max_steps=1, batch_size=4, surgery=method, surgery_granularity=granularity)
     model = tiny_model("llama")
     selection = selection_of(model, SOME)
     result = tune(
@@ -395,21 +390,14 @@ def test_a_step_is_the_projected_step(
 
 
 def test_no_conflict_no_change(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, aligned: list[Example], tmp_path: Path
 ) -> None:
     # Its own data as the reference: gradients agree, and the adapter is that of a training without surgery, bit for bit.
     weights = []
     for name, surgery in (("plain", "none"), ("operated", "pcgrad")):
         model = tiny_model("llama")
-        config = changed_config(max_steps=2, batch_size=4, surgery=surgery)
-        result = tune(
-            model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / name, config=config,
-            utility=aligned,
-        )  # fmt: skip
+        config = CONFIG.changed(max_steps=2, batch_size=4, surgery=surgery)
+        result = tuned(model, tmp_path / name, config, utility=aligned)
         weights.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert result.surgery is not None
@@ -420,10 +408,8 @@ def test_no_conflict_no_change(
 @pytest.mark.parametrize("method", OWN)
 def test_accumulated_batches_are_operated_on_like_one_large_batch(
     tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
+    tuned: Tuned,
     opposed: list[Example],
-    selection_of: SelectionOf,
     gradients: list[list[tuple[str, Tensor]]],
     tmp_path: Path,
     method: str,
@@ -431,14 +417,11 @@ def test_accumulated_batches_are_operated_on_like_one_large_batch(
     for batch, accumulation in ((8, 1), (4, 2), (1, 8)):
         model = tiny_model("llama")
         # A small step, so that what Adam makes of rounding does not grow from step to step.
-        config = changed_config(
+        config = CONFIG.changed(
             surgery=method, batch_size=batch, accumulation=accumulation, surgery_batch_size=3, learning_rate=1e-6,
             max_steps=2,
         )  # fmt: skip
-        result = tune(
-            model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / str(batch), config=config,
-            utility=opposed,
-        )  # fmt: skip
+        result = tuned(model, tmp_path / str(batch), config, utility=opposed)
         assert result.surgery is not None
         assert result.surgery["conflicting_steps"] == result.surgery["steps"] == 2
     one, some, many = gradients[:2], gradients[2:4], gradients[4:]
@@ -453,8 +436,7 @@ def test_accumulated_batches_are_operated_on_like_one_large_batch(
 @pytest.mark.parametrize("method", [*OWN, "mgda"])
 def test_the_certificate_holds_and_the_record_tells(
     tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
+    tuned: Tuned,
     questions: list[Example],
     opposed: list[Example],
     selection_of: SelectionOf,
@@ -465,12 +447,9 @@ def test_the_certificate_holds_and_the_record_tells(
     method_or_skip(method)
     model = tiny_model("llama")
     selection = selection_of(model, SOME)
-    config = changed_config(surgery=method, surgery_granularity=granularity, weight_decay=0.1, max_length=160)
+    config = CONFIG.changed(surgery=method, surgery_granularity=granularity, weight_decay=0.1, max_length=160)
     utility = [*opposed, *(q for q in questions if q.scoring == "likelihood")]
-    result = tune(
-        model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "a", config=config, utility=utility,
-        utility_source="own",
-    )  # fmt: skip
+    result = tuned(model, tmp_path / "a", config, selection=selection, utility=utility, utility_source="own")
     assert certify(model, tmp_path / "a", selection) == result.certificate
     assert result.certificate.changed_rows == result.certificate.selected_rows == 24
     assert result == TuneResult.load(tmp_path / "a")
@@ -483,20 +462,12 @@ def test_the_certificate_holds_and_the_record_tells(
 
 
 def test_b_alone_with_fused_and_transposed_projections(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    opposed: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, opposed: list[Example], tmp_path: Path
 ) -> None:
     for family in ("phi3", "gpt2", "gpt_neox"):
         model = tiny_model(family)
-        config = changed_config(surgery="pcgrad-symmetric", surgery_granularity="head", freeze_a=True, max_steps=2)
-        result = tune(
-            model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / family, config=config,
-            utility=opposed,
-        )  # fmt: skip
+        config = CONFIG.changed(surgery="pcgrad-symmetric", surgery_granularity="head", freeze_a=True, max_steps=2)
+        result = tuned(model, tmp_path / family, config, utility=opposed)
         assert result.certificate.changed_rows == 24
 
 
@@ -512,7 +483,7 @@ def test_the_reference_of_lettered_questions_is_the_gradient_of_the_letter(
     letters = [q for q in questions if q.scoring == "letter"]
     model = tiny_model("llama")
     selection = selection_of(model, SOME)
-    config = changed_config(max_steps=1, batch_size=8, accumulation=1, surgery="pcgrad", max_length=1024)
+    config = CONFIG.changed(max_steps=1, batch_size=8, accumulation=1, surgery="pcgrad", max_length=1024)
     result = tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "a", config=config, utility=letters)
 
     peft_model = sparse_lora(tiny_model("llama"), selection, r=4, alpha=8, seed=config.seed)
@@ -608,7 +579,7 @@ def test_two_processes_train_like_one(
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, batch, launch in (("one", 4, []), ("two", 2, torchrun)):
         # Five utility examples: the ranks' shares differ in size. One-way PCGrad is blind to the scale of u; this is not.
-        config = changed_config(
+        config = CONFIG.changed(
             surgery="pcgrad-symmetric", batch_size=batch, surgery_batch_size=5, learning_rate=1e-6, max_steps=2
         )
         job = {
@@ -750,15 +721,11 @@ def test_a_utility_loss_that_is_not_finite(
 
 
 def test_records_from_before_there_was_surgery_load(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    config = changed_config(surgery="none", max_steps=1)
-    result = tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=config)
+    config = CONFIG.changed(surgery="none", max_steps=1)
+    result = tuned(model, tmp_path / "a", config)
     assert result.surgery is None
     path = tmp_path / "a" / "tune.json"
     record = json.loads(path.read_text())

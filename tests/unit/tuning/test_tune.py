@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_training import CONFIG, SOME, Interrupter, SelectionOf, Tuned, logits
 from torch import Tensor
 
-from castune.artifacts import Certificate, HeadSelection, TuneResult
+from castune.artifacts import Certificate, TuneResult
 from castune.artifacts.tune_result import adapter_hash
-from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.losses import RowBatch, reply_nll
 from castune.data.chat import ChatFormat
@@ -26,17 +25,7 @@ from castune.tuning.train import tune
 from castune.tuning.trainer import ReplyTrainer
 from castune.tuning.verify import certify
 
-SelectionOf = Callable[..., HeadSelection]
-SOME = ((0, 1), (0, 3), (2, 0))
 FAMILIES = ("llama", "phi3", "gpt2", "gpt_neox")
-CONFIG = TuneConfig(
-    rank=4, alpha=8, learning_rate=0.02, max_steps=3, batch_size=2, accumulation=2, weight_decay=0.1, max_length=128
-)
-IDS = torch.arange(5, 45).reshape(2, 20) * 3 % 250
-
-
-def changed_config(**changes: Any) -> TuneConfig:
-    return TuneConfig(**{**CONFIG.model_dump(), **changes})
 
 
 def rows_of(family: str, heads: Sequence[int]) -> list[int]:
@@ -45,16 +34,10 @@ def rows_of(family: str, heads: Sequence[int]) -> list[int]:
     return [stride * head + row for head in heads for row in range(8)]
 
 
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model.eval()(input_ids=IDS).logits
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_chosen_rows_move(
     tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
+    tuned: Tuned,
     selection_of: SelectionOf,
     same_bits: Callable[[Tensor, Tensor], bool],
     tmp_path: Path,
@@ -63,7 +46,7 @@ def test_only_chosen_rows_move(
     model = tiny_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     selection = selection_of(model, SOME)
-    result = tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "adapter", config=CONFIG, source="own")
+    result = tuned(model, tmp_path / "adapter", CONFIG, selection=selection, source="own")
 
     # The base is as it was, bit for bit, and nothing is wrapped or hooked.
     after = model.state_dict()
@@ -101,13 +84,7 @@ def test_only_chosen_rows_move(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_saved_adapter_is_the_trained_one(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    family: str,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     trained: list[Tensor] = []
     unload = PeftModel.unload if "unload" in vars(PeftModel) else None
@@ -120,7 +97,7 @@ def test_the_saved_adapter_is_the_trained_one(
 
     monkeypatch.setattr(PeftModel, "save_pretrained", save_and_look)
     model = tiny_model(family)
-    tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "adapter", config=CONFIG)
+    tuned(model, tmp_path / "adapter", CONFIG)
     expected = trained[-1]  # those before it are checkpoints
     reloaded = logits(PeftModel.from_pretrained(tiny_model(family), tmp_path / "adapter"))
     assert torch.equal(reloaded, expected)
@@ -128,79 +105,48 @@ def test_the_saved_adapter_is_the_trained_one(
 
 
 def test_the_model_is_left_as_it_was(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    state_of: Callable[[Any], dict[str, Any]],
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, state_of: Callable[[Any], dict[str, Any]], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     before = state_of(model)
-    tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=CONFIG)
+    tuned(model, tmp_path / "a", CONFIG)
     after = state_of(model)
     for what in ("modules", "hooks", "requires_grad", "gradients", "training", "config", "attributes"):
         assert after[what] == before[what], what
 
 
-def test_a_model_in_training_mode_stays_in_it(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-) -> None:
+def test_a_model_in_training_mode_stays_in_it(tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path) -> None:
     model = tiny_model("llama").train()
-    tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=CONFIG)
+    tuned(model, tmp_path / "a", CONFIG)
     assert model.training
 
 
-def test_a_model_can_be_tuned_again_and_again(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-) -> None:
+def test_a_model_can_be_tuned_again_and_again(tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path) -> None:
     model = tiny_model("llama")
     for name in ("one", "two"):
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / name, config=CONFIG)
+        tuned(model, tmp_path / name, CONFIG)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_seeds_decide_the_adapter(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-) -> None:
+def test_seeds_decide_the_adapter(tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path) -> None:
     weights = {}
     for name, seed in (("one", 21), ("again", 21), ("other", 42)):
         torch.manual_seed(hash(name) % 1000)  # nothing but the config's seed may count
         model = tiny_model("llama", seed=0)
         torch.manual_seed(len(weights))
-        config = changed_config(seed=seed)
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / name, config=config)
+        config = CONFIG.changed(seed=seed)
+        tuned(model, tmp_path / name, config)
         weights[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
     assert weights["one"] == weights["again"]
     assert weights["one"] != weights["other"]
 
 
-def test_frozen_a_is_saved_as_initialised(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-) -> None:
+def test_frozen_a_is_saved_as_initialised(tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path) -> None:
     saved = {}
     for steps in (1, 3):
-        model, config = tiny_model("llama"), changed_config(freeze_a=True, max_steps=steps)
-        result = tune(
-            model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / str(steps), config=config
-        )
+        model, config = tiny_model("llama"), CONFIG.changed(freeze_a=True, max_steps=steps)
+        result = tuned(model, tmp_path / str(steps), config)
         saved[steps] = load_file(tmp_path / str(steps) / "adapter_model.safetensors")
         assert result.budget["a_matrices"] == 0
     for name, tensor in saved[1].items():
@@ -215,7 +161,7 @@ def test_the_record_tells_what_happened(
     tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
-    config = changed_config(max_steps=None, epochs=2, max_length=60)
+    config = CONFIG.changed(max_steps=None, epochs=2, max_length=60)
     selection = selection_of(model, SOME)
     result = tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "adapter", config=config, source="own")
     assert result == TuneResult.load(tmp_path / "adapter")
@@ -244,7 +190,7 @@ def test_the_first_logged_loss_is_castunes_one_loss(
     tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
-    config = changed_config(max_steps=1, batch_size=3, accumulation=2)
+    config = CONFIG.changed(max_steps=1, batch_size=3, accumulation=2)
     data = aligned[:6]
     chat = ChatFormat(tiny_tokenizer, max_length=128)
     with torch.no_grad():
@@ -255,17 +201,13 @@ def test_the_first_logged_loss_is_castunes_one_loss(
 
 
 def test_accumulated_batches_train_like_one_large_batch(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path
 ) -> None:
     found = []
     for name, batch, accumulation in (("one", 8, 1), ("many", 2, 4)):
         model = tiny_model("llama")
-        config = changed_config(max_steps=1, batch_size=batch, accumulation=accumulation)
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / name, config=config)
+        config = CONFIG.changed(max_steps=1, batch_size=batch, accumulation=accumulation)
+        tuned(model, tmp_path / name, config)
         found.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     # Adam's first step is close to the sign of the gradient: entries near zero may flip, most must agree.
     for key in found[0]:
@@ -274,32 +216,24 @@ def test_accumulated_batches_train_like_one_large_batch(
 
 
 def test_training_lowers_the_loss(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, selection_of: SelectionOf, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     heads = HeadLayout.of(model).heads
-    config = changed_config(max_steps=12, batch_size=8, accumulation=1)
-    result = tune(model, tiny_tokenizer, selection_of(model, heads), data=aligned, out=tmp_path / "a", config=config)
+    config = CONFIG.changed(max_steps=12, batch_size=8, accumulation=1)
+    result = tuned(model, tmp_path / "a", config, selection=selection_of(model, heads))
     losses = [loss for _, loss in result.losses]
     assert losses[-1] < losses[0] - 0.02
 
 
 def test_an_adapter_that_was_there_is_replaced_whole(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path
 ) -> None:
     out = tmp_path / "adapter"
     out.mkdir()
     (out / "left-over.txt").write_text("old")
     model = tiny_model("llama")
-    tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=out, config=CONFIG)
+    tuned(model, out, CONFIG)
     assert not (out / "left-over.txt").exists()
     assert TuneResult.load(out).steps == 3
 
@@ -313,11 +247,7 @@ def assert_nothing_left(folder: Path, model: Any) -> None:
 
 
 def test_weights_with_nan_are_a_training_error_and_leave_nothing(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, selection_of: SelectionOf, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -325,7 +255,7 @@ def test_weights_with_nan_are_a_training_error_and_leave_nothing(
     # HeadLayout's probe looks at each attention alone, so a selection can be made.
     selection = selection_of(model, SOME)
     with pytest.raises((TrainingError, CastuneError), match="nan") as caught:
-        tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "run" / "adapter", config=CONFIG)
+        tuned(model, tmp_path / "run" / "adapter", CONFIG, selection=selection)
     assert isinstance(caught.value, TrainingError)
     assert "learning_rate" in str(caught.value)
     assert_nothing_left(tmp_path / "run", model)
@@ -333,122 +263,72 @@ def test_weights_with_nan_are_a_training_error_and_leave_nothing(
 
 @pytest.mark.parametrize("steps", [4])
 def test_an_absurd_learning_rate_is_a_training_error(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-    steps: int,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path, steps: int
 ) -> None:
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    config = changed_config(learning_rate=1e30, max_steps=steps)
+    config = CONFIG.changed(learning_rate=1e30, max_steps=steps)
     with pytest.raises(TrainingError, match="learning_rate"):
-        tune(
-            model,
-            tiny_tokenizer,
-            selection_of(model, SOME),
-            data=aligned,
-            out=tmp_path / "run" / "adapter",
-            config=config,
-        )
+        tuned(model, tmp_path / "run" / "adapter", config)
     assert_nothing_left(tmp_path / "run", model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_failed_training_keeps_the_adapter_that_was_there(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, selection_of: SelectionOf, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     selection = selection_of(model, SOME)
-    tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "adapter", config=CONFIG)
+    tuned(model, tmp_path / "adapter", CONFIG, selection=selection)
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     with pytest.raises(TrainingError):
-        config = changed_config(learning_rate=1e30)
-        tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "adapter", config=config)
+        config = CONFIG.changed(learning_rate=1e30)
+        tuned(model, tmp_path / "adapter", config, selection=selection)
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_bad_data_is_refused_before_the_model_is_touched(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    selection_of: SelectionOf,
-    state_of: Callable[[Any], dict[str, Any]],
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, state_of: Callable[[Any], dict[str, Any]], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     before = state_of(model)["modules"]
     no_reply = Example(id="bare", prompt="a")
     for data, named in (([], "no training examples"), ([no_reply], "'bare' has no reply")):
         with pytest.raises(DataError, match=named):
-            tune(model, tiny_tokenizer, selection_of(model, SOME), data=data, out=tmp_path / "run" / "a", config=CONFIG)
+            tuned(model, tmp_path / "run" / "a", CONFIG, data=data)
     assert state_of(model)["modules"] == before
     assert_nothing_left(tmp_path / "run", model)
 
 
 def test_an_interrupt_unwraps_the_model_and_leaves_nothing(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path, interrupter: Interrupter
 ) -> None:
-    module = importlib.import_module("castune.tuning.trainer")
-
-    calls = []
-
-    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return reply_nll(*args, **kwargs)
-
-    monkeypatch.setattr(module, "reply_nll", interrupted)
+    interrupter.countdown = 3
     model = tiny_model("llama")
     with pytest.raises(KeyboardInterrupt):
-        tune(
-            model,
-            tiny_tokenizer,
-            selection_of(model, SOME),
-            data=aligned,
-            out=tmp_path / "run" / "adapter",
-            config=CONFIG,
-        )
+        tuned(model, tmp_path / "run" / "adapter", CONFIG)
     assert_nothing_left(tmp_path / "run", model)
 
 
 def test_negative_zeros_of_the_base_are_no_change(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, selection_of: SelectionOf, tmp_path: Path
 ) -> None:
     # -0.0 + 0.0 is +0.0: merging an exactly zero delta must not make a certificate fail after hours of training.
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = -0.0  # a row of head 0, which is not selected
-    result = tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "a", config=CONFIG)
+    result = tuned(model, tmp_path / "a", CONFIG)
     assert result.certificate.changed_rows == 24
     assert certify(model, tmp_path / "a", selection_of(model, SOME)) == result.certificate
 
 
 def test_bfloat16_models_train_and_certify(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
+    tiny_model: Callable[..., Any], tuned: Tuned, selection_of: SelectionOf, tmp_path: Path
 ) -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     selection = selection_of(model, SOME)
-    result = tune(model, tiny_tokenizer, selection, data=aligned, out=tmp_path / "a", config=CONFIG)
+    result = tuned(model, tmp_path / "a", CONFIG, selection=selection)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert result.certificate.changed_rows == 24
     fresh = tiny_model("llama").to(torch.bfloat16)
@@ -462,12 +342,7 @@ def test_bfloat16_models_train_and_certify(
 
 
 def test_weights_that_burst_in_the_last_step_are_a_training_error(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    aligned: list[Example],
-    selection_of: SelectionOf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Callable[..., Any], tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No loss is computed after the last update: the weights must be looked at themselves.
     run = ReplyTrainer.run
@@ -481,5 +356,5 @@ def test_weights_that_burst_in_the_last_step_are_a_training_error(
     monkeypatch.setattr(ReplyTrainer, "run", run_and_burst)
     model = tiny_model("llama")
     with pytest.raises(TrainingError, match="learning_rate"):
-        tune(model, tiny_tokenizer, selection_of(model, SOME), data=aligned, out=tmp_path / "run" / "a", config=CONFIG)
+        tuned(model, tmp_path / "run" / "a", CONFIG)
     assert_nothing_left(tmp_path / "run", model)

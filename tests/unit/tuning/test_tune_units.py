@@ -12,16 +12,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_training import CONFIG, IDS, logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from castune.artifacts import Certificate, HeadSelection, TuneResult
 from castune.artifacts.unit import joined
-from castune.config import TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
 from castune.data.example import Example
 from castune.errors import CastuneError, CertificateError, UnsupportedArchitecture
+from castune.names import kind_words
 from castune.tuning.mask import mask_adapter
 from castune.tuning.merge import write_merged
 from castune.tuning.row_lora import budget, sparse_lora
@@ -35,10 +36,6 @@ UNITS = (
     ("o_head", 0, 2), ("o_head", 1, 0), ("k_group", 1, 1), ("v_group", 2, 0), ("mlp_group", 0, 1), ("mlp_group", 2, 3),
     ("mlp_block", 1, 0),
 )  # fmt: skip
-CONFIG = TuneConfig(
-    rank=4, alpha=8, learning_rate=0.02, max_steps=3, batch_size=2, accumulation=2, weight_decay=0.1, max_length=128
-)
-IDS = torch.arange(5, 45).reshape(2, 20) * 3 % 250
 FAMILIES = ("llama", "phi3", "gpt2", "opt")
 
 
@@ -89,11 +86,6 @@ def chosen_lines(family: str) -> dict[str, tuple[int, set[int]]]:
 def as_lines(tensor: Tensor, family: str, axis: int) -> Tensor:
     rows = tensor.t() if family == "gpt2" else tensor
     return rows if axis == 0 else rows.t()
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model.eval()(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -433,8 +425,10 @@ def test_masks_are_for_query_heads(tiny_model: Callable[..., Any], adapter: Path
 
 @pytest.mark.parametrize("unit", [("k_group", 0, 2), ("mlp_group", 0, 4), ("o_head", 3, 0), ("mlp_block", 0, 1)])
 def test_units_that_do_not_exist_are_named(tiny_model: Callable[..., Any], unit: tuple[str, int, int]) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(CastuneError, match=f"units this model does not have: .*{unit[0]}"):
+    model, (kind, layer, index) = tiny_model("llama"), unit
+    with pytest.raises(
+        CastuneError, match=f"units this model does not have: .*{kind_words(kind, 1)} {index} of layer {layer}"
+    ):
         sparse_lora(model, mixed(model, [("mlp_group", 0, 0), unit]))
     assert not any("lora" in name for name, _ in model.named_modules())
 
