@@ -41,8 +41,9 @@ from work import Question, Work  # noqa: E402
 MAX_NEW_TOKENS = 24
 SEED = 0
 
-CLOSE = 0.01
-"""Attributed changes agree within this part of the largest change of their example."""
+CLOSE = {"float32": 0.001}
+"""Attributed changes agree within this part of the largest change of their example; other dtypes: `CLOSE_ROUNDED`."""
+CLOSE_ROUNDED = 0.1
 
 Row = tuple[str, str, str]
 """Row of a table, script, sweep of that script. castune comes first: the others are compared with it."""
@@ -147,16 +148,17 @@ def run(python: str, script: str, sweep: str, work_file: Path) -> dict[str, Any]
     return result
 
 
-def agreement(result: dict[str, Any], castune: dict[str, Any]) -> str:
+def agreement(result: dict[str, Any], castune: dict[str, Any], dtype: str) -> str:
     """How a contestant's outcomes compare with castune's."""
     if "changes" in result:
         mine_HN, theirs_HN = np.array(result["changes"]), np.array(castune["changes"])
         difference_HN = np.abs(mine_HN - theirs_HN)
-        close = (difference_HN <= CLOSE * np.abs(theirs_HN).max(0)).mean()
+        tolerance = CLOSE.get(dtype, CLOSE_ROUNDED)
+        close = (difference_HN <= tolerance * np.abs(theirs_HN).max(0)).mean()
         rank = spearmanr(np.abs(mine_HN).mean(1), np.abs(theirs_HN).mean(1)).statistic
         return (
-            f"{close:.4f} of {mine_HN.size} changes, they differ by at most {difference_HN.max():.1e}, "
-            f"Spearman of heads {rank:.4f}"
+            f"{close:.4f} of {mine_HN.size} changes within {tolerance:.1%} of their example's largest, at most "
+            f"{difference_HN.max():.1e} apart; Spearman of heads {rank:.4f}"
         )
     if "margins" in result and "margins" not in castune:
         return "by another measure"
@@ -177,6 +179,7 @@ def print_sweep(title: str, contestants: Sequence[Row], python: str, work_file: 
     """Run the contestants of a sweep, print their table and return their results."""
     print(f"\n{title}")
     print(f"{'':34}{'seconds':>9}{'s a head':>10}{'x castune':>11}  agreement with castune")
+    dtype = Work.load(work_file).dtype
     castune: dict[str, Any] | None = None
     versions: dict[str, str] = {}
     shares: list[str] = []
@@ -188,7 +191,7 @@ def print_sweep(title: str, contestants: Sequence[Row], python: str, work_file: 
             continue
         versions.update(result["versions"])
         if "flops" in result:
-            speed, peak = result["flops"] / result["seconds"], matmul_peak(Work.load(work_file).dtype)
+            speed, peak = result["flops"] / result["seconds"], matmul_peak(dtype)
             shares.append(f"{label}: {speed / 1e9:.0f} GFLOP/s, {speed / peak:.0%} of the {peak / 1e9:.0f} of a matmul")
         results[script, sweep] = result
         line = f"{label:34}{result['seconds']:9.1f}{result['seconds'] / n_heads(result):10.3f}"
@@ -196,7 +199,7 @@ def print_sweep(title: str, contestants: Sequence[Row], python: str, work_file: 
             castune = result
             line += f"{1:11.1f}"
         elif castune:
-            line += f"{result['seconds'] / castune['seconds']:11.1f}  {agreement(result, castune)}"
+            line += f"{result['seconds'] / castune['seconds']:11.1f}  {agreement(result, castune, dtype)}"
         print(line, flush=True)
         if label == "castune" and sweep == "safety":
             full = run(python, script, "safety-replies", work_file)
@@ -256,12 +259,11 @@ def main() -> None:
             f"{os.cpu_count()} CPUs"
         )
         questions, prompts = f"{len(work.questions)} questions", f"{len(work.prompts)} prompts"
-        attributed = f"attribution of all heads of these layers, agreement within {CLOSE:.0%} of an example's largest"
         tables = (
             ("utility", f"utility sweep, {questions}", UTILITY),
             ("safety", f"safety sweep, {prompts}, {MAX_NEW_TOKENS} tokens a reply", SAFETY),
-            ("attribution", f"{attributed}: utility, {questions}", ATTRIBUTED_UTILITY),
-            ("attribution", f"{attributed}: safety margins, {prompts}", ATTRIBUTED_SAFETY),
+            ("attribution", f"attribution of all heads of these layers: utility, {questions}", ATTRIBUTED_UTILITY),
+            ("attribution", f"attribution of all heads of these layers: safety margins, {prompts}", ATTRIBUTED_SAFETY),
         )
         scripts = {f"with_{name}.py" for name in options.contestants.split(",")}
         results: Results = {}
