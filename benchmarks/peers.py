@@ -1,7 +1,8 @@
-"""castune's ablation sweeps against a plain hook loop, nnsight and TransformerLens; prints one table.
+"""castune's sweeps, ablations and attribution, against a plain hook loop, nnsight and TransformerLens; prints tables.
 
 Every contestant (`contestants/with_*.py`) runs in a process of its own, one after the other, on the same token ids,
-heads and dtype, and is timed on the sweep alone. The ratio counts; absolute seconds depend on the machine.
+heads and dtype, and is timed on the sweep alone. The ratio counts; absolute seconds depend on the machine. Attribution
+covers all heads of the layers that the chosen heads are of: they cost one backward pass an example, however many.
 
     make bench
     make bench BENCH='--dtype bfloat16 --questions 12 --prompts 12 --keep runs/bench'
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 import castune as ct
 from castune.core.heads import HeadLayout
@@ -33,20 +35,30 @@ from castune.data.chat import ChatFormat
 
 CONTESTANTS = Path(__file__).parent / "contestants"
 sys.path.insert(0, str(CONTESTANTS))
+from with_castune import refusal_pairs  # noqa: E402
 from work import Question, Work  # noqa: E402
 
 MAX_NEW_TOKENS = 24
 SEED = 0
 
-# Row of the table, script, sweep of that script. castune comes first: the others are compared with it.
-UTILITY = (
+CLOSE = {"float32": 0.001}
+"""Attributed changes agree within this part of the largest change of their example; other dtypes: `CLOSE_ROUNDED`."""
+CLOSE_ROUNDED = 0.1
+
+Row = tuple[str, str, str]
+"""Row of a table, script, sweep of that script. castune comes first: the others are compared with it."""
+
+Results = dict[tuple[str, str], dict[str, Any]]
+"""By script and sweep."""
+
+UTILITY: tuple[Row, ...] = (
     ("castune", "with_castune.py", "utility"),
     ("plain hooks, a choice a forward", "with_hooks.py", "utility-choice-by-choice"),
     ("plain hooks, choices batched", "with_hooks.py", "utility"),
     ("nnsight, choices batched", "with_nnsight.py", "utility"),
     ("TransformerLens, choices batched", "with_transformer_lens.py", "utility"),
 )
-SAFETY = (
+SAFETY: tuple[Row, ...] = (
     ("castune", "with_castune.py", "safety"),
     ("castune, margins", "with_castune.py", "safety-margins"),
     ("castune, margins of 24 tokens", "with_castune.py", "safety-long-margins"),
@@ -55,6 +67,31 @@ SAFETY = (
     ("nnsight, prompts batched", "with_nnsight.py", "safety"),
     ("TransformerLens, prompts batched", "with_transformer_lens.py", "safety"),
 )
+ATTRIBUTED_UTILITY: tuple[Row, ...] = (
+    ("castune", "with_castune.py", "attributed-utility"),
+    ("plain hooks, a choice a forward", "with_hooks.py", "attributed-utility-choice-by-choice"),
+    ("plain hooks, choices batched", "with_hooks.py", "attributed-utility"),
+    ("nnsight, choices batched", "with_nnsight.py", "attributed-utility"),
+    ("TransformerLens, choices batched", "with_transformer_lens.py", "attributed-utility"),
+)
+ATTRIBUTED_SAFETY: tuple[Row, ...] = (
+    ("castune", "with_castune.py", "attributed-safety"),
+    ("castune, replies generated too", "with_castune.py", "attributed-safety-with-replies"),
+    ("plain hooks, a reply a forward", "with_hooks.py", "attributed-safety-reply-by-reply"),
+    ("plain hooks, replies batched", "with_hooks.py", "attributed-safety"),
+    ("nnsight, replies batched", "with_nnsight.py", "attributed-safety"),
+    ("TransformerLens, replies batched", "with_transformer_lens.py", "attributed-safety"),
+)
+
+# The utility and the safety sweep of a map.
+BY_HOOKS = {
+    "one by one": ("utility-choice-by-choice", "safety-prompt-by-prompt"),
+    "batched": ("utility", "safety"),
+}
+BY_CASTUNE = {
+    "margins": ("utility", "safety-margins"),
+    "attribution": ("attributed-utility", "attributed-safety-with-replies"),
+}
 
 
 def the_work(*, heads: int, questions: int, prompts: int, dtype: str) -> Work:
@@ -76,6 +113,7 @@ def the_work(*, heads: int, questions: int, prompts: int, dtype: str) -> Work:
         ],
         prompts=[chat.prompt_ids(example)[0] for example in harmful],
         prompt_texts=[example.prompt for example in harmful],
+        pairs=refusal_pairs((model, tokenizer), harmful, max_new_tokens=MAX_NEW_TOKENS),
         end_tokens=chat.end_tokens(model),
         max_new_tokens=MAX_NEW_TOKENS,
         n_questions=questions,
@@ -110,8 +148,18 @@ def run(python: str, script: str, sweep: str, work_file: Path) -> dict[str, Any]
     return result
 
 
-def agreement(result: dict[str, Any], castune: dict[str, Any]) -> str:
+def agreement(result: dict[str, Any], castune: dict[str, Any], dtype: str) -> str:
     """How a contestant's outcomes compare with castune's."""
+    if "changes" in result:
+        mine_HN, theirs_HN = np.array(result["changes"]), np.array(castune["changes"])
+        difference_HN = np.abs(mine_HN - theirs_HN)
+        tolerance = CLOSE.get(dtype, CLOSE_ROUNDED)
+        close = (difference_HN <= tolerance * np.abs(theirs_HN).max(0)).mean()
+        rank = spearmanr(np.abs(mine_HN).mean(1), np.abs(theirs_HN).mean(1)).statistic
+        return (
+            f"{close:.4f} of {mine_HN.size} changes within {tolerance:.1%} of their example's largest, at most "
+            f"{difference_HN.max():.1e} apart; Spearman of heads {rank:.4f}"
+        )
     if "margins" in result and "margins" not in castune:
         return "by another measure"
     if "margins" in result:
@@ -127,17 +175,15 @@ def agreement(result: dict[str, Any], castune: dict[str, Any]) -> str:
     return text
 
 
-def print_sweep(
-    title: str, contestants: Sequence[tuple[str, str, str]], python: str, work_file: Path
-) -> dict[str, float]:
-    """Run the contestants of a sweep and print their table; returns seconds by label."""
+def print_sweep(title: str, contestants: Sequence[Row], python: str, work_file: Path) -> Results:
+    """Run the contestants of a sweep, print their table and return their results."""
     print(f"\n{title}")
     print(f"{'':34}{'seconds':>9}{'s a head':>10}{'x castune':>11}  agreement with castune")
-    n_heads = len(Work.load(work_file).heads)
+    dtype = Work.load(work_file).dtype
     castune: dict[str, Any] | None = None
     versions: dict[str, str] = {}
     shares: list[str] = []
-    seconds: dict[str, float] = {}
+    results: Results = {}
     for label, script, sweep in contestants:
         result = run(python, script, sweep, work_file)
         if isinstance(result, str):
@@ -145,39 +191,47 @@ def print_sweep(
             continue
         versions.update(result["versions"])
         if "flops" in result:
-            speed, peak = result["flops"] / result["seconds"], matmul_peak(Work.load(work_file).dtype)
+            speed, peak = result["flops"] / result["seconds"], matmul_peak(dtype)
             shares.append(f"{label}: {speed / 1e9:.0f} GFLOP/s, {speed / peak:.0%} of the {peak / 1e9:.0f} of a matmul")
-        seconds[label] = result["seconds"]
-        line = f"{label:34}{result['seconds']:9.1f}{result['seconds'] / n_heads:10.3f}"
+        results[script, sweep] = result
+        line = f"{label:34}{result['seconds']:9.1f}{result['seconds'] / n_heads(result):10.3f}"
         if label == "castune":
             castune = result
             line += f"{1:11.1f}"
         elif castune:
-            line += f"{result['seconds'] / castune['seconds']:11.1f}  {agreement(result, castune)}"
+            line += f"{result['seconds'] / castune['seconds']:11.1f}  {agreement(result, castune, dtype)}"
         print(line, flush=True)
         if label == "castune" and sweep == "safety":
             full = run(python, script, "safety-replies", work_file)
             result["replies"] = None if isinstance(full, str) else full["replies"]
     print("; ".join([*shares, *(f"{name} {version}" for name, version in versions.items())]))
-    return seconds
+    return results
 
 
-def print_maps(utility: dict[str, float], safety: dict[str, float]) -> None:
-    """castune's map by margins against the map by decisions that plain hooks make."""
-    if "castune" not in utility or "castune, margins" not in safety:
-        return
-    margins = utility["castune"] + safety["castune, margins"]
-    # One by one as one would write it, and batched.
-    pairs = zip(
-        *([label for label, script, _ in rows if script == "with_hooks.py"] for rows in (UTILITY, SAFETY)), strict=True
-    )
-    for of_utility, of_safety in pairs:
-        if of_utility in utility and of_safety in safety:
-            decisions = utility[of_utility] + safety[of_safety]
-            print(
-                f"both sweeps: castune by margins {margins:.1f} s, by decisions with {of_utility} and {of_safety} "
-                f"{decisions:.1f} s: {decisions / margins:.1f} x"
+def n_heads(result: dict[str, Any]) -> int:
+    """How many heads a contestant measured."""
+    return len(result.get("changes") or result.get("margins") or result["refusals"])
+
+
+def print_maps(results: Results) -> None:
+    """castune's maps against the map by decisions that plain hooks make."""
+    print("\nboth sweeps of a map, of the same examples; gradients for O(h) and checks are not in them")
+    for measure, sweeps in BY_CASTUNE.items():
+        ours = [results[key] for sweep in sweeps if (key := ("with_castune.py", sweep)) in results]
+        for name, of_hooks in BY_HOOKS.items():
+            theirs = [results[key] for sweep in of_hooks if (key := ("with_hooks.py", sweep)) in results]
+            if len(ours) < len(sweeps) or len(theirs) < len(of_hooks):
+                continue
+            seconds, slow = (sum(result["seconds"] for result in found) for found in (ours, theirs))
+            n_ours, n_theirs = n_heads(ours[0]), n_heads(theirs[0])
+            line = (
+                f"castune by {measure} {seconds:.1f} s ({n_ours} heads), plain hooks by decisions, {name}, "
+                f"{slow:.1f} s ({n_theirs} heads): {slow / seconds:.1f} x"
             )
+            if n_ours > n_theirs:
+                all_heads = slow * n_ours / n_theirs
+                line += f"; projected to {n_ours} heads, not run: {all_heads:.0f} s, {all_heads / seconds:.0f} x"
+            print(line)
 
 
 def main() -> None:
@@ -186,7 +240,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--sweep", choices=["utility", "safety", "both"], default="both")
+    parser.add_argument("--sweep", choices=["utility", "safety", "attribution", "all"], default="all")
     parser.add_argument("--contestants", default="castune,hooks,nnsight,transformer_lens", help="comma-separated")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the contestants")
     parser.add_argument("--keep", type=Path, help="directory of results: those there are not measured again")
@@ -196,24 +250,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         work_file = (options.keep or Path(directory)) / "work.json"
         work = the_work(heads=options.heads, questions=options.questions, prompts=options.prompts, dtype=options.dtype)
-        if work_file.exists() and Work.load(work_file) != work:
+        if work_file.exists() and work_file.read_text() != work.text():
             parser.error(f"{options.keep} holds results of other work: choose another directory")
         work_file.parent.mkdir(parents=True, exist_ok=True)
-        work.save(work_file)
-        layers = len({layer for layer, _ in work.heads})
+        work_file.write_text(work.text())
         print(
-            f"SmolLM2-135M-Instruct, {options.dtype}, {len(work.heads)} heads of {layers} layers, {os.cpu_count()} CPUs"
+            f"SmolLM2-135M-Instruct, {options.dtype}, {len(work.heads)} heads of {len(work.layers)} layers, "
+            f"{os.cpu_count()} CPUs"
+        )
+        questions, prompts = f"{len(work.questions)} questions", f"{len(work.prompts)} prompts"
+        tables = (
+            ("utility", f"utility sweep, {questions}", UTILITY),
+            ("safety", f"safety sweep, {prompts}, {MAX_NEW_TOKENS} tokens a reply", SAFETY),
+            ("attribution", f"attribution of all heads of these layers: utility, {questions}", ATTRIBUTED_UTILITY),
+            ("attribution", f"attribution of all heads of these layers: safety margins, {prompts}", ATTRIBUTED_SAFETY),
         )
         scripts = {f"with_{name}.py" for name in options.contestants.split(",")}
-        utility: dict[str, float] = {}
-        safety: dict[str, float] = {}
-        if options.sweep != "safety":
-            title = f"utility sweep, {len(work.questions)} questions"
-            utility = print_sweep(title, [c for c in UTILITY if c[1] in scripts], options.python, work_file)
-        if options.sweep != "utility":
-            title = f"safety sweep, {len(work.prompts)} prompts, {MAX_NEW_TOKENS} tokens a reply"
-            safety = print_sweep(title, [c for c in SAFETY if c[1] in scripts], options.python, work_file)
-        print_maps(utility, safety)
+        results: Results = {}
+        for sweep, title, rows in tables:
+            if options.sweep in (sweep, "all"):
+                results |= print_sweep(title, [row for row in rows if row[1] in scripts], options.python, work_file)
+        if options.sweep == "all":
+            print_maps(results)
 
 
 if __name__ == "__main__":

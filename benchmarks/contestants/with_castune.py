@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from work import Outcome, Work, main
+from work import Outcome, Question, Work, main
 
 import castune as ct
 from castune.artifacts.unit import joined
@@ -18,13 +18,17 @@ from castune.core.generation import generate_replies
 from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.refusals import is_settled, read_by
+from castune.core.scoring import reply_rows, shared_if_exact
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
+from castune.data.example import Example
 from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.objectives import Objectives
-from castune.diagnosis.sweep import Measure, sweep
+from castune.diagnosis.outcomes import Outcome as Margins
+from castune.diagnosis.outcomes import Refusal
+from castune.diagnosis.sweep import Measure, Outcomes, sweep
 
 Loaded = tuple[Any, Any]
 
@@ -36,15 +40,41 @@ def load(work: Work) -> Loaded:
     return ct.load("default", dtype=work.dtype)
 
 
+def refusal_pairs(loaded: Loaded, examples: Sequence[Example], *, max_new_tokens: int) -> list[Question]:
+    """`Work.pairs` of harmful prompts; the model's own replies are generated as a diagnosis does it."""
+    model, tokenizer = loaded
+    chat, n_tokens = ChatFormat(tokenizer), ct.DiagnoseConfig().margin_tokens
+    prompts = [chat.prompt_ids(example)[0] for example in examples]
+    replies = generate_replies(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        end_tokens=chat.end_tokens(model),
+        batch_tokens=BATCH_TOKENS,
+    )
+    pairs = []
+    for example, asked, reply in zip(examples, prompts, replies, strict=True):
+        assert example.reply is not None
+        prompt, [refusal] = chat.continuations(example, [example.reply])
+        own = [*asked[len(prompt) :], *reply.tokens, *([chat.end_token] if reply.finished else [])]
+        pairs.append(Question(prompt, [refusal[:n_tokens], own[:n_tokens]], 0))
+    return pairs
+
+
 def _ablator(model: Any, work: Work) -> Ablator:
     layout = HeadLayout.of(model)
     return Ablator(model, UnitLayout(layout), joined(work.heads), can_resume(model, layout))
 
 
-def _ablated(name: str, ablator: Ablator, measure: Measure) -> list[list[float]]:
+def _swept(name: str, ablator: Ablator, measure: Measure) -> Outcomes:
     outcomes = sweep(name, ablator, measure, journal=Journal(None, "benchmark"), shard=Shard())
     assert outcomes is not None
-    values: list[list[float]] = outcomes.ablated_HN.tolist()
+    return outcomes
+
+
+def _ablated(name: str, ablator: Ablator, measure: Measure) -> list[list[float]]:
+    values: list[list[float]] = _swept(name, ablator, measure).ablated_HN.tolist()
     return values
 
 
@@ -56,10 +86,17 @@ def _objectives(loaded: Loaded, work: Work) -> Objectives:
 
 def utility(loaded: Loaded, work: Work) -> Outcome:
     """The utility sweep as `castune diagnose` runs it; its checks at the start and the whole model are timed too."""
-    questions = ct.examples("starter-utility", limit=work.n_questions, seed=work.example_seed)[: len(work.questions)]
     objectives = _objectives(loaded, work)
-    measure = objectives.utility_measure(questions)
+    measure = objectives.utility_measure(_questions(work))
     return {"margins": _ablated("utility", objectives.ablator, measure), "flops": _flops(objectives.ablator, measure)}
+
+
+def _questions(work: Work) -> list[Example]:
+    return ct.examples("starter-utility", limit=work.n_questions, seed=work.example_seed)[: len(work.questions)]
+
+
+def _harmful(work: Work) -> list[Example]:
+    return ct.examples("starter-safety", limit=work.n_prompts, seed=work.example_seed)[: len(work.prompts)]
 
 
 def _flops(ablator: Ablator, measure: Measure) -> float:
@@ -82,10 +119,45 @@ def safety_long_margins(loaded: Loaded, work: Work) -> Outcome:
 
 
 def _margins(objectives: Objectives, work: Work) -> Outcome:
-    examples = ct.examples("starter-safety", limit=work.n_prompts, seed=work.example_seed)[: len(work.prompts)]
+    examples = _harmful(work)
     measure = objectives.margin_measure(examples, objectives.replies(examples))
     margins = _ablated("safety", objectives.ablator, measure)
     return {"refusals": None, "replies": None, "margins": margins, "flops": _flops(objectives.ablator, measure)}
+
+
+def attributed_utility(loaded: Loaded, work: Work) -> Outcome:
+    """The utility sweep of a map by attribution, as `castune diagnose` runs it."""
+    objectives = _objectives(loaded, work)
+    return _attributed(objectives, objectives.utility_outcome(_questions(work)), work)
+
+
+def attributed_safety(loaded: Loaded, work: Work) -> Outcome:
+    """The safety sweep of such a map without the model's own replies, which are given here, as to the others."""
+    objectives = _objectives(loaded, work)
+    given = list(zip(_harmful(work), work.pairs, strict=True))
+    rows_of = shared_if_exact(
+        objectives.ablator.model,
+        lambda share: [
+            reply_rows(objectives.chat, example, pair.prompt, pair.choices, share_prompt=share)
+            for example, pair in given
+        ],
+    )
+    return _attributed(objectives, Refusal(rows_of), work)
+
+
+def attributed_safety_with_replies(loaded: Loaded, work: Work) -> Outcome:
+    """The safety sweep of such a map as `castune diagnose` runs it: the model's own replies are generated first."""
+    objectives, examples = _objectives(loaded, work), _harmful(work)
+    return _attributed(objectives, objectives.refusal_outcome(examples, objectives.replies(examples)), work)
+
+
+def _attributed(objectives: Objectives, outcome: Margins, work: Work) -> Outcome:
+    """All heads of the layers, as for the others: they come from the same backward pass."""
+    ablator = objectives.ablator
+    heads = joined(head for head in ablator.layout.heads if head.layer in work.layers)
+    objectives = replace(objectives, ablator=replace(ablator, heads=heads))
+    outcomes = _swept("attribution", objectives.ablator, objectives.attributed_measure(outcome))
+    return {"changes": (outcomes.ablated_HN - outcomes.baseline_N).tolist()}
 
 
 def safety(loaded: Loaded, work: Work) -> Outcome:
@@ -153,5 +225,8 @@ if __name__ == "__main__":
             "safety-replies": safety_replies,
             "safety-margins": safety_margins,
             "safety-long-margins": safety_long_margins,
+            "attributed-utility": attributed_utility,
+            "attributed-safety": attributed_safety,
+            "attributed-safety-with-replies": attributed_safety_with_replies,
         },
     )

@@ -1,4 +1,7 @@
-"""The same loop with TransformerLens: `run_with_hooks`, a head zeroed in `hook_z`.
+"""The same with TransformerLens: `run_with_hooks`, a head zeroed in `hook_z`.
+
+Attribution uses the first half of its `attribution_patch`, activations and gradients of one forward and backward. The
+other half wants a second prompt, whose activations replace those of the first; here zero does.
 
 The bridge wraps the transformers model, switches it to eager attention and computes attention step by step so that
 every hook point fires; it has `start_at_layer`, but the layers below still run.
@@ -9,8 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformer_lens import TransformerBridge
-from work import Outcome, Work, choice_batch, left_padded, main, margin, mean_log_probs, refusals
+from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
+from work import (
+    Outcome,
+    Question,
+    Work,
+    choice_batch,
+    head_changes,
+    left_padded,
+    main,
+    margin,
+    mean_log_probs,
+    refusals,
+)
 
 import castune as ct
 
@@ -40,7 +57,7 @@ def utility(model: Any, work: Work) -> Outcome:
         for question in work.questions:
             ids, n_scored = choice_batch(question)
             logits = model.run_with_hooks(ids, fwd_hooks=hooks, use_cache=False, logits_to_keep=n_scored)
-            found.append(margin(mean_log_probs(logits, question.choices), question.answer))
+            found.append(margin(mean_log_probs(logits, question.choices), question.answer).item())
         margins.append(found)
     return {"margins": margins}
 
@@ -66,5 +83,44 @@ def safety(model: Any, work: Work) -> Outcome:
     return {"refusals": judged, "replies": texts}
 
 
+def attributed_utility(model: Any, work: Work) -> Outcome:
+    """What zeroing each head changes in the margins of questions, to first order."""
+    return _attributed(model, work, work.questions)
+
+
+def attributed_safety(model: Any, work: Work) -> Outcome:
+    """The same in the margins of refusals over the model's own replies."""
+    return _attributed(model, work, work.pairs)
+
+
+@torch.enable_grad()
+def _attributed(model: Any, work: Work, questions: list[Question]) -> Outcome:
+    """One forward and backward an example, for all heads; it cannot pass `logits_to_keep` on."""
+    names = [f"blocks.{layer}.attn.hook_z" for layer in work.layers]
+    found = []
+    for question in questions:
+        ids, n_scored = choice_batch(question)
+
+        def outcome(logits: Tensor, question: Question = question, n_scored: int = n_scored) -> Tensor:
+            return margin(mean_log_probs(logits[:, -n_scored:], question.choices), question.answer)
+
+        # What a hook of `hook_z` gets is a view that the model does not use: the backward pass needs a goal below.
+        cache = cache_activation_and_gradient(model, ids, outcome, ["hook_embed", *names])
+        changes = [
+            head_changes(cache.activations[name].flatten(2), cache.gradients[name].flatten(2), model.cfg.n_heads)
+            for name in names
+        ]
+        found.append(torch.cat(changes))
+    return {"changes": torch.stack(found, dim=1).tolist()}
+
+
 if __name__ == "__main__":
-    main(load, {"utility": utility, "safety": safety})
+    main(
+        load,
+        {
+            "utility": utility,
+            "safety": safety,
+            "attributed-utility": attributed_utility,
+            "attributed-safety": attributed_safety,
+        },
+    )

@@ -3,7 +3,7 @@
 A contestant is a script. It gets the work as token ids made by one tokenizer, so nobody's prompts can differ, and it
 writes its seconds and its outcomes as JSON. Only the sweep is timed: imports, loading and one warm-up are not.
 
-Shape letters: C choice, S sequence position, T scored position, V vocabulary.
+Shape letters: C choice, S sequence position, T scored position, V vocabulary, H head, K channel of a head.
 """
 
 from __future__ import annotations
@@ -46,22 +46,30 @@ class Work:
     questions: list[Question]
     prompts: list[list[int]]
     prompt_texts: list[str]
+    pairs: list[Question]
+    """The refusal and the model's own reply to each prompt, their first tokens, as two choices: refusing is right."""
     end_tokens: list[int]
     max_new_tokens: int
     n_questions: int
     n_prompts: int
     example_seed: int
 
-    def save(self, path: Path) -> None:
-        """Write the work as JSON."""
-        path.write_text(json.dumps(asdict(self)))
+    @property
+    def layers(self) -> list[int]:
+        """Layers of the heads. A backward pass attributes all heads of theirs, so attribution covers them all."""
+        return sorted({layer for layer, _ in self.heads})
+
+    def text(self) -> str:
+        """The work as JSON."""
+        return json.dumps(asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Work:
-        """Read what `save` wrote."""
+        """Read a file that holds `text`."""
         fields = json.loads(path.read_text())
         fields["heads"] = [(layer, head) for layer, head in fields["heads"]]
-        fields["questions"] = [Question(**question) for question in fields["questions"]]
+        for name in ("questions", "pairs"):
+            fields[name] = [Question(**question) for question in fields[name]]
         return cls(**fields)
 
     @property
@@ -73,6 +81,7 @@ class Work:
             questions=self.questions[:1],
             prompts=self.prompts[:1],
             prompt_texts=self.prompt_texts[:1],
+            pairs=self.pairs[:1],
             max_new_tokens=2,
         )
 
@@ -97,19 +106,32 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def mean_log_probs(logits_CTV: Tensor, choices: Sequence[Sequence[int]]) -> list[float]:
-    """Mean log-probability a token of each choice, whose first token is predicted by the first position given."""
+def mean_log_probs(logits_CTV: Tensor, choices: Sequence[Sequence[int]]) -> Tensor:
+    """Mean log-probability a token of each choice, `[C]`; the first position given predicts its first token."""
     logits_CTV = logits_CTV.float()
     longest = max(map(len, choices))
     tokens_CT = torch.tensor([[*choice, *[0] * (longest - len(choice))] for choice in choices])
     logits_CTV = logits_CTV[:, :longest]
     values_CT = logits_CTV.gather(-1, tokens_CT[..., None])[..., 0] - logits_CTV.logsumexp(-1)
-    return [values_CT[c, : len(choice)].mean().item() for c, choice in enumerate(choices)]
+    return torch.stack([values_CT[c, : len(choice)].mean() for c, choice in enumerate(choices)])
 
 
-def margin(scores: Sequence[float], answer: int) -> float:
+def margin(score_C: Tensor, answer: int) -> Tensor:
     """Score of the right choice minus that of the best wrong one; the decision is right where it is above 0."""
-    return scores[answer] - max(score for c, score in enumerate(scores) if c != answer)
+    wrong = [c for c in range(len(score_C)) if c != answer]
+    return score_C[answer] - score_C[wrong].max(0).values
+
+
+def head_changes(z_CSW: Tensor, gradient_CSW: Tensor, n_heads: int) -> Tensor:
+    """What zeroing each head changes to first order, `[H]`: (0 - z) x gradient over its channels, positions and rows.
+
+    Args:
+        z_CSW: what enters the output projection, the heads' channels one after the other.
+        gradient_CSW: of the margin, by `z_CSW`.
+        n_heads: of the layer.
+    """
+    change_HK = -(z_CSW.float() * gradient_CSW.float()).sum((0, 1)).unflatten(0, (n_heads, -1))
+    return change_HK.sum(1)
 
 
 def refusals(work: Work, tokenizer: Any, replies: Sequence[Sequence[int]]) -> tuple[list[bool | None], list[str]]:
