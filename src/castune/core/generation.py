@@ -77,11 +77,29 @@ def generate_replies(
     )
     replies: list[Reply | None] = [None] * len(prompts)
     batches = batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens)
-    for indices, found in run_batches(batches, decoding.run):
-        for index, reply in found.items():
-            replies[index] = reply
-        advance(len(indices))
+    with _contiguous_at(model.get_output_embeddings()):
+        for indices, found in run_batches(batches, decoding.run):
+            for index, reply in found.items():
+                replies[index] = reply
+            advance(len(indices))
     return [reply for reply in replies if reply is not None]
+
+
+@contextmanager
+def _contiguous_at(head: object) -> Iterator[None]:
+    """Give the output head contiguous inputs inside the `with` block.
+
+    The last position of a prompt is a strided view of all. torch's matmul then copies the weights once for every row
+    where they are frozen, as under PEFT: 3.4 GB for 60 prompts of the default model, half of the time of their replies.
+    """
+    handle = None
+    if isinstance(head, torch.nn.Module):
+        handle = head.register_forward_pre_hook(lambda _head, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @dataclass(frozen=True)
