@@ -61,8 +61,8 @@ def sentences(found: SafetyCosts) -> list[str]:
         return [first, second, "So it cannot be said whether the selection of heads pays."]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
-        f"With each adapter turned down to {level(found.target, about.unit)}, the price in {_COSTS[cost]} "
-        f"({_unit(cost)}) is {_listed(paid)}."
+        f"With each adapter turned down to the same safety, {level(found.target, about.unit)}, the cost in "
+        f"{_COSTS[cost]} ({_unit(cost)}) is {_listed(paid)}."
     )
     return [first, second, _verdict(found)]
 
@@ -80,15 +80,15 @@ def _verdict(found: SafetyCosts) -> str:
             side = "unseen" if not difference.is_seen else "less" if _is_negative(difference) else "more"
             by_outcome[side].append(_COSTS[cost])
         words = [
-            f"{main} costs {side} than {other} in {_listed(names)}"
+            f"arm {main} costs {side} than arm {other} in {_listed(names)}"
             for side, names in by_outcome.items()
             if names and side != "unseen"
         ]
         if by_outcome["unseen"]:
-            between = "" if words else f" between {main} and {other}"
+            between = "" if words else f" between arms {main} and {other}"
             words.append(f"no difference is seen{between} in {_listed(by_outcome['unseen'])}")
         parts.append("; ".join(words))
-    return f"At that safety {'; '.join(parts)}."
+    return f"At that safety, {'; '.join(parts)}."
 
 
 def _is_negative(difference: CostDifference) -> bool:
@@ -177,7 +177,9 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
     """Cost over safety: a line an arm with its 95 % band, its measured strengths, and the common safety."""
     scale, safety_scale = PURPOSES[cost].shown.scale, PURPOSES[found.safety].shown.scale
     colours = arm_colours(found.arms)
-    hue = alt.Color("arm:N", title="Arm").scale(domain=list(colours), range=list(colours.values()))
+    hue = alt.Color("arm:N", legend=alt.Legend(orient="top", title=None, symbolOpacity=1)).scale(
+        domain=list(colours), range=list(colours.values())
+    )
     points = [
         {
             "arm": arm,
@@ -200,7 +202,7 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
         scale=alt.Scale(zero=False, nice=True),
         axis=alt.Axis(tickCount=6),
     )
-    y_title = f"{_COSTS[cost][0].upper()}{_COSTS[cost][1:]}, above base ({_unit(cost)})"
+    y_title = f"{_COSTS[cost][0].upper()}{_COSTS[cost][1:]}, over base ({_unit(cost)})"
     y = alt.Y("cost:Q", title=y_title, axis=alt.Axis(tickCount=6))
     layers: list[alt.Chart] = [
         alt.Chart(alt.InlineData(values=ends))
@@ -225,5 +227,5 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
         rule = alt.InlineData(values=[{"safety": safety_scale * found.target}])
         layers.append(alt.Chart(rule).mark_rule(strokeDash=[4, 4], opacity=0.7, aria=False).encode(x=x))
     return alt.layer(*layers).properties(
-        width=440, height=280, description=f"{_COSTS[cost]} over {PURPOSES[found.safety].label}, a line an arm."
+        width=300, height=240, description=f"{_COSTS[cost]} over {PURPOSES[found.safety].label}, a line an arm."
     )

@@ -102,7 +102,7 @@ def test_what_costs_less_is_said_to() -> None:
     assert "in all (" in first
     assert "NLL of right answers (nats a token)" in second
     assert third.startswith(
-        "At that safety safe costs less than all in NLL of right answers; no difference is seen in "
+        "At that safety, arm safe costs less than arm all in NLL of right answers; no difference is seen in "
     )
 
 
@@ -110,14 +110,14 @@ def test_arms_that_cost_the_same_show_no_difference() -> None:
     base, arms = run({"safe": 0.3, "all": 0.3})
     found = safety_costs(base, arms)
     assert found is not None
-    assert sentences(found)[2].startswith("At that safety no difference is seen between safe and all in NLL")
+    assert sentences(found)[2].startswith("At that safety, no difference is seen between arms safe and all in NLL")
 
 
 def test_the_dearer_arm_is_named_whichever_it_is() -> None:
     base, arms = run({"safe": 0.4, "all": 0.2})
     found = safety_costs(base, arms)
     assert found is not None
-    assert "safe costs more than all in NLL" in sentences(found)[2]
+    assert "arm safe costs more than arm all in NLL" in sentences(found)[2]
 
 
 def test_without_a_gain_nothing_is_compared() -> None:
