@@ -428,7 +428,7 @@ def test_a_judge_or_backend_that_cannot_be_had_is_told_before_anything_is_comput
     ("change", "key"),
     [
         ({"tune__rank": 8}, "tune.rank = 4, this recipe says 8"),
-        ({"diagnose__measure": "margin"}, "diagnose.measure = 'decision', this recipe says 'margin'"),
+        ({"diagnose__measure": "margin"}, "diagnose.measure = 'attribution', this recipe says 'margin'"),
         ({"select__fraction": 0.5}, "select.fraction = 0.25, this recipe says 0.5"),
         ({"seed": 1}, "seed = 21, this recipe says 1"),
     ],

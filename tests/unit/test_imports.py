@@ -136,8 +136,9 @@ def test_hooks_are_registered_in_few_places() -> None:
         for path in FILES
         if re.search(r"\.register_\w*hook\(", path.read_text(encoding="utf-8"))
     }
-    # losses.py: float32 logits from a 16-bit output head, which is no matter of heads.
-    assert places == {"core/probes.py", "core/ablation.py", "core/attribution.py", "core/losses.py"}
+    # losses.py: float32 logits from a 16-bit output head; generation.py: its inputs contiguous. No matter of heads.
+    of_the_output_head = {"core/losses.py", "core/generation.py"}
+    assert places == {"core/probes.py", "core/ablation.py", "core/attribution.py", *of_the_output_head}
 
 
 def loaded_after(code: str) -> set[str]:

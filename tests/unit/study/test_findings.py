@@ -484,7 +484,9 @@ def test_arms_that_were_measured_at_several_strengths_are_compared_at_equal_safe
         full = np.mean([loss(t.measured, results.base, "nll_added")[0] for t in results.of(arm)])  # type: ignore[arg-type]
         assert of_nll.arms[arm].value == pytest.approx(0.8 * full, rel=0.05)
     assert found.verdict[0].startswith("Training took refusals on harmful prompts from 10.0")
-    assert any("safe costs less than risky in NLL of right answers" in sentence for sentence in found.verdict[:3])
+    assert any(
+        "arm safe costs less than arm risky in NLL of right answers" in sentence for sentence in found.verdict[:3]
+    )
     rows = {(r["cost"], r["arm"]): r for r in {t.name: t for t in finding_tables(found)}["equal_safety"].rows}
     assert rows["nll", "risky"]["value"] == pytest.approx(of_nll.arms["risky"].value)
     assert rows["utility", "risky"]["value"] == pytest.approx(0, abs=1e-9)
