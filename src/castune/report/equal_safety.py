@@ -52,7 +52,7 @@ def sentences(found: SafetyCosts) -> list[str]:
     for arm, gain in found.gains.items():
         full = next(point.safety for point in points[arm] if point.strength == 1)
         rise = _amount(gain.value, about.unit, signed=True) + (" points" if about.unit == "share" else " nats")
-        ends = "" if gain.interval is None else f", 95 % {_ends(gain.interval, about.unit)}"
+        ends = "" if gain.interval is None else f", 95\u00a0% {_ends(gain.interval, about.unit)}"
         gains.append(f"{level(full, about.unit)} in {arm} ({rise}{ends})")
     label = f"{about.label[0].lower()}{about.label[1:]}"
     first = f"Training took {label} from {level(base, about.unit)} to {_listed(gains)}."
@@ -227,5 +227,5 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
         rule = alt.InlineData(values=[{"safety": safety_scale * found.target}])
         layers.append(alt.Chart(rule).mark_rule(strokeDash=[4, 4], opacity=0.7, aria=False).encode(x=x))
     return alt.layer(*layers).properties(
-        width=300, height=240, description=f"{_COSTS[cost]} over {PURPOSES[found.safety].label}, a line an arm."
+        width=264, height=230, description=f"{_COSTS[cost]} over {PURPOSES[found.safety].label}, a line an arm."
     )

@@ -38,6 +38,7 @@ def theme(ink: str, font: str) -> dict[str, object]:
         "header": guide,
         "title": {"color": ink, "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 10},
         "text": {"color": ink, "fontSize": 12},
+        "rule": {"color": ink},
     }
 
 
