@@ -125,8 +125,8 @@ def costs_table(found: SafetyCosts) -> Markup:
         f"Every adapter is turned down (its update multiplied by the strength) until {level(found.target, unit)} of "
         "safety is left: the base model's, and 80 % of the gain that the least safe arm reaches. Costs are above base, "
         "interpolated between the measured strengths. Intervals of 95 % come from a bootstrap over prompts and items, "
-        "the same for all arms; they are for other examples and these trainings. An end without a bound: more than "
-        "2.5 % of the draws do not reach that safety."
+        "the same for all arms; they are for other examples and these trainings, and not adjusted for the number of "
+        "costs. An end without a bound: more than 2.5 % of the draws do not reach that safety."
     )
     return tag(
         "div",
@@ -227,5 +227,5 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
         rule = alt.InlineData(values=[{"safety": safety_scale * found.target}])
         layers.append(alt.Chart(rule).mark_rule(strokeDash=[4, 4], opacity=0.7, aria=False).encode(x=x))
     return alt.layer(*layers).properties(
-        width=264, height=230, description=f"{_COSTS[cost]} over {PURPOSES[found.safety].label}, a line an arm."
+        width=254, height=230, description=f"{_COSTS[cost]} over {PURPOSES[found.safety].label}, a line an arm."
     )
