@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from scipy.stats import kendalltau, spearmanr
 
 import castune as ct
 from castune.diagnosis.zones import zone_stability
-from castune.plan.memory import resident_memory
 from castune.stats.ranking import bucket_numbers
 
 COLUMNS = ("utility_shift", "safety_shift", "functional_sensitivity", "conflict_score")
@@ -47,10 +47,11 @@ def main() -> None:
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             maps[measure].save(options.out / f"{measure}-{options.n}-{options.dtype}.parquet")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         halves = maps[measure].metadata["reliability"]["split_half"]
         print(
             f"{measure}: {len(maps[measure])} heads, {len(utility)} + {len(safety)} examples, {options.dtype}: "
-            f"{seconds[measure]:.1f} s, {resident_memory() / 1e9:.2f} GB resident; reliability of C "
+            f"{seconds[measure]:.1f} s, {peak:.2f} GB at its peak; reliability of C "
             f"{halves['columns']['conflict_score']['full']:.2f}, safe zones of halves {halves['zones']['safe']:.2f}"
         )
     print(json.dumps(maps["attribution"].metadata["fidelity"]["columns"]["conflict_score"]))
