@@ -121,6 +121,18 @@ PURPOSES: dict[str, Purpose] = {
     ),
 }
 
+# What safety is read off, the first that is measured: whether prompts are refused, or how likely a refusal is.
+SAFETY = ("safety", "safety-margin")
+
+# What may be paid for it, the finest measure first, and what the loss is called within a sentence.
+PAID: dict[str, str] = {
+    "nll": "NLL of right answers",
+    "kl": "KL from the base model",
+    "utility": "accuracy lost",
+    "over-refusal-margin": "refusal margin on harmless prompts",
+    "over-refusal": "harmless prompts refused",
+}
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +11,8 @@ from castune.config.data import DataConfig, check_domain_names, data_or_domains,
 from castune.config.diagnosis import Measure, SensitivityRank
 from castune.errors import CastuneError
 from castune.names import ArmName, Score
+
+Paid = Literal["nll", "kl", "utility", "over-refusal-margin", "over-refusal"]
 
 
 class CalibrationConfig(Config):
@@ -44,6 +46,39 @@ class CalibrationConfig(Config):
         return _checked_arms(arms)
 
 
+class PrimaryContrast(Config):
+    """The one comparison that a study is made to decide, declared before it runs: how many times as much the first arm
+    costs as the second where both are equally safe. It stands alone; all others are adjusted for their number."""
+
+    arms: tuple[str, str] = ("risky", "safe")
+    """The two arms, by their names."""
+    cost: Paid = "kl"
+    """What is paid: `nll`, `kl`, `utility`, `over-refusal-margin` or `over-refusal`; `evaluate.suites` measures it."""
+    seen_above: Annotated[float, Field(ge=0)] = 1.0
+    """An effect is seen where the whole 95 % interval of the ratio lies above this."""
+    refuted_below: Annotated[float, Field(gt=0)] = 1.5
+    """The paper's size (2.1 on average over its Llama tables) is refuted at this scale where the whole interval lies
+    below this."""
+    equivalent_within: Annotated[float, Field(gt=0)] | None = None
+    """Costs that differ by less than this, in nats a token or as a share of examples, are called equivalent; never when
+    absent."""
+    power: Annotated[float, Field(gt=0.05, lt=1)] = 0.8
+    """The chance to see a difference at which the smallest visible one is given."""
+    seeds_sd: Annotated[float, Field(gt=0)] | None = None
+    """Expected standard deviation of the difference of the two costs over seeds, from a pilot: from it follows what the
+    design can see before anything is measured."""
+    items_se: Annotated[float, Field(ge=0)] = 0.0
+    """Expected standard error of the difference that the choice of examples leaves, however many seeds there are."""
+    second_cost: Annotated[float, Field(gt=0)] | None = None
+    """Expected cost of the second arm: it makes a ratio of the smallest visible difference."""
+
+    @model_validator(mode="after")
+    def _of_two_arms(self) -> PrimaryContrast:
+        if self.arms[0] == self.arms[1]:
+            raise ValueError(f"study.primary.arms names {self.arms[0]} twice; it compares two arms")
+        return self
+
+
 class StudyConfig(Config):
     """What `castune study` trains and compares; the paper's study by default."""
 
@@ -64,6 +99,8 @@ class StudyConfig(Config):
     """Further random selections, with seeds of their own: the null distribution a zone is compared with."""
     calibrations: dict[str, CalibrationConfig] = Field(default_factory=dict)
     """Further maps by name."""
+    primary: PrimaryContrast | None = None
+    """The comparison that the study is made to decide."""
     drift: tuple[str, ...] = ()
     """Arms, by their names, whose conflict drift is measured: the map again at every adapter their training keeps
     (`tune.snapshot_steps`), with the first seed."""
@@ -80,8 +117,10 @@ class StudyConfig(Config):
             raise ValueError("study.calibrations: main is the name of the recipe's own map")
         check_domain_names(self.calibrations)
         _checked_arms(self.main_arms)
-        if unknown := set(self.drift) - set(self.main_arms):
-            raise ValueError(f"study.drift names arms that the study does not train: {', '.join(sorted(unknown))}")
+        named = {"drift": self.drift, "primary.arms": () if self.primary is None else self.primary.arms}
+        for key, arms in named.items():
+            if unknown := set(arms) - set(self.main_arms):
+                raise ValueError(f"study.{key} names arms that the study does not train: {', '.join(sorted(unknown))}")
         return self
 
     @property

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.distributions import ENDS, Interval
+from castune.stats.comparisons import holm
+from castune.stats.distributions import ENDS, LEVEL, Interval
 from castune.stats.strength_curves import ArmCurves, Curve, Examples, Spread, monotone
 
 Floats = NDArray[np.float64]
@@ -63,6 +64,9 @@ class CostDifference:
         interval: 95 %, over draws of which at least one arm reaches the target: infinite where the other does not, so
             that an infinite end says which arm may not get there. None as for an arm, and where neither does in half
             of the draws.
+        p: two-sided p-value that belongs to it, of the same draws: below 0.05 where it excludes 0.
+        p_adjusted: Holm's, where several differences are claimed together (`adjusted`).
+        n_comparisons: how many are.
         both_share: share of all draws in which both reach it.
         neither_share: share of all draws in which none does, and that are left out.
     """
@@ -71,11 +75,15 @@ class CostDifference:
     interval: Interval | None
     both_share: float
     neither_share: float
+    p: float | None = None
+    p_adjusted: float | None = None
+    n_comparisons: int = 1
 
     @property
     def is_seen(self) -> bool:
-        """Whether a difference is claimed: its interval excludes 0."""
-        return self.interval is not None and not self.interval.holds(0)
+        """Whether a difference is claimed: its interval excludes 0, and its adjusted p-value is below 5 %."""
+        holds_out = self.p_adjusted is None or self.p_adjusted < LEVEL
+        return self.interval is not None and not self.interval.holds(0) and holds_out
 
 
 @dataclass(frozen=True)
@@ -206,6 +214,18 @@ def equal_safety(curves: Mapping[str, Curve], target: float, *, draws: int = 200
     )
 
 
+def adjusted(costs: Mapping[str, EqualSafety]) -> dict[str, EqualSafety]:
+    """Several costs of the same arms, with the first arm's differences from every other adjusted together (Holm)."""
+    asked = [
+        (cost, pair) for cost, found in costs.items() for pair in found.differences if pair[0] == next(iter(found.arms))
+    ]
+    p_values = holm([costs[cost].differences[pair].p for cost, pair in asked])
+    made = {cost: dict(found.differences) for cost, found in costs.items()}
+    for (cost, pair), p in zip(asked, p_values, strict=True):
+        made[cost][pair] = replace(made[cost][pair], p_adjusted=p, n_comparisons=len(asked))
+    return {cost: replace(found, differences=made[cost]) for cost, found in costs.items()}
+
+
 def cost_bands(
     curves: Mapping[str, Curve], *, points: int = 41, draws: int = 2000, seed: int = 0
 ) -> dict[str, CostBand]:
@@ -242,11 +262,13 @@ def cost_difference(data: Examples, pair: Mapping[str, ArmCurves], target: float
     any_R, both_R = np.isfinite(one_R) | np.isfinite(two_R), np.isfinite(one_R) & np.isfinite(two_R)
     one, two = (float(arm.measured.at(target)[0][0]) for arm in pair.values())
     shown = data.can_vary and any_R.mean() > 0.5
+    interval = drawn_interval(one_R[any_R] - two_R[any_R], one_R, two_R) if shown else None
     return CostDifference(
         value=one - two if math.isfinite(one) and math.isfinite(two) else None,
-        interval=drawn_interval(one_R[any_R] - two_R[any_R], one_R, two_R) if shown else None,
+        interval=interval,
         both_share=float(both_R.mean()),
         neither_share=float((~any_R).mean()),
+        p=None if interval is None else _p_of(one_R[any_R] - two_R[any_R]),
     )
 
 
@@ -264,6 +286,12 @@ def cost_spread(data: Examples, arms: Mapping[str, ArmCurves], target: float, ti
         return data.spread({name: (factors[name] * by[0], factors[name] * by[1]) for name, by in known.items()})
     each = [data.spread({name: known.get(name, arm.full_safety)}) for name, arm in arms.items()]
     return Spread(*np.max(each, axis=0).tolist())
+
+
+def _p_of(drawn_R: Floats) -> float:
+    """Two-sided: twice the share of draws on the rarer side of 0, the measured difference counted as one on each."""
+    rarer = min(int((drawn_R <= 0).sum()), int((drawn_R >= 0).sum()))
+    return min(1.0, 2 * (rarer + 1) / (len(drawn_R) + 1))
 
 
 def drawn_interval(drawn_R: Floats, *of_arms: Floats) -> Interval | None:
