@@ -14,6 +14,9 @@ from castune.names import ArmName, Score
 
 Paid = Literal["nll", "kl", "utility", "over-refusal-margin", "over-refusal"]
 
+# Seeds of the random draws' selections follow on this, far from those a user would choose.
+FIRST_DRAW = 1_000
+
 
 class CalibrationConfig(Config):
     """Another conflict map of a study beside the main one: other data or another measure (Tables 10 and 11)."""
@@ -88,7 +91,10 @@ class StudyConfig(Config):
     """How every one of these arms is trained: `sft` as the recipe says, else a change of it: `pcgrad`, `cagrad`, `dpo`,
     `replay-10`, ..."""
     seeds: tuple[int, ...] = (21, 42, 84)
-    """Seeds of random selections and of the training; every arm is trained with each."""
+    """Seeds of random selections and of the training; every arm is trained with each, unless it has its own."""
+    arm_seeds: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """Seeds of single arms of the main map, by their names, in the place of `seeds`: more for what matters most. Arms
+    are compared over the seeds that they have in common."""
     buckets: tuple[Count, ...] = (4,)
     """Numbers M of equal buckets, each of which is trained (Table 7)."""
     scores: tuple[Score, ...] = ("conflict", "gradient", "sensitivity")
@@ -96,7 +102,8 @@ class StudyConfig(Config):
     shares: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = (50, 75)
     """Further shares of all heads in per cent, from both ends of the map (Table 9)."""
     random_draws: Annotated[int, Field(ge=0)] = 0
-    """Further random selections, with seeds of their own: the null distribution a zone is compared with."""
+    """Further random selections: the null distribution a zone is compared with. Their heads are drawn with seeds of
+    their own (1000, 1001, ...); they are trained with `seeds`, in turn, as the zones are."""
     calibrations: dict[str, CalibrationConfig] = Field(default_factory=dict)
     """Further maps by name."""
     primary: PrimaryContrast | None = None
@@ -121,7 +128,32 @@ class StudyConfig(Config):
         for key, arms in named.items():
             if unknown := set(arms) - set(self.main_arms):
                 raise ValueError(f"study.{key} names arms that the study does not train: {', '.join(sorted(unknown))}")
+        self._check_seeds()
         return self
+
+    def _check_seeds(self) -> None:
+        if unknown := set(self.arm_seeds) - set(self.main_arms):
+            raise ValueError(
+                f"study.arm_seeds names arms that the study does not train: {', '.join(sorted(unknown))}; "
+                f"accepted are {', '.join(self.main_arms)}"
+            )
+        for arm, seeds in self.arm_seeds.items():
+            if not seeds:
+                raise ValueError(f"study.arm_seeds.{arm} needs at least one seed, for example 21")
+            if len(set(seeds)) != len(seeds):
+                raise ValueError(f"study.arm_seeds.{arm} names one twice: {', '.join(map(str, seeds))}")
+        drawn = [selection for _, selection in self.draws]
+        if taken := set(drawn) & set(self.main_seeds):
+            raise ValueError(
+                f"study.seeds and study.arm_seeds: {', '.join(map(str, sorted(taken)))} is among the seeds that heads "
+                f"of random draws are chosen with, {drawn[0]} to {drawn[-1]}; take another"
+            )
+        first = self.main_seeds[0] if self.main_seeds else None
+        if late := [arm for arm in self.drift if first not in self.seeds_of(arm)]:
+            raise ValueError(
+                f"study.drift is measured with the first seed, {first}, which study.arm_seeds does not give to "
+                f"{', '.join(late)}"
+            )
 
     @property
     def main_arms(self) -> tuple[str, ...]:
@@ -131,6 +163,24 @@ class StudyConfig(Config):
             names += [self.bucket(n, buckets, score) for score in self.scores for n in range(1, buckets + 1)]
         names += [f"{zone}-{share:g}" for zone in ("risky", "safe") for share in self.shares]
         return tuple(dict.fromkeys(names))
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """The seeds that an arm of the main map is trained with."""
+        return self.arm_seeds.get(arm, self.seeds)
+
+    @property
+    def main_seeds(self) -> tuple[int, ...]:
+        """All seeds that arms of the main map are trained with: those of `seeds` first, then what single arms add."""
+        used = [seed for arm in self.main_arms for seed in self.seeds_of(arm)]
+        return tuple(dict.fromkeys([*(seed for seed in self.seeds if seed in used), *used]))
+
+    @property
+    def draws(self) -> tuple[tuple[int, int], ...]:
+        """The seeds of every random draw: of its training, and of the selection of its heads.
+
+        A draw and a zone that are trained with the same seed differ in their heads alone.
+        """
+        return tuple((self.seeds[n % len(self.seeds)], FIRST_DRAW + n) for n in range(self.random_draws))
 
     @staticmethod
     def bucket(number: int, buckets: int, score: str) -> str:

@@ -37,6 +37,8 @@ class CostRatioAtSafety:
             `undefined`: so it is in more than 2.5 % of the draws for both arms, so there is no ratio.
             `one-example`: a suite has one example, which does not show how others would differ.
             `no-variation`: no draw differs from another: what did not occur cannot show how often it would.
+        first_cost: measured cost of the first arm; None where it does not reach the target.
+        second_cost: that of the second.
         undefined_share: share of all draws in which both arms cost nothing, or less, and that are left out.
         difference: cost of the first arm minus that of the second, as `equal_safety` has it.
         seeds_sd: standard deviation over seeds of the difference, paired, to first order around the means; None with
@@ -54,6 +56,8 @@ class CostRatioAtSafety:
     value: float | None
     interval: Interval | None
     reason: Reason | None
+    first_cost: float | None
+    second_cost: float | None
     undefined_share: float
     difference: CostDifference
     seeds_sd: float | None
@@ -137,6 +141,8 @@ def cost_ratio(
         value=value,
         interval=interval,
         reason=reason,
+        first_cost=one if math.isfinite(one) else None,
+        second_cost=two if math.isfinite(two) else None,
         undefined_share=undefined_share,
         difference=cost_difference(data, pair, target),
         seeds_sd=seeds_sd,

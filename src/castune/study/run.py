@@ -160,7 +160,7 @@ def show_study(recipe: Recipe, options: Options) -> bool:
     say(f"tables: {graph.folder.tables}")
     say(f"report: {done.report}")
     measured = {} if done.results.base is None else {"base": done.results.base}
-    measured |= {f"{trial.calibration}/{trial.seed}/{trial.arm}": trial.measured for trial in done.results.trials}
+    measured |= {trial.label: trial.measured for trial in done.results.trials}
     unscored = [(name, suite.suite) for name, one in measured.items() for suite in one.suites if not suite.n]
     for name, suite in unscored:
         say(f"{name}: none of the examples of suite {suite} could be scored")

@@ -7,7 +7,7 @@ several times as many where adapters are measured at several strengths.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from castune.selection import SCORE_COLUMNS
 from castune.stats.estimates import CostRatio
 from castune.steps.changes import all_cost_ratios
 from castune.steps.directory import BASE, RunDirectory
-from castune.study.graph import MAIN, Graph, Run
+from castune.study.graph import MAIN, Graph, Run, run_label
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Trial:
         calibration: the map it was chosen from, `main` for the study's own.
         arm: its name in the study.
         trained: name of its directory; another name where an arm of the same heads was trained before.
-        seed: of random selections and training.
-        is_draw: whether it is one of the further random selections.
+        seed: of the training, and of random selections but for the further ones.
+        is_draw: whether it is one of these; what its heads were drawn with says `selection.seed`.
         selection: its heads.
         scores: mean C, O and S of its heads, by `conflict`, `gradient`, `sensitivity`.
         depth: mean layer of its heads.
@@ -97,6 +97,11 @@ class Trial:
     strengths: Mapping[float, Measured] = field(default_factory=dict)
 
     @property
+    def label(self) -> str:
+        """Its run and arm, as in names of units."""
+        return f"{run_label(self.calibration, self.seed, self.selection.seed if self.is_draw else None)}/{self.arm}"
+
+    @property
     def heads(self) -> str:
         """The arm's name without what is trained differently."""
         return self.arm.partition("+")[0]
@@ -115,7 +120,7 @@ class Results:
         maps: the conflict maps by calibration.
         base: the evaluation of the base model; None before it is made.
         trials: those that are evaluated, in the order of the graph.
-        missing: what is not there, as `CALIBRATION/SEED/ARM`.
+        missing: what is not there, as labels of trials: `CALIBRATION/SEED/ARM`.
         settings: how it was evaluated: judge, max_new_tokens and so on.
     """
 
@@ -128,6 +133,20 @@ class Results:
     def of(self, arm: str, calibration: str = "main") -> list[Trial]:
         """The trials of an arm, one a seed."""
         return [t for t in self.trials if (t.arm, t.calibration, t.is_draw) == (arm, calibration, False)]
+
+
+def common_seeds(arms: Iterable[Sequence[Trial]]) -> set[int]:
+    """Seeds with which every arm was trained, of those that were trained at all: over these they differ in nothing but
+    their heads and method."""
+    seeds = [{trial.seed for trial in trials} for trials in arms if trials]
+    return set.intersection(*seeds) if seeds else set()
+
+
+def over_common_seeds(trials: Sequence[Trial]) -> list[Trial]:
+    """Those with a seed that all arms among them have."""
+    names = dict.fromkeys(trial.arm for trial in trials)
+    seeds = common_seeds([trial for trial in trials if trial.arm == name] for name in names)
+    return [trial for trial in trials if trial.seed in seeds]
 
 
 def read_results(graph: Graph) -> Results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -294,15 +295,131 @@ def test_utility_lost_is_paired_and_leaves_out_what_is_unscored() -> None:
     assert costs_of(planted(0.1, n=5).trials[:1], None, "utility_lost") == [(None, None)]
 
 
-def test_the_null_is_of_random_selections_with_one_training_each() -> None:
+def draw(cmap: ConflictMap, seed: int, selection_seed: int, found: Measured, **values: Any) -> Trial:
+    """A random selection more, trained with a seed of the zones."""
+    chosen = trial(cmap, "random", selection_seed, found, **values)
+    return replace(chosen, seed=seed, is_draw=True)
+
+
+def test_the_null_is_of_random_selections_beside_the_zone_with_their_seed() -> None:
     results = planted(0.3, n=40)
-    found = {(n.zone, n.cost): n.found for n in findings(results, STUDY).nulls}
-    draws = [cost for cost, _ in costs_of(results.of("random"), results.base, "utility_lost")]
-    safe = next(t for t in results.of("safe") if t.seed == 1)
-    ((cost, _),) = costs_of([safe], results.base, "utility_lost")
-    place = found["safe", "utility_lost"]
-    assert place.n == 3
-    assert place.lower == sum(draw < cost for draw in draws)  # type: ignore[operator]
+    draws = [
+        draw(results.maps["main"], seed, 1000 + n, results.of("random")[n % 3].measured)
+        for n, seed in enumerate([1, 2, 3, 1])
+    ]
+    more = replace(results, trials=(*results.trials, *draws))
+    place = {(n.zone, n.cost): n.found for n in findings(more, STUDY).nulls}["safe", "utility_lost"]
+
+    def cost(one: Trial) -> float:
+        ((found, _),) = costs_of([one], results.base, "utility_lost")
+        assert found is not None
+        return found
+
+    zone = {t.seed: cost(t) for t in results.of("safe")}
+    beside = [*results.of("random"), *draws]
+    assert (place.n, place.n_seeds, place.n_seeds_left_out) == (7, 3, 0)
+    assert place.lower == sum(cost(one) < zone[one.seed] for one in beside)
+    assert place.higher == sum(cost(one) > zone[one.seed] for one in beside)
+    # The first seed has two draws and the arm random, the others one draw and the arm.
+    assert place.p_least == 2 / (4 * 3 * 3)
+    nulls = {t.name: t for t in finding_tables(findings(more, STUDY))}["nulls"].rows
+    (row,) = (row for row in nulls if (row["zone"], row["cost"]) == ("safe", "utility_lost"))
+    assert (row["seeds"], row["n"], row["p"], row["p_least"]) == (3, 7, place.p, place.p_least)
+    # Draws are no seeds of an arm more, and their rows can be told from the arm's.
+    made = {t.name: t for t in tables(more, STUDY)}
+    assert {row["arm"]: row["seeds"] for row in made["table_1_sft"].rows}["random"] == 3
+    of_random = [(row["seed"], row["selection_seed"]) for row in made["trials"].rows if row["arm"] == "random"]
+    assert of_random == [(1, 1), (2, 2), (3, 3), (1, 1000), (2, 1001), (3, 1002), (1, 1003)]
+    assert len({one.label for one in more.trials}) == len(more.trials)
+
+
+def test_a_zone_that_gained_no_safety_is_the_dearest_with_that_seed_and_one_without_a_number_left_out() -> None:
+    results = planted(0.3, n=40)
+    ratios = {("safe", 1): {"ucr": CostRatio(None)}, ("safe", 2): {}}
+    trials = tuple(replace(t, cost_ratios=ratios.get((t.arm, t.seed), t.cost_ratios)) for t in results.trials)
+    place = {(n.zone, n.cost): n.found for n in findings(replace(results, trials=trials), STUDY).nulls}["safe", "ucr"]
+    assert (place.n, place.n_seeds, place.n_seeds_gainless, place.n_seeds_left_out) == (2, 2, 1, 1)
+    assert place.lower >= 1
+
+
+# -- arms with seeds of their own
+
+
+MORE_SEEDS = STUDY.model_copy(
+    update={"arm_seeds": {"safe": (1, 2, 3, 4, 5), "all": (4, 3, 2), "bucket-1-of-4": (2, 3)}}
+)
+
+
+def unequal(effect: float = 0.4, *, strengths: Sequence[float] = ()) -> Results:
+    """Arms with unequal seeds; the risky zone is trained once for two names, with the seeds of either."""
+    results = in_nats(effect, n=60, strengths=strengths, seeds=MORE_SEEDS.main_seeds)
+    kept = [
+        replace(t, trained="risky" if t.arm == "bucket-1-of-4" else t.trained)
+        for t in results.trials
+        if t.seed in MORE_SEEDS.seeds_of(t.arm)
+    ]
+    return replace(results, trials=tuple(kept))
+
+
+def test_tables_have_the_seeds_of_each_arm_and_comparisons_those_of_both() -> None:
+    assert MORE_SEEDS.main_seeds == (1, 2, 3, 4, 5)
+    results = unequal()
+    found = findings(results, MORE_SEEDS)
+    made = {t.name: t for t in [*tables(results, MORE_SEEDS), *finding_tables(found)]}
+    counts = {row["arm"]: row["seeds"] for row in made["table_1_sft"].rows}
+    assert counts == {"base": None, "all": 3, "random": 3, "safe": 5, "risky": 3}
+    assert {c.arm: set(c.found.per_seed) for c in found.comparisons} == {
+        "all": {2, 3, 4},
+        "random": {1, 2, 3},
+        "risky": {1, 2, 3},
+    }
+    assert [row["seeds"] for row in made["table_7_buckets"].rows] == [2, 3, 3, 3]
+
+
+def test_scores_and_budgets_are_compared_over_the_seeds_that_all_their_arms_have() -> None:
+    results = unequal()
+    found = findings(results, MORE_SEEDS)
+    for validity in found.validities:
+        assert {point.seed for point in validity.points} == {2, 3}
+        assert len(validity.points) == 8
+    made = {t.name: t for t in [*tables(results, MORE_SEEDS), *finding_tables(found)]}
+    assert {row["seed"] for row in made["table_8_validity"].rows} == {"mean", "2", "3"}
+    assert found.budget is not None
+    assert found.budget.n_seeds == 2
+    assert {row["seeds"] for row in made["budget"].rows} == {2}
+    lost = dict(zip(found.budget.arms, found.budget.lost, strict=True))
+    of_safe = [loss(t.measured, results.base, "utility_lost")[0] for t in results.of("safe") if t.seed in (2, 3)]  # type: ignore[arg-type]
+    assert lost["safe"] == pytest.approx(np.mean(of_safe))  # type: ignore[arg-type]
+    # A training with two names is one, also with a seed that only its second name has.
+    assert "bucket-1-of-4" not in lost
+    drawn = charts(results, found, MORE_SEEDS)
+    assert "figure_3_sft" in drawn
+    for name, chart in drawn.items():
+        if name.startswith(("figure_3", "figure_ucr_nll")):
+            assert ", 2 seeds" in json.dumps(chart.to_dict())
+
+
+def test_arms_are_equally_safe_and_zones_among_random_heads_over_the_seeds_that_they_have() -> None:
+    found = findings(unequal(strengths=(0.5,)), MORE_SEEDS)
+    assert found.equal_safety["sft"].costs["nll"].n_seeds == 2
+    places = {n.zone: n.found for n in found.nulls if n.cost == "nll_added"}
+    # A draw a seed, of those with seeds 1 to 3 alone.
+    assert {zone: (place.n, place.n_seeds) for zone, place in places.items()} == {"safe": (3, 3), "risky": (3, 3)}
+
+
+def test_arms_without_a_seed_in_common_are_not_compared() -> None:
+    apart = STUDY.model_copy(update={"arm_seeds": {"safe": (7, 8), "bucket-2-of-4": (7, 8)}})
+    results = in_nats(0.4, n=30, seeds=apart.main_seeds)
+    results = replace(results, trials=tuple(t for t in results.trials if t.seed in apart.seeds_of(t.arm)))
+    found = findings(results, apart)
+    assert not found.comparisons
+    assert not found.validities
+    assert all(place.found.n == 0 for place in found.nulls if place.zone == "safe")
+    assert found.budget is not None
+    assert found.budget.arms == ()
+    assert "figure_3_sft" not in charts(results, found, apart)
+    rows = {row["arm"]: row["seeds"] for row in {t.name: t for t in tables(results, apart)}["table_1_sft"].rows}
+    assert rows["safe"] == 2
 
 
 @pytest.mark.parametrize(
@@ -344,7 +461,14 @@ def test_every_figure_is_made_and_none_of_what_is_not_there() -> None:
 NATS = ("nll_average", "ucr_nll", "ucr_nll_se", "ucr_nll_seeds")
 
 
-def in_nats(effect: float, *, n: int = 120, gain: float = 0.4, strengths: Sequence[float] = ()) -> Results:
+def in_nats(
+    effect: float,
+    *,
+    n: int = 120,
+    gain: float = 0.4,
+    strengths: Sequence[float] = (),
+    seeds: Sequence[int] = STUDY.seeds,
+) -> Results:
     """A study in which an arm adds `effect` nats to every answer for each unit of its mean C, and loses no accuracy.
 
     Half-strong adapters refuse and cost half as much.
@@ -362,7 +486,7 @@ def in_nats(effect: float, *, n: int = 120, gain: float = 0.4, strengths: Sequen
 
     base = at(0, 0)
     trials = []
-    for seed in STUDY.seeds:
+    for seed in seeds:
         for arm in (*STUDY.arms, *(f"bucket-{i}-of-4" for i in range(1, 5))):
             cost = effect * trial(cmap, arm, seed, base).scores["conflict"]
             after = at(1, cost)
