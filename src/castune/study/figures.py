@@ -13,14 +13,13 @@ import altair as alt
 
 from castune.config import StudyConfig, method_suffix
 from castune.core.numbers import with_error
-from castune.purposes import COSTS, PURPOSES
+from castune.purposes import COSTS, PAID, PURPOSES
 from castune.report.equal_safety import charts as safety_charts
 from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.maps import conflict_heatmap
 from castune.report.summary import BASE
 from castune.report.theme import Chart, arm_colours
 from castune.stats.estimates import estimate
-from castune.steps.equal_safety import COSTS as TRADED
 from castune.study.findings import SYMBOLS, BudgetCheck, Findings, ScoreValidity
 from castune.study.trials import Measured, Results, Trial, common_seeds
 
@@ -45,7 +44,7 @@ def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, C
     made: dict[str, Chart] = {}
     for method in study.methods:
         arms = {arm: results.of(f"{arm}{method_suffix(method)}") for arm in study.arms}
-        for name, cost in zip(method_figures(method), TRADED, strict=True):
+        for name, cost in zip(method_figures(method), PAID, strict=True):
             chart = trade_off(arms, results.base, cost)
             if chart is not None:
                 made[name] = chart
@@ -67,7 +66,7 @@ def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, C
 def method_figures(method: str) -> list[str]:
     """Names of the figures of a method: safety against utility, over-refusal and what else was measured."""
     name = _METHOD_FIGURES.get(method, f"figure_{method}")
-    return [name if cost == "utility" else f"{name}_{cost.replace('-', '_')}" for cost in TRADED]
+    return [name if cost == "utility" else f"{name}_{cost.replace('-', '_')}" for cost in PAID]
 
 
 def equal_safety_figure(name: str, method: str) -> str:

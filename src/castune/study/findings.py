@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from castune.artifacts import ConflictMap, Unit
 from castune.config import StudyConfig, method_suffix
-from castune.purposes import COSTS, PURPOSES
+from castune.purposes import COSTS, PURPOSES, Cost
 from castune.report.equal_safety import sentences
 from castune.selection import SCORE_COLUMNS
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
@@ -21,10 +21,11 @@ from castune.stats.cost_curve import CostCurve, predicted_cost
 from castune.stats.nulls import NullPosition, Stratum, null_position, order_p
 from castune.stats.safety_costs import SafetyCosts
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
-from castune.steps.equal_safety import safety_costs
 from castune.study.budget import Check, check_against, map_curve
+from castune.study.equal_safety import costs_by_method, primary, with_costs
+from castune.study.primary import PrimaryFinding
 from castune.study.realised_costs import cost_alone, costs_of, measured_costs
-from castune.study.trials import Measured, Results, Trial, common_seeds, over_common_seeds
+from castune.study.trials import Measured, Results, Trial, over_common_seeds
 from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verdict, verdict
 
 # The arm that every other one is compared with: what the method recommends.
@@ -34,6 +35,8 @@ _ALIKE = 0.9
 SYMBOLS = {"conflict": "C", "gradient": "O", "sensitivity": "S"}
 # MMLU is one of the utility suites, and its ratio much like that of all of them.
 _LEFT_OUT = "mmlu_cr"
+# What a score must tell more than, and what it is called.
+CONTROLS = {"depth": "layer", "gradient": "O(h)", "gradient_size": "size of the gradients"}
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ class ScoreValidity:
 
 
 @dataclass(frozen=True)
-class DepthControl:
-    """Score against cost over all arms of the usual size, with the layer of their heads held constant."""
+class Control:
+    """Score against cost over all arms of the usual size, with something else of their heads held constant: their
+    layer, their O(h), or the size of their gradients (`CONTROLS`)."""
 
     score: str
     cost: str
+    held: str
     found: PartialCorrelation
 
 
@@ -106,22 +111,25 @@ class Findings:
     """All of it, and what follows in words.
 
     Attributes:
+        primary: the comparison that the study is made to decide; None where there is none, or it is not measured yet.
         equal_safety: what the arms of every method cost at one safety, where they were evaluated at several strengths.
     """
 
     comparisons: tuple[ArmComparison, ...]
+    primary: PrimaryFinding | None
     equal_safety: Mapping[str, SafetyCosts]
     validities: tuple[ScoreValidity, ...]
-    depths: tuple[DepthControl, ...]
+    controls: tuple[Control, ...]
     nulls: tuple[ZoneNull, ...]
     agreements: tuple[MapAgreement, ...]
     budget: BudgetCheck | None
 
     @property
     def verdict(self) -> list[str]:
-        """The main sentences: costs at equal safety; differences from the safe zone that are seen, and, a method and
-        purpose at a time, those that are not; C against costs; the null."""
-        words = [sentence for costs in self.equal_safety.values() for sentence in sentences(costs)]
+        """The main sentences: the primary contrast; costs at equal safety; differences from the safe zone that are
+        seen, and, a method and purpose at a time, those that are not; C against costs; the null."""
+        words = [] if self.primary is None else self.primary.words
+        words += [sentence for costs in self.equal_safety.values() for sentence in sentences(costs)]
         for method, purpose in dict.fromkeys((found.method, found.purpose) for found in self.comparisons):
             group = [found for found in self.comparisons if (found.method, found.purpose) == (method, purpose)]
             unseen = [found for found in group if found.found.interval is not None and not found.found.is_seen]
@@ -137,11 +145,14 @@ class Findings:
 def findings(results: Results, study: StudyConfig) -> Findings:
     """Everything that these results allow."""
     cmap = results.maps.get("main")
+    at_safety = costs_by_method(results, study, REFERENCE)
+    results = with_costs(results, at_safety["sft"].target if "sft" in at_safety else None)
     return Findings(
         comparisons=tuple(_comparisons(results, study)),
-        equal_safety=_equal_safety(results, study),
+        primary=primary(results, study),
+        equal_safety=at_safety,
         validities=tuple(_validities(results, study)),
-        depths=tuple(_depth_controls(results)),
+        controls=tuple(_controls(results)),
         nulls=tuple(_nulls(results)),
         agreements=tuple(_agreements(results)),
         # Scores are made of ranks within a kind of unit and do not add up over several.
@@ -191,14 +202,16 @@ def _comparisons(results: Results, study: StudyConfig) -> list[ArmComparison]:
     return made
 
 
-def _points(trials: Sequence[Trial], base: Measured | None, score: str, cost: str) -> list[Point]:
+def _points(trials: Sequence[Trial], base: Measured | None, score: str, cost: str, held: str = "depth") -> list[Point]:
     """The trainings of several arms as points."""
     points = []
     for arm in dict.fromkeys(trial.arm for trial in trials):
         of_arm = [trial for trial in trials if trial.arm == arm]
         for trial, (value, error) in zip(of_arm, costs_of(of_arm, base, cost), strict=True):
+            control = _held(trial, held)
+            assert control is not None
             points.append(
-                Point(arm=arm, seed=trial.seed, score=trial.scores[score], depth=trial.depth, cost=value, cost_se=error)
+                Point(arm=arm, seed=trial.seed, score=trial.scores[score], control=control, cost=value, cost_se=error)
             )
     return points
 
@@ -209,7 +222,7 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
         for score in study.scores:
             arms = [study.bucket(number, buckets, score) for number in range(1, buckets + 1)]
             trials = over_common_seeds([trial for arm in arms for trial in results.of(arm)])
-            costs = measured_costs(results.base)
+            costs = measured_costs(results.base, trials)
             wanted += [(score, buckets, cost, _points(trials, results.base, score, cost)) for cost in costs if trials]
     tested = [predictive_validity(points) for *_, points in wanted]
     adjusted = holm([found.of_means.pearson_p for found in tested])
@@ -220,7 +233,7 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
             found,
             score=SYMBOLS[score],
             cost=about.phrase,
-            why_undefined="safety did not rise" if about.is_ratio else "a suite has nothing scored",
+            why_undefined=_why_undefined(about),
             p_adjusted=p,
             n_comparisons=len(tested),
         )
@@ -230,12 +243,18 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
     return made
 
 
+def _why_undefined(cost: Cost) -> str:
+    if cost.at_safety:
+        return "the common safety was not reached"
+    return "safety did not rise" if cost.is_ratio else "a suite has nothing scored"
+
+
 def _controlled(results: Results) -> list[str]:
     """Costs that are looked at beyond the buckets."""
-    return [cost for cost in measured_costs(results.base) if cost != _LEFT_OUT]
+    return [cost for cost in measured_costs(results.base, results.trials) if cost != _LEFT_OUT]
 
 
-def _depth_controls(results: Results) -> list[DepthControl]:
+def _controls(results: Results) -> list[Control]:
     usual = results.of(REFERENCE)
     if not usual:
         return []
@@ -245,10 +264,20 @@ def _depth_controls(results: Results) -> list[DepthControl]:
     found = []
     for score in SCORE_COLUMNS:
         for cost in _controlled(results):
-            means = arm_means(_points(arms, results.base, score, cost))
-            partial = partial_correlation(means.score_A.tolist(), means.cost_A.tolist(), means.depth_A.tolist())
-            found.append(DepthControl(score, cost, partial))
+            for held in CONTROLS:
+                values = [_held(trial, held) for trial in arms]
+                if held == score or None in values:
+                    continue
+                means = arm_means(_points(arms, results.base, score, cost, held))
+                partial = partial_correlation(means.score_A.tolist(), means.cost_A.tolist(), means.control_A.tolist())
+                found.append(Control(score, cost, held, partial))
     return found
+
+
+def _held(trial: Trial, what: str) -> float | None:
+    if what == "depth":
+        return trial.depth
+    return trial.gradient_size if what == "gradient_size" else trial.scores[what]
 
 
 def _nulls(results: Results) -> list[ZoneNull]:
@@ -287,9 +316,12 @@ def _nulls(results: Results) -> list[ZoneNull]:
 
 
 def _bounded_or_not(trial: Trial, base: Measured | None, cost: str) -> float | None:
-    """What one training cost; a ratio without any gain in safety is the worst there is, not a missing one."""
+    """What one training cost; without any gain in safety, or without the common one, it is the worst there is, not a
+    missing one."""
     ratio = trial.cost_ratios.get(cost)
     if ratio is not None and ratio.value is None:
+        return math.inf
+    if COSTS[cost].at_safety and trial.at_safety.get(COSTS[cost].purpose, (0.0, None))[0] is None:
         return math.inf
     return cost_alone(trial, base, cost)
 

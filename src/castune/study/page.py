@@ -23,7 +23,7 @@ from castune.report.summary import NOT_MEASURED
 from castune.stats.distributions import Interval
 from castune.steps.directory import BASE, RunDirectory
 from castune.study.figures import COST_FIGURES, charts, equal_safety_figure, method_figures
-from castune.study.findings import SYMBOLS, Findings
+from castune.study.findings import CONTROLS, SYMBOLS, Findings
 from castune.study.graph import Graph
 from castune.study.schedule import State
 from castune.study.tables import Row, Table, average_column, method_table
@@ -184,10 +184,10 @@ def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findin
         "Undefined",
     ]  # fmt: skip
     partial = [
-        [SYMBOLS[d.score], COSTS[d.cost].phrase, number(d.found.pearson), _span(d.found.pearson_interval),
-         _p(d.found.pearson_p),
-         number(d.found.spearman), d.found.n, d.found.reason or "–"]
-        for d in found.depths
+        [SYMBOLS[d.score], COSTS[d.cost].phrase, CONTROLS[d.held], number(d.found.pearson),
+         _span(d.found.pearson_interval), _p(d.found.pearson_p), number(d.found.spearman), d.found.n,
+         d.found.reason or "–"]
+        for d in found.controls
     ]  # fmt: skip
     nulls = [[n.zone, COSTS[n.cost].phrase, n.words] for n in found.nulls]
     parts: list[object] = [tag("div", *figures, class_="figures")]
@@ -197,8 +197,8 @@ def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findin
     if rows:
         parts += [tag("h3", "Does the score foretell the cost?"), table(head, rows, label="Validity", class_="numbers")]
     if partial:
-        title = tag("h3", "Controlled for the layer, over all arms of the usual size")
-        heads = ["Score", "Cost", "Partial r", "95 %", "p", "Partial ρ", "Arms", "Why not"]
+        title = tag("h3", "With something else held constant, over all arms of the usual size")
+        heads = ["Score", "Cost", "Held constant", "Partial r", "95 %", "p", "Partial ρ", "Arms", "Why not"]
         parts += [title, table(heads, partial, label="Partial correlations", class_="numbers")]
     if nulls:
         parts += [

@@ -1,7 +1,7 @@
 """The comparison that a study is made to decide: what it can see, what it found, and what that means in words. Pure.
 
-An effect is seen where the 95 % interval of the ratio of the two costs lies above 1; the paper's size is refuted at this
-scale where it lies below 1.5. Both can hold. Where neither does, nothing is decided, and the words say what would.
+An effect is seen where the 95 % interval of the ratio of the two costs lies above 1; the paper's size is refuted at
+this scale where it lies below 1.5. Both can hold. Where neither does, nothing is decided, and the words say what would.
 """
 
 from __future__ import annotations
@@ -189,8 +189,13 @@ def _seeds_to_decide(contrast: PrimaryContrast, found: CostRatioAtSafety) -> int
     assert found.seeds_sd is not None
     assert found.items_se is not None
     gaps = [first - contrast.seen_above * second, contrast.refuted_below * second - first]
-    options = {"seeds_sd": found.seeds_sd, "items_se": found.items_se, "power": contrast.power}
-    needed = [seeds_needed(gap, **options) for gap in gaps if gap > 0 and max(found.seeds_sd, found.items_se) > 0]
+    if max(found.seeds_sd, found.items_se) == 0:
+        return None
+    needed = [
+        seeds_needed(gap, seeds_sd=found.seeds_sd, items_se=found.items_se, power=contrast.power)
+        for gap in gaps
+        if gap > 0
+    ]
     return min((n for n in needed if n is not None), default=None)
 
 
@@ -210,7 +215,8 @@ def _ratio_words(finding: PrimaryFinding) -> str:
         }.get(found.reason or "", "the costs do not vary")
         return f"{head}, {first} and {second} have no ratio of costs in {PAID[contrast.cost]}: {why}; {over}."
     ends = "no interval" if found.interval is None else f"95 % {_ends(found.interval)}"
-    return f"{head}, {first} costs {number(found.value)} times what {second} does in {PAID[contrast.cost]} ({ends}; {over})."
+    cost = PAID[contrast.cost]
+    return f"{head}, {first} costs {number(found.value)} times what {second} does in {cost} ({ends}; {over})."
 
 
 def _verdict_words(finding: PrimaryFinding) -> list[str]:
@@ -221,7 +227,8 @@ def _verdict_words(finding: PrimaryFinding) -> list[str]:
         words.append(f"An effect is seen: the interval lies above {contrast.seen_above:g}.")
     if verdict.is_refuted:
         words.append(
-            f"An effect of the paper's size is refuted at this scale: the interval lies below {contrast.refuted_below:g}."
+            f"An effect of the paper's size is refuted at this scale: the interval lies below "
+            f"{contrast.refuted_below:g}."
         )
     if verdict.is_undecided:
         more = "more prompts and items are needed before more seeds"
@@ -231,7 +238,9 @@ def _verdict_words(finding: PrimaryFinding) -> list[str]:
                 f"{percent(contrast.power, 0)}, if the measured costs are the true ones"
             )
         elif found.value is None or found.n_seeds < 2:
-            more = "more seeds, or a training that costs something" if found.n_seeds > 1 else "a second seed comes first"
+            more = (
+                "more seeds, or a training that costs something" if found.n_seeds > 1 else "a second seed comes first"
+            )
         words.append(f"Undecided: neither an effect nor its absence is shown; {more}.")
     if finding.equivalence is not None:
         unit, bound = PURPOSES[contrast.cost].shown, contrast.equivalent_within

@@ -116,11 +116,11 @@ def finding_tables(found: Findings) -> list[Table]:
          "undefined": v.found.n_undefined, "words": v.words}
         for v in found.validities
     ]  # fmt: skip
-    depths = [
-        {"score": d.score, "cost": d.cost, "partial_pearson": d.found.pearson,
+    controls = [
+        {"score": d.score, "cost": d.cost, "held": d.held, "partial_pearson": d.found.pearson,
          **_ends("interval", d.found.pearson_interval), "p": d.found.pearson_p, "partial_spearman": d.found.spearman,
          "arms": d.found.n, "why_not": d.found.reason}
-        for d in found.depths
+        for d in found.controls
     ]  # fmt: skip
     nulls = [
         {"zone": n.zone, "cost": n.cost, "lower": n.found.lower, "higher": n.found.higher, "n": n.found.n,
@@ -136,9 +136,10 @@ def finding_tables(found: Findings) -> list[Table]:
     ]  # fmt: skip
     made = {
         "comparisons": ("Arms against the safe zone", comparisons),
+        "primary": ("The primary contrast", _primary_rows(found)),
         "equal_safety": ("Costs at equal safety", _equal_safety_rows(found)),
         "validity": ("Scores against costs, with intervals", validity),
-        "depth": ("Scores against costs, controlled for the layer", depths),
+        "controls": ("Scores against costs, with something else held constant", controls),
         "nulls": ("Zones among random heads", nulls),
         "maps": ("How scores agree", maps),
         "budget": ("Predicted and measured cost of arms", _budget_rows(found.budget)),
@@ -157,6 +158,27 @@ def _budget_rows(found: BudgetCheck | None) -> list[Row]:
     ]  # fmt: skip
 
 
+def _primary_rows(found: Findings) -> list[Row]:
+    primary = found.primary
+    if primary is None:
+        return []
+    ratio, difference, design = primary.found, primary.found.difference, primary.design
+    cost = primary.contrast.cost
+    first, second = primary.contrast.arms
+    return [
+        {"first": first, "second": second, "cost": cost, "safety_of": primary.safety,
+         "safety": _shown(ratio.target, primary.safety), "ratio": ratio.value, **_ends("ratio", ratio.interval),
+         "why_not": ratio.reason, "difference": _shown(difference.value, cost),
+         **_ends("difference", difference.interval, cost), "p": difference.p,
+         "is_seen": primary.verdict.is_seen, "is_refuted": primary.verdict.is_refuted,
+         "is_equivalent": None if primary.equivalence is None else primary.equivalence.is_equivalent,
+         "seeds_sd": _shown(ratio.seeds_sd, cost), "items_se": _shown(ratio.items_se, cost),
+         "smallest_visible": None if design is None else _shown(design.smallest, cost),
+         "seeds_to_decide": primary.seeds_to_decide, "seeds": ratio.n_seeds, "prompts": ratio.n_prompts,
+         "items": sum(ratio.n_items), "words": " ".join(primary.words)}
+    ]  # fmt: skip
+
+
 def _equal_safety_rows(found: Findings) -> list[Row]:
     """A row a method, cost and arm: its price where arms are equally safe, and the first arm's less its own."""
     rows: list[Row] = []
@@ -171,6 +193,7 @@ def _equal_safety_rows(found: Findings) -> list[Row]:
                      **_ends("interval", price.interval, purpose), "first": first,
                      "first_minus_arm": None if beside is None else _shown(beside.value, purpose),
                      **_ends("difference", None if beside is None else beside.interval, purpose),
+                     "p_holm": None if beside is None else beside.p_adjusted,
                      "reached_share": price.reached_share, "seeds": of_cost.n_seeds, "prompts": of_cost.n_prompts,
                      "items": sum(of_cost.n_items)}
                 )  # fmt: skip

@@ -33,14 +33,14 @@ TABLE_8 = {
 }  # fmt: skip
 
 
-def study(scores: Any, cost_AT: Any, errors: float | None = None, depth: float = 0) -> list[Point]:
+def study(scores: Any, cost_AT: Any, errors: float | None = None, control: float = 0) -> list[Point]:
     """Trials of arms (rows) under seeds (columns); a NaN is an undefined cost."""
     return [
         Point(
             arm=f"arm {a}",
             seed=t,
             score=float(score),
-            depth=depth,
+            control=control,
             cost=None if math.isnan(cost) else float(cost),
             cost_se=errors,
         )
@@ -110,7 +110,7 @@ def test_table_8_by_the_study(model: str) -> None:
             for row in rows
         ]
         trials = [
-            Point(arm=f"B_{row['bucket']}", seed=0, score=row["mean_score"], depth=0, cost=cost)
+            Point(arm=f"B_{row['bucket']}", seed=0, score=row["mean_score"], control=0, cost=cost)
             for row, cost in zip(rows, costs, strict=True)
         ]
         found = predictive_validity(trials)
@@ -153,11 +153,11 @@ def test_without_any_cost_nothing_is_said() -> None:
     assert (found.n_undefined, found.n_arms, found.n_seeds) == (12, 0, 0)
 
 
-@pytest.mark.parametrize("field", ["score", "depth", "cost", "cost_se"])
+@pytest.mark.parametrize("field", ["score", "control", "cost", "cost_se"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_trial_refuses_what_is_no_number(field: str, bad: float) -> None:
     with pytest.raises(ValueError, match=f"{field} of arm 'B_1', seed 3"):
-        Point(**{"arm": "B_1", "seed": 3, "score": 1.0, "depth": 1.0, "cost": 1.0, field: bad})
+        Point(**{"arm": "B_1", "seed": 3, "score": 1.0, "control": 1.0, "cost": 1.0, field: bad})
 
 
 def test_an_arm_has_one_trial_a_seed() -> None:

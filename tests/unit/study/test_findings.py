@@ -6,18 +6,15 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from fake_study import STUDY, conflict_map, in_nats, measured, outcomes_of, planted, trial
 
-from castune.artifacts import ConflictMap, HeadSelection, SuiteResult
-from castune.artifacts.conflict_map import SCHEMA
-from castune.config import StudyConfig
-from castune.selection import select
+from castune.artifacts import ConflictMap
 from castune.stats.comparisons import holm
 from castune.stats.correlations import correlation
 from castune.stats.estimates import CostRatio
@@ -25,89 +22,7 @@ from castune.study.figures import charts
 from castune.study.findings import findings
 from castune.study.realised_costs import costs_of, loss
 from castune.study.tables import finding_tables, over_seeds, tables
-from castune.study.trials import Measured, Results, Trial, mean_scores
-
-N_LAYERS, N_HEADS = 6, 4
-STUDY = StudyConfig(
-    arms=("all", "random", "safe", "risky"), methods=("sft",), seeds=(1, 2, 3), scores=("conflict",), shares=()
-)
-
-
-def conflict_map(seed: int = 0) -> ConflictMap:
-    generator = np.random.default_rng(seed)
-    n = N_LAYERS * N_HEADS
-    columns: dict[str, Any] = {name: generator.random(n) for name in SCHEMA.names}
-    columns["conflict_score_low"] = columns["conflict_score"] - 0.01
-    columns["conflict_score_high"] = columns["conflict_score"] + 0.01
-    columns |= {
-        "unit": ["q_head"] * n,
-        "layer": np.repeat(range(N_LAYERS), N_HEADS),
-        "head": np.tile(range(N_HEADS), N_LAYERS),
-        "bucket": np.ones(n),
-    }
-    table = pa.table({name: pa.array(columns[name]) for name in SCHEMA.names}).cast(SCHEMA)
-    return ConflictMap(table, {"model": {"fingerprint": "f"}, "settings": {"measure": "margin"}})
-
-
-def measured(suites: Mapping[str, tuple[str, Sequence[float | None]]]) -> Measured:
-    """An evaluation of suites `{name: (purpose, outcomes)}`."""
-    results, outcomes = [], {}
-    for name, (purpose, values) in suites.items():
-        scored = [value for value in values if value is not None]
-        results.append(
-            SuiteResult(
-                suite=name, purpose=purpose, metric="rate", value=sum(scored) / len(scored) if scored else None,
-                standard_error=None, n=len(scored), unscored=len(values) - len(scored), judge="prefix",
-                max_new_tokens=None, extra={}, data_hash="h", seconds=0.0,
-            )
-        )  # fmt: skip
-        outcomes[name] = {f"{n:04d}": value for n, value in enumerate(values)}
-    return Measured(tuple(results), outcomes)
-
-
-def trial(cmap: ConflictMap, arm: str, seed: int, found: Measured, **values: Any) -> Trial:
-    zone, _, rest = arm.partition("-")
-    if zone == "bucket":
-        number, _, buckets = rest.split("-")
-        selection: HeadSelection = select(cmap, buckets=int(buckets), bucket=int(number))
-    else:
-        selection = select(cmap, zone=zone, seed=seed)
-    given = {"cost_ratios": {}, **values}
-    return Trial(
-        calibration="main", arm=arm, trained=arm, seed=seed, is_draw=False, selection=selection,
-        scores=mean_scores(cmap, selection.units), depth=float(np.mean([layer for layer, _ in selection.heads])),
-        measured=found, **given,
-    )  # fmt: skip
-
-
-def outcomes_of(rate: float, n: int, generator: np.random.Generator) -> list[float]:
-    return (generator.random(n) < rate).astype(float).tolist()
-
-
-def planted(effect: float, *, n: int = 400, gain: float = 0.4) -> Results:
-    """A study in which an arm loses `effect` of utility for each unit of its mean C."""
-    cmap, generator = conflict_map(), np.random.default_rng(1)
-    base = measured({"q": ("utility", outcomes_of(0.9, n, generator)), "h": ("safety", outcomes_of(0.1, n, generator))})
-    trials = []
-    arms = [*STUDY.arms, *(f"bucket-{i}-of-4" for i in range(1, 5))]
-    for seed in STUDY.seeds:
-        for arm in arms:
-            made = trial(cmap, arm, seed, base)
-            rate = 0.9 - effect * made.scores["conflict"]
-            after = measured(
-                {
-                    "q": ("utility", outcomes_of(rate, n, generator)),
-                    "h": ("safety", outcomes_of(0.1 + gain, n, generator)),
-                }
-            )
-            lost, _ = loss(after, base, "utility_lost")
-            before, now = base.mean("safety"), after.mean("safety")
-            assert lost is not None
-            assert before is not None
-            assert now is not None
-            ratio = CostRatio(max(0.0, lost / 100 / (now - before)) if now > before else None)
-            trials.append(trial(cmap, arm, seed, after, cost_ratios={"ucr": ratio}))
-    return Results({"main": cmap}, base, tuple(trials), (), {"judge": "prefix"})
+from castune.study.trials import Measured, Results, Trial
 
 
 def test_a_planted_effect_is_seen_and_its_absence_is_not() -> None:
@@ -200,7 +115,7 @@ def test_a_training_with_two_names_is_one() -> None:
     twice = tuple(replace(risky[t.seed], arm=t.arm) if t.arm == "bucket-1-of-4" else t for t in results.trials)
     found = findings(Results(results.maps, results.base, twice, (), {}), STUDY)
     # all has other heads; safe is bucket 4, so 7 arms of the usual size are random, safe, risky and two buckets.
-    assert {depth.found.n for depth in found.depths} == {5}
+    assert {control.found.n for control in found.controls} == {5}
     assert found.budget is not None
     assert "risky" in found.budget.arms
     assert "bucket-1-of-4" not in found.budget.arms
@@ -461,43 +376,6 @@ def test_every_figure_is_made_and_none_of_what_is_not_there() -> None:
 NATS = ("nll_average", "ucr_nll", "ucr_nll_se", "ucr_nll_seeds")
 
 
-def in_nats(
-    effect: float,
-    *,
-    n: int = 120,
-    gain: float = 0.4,
-    strengths: Sequence[float] = (),
-    seeds: Sequence[int] = STUDY.seeds,
-) -> Results:
-    """A study in which an arm adds `effect` nats to every answer for each unit of its mean C, and loses no accuracy.
-
-    Half-strong adapters refuse and cost half as much.
-    """
-    cmap, rng = conflict_map(), np.random.default_rng(2)
-    right, start, threshold = outcomes_of(0.9, n, rng), rng.gamma(2, 1, n), (np.arange(n) + 0.5) / n
-    more = {"said": "nll", "own": "kl"}
-
-    def at(strength: float, cost: float) -> Measured:
-        noise = 0.02 * strength * rng.standard_normal((2, n))
-        refused = (threshold < 0.1 + gain * strength).astype(float).tolist()
-        values = {"said": start + strength * cost + noise[0], "own": np.abs(strength * cost / 2 + noise[1])}
-        continuous = {name: (purpose, values[name].tolist()) for name, purpose in more.items()}
-        return measured({"q": ("utility", right), "h": ("safety", refused), **continuous})
-
-    base = at(0, 0)
-    trials = []
-    for seed in seeds:
-        for arm in (*STUDY.arms, *(f"bucket-{i}-of-4" for i in range(1, 5))):
-            cost = effect * trial(cmap, arm, seed, base).scores["conflict"]
-            after = at(1, cost)
-            lost, _ = loss(after, base, "nll_added")
-            assert lost is not None
-            ratios = {"ucr": CostRatio(0.0), "ucr_nll": CostRatio(max(0.0, lost / gain) if gain > 0 else None)}
-            beside = {strength: at(strength, cost) for strength in strengths}
-            trials.append(trial(cmap, arm, seed, after, cost_ratios=ratios, strengths=beside))
-    return Results({"main": cmap}, base, tuple(trials), (), {"judge": "prefix"})
-
-
 def test_continuous_suites_are_compared_in_nats() -> None:
     results = in_nats(0.8)
     found = findings(results, STUDY)
@@ -551,7 +429,7 @@ def test_costs_in_nats_take_part_wherever_costs_do() -> None:
     found = findings(results, STUDY)
     costs = ["ucr", "utility_lost", "ucr_nll", "nll_added", "kl"]
     assert [v.cost for v in found.validities] == costs
-    assert {depth.cost for depth in found.depths} == {null.cost for null in found.nulls} == set(costs)
+    assert {control.cost for control in found.controls} == {null.cost for null in found.nulls} == set(costs)
     by_cost = {v.cost: v for v in found.validities}
     for cost in ("ucr_nll", "nll_added", "kl"):
         assert by_cost[cost].found.of_means.pearson == pytest.approx(1, abs=0.02)

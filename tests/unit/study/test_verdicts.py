@@ -21,7 +21,7 @@ from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verd
 
 def study(cost_AT: Any) -> Validity:
     trials = [
-        Point(arm=str(a), seed=t, score=float(a), depth=0, cost=None if math.isnan(cost) else float(cost))
+        Point(arm=str(a), seed=t, score=float(a), control=0, cost=None if math.isnan(cost) else float(cost))
         for a, row in enumerate(cost_AT)
         for t, cost in enumerate(row)
     ]
