@@ -99,6 +99,12 @@ def cost_ratio(
     upper end: a draw in which only the first arm costs anything counts as infinite, one in which only the first
     reaches the target as 0.
 
+    In simulated studies (`benchmarks/planted_truth.py`: 120 prompts, 50 items with skewed costs, sd of seeds = 15 % of
+    the cost, 500 tries each) it held true ratios of 1, 1.5 and 2.1 in 95 % of the cases with eight seeds, and in 93 to
+    95 % with three; a true ratio of 1 lay below it in 3 %. The spread of this contrast and that of the plain difference
+    are each uncertain where seeds are few: at a true ratio of 1.5, in 1 % of 250 studies with eight seeds, and 7 % with
+    three, one of the two intervals said that the first arm costs more and the other did not.
+
     Args:
         curves: of both arms and any others; all with the same examples, seeds and outcomes at strength 0. Examples
             that are not scored under every one of them are left out.

@@ -36,6 +36,10 @@ def power(
 ) -> float:
     """Chance that a two-sided test finds a true difference of two arms.
 
+    Noise is taken to be as large whatever the difference. That of costs grows with them, so where chance makes their
+    difference small its error is small too, and more is found than foretold: in simulated studies of eight seeds
+    97 % instead of 88 %, 57 % instead of 51 % (`benchmarks/planted_truth.py`).
+
     Args:
         difference: true mean difference, in any unit; its sign does not matter.
         seeds_sd: standard deviation over seeds of the paired difference, in the same unit.

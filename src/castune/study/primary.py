@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from castune.config import PrimaryContrast, StudyConfig
 from castune.core.numbers import counted, number, percent, span
@@ -91,6 +91,10 @@ def primary_finding(
         return None
     found = cost_ratio(curves, first, second, target)
     verdict = ratio_verdict(found, seen_above=contrast.seen_above, refuted_below=contrast.refuted_below)
+    difference = found.difference.interval
+    if contrast.seen_above >= 1 and (difference is None or difference.low <= 0):
+        # With few seeds one of the two intervals may exclude that the costs are equal and the other not.
+        verdict = replace(verdict, is_seen=False)
     known = found.seeds_sd is not None and found.items_se is not None
     return PrimaryFinding(
         contrast=contrast,
