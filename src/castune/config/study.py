@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -93,8 +94,8 @@ class StudyConfig(Config):
     seeds: tuple[int, ...] = (21, 42, 84)
     """Seeds of random selections and of the training; every arm is trained with each, unless it has its own."""
     arm_seeds: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    """Seeds of single arms of the main map, by their names, in the place of `seeds`: more for what matters most. Arms
-    are compared over the seeds that they have in common."""
+    """Seeds of single arms of the main map in the place of `seeds`, by their names or by patterns such as `bucket-*`:
+    more for what matters most. Arms are compared over the seeds that they have in common."""
     buckets: tuple[Count, ...] = (4,)
     """Numbers M of equal buckets, each of which is trained (Table 7)."""
     scores: tuple[Score, ...] = ("conflict", "gradient", "sensitivity")
@@ -132,10 +133,10 @@ class StudyConfig(Config):
         return self
 
     def _check_seeds(self) -> None:
-        if unknown := set(self.arm_seeds) - set(self.main_arms):
+        if unknown := [name for name in self.arm_seeds if not fnmatch.filter(self.main_arms, name)]:
             raise ValueError(
                 f"study.arm_seeds names arms that the study does not train: {', '.join(sorted(unknown))}; "
-                f"accepted are {', '.join(self.main_arms)}"
+                f"accepted are {', '.join(self.main_arms)}, and patterns of them such as bucket-*"
             )
         for arm, seeds in self.arm_seeds.items():
             if not seeds:
@@ -165,8 +166,10 @@ class StudyConfig(Config):
         return tuple(dict.fromkeys(names))
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
-        """The seeds that an arm of the main map is trained with."""
-        return self.arm_seeds.get(arm, self.seeds)
+        """The seeds that an arm of the main map is trained with: its own, those of the first pattern it matches, or
+        those of all."""
+        matching = (seeds for name, seeds in self.arm_seeds.items() if fnmatch.fnmatchcase(arm, name))
+        return self.arm_seeds.get(arm, next(matching, self.seeds))
 
     @property
     def main_seeds(self) -> tuple[int, ...]:
