@@ -317,8 +317,8 @@ def run_cli(arguments: list[str], place: Path) -> tuple[int, str]:
 def page(found: Iterator[tuple[Case, str]]) -> str:
     """The page of all cases."""
     parts = [
-        "# Errors\n\nBad input ends in one line and exit code 2; nothing is written and nothing is lost. This table is made by running every case, and a test keeps "
-        "it true. File names are those of the cases.\n"
+        "# Errors\n\nBad input ends in one line and exit code 2; nothing is written and no finished work is lost. These\n"
+        "tables are made by running every case, and a test keeps them true. File names are those of the\ncases.\n"
     ]
     section = ""
     for case, text in found:
