@@ -145,6 +145,15 @@ def test_a_mean_has_students_interval_where_one_can_be_known() -> None:
     assert Mean.of(paired).value == pytest.approx(1.25 / 3)
 
 
+def test_more_examples_are_the_same_ones_over_again() -> None:
+    assert Rate(9, 12).interval(3) == Rate(27, 36).interval()
+    assert Rate(9, 12, 2).interval(2) == Rate(18, 24, 4).interval()
+    assert RateChange(3, 5, 40, 1).interval(4) == RateChange(12, 20, 160, 4).interval()
+    # Of numbers: with their spread as it was estimated, and the degrees of freedom of so many.
+    half = scipy.stats.t.ppf(0.975, 29) * 0.02 / math.sqrt(3)
+    assert Mean(0.5, 0.02, 10).interval(3) == pytest.approx((0.5 - half, 0.5 + half))
+
+
 def test_nothing_scored_is_no_value_and_bounds_nothing() -> None:
     for nothing in (Rate(0, 0, 5), RateChange(0, 0, 0, 5)):
         assert nothing.value is None
