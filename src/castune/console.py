@@ -184,7 +184,7 @@ def _show_plan_memory(planner: Planner, found: DiagnosisCost) -> None:
         gigabytes(planner.most_training_memory(config.changed(gradient_checkpointing=checkpointing)))
         for checkpointing in (False, True)
     )
-    has = "" if planner.accelerator is None else f", of {gigabytes(planner.accelerator.memory)}"
+    has = "" if planner.accelerator is None else f" (of {gigabytes(planner.accelerator.memory)})"
     say(
         f"peak memory of training: at most about {usual} (micro-batches of {config.batch_size} x "
         f"{config.max_length:,} tokens), {less} with gradient checkpointing{has}"

@@ -49,20 +49,19 @@ class TextTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A table where it fits, else a list."""
-        widths = self._widths(options.max_width)
-        if widths is not None:
-            yield self._table(widths)
-            return
         from rich.padding import Padding
         from rich.text import Text
 
         if self.title:
-            yield Text(self.title, style="bold")
-        for row in self.rows:
-            yield Text(f"{self.heads[0]}: {row[0]}", overflow="fold")
-            yield Padding(self._list(row), (0, 0, 0, 2))
+            yield Text(self.title, style="italic")
+        if (widths := self._widths(options.max_width)) is not None:
+            yield self._table(widths)
+        else:
+            for row in self.rows:
+                yield Text(f"{self.heads[0]}: {row[0]}", overflow="fold")
+                yield Padding(self._list(row), (0, 0, 0, 2))
         if self.caption:
-            yield Text(self.caption, style="dim")
+            yield Text(self.caption, style="dim italic")
 
     def _widths(self, room: int) -> list[int] | None:
         """Widths of the columns, the widest narrowed first; None where a word or too many lines would not fit."""
@@ -86,13 +85,8 @@ class TextTable:
         from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(
-            *(Column(Text(head), width=width, overflow="fold") for head, width in zip(self.heads, widths, strict=True)),
-            title=Text(self.title) if self.title else None,
-            title_justify="left",
-            caption=Text(self.caption) if self.caption else None,
-            caption_justify="left",
-        )
+        sized = zip(self.heads, widths, strict=True)
+        table = Table(*(Column(Text(head), width=width, overflow="fold") for head, width in sized))
         for row in self.rows:
             lines = ("\n".join(_wrapped(cell, width)) for cell, width in zip(row, widths, strict=True))
             table.add_row(*map(Text, lines))

@@ -70,7 +70,7 @@ def of_the_machine(error: Exception) -> str | None:
             "command again once there is space and permission"
         )
     if isinstance(error, OSError) and error.errno in _IN_THE_WAY:
-        return f"{error.filename or 'a file'}: {error.strerror}: the path already exists; remove it, or choose another"
+        return f"{error.filename or 'a file'}: path already exists ({error.strerror}); remove it, or choose another"
     # Writers below Python, and copies of whole directories, have errors of their own.
     if re.search("No space left on device|File too large|Read-only file system|Disk quota exceeded", str(error)):
         return (

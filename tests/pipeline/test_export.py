@@ -354,7 +354,7 @@ def test_an_export_that_cannot_be(finished: Path, models: Models, tmp_path: Path
     fails(finished, "is not the one its certificate was made for")
     fails(finished / "adapter", "is not the one its certificate was made for")
     (finished / "adapter" / "certificate.json").unlink()
-    fails(finished / "adapter", "without certificate", "castune mask")
+    fails(finished / "adapter", "has no certificate", "castune mask")
 
 
 def test_a_write_that_fails_leaves_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

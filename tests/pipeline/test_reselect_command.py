@@ -274,7 +274,9 @@ def test_what_cannot_be_selected_again_is_told(
 
 def test_a_map_of_other_units_is_refused(models: Models, recipe_of: RecipeOf, own_data: dict[str, Path]) -> None:
     folder = diagnosed(recipe_of(models(), diagnose__units=["q_heads", "k_groups"]))
-    assert "works on maps of query heads" in refused("tune", folder, "--data", own_data["align"], "--reselect-steps", 2)
+    assert "works only on maps of query heads" in refused(
+        "tune", folder, "--data", own_data["align"], "--reselect-steps", 2
+    )
 
 
 def test_several_processes_are_refused(

@@ -593,7 +593,7 @@ def test_bad_studies_are_refused_before_anything_is_written(study_of: Callable[.
         (["--memory", "-4", "--executor", "ray"], "must be above 0"),
         (["--gpus", "-1"], "0 or more"),
         (["--gpus", "999"], r"this machine has \d+ accelerators"),
-        (["--launch", "no-such-launcher --option"], "no program 'no-such-launcher' here"),
+        (["--launch", "no-such-launcher --option"], "program 'no-such-launcher' not found"),
         (["--launch", "torchrun 'open"], "No closing quotation"),
         (["--set", "safety=nowhere.jsonl"], "nowhere"),
         (["--set", "evaluate.judge=oracle"], "oracle"),

@@ -265,7 +265,9 @@ def test_two_sources_of_one_name(own_data: dict[str, Path], tmp_path: Path) -> N
     other = tmp_path / "other" / "utility.jsonl"
     options = ["--out", tmp_path / "run", "--utility", own_data["utility"], "--utility", other]
     done = castune("diagnose", "default", *options, cwd=tmp_path)
-    assert_one_error(done, "--utility .*other/utility.jsonl", "domain 'utility' already", r"rename.*\[utility\.NAME\]")
+    assert_one_error(
+        done, "--utility .*other/utility.jsonl", "there is already a domain 'utility'", r"rename.*\[utility\.NAME\]"
+    )
     assert not (tmp_path / "run").exists()
 
 

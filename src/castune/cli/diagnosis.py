@@ -148,7 +148,7 @@ def _by_domain(source: list[str], **drawn: object) -> Values:
         name = Path(one.partition("=")[0]).stem
         if name in domains:
             raise CastuneError(
-                f"--utility {one}: there already is a domain {name!r}; rename the file, or name the domains in a "
+                f"--utility {one}: there is already a domain {name!r}; rename the file, or name the domains in a "
                 "recipe for castune run: [utility.NAME] with source and limit"
             )
         domains[name] = {"source": one, **drawn}

@@ -268,7 +268,7 @@ def test_what_is_no_share_of_something_is_told_with_its_option(typed: str) -> No
         (["--utility-balance", "subject", "--utility-shares", "knitting=1"], r"no row has 'knitting'"),
         (["--utility-shares", "animals=nan"], r"utility: shares\.animals = nan"),
         (["--utility-shares", "animals"], r"--utility-shares animals: expected a share"),
-        (["--utility", "mmlu=x", "--utility", "mmlu=y"], r"there already is a domain 'mmlu'"),
+        (["--utility", "mmlu=x", "--utility", "mmlu=y"], r"there is already a domain 'mmlu'"),
     ],
 )
 @pytest.mark.parametrize("command", ["diagnose", "plan"])
