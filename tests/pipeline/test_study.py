@@ -264,6 +264,25 @@ def test_another_seed_adds_runs_and_leaves_the_others(small: Path, tmp_path: Pat
     assert files.items() <= result_files(folder).items()
 
 
+@pytest.mark.slow
+def test_random_draws_and_a_seed_of_one_arm_add_runs_and_leave_the_others(small: Path, tmp_path: Path) -> None:
+    path, folder = small, tmp_path / "study"
+    files = result_files(folder)
+    done(path, "--set", "study.random_draws=2", "--set", "study.arm_seeds.safe=[21, 42]")
+    assert files.items() <= result_files(folder).items()
+    assert {row["arm"]: row["seeds"] for row in rows(folder, "table_1_sft")} == {"base": "", "all": "1", "safe": "2"}
+    of_random = [row for row in rows(folder, "trials") if row["arm"] == "random"]
+    assert [(row["seed"], row["selection_seed"]) for row in of_random] == [("21", "1000"), ("21", "1001")]
+    # Other heads, trained as the zone's.
+    for draw in sorted((folder / "runs").glob("main-21-draw-100?-*")):
+        recipe = RunDirectory(draw).load_recipe()
+        (zone,) = (path for path in (folder / "runs").glob("main-21-*") if "draw" not in path.name)
+        assert recipe.tune == RunDirectory(zone).load_recipe().tune
+        assert recipe.select.seed == int(draw.name.split("-")[3])
+    assert {(row["n"], row["seeds"]) for row in rows(folder, "nulls")} <= {("2", "1"), ("0", "0")}
+    assert "21, 42" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def start(path: Path, *options: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -11,6 +11,7 @@ from castune import __version__
 from castune.cli.adapters import export, mask
 from castune.cli.diagnosis import diagnose, drift, group, plan, select
 from castune.cli.evaluation import evaluate, judge, lm_eval
+from castune.cli.gate import gate
 from castune.cli.help import HelpfulCommand, HelpfulGroup, text_and_examples
 from castune.cli.machine import doctor
 from castune.cli.runs import budget, report, reproduce, run
@@ -36,7 +37,7 @@ GROUPS = {
     "Core commands": (run, plan, diagnose, select, tune, evaluate, report),
     "Studies": (study, watch, budget, group, drift),
     "Adapters": (mask, export),
-    "Tools": (judge, lm_eval, reproduce, doctor),
+    "Tools": (judge, lm_eval, gate, reproduce, doctor),
 }
 for panel, commands in GROUPS.items():
     for command in commands:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -16,7 +15,7 @@ from castune.config.diagnosis import DiagnoseConfig
 from castune.config.evaluation import EvaluateConfig
 from castune.config.selection import SelectConfig
 from castune.config.study import StudyConfig
-from castune.config.toml import apply_override, to_toml
+from castune.config.toml import apply_override, read_toml, to_toml
 from castune.config.tuning import TuneConfig
 from castune.errors import CastuneError
 from castune.secrets import has_secret
@@ -100,7 +99,7 @@ class Recipe(Config):
         return self
 
     @classmethod
-    def of(cls, **values: Any) -> Recipe:
+    def of(cls, /, **values: Any) -> Recipe:
         """A recipe from plain values, checked like those of a file."""
         return cls(**values)
 
@@ -112,16 +111,7 @@ class Recipe(Config):
             CastuneError: no such file, malformed TOML, an unknown key, or a value out of range.
         """
         path = Path(path)
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CastuneError(f"{path}: no such recipe") from None
-        except OSError as error:
-            raise CastuneError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise CastuneError(f"{path}: malformed TOML: {error}") from None
-        except RecursionError:
-            raise CastuneError(f"{path}: malformed TOML: nested too deeply") from None
+        values = read_toml(path, "recipe")
         for override in overrides:
             apply_override(values, override)
         try:

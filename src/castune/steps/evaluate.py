@@ -9,6 +9,7 @@ from pathlib import Path
 
 from castune.artifacts import EvalResult
 from castune.artifacts.eval_result import METRICS_FILE
+from castune.artifacts.fingerprints import same_model_identity
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import is_reply, references_of
 from castune.config import EvaluateConfig, Recipe
@@ -30,9 +31,6 @@ from castune.steps.directory import BASE, RunDirectory
 from castune.steps.readiness import require_ready, suite_tokens
 
 logger = logging.getLogger(__name__)
-
-# What of a model's record tells whether what was measured is of this one.
-_IDENTITY = ("fingerprint", "chat_template", "adapter", "strength", "dtype", "server")
 
 
 def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
@@ -287,8 +285,3 @@ def stored_evaluation(
         and references in (None, references_of(found.samples))
     )
     return found if is_so else None
-
-
-def same_model_identity(one: ModelRecord, other: ModelRecord) -> bool:
-    """Whether two records are of one model with one adapter, in one precision, behind one template."""
-    return all(one.get(key) == other.get(key) for key in _IDENTITY)

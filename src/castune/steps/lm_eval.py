@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from castune.artifacts.files import locked
+from castune.artifacts.fingerprints import same_model_identity
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.config import Recipe
 from castune.core.loading import load_model
@@ -15,7 +16,7 @@ from castune.errors import ArtifactError
 from castune.evaluation.backend import TransformersHost
 from castune.evaluation.lm_eval import lm_eval_results, require_lm_eval
 from castune.steps.directory import RunDirectory
-from castune.steps.evaluate import models_of, same_model_identity
+from castune.steps.evaluate import models_of
 
 logger = logging.getLogger(__name__)
 

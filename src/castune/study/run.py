@@ -28,7 +28,7 @@ from castune.errors import CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
 from castune.plan.skeleton import skeleton
-from castune.purposes import PURPOSES
+from castune.purposes import PURPOSES, SAFETY
 from castune.steps.arms import require_trainable
 from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
@@ -38,6 +38,7 @@ from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resour
 from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, WorkUnit
 from castune.study.page import write_study_report
+from castune.study.primary import expected_words
 from castune.study.schedule import Schedule, State
 from castune.study.tables import Cell, Row, Table, average_column, finding_tables, method_table, tables
 from castune.study.trials import Results, read_results
@@ -160,7 +161,7 @@ def show_study(recipe: Recipe, options: Options) -> bool:
     say(f"tables: {graph.folder.tables}")
     say(f"report: {done.report}")
     measured = {} if done.results.base is None else {"base": done.results.base}
-    measured |= {f"{trial.calibration}/{trial.seed}/{trial.arm}": trial.measured for trial in done.results.trials}
+    measured |= {trial.label: trial.measured for trial in done.results.trials}
     unscored = [(name, suite.suite) for name, one in measured.items() for suite in one.suites if not suite.n]
     for name, suite in unscored:
         say(f"{name}: none of the examples of suite {suite} could be scored")
@@ -190,6 +191,8 @@ def show_graph(recipe: Recipe, *, accelerator: str | None) -> None:
         f"{duration(paper_seconds(graph.n_heads))} by the paper's method (67 s per head on an H800)"
     )
     say(f"whole study: {duration(found.seconds(1))} on {where}, {duration(found.seconds(8))} on eight")
+    for words in expected_words(recipe.study):
+        say(words)
     for note in found.notes:
         say(f"note: {note}")
 
@@ -312,8 +315,27 @@ def load_study_suites(recipe: Recipe) -> list[Suite]:
     config = recipe.evaluate
     suites = load_suites(config.suites, limit=config.limit, seed=config.seed)
     require_evaluation(config, suites)
+    _require_primary(recipe, suites)
     check_held_out(recipe, suites, arms=recipe.study.main_arms)
     return suites
+
+
+def _require_primary(recipe: Recipe, suites: Sequence[Suite]) -> None:
+    """Refuse a primary contrast that the evaluation would not measure."""
+    contrast = recipe.study.primary
+    if contrast is None:
+        return
+    purposes = {suite.purpose for suite in suites}
+    if contrast.cost not in purposes or not purposes & set(SAFETY):
+        raise CastuneError(
+            f"study.primary compares {contrast.cost} at equal safety, and evaluate.suites measures "
+            f"{', '.join(sorted(purposes))}: it needs suites of {contrast.cost}, and of {' or '.join(SAFETY)}"
+        )
+    if len(recipe.evaluate.strengths) < 2:
+        raise CastuneError(
+            "study.primary compares arms at equal safety, and evaluate.strengths has full strength alone: "
+            "add weaker ones, for example strengths = [0.35, 0.65]"
+        )
 
 
 def _checked_data(recipe: Recipe) -> dict[str, str]:
