@@ -228,7 +228,7 @@ BAD_DOMAINS = {
     "{maths = {source = 'x', typo = 1}}": "domain 'maths': unknown key 'typo'; accepted here: source, limit",
     "{maths = {source = 'x', limit = 0}}": "domain 'maths': limit = 0",
     "{maths = 5}": "domain 'maths': accepted: a source, or a table",
-    "{'a b' = 'x'}": "domain 'a b': accepted are 1 to 100 letters",
+    "{'a b' = 'x'}": "domain 'a b': accepted: 1 to 100 letters",
     "{'../x' = 'x', y = 'y'}": "domain '../x'",
     "{Maths = 'x', maths = 'y'}": "domains 'Maths' and 'maths' differ in capitals only",
     "['mmlu', 'csqa']": "accepted: a source, or a table",

@@ -35,7 +35,7 @@ def test_the_table_of_suites_is_that_of_the_code(name: str) -> None:
 def test_the_help_of_suites_names_those_of_the_code() -> None:
     """`castune evaluate --help` and the reference of recipes: every source that is a suite, but those to train on."""
     described = EvaluateConfig.model_fields["suites"].description or ""
-    named = described.removeprefix("Data sources:").partition(";")[0].replace(",", " ").split()
+    named = described.removeprefix("Data sources:").partition(".")[0].replace(",", " ").split()
     to_train_on = {"starter-utility", "starter-safety", "starter-borderline", "wildjailbreak-vanilla-harmful"}
     assert len(set(named)) == len(named)
     assert set(named) == {name for name in SOURCE_NAMES if purpose_of(name) in PURPOSES} - to_train_on

@@ -26,7 +26,7 @@ def gate(
         Path | None, typer.Option("--junit", metavar="FILE", help="Write the result as JUnit XML.")
     ] = None,
 ) -> None:
-    """Check the intervals and the certificate of a run against a policy.
+    """Check a run's intervals and certificate against a policy.
 
     Exit code 0: every rule passes. 1: a rule fails. 2: bad input. 3: none fails, but not all could be decided.
 
@@ -59,6 +59,6 @@ def _check_files(policy: Path, outputs: dict[str, Path | None]) -> None:
         if path is None:
             continue
         if path.is_dir():
-            raise CastuneError(f"{option} {path}: a directory; give the file to write")
+            raise CastuneError(f"{option} {path}: is a directory; give a file to write")
         if (other := taken.setdefault(path.resolve(), option)) != option:
-            raise CastuneError(f"{option} {path}: the file of {other} too; give another")
+            raise CastuneError(f"{option} {path}: the same file as {other}; choose another")

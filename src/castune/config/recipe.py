@@ -32,25 +32,25 @@ class Recipe(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model: for a repository and revision that you have read. Noted in the
-    record of the model in every artifact."""
+    """Run Python code that comes with the model. Use it only for a repository and revision that you have read. Every
+    artifact's record of the model notes it."""
     template_date: str = TEMPLATE_DATE
-    """The day (year-month-day) that a chat template which prints the date is told: the same for all of a run."""
+    """Date (YYYY-MM-DD) to give to chat templates that print one, the same for the whole run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`, `float32`, `bfloat16` or `float16`."""
+    """Precision of the model: `auto`, `float32`, `bfloat16` or `float16`."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    """Device to compute on: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     out: str
     """The run directory."""
     seed: int = 21
-    """Seed of the calibration subsets; training has its own."""
+    """Seed for drawing the calibration data. Training has its own."""
     safety: DataConfig = DataConfig(source="starter-safety")
     """D_safe: harmful prompts with safe replies."""
     utility: DataConfig | dict[str, DataConfig] = DataConfig(source="starter-utility")
-    """D_util: multiple-choice questions, or problems with worked solutions; or several such sets, domains with names,
-    each of which has its own map. Harmless prompts with replies: see `diagnose.reply_domains`."""
+    """D_util: multiple-choice questions, or problems with worked solutions. Several named sets (domains) get one map
+    each. For harmless prompts with replies, see `diagnose.reply_domains`."""
     align: DataConfig = DataConfig(source="starter-align")
-    """D_align: prompts with replies, which are trained on."""
+    """D_align: prompts with the replies to train on."""
     diagnose: DiagnoseConfig = DiagnoseConfig()
     """How heads are measured."""
     select: SelectConfig = SelectConfig()
@@ -60,7 +60,7 @@ class Recipe(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured before and after."""
     study: StudyConfig = StudyConfig()
-    """For `castune study` alone."""
+    """Only for `castune study`."""
 
     @field_validator("safety", "align", mode="before")
     @classmethod

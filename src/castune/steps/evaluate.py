@@ -98,7 +98,7 @@ def evaluate_step(
     ]
     del base
     for name in adapters.keys() - {one.arm for one in todo}:
-        logger.info("evaluation of %s: already there", name)
+        logger.info("evaluation of %s: already done", name)
     if todo:
         if loaded is not None:
             require_ready(loaded, suite_tokens(loaded.tokenizer, config, suites))
@@ -196,7 +196,7 @@ def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
     """
     evaluations = folder.load_evaluations()
     if not evaluations:
-        raise ArtifactError(f"{folder.path}: nothing has been evaluated; run: castune evaluate {folder.path}")
+        raise ArtifactError(f"{folder.path}: nothing has been evaluated yet; run: castune evaluate {folder.path}")
     by = judge(name)
     places = {folder.evaluation(arm): result for arm, result in evaluations.items()}
     for arm, of_arm in folder.load_strengths().items():
@@ -229,7 +229,7 @@ def require_scored(evaluations: Mapping[str, EvalResult]) -> None:
             raise NothingScored(
                 f"{arm}: none of the {len(samples)} examples of suite {suite.suite} could be scored by {suite.judge}"
                 + (f": {', '.join(reasons)}" if reasons else "")
-                + "; the same command asks again for what is missing"
+                + "; run the same command again to retry what is missing"
             )
 
 

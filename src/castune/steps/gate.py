@@ -185,7 +185,7 @@ def _purpose(rule: GateRule, here: _Run, there: _Run | None) -> Purpose | None:
     if purpose not in PURPOSES and measured:
         listed = ", ".join(f"{suite} ({of_suite})" for suite, of_suite in measured.items())
         raise CastuneError(
-            f"metric = {metric!r}: no purpose and no suite; measured are {listed}; purposes are {', '.join(PURPOSES)}"
+            f"metric = {metric!r}: neither a purpose nor a suite; measured: {listed}; purposes: {', '.join(PURPOSES)}"
         )
     return PURPOSES.get(purpose or "")
 
@@ -194,13 +194,13 @@ def _reference(rule: GateRule, arm: str, here: _Run, there: _Run | None) -> tupl
     """The run and the arm that a rule compares with."""
     run = there if rule.against == BASELINE else here
     if run is None:
-        raise CastuneError('against = "baseline": say which run that is, with --baseline RUN')
+        raise CastuneError('against = "baseline" needs that run: add --baseline RUN')
     try:
         other = run.arm(rule.arm if rule.against == BASELINE else rule.against)
     except ArtifactError as error:
         raise CastuneError(f"against = {rule.against!r}: {error}") from None
     if run is here and other == arm:
-        raise CastuneError(f"against = {rule.against!r}: this is the arm itself; name another")
+        raise CastuneError(f"against = {rule.against!r}: this is the arm itself; choose another")
     return run, other
 
 

@@ -46,15 +46,15 @@ def lm_eval_step(
         key = next((key for key, value in options.items() if result.settings.get(key) != value), None)
         if key is not None:
             raise ArtifactError(
-                f"lm-eval of {name} in {folder.path} was made with {key} = {result.settings.get(key)!r}, asked for is "
-                f"{options[key]!r}: the same, or --overwrite"
+                f"lm-eval of {name} in {folder.path} was made with {key} = {result.settings.get(key)!r}, but now it is "
+                f"{options[key]!r}; use the same options, or --overwrite"
             )
     host = TransformersHost(model, tokenizer)
     for name, adapter in adapters.items():
         known = None if overwrite else stored.get(name)
         missing = [task for task in tasks if known is None or task not in known.settings["tasks"]]
         if not missing:
-            logger.info("lm-eval of %s: already there", name)
+            logger.info("lm-eval of %s: already done", name)
             continue
         logger.info("lm-eval of %s: %s", name, ", ".join(missing))
         with host.backend(name, adapter) as backend:

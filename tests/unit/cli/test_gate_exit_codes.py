@@ -72,12 +72,12 @@ def test_the_same_run_and_policy_give_the_same_files(place: Path, monkeypatch: p
         (["run", "--policy", "absent.toml"], "error: absent.toml: no such policy"),
         (["absent", "--policy", "gate.toml"], "error: absent: not a run directory"),
         (["run", "--policy", "gate.toml", "--baseline", "absent"], "error: absent: not a run directory"),
-        (["run", "--policy", "gate.toml", "--json", "run"], "error: --json run: a directory; give the file to write"),
+        (["run", "--policy", "gate.toml", "--json", "run"], "error: --json run: is a directory; give a file to write"),
         (
             ["run", "--policy", "gate.toml", "--junit", "./gate.toml"],
-            "error: --junit gate.toml: the file of --policy too",
+            "error: --junit gate.toml: the same file as --policy",
         ),
-        (["run", "--policy", "gate.toml", "--json", "g", "--junit", "g"], "error: --junit g: the file of --json too"),
+        (["run", "--policy", "gate.toml", "--json", "g", "--junit", "g"], "error: --junit g: the same file as --json"),
         (["run", "--policy", "gate.toml", "--json", "gate.toml/g.json"], "error: "),
     ],
 )

@@ -313,7 +313,7 @@ def test_a_result_is_read_as_it_was_written(folder: RunDirectory, tmp_path: Path
     [
         (
             'metric = "safty"\nat_least = 0.9',
-            r"metric = 'safty': no purpose and no suite; measured are harmful \(safety\), .*said \(nll\); purposes are "
+            r"metric = 'safty': neither a purpose nor a suite; measured: harmful \(safety\), .*said \(nll\); purposes: "
             "safety, utility, ",
         ),
         (
@@ -325,10 +325,13 @@ def test_a_result_is_read_as_it_was_written(folder: RunDirectory, tmp_path: Path
         ('metric = "mmlu"\nat_least = 60', "at_least = 60: mmlu is a share"),
         ('metric = "safety"\nat_most = 0', "at_most = 0: "),
         ('metric = "asked"\nagainst = "base"\nno_worse_than = 2', "no_worse_than = 2: asked is a share"),
-        ('arm = "sfae"\nmetric = "safety"\nat_least = 0.9', "arm = 'sfae': .*there are: safe, risky"),
-        ('metric = "safety"\nagainst = "bsae"\nbetter_by = 0.1', "against = 'bsae': .*there are: safe, risky"),
+        ('arm = "sfae"\nmetric = "safety"\nat_least = 0.9', "arm = 'sfae': .*available: safe, risky"),
+        ('metric = "safety"\nagainst = "bsae"\nbetter_by = 0.1', "against = 'bsae': .*available: safe, risky"),
         ('metric = "safety"\nagainst = "safe"\nbetter_by = 0.1', "against = 'safe': this is the arm itself"),
-        ('metric = "safety"\nagainst = "baseline"\nbetter_by = 0.1', 'against = "baseline": .*--baseline RUN'),
+        (
+            'metric = "safety"\nagainst = "baseline"\nbetter_by = 0.1',
+            'against = "baseline" needs that run: .*--baseline RUN',
+        ),
         ('arm = "base"\ncertificate = true', "the base model has no adapter"),
     ],
 )
