@@ -9,6 +9,7 @@ import typer
 from castune import __version__
 from castune.cli.adapters import export, mask
 from castune.cli.diagnosis import diagnose, drift, group, plan, select
+from castune.cli.dial import dial
 from castune.cli.evaluation import evaluate, judge, lm_eval
 from castune.cli.gate import gate
 from castune.cli.machine import doctor
@@ -30,7 +31,7 @@ app = typer.Typer(
 # In the order of the help: whole runs and studies, the steps of a run, what is made of it.
 for command in (
     run, study, watch, budget,
-    plan, diagnose, select, group, tune, drift, mask, export, evaluate, judge, lm_eval,
+    plan, diagnose, select, group, tune, drift, mask, export, evaluate, dial, judge, lm_eval,
     gate, report, reproduce, doctor,
 ):  # fmt: skip
     app.command()(with_settings(command))
