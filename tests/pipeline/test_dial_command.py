@@ -290,6 +290,32 @@ def test_where_nothing_was_scored_there_is_no_curve(folder: RunDirectory) -> Non
         curves_of({0.0: unscored, 1.0: unscored}, suites)
 
 
+def test_a_measure_of_which_nothing_was_scored_has_no_curve(
+    folder: RunDirectory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = EvalResult.outcomes_of
+    monkeypatch.setattr(
+        EvalResult,
+        "outcomes_of",
+        lambda self, suite: [None if "nll" in suite else outcome for outcome in whole(self, suite)],
+    )
+    curves = dial(folder.path, strengths=(0.5,))
+    assert list(curves.measures) == ["over-refusal", "kl", "safety-margin"]
+    assert "nll: no example of a suite was scored at every strength" in caplog.text
+    with pytest.raises(NothingScored, match="nll: not one example was scored"):
+        command("dial", folder.path, "--strengths", "0.5", "--target", "nll=0.1")
+
+
+def test_the_report_leaves_out_what_was_measured_by_other_settings(folder: RunDirectory) -> None:
+    command("dial", folder.path, "--strengths", "0.5,0.75")
+    place = folder.at_strength("safe", 0.75)
+    other = EvalResult.load(place)
+    EvalResult(**{**vars(other), "settings": {**other.settings, "margin_tokens": 3}}).save(place)
+    found = costs_at_equal_safety(folder)
+    assert found is not None
+    assert [point.strength for point in found.points["nll"]["safe"]] == [0, 0.5, 1]
+
+
 def test_a_dial_that_was_stopped_goes_on(folder: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     from castune.steps import evaluate as step
 

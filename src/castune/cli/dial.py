@@ -10,7 +10,7 @@ import typer
 from castune.cli.options import Arm, Run
 from castune.cli.values import numbers
 from castune.console import say, show_certificate
-from castune.errors import CastuneError
+from castune.errors import CastuneError, NothingScored
 from castune.purposes import PURPOSES
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ def _aim(curves: StrengthCurves, aim: Target) -> float | None:
     from castune.report.dial import caution, filled, target_sentences
     from castune.steps.dial import chosen_strength, is_goal
 
+    if aim.purpose not in curves.measures:
+        raise NothingScored(f"{aim.purpose}: not one example was scored at every strength, so no strength can be found")
     reached = curves.reach(*aim)
     strength = chosen_strength(reached)
     say("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,20 +14,22 @@ import numpy as np
 from castune.artifacts import EvalResult, ScaledAdapter, TuneResult
 from castune.artifacts.eval_result import METRICS_FILE
 from castune.artifacts.files import write_text
-from castune.artifacts.fingerprints import same_model
+from castune.artifacts.fingerprints import at_strength, same_model
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import references_of
 from castune.config import EvaluateConfig, Recipe
 from castune.core.loading import load_model
 from castune.errors import ArtifactError, CastuneError, NothingScored
 from castune.evaluation.suites import Suite, load_suites
-from castune.purposes import PURPOSES
+from castune.purposes import PURPOSES, SAFETY
 from castune.stats.dial import Floats, Mean, Reached, StrengthCurves
 from castune.steps.directory import BASE, Arm, RunDirectory
-from castune.steps.equal_safety import SAFETY, outcomes_of
-from castune.steps.evaluate import at_strength, evaluate_step, judge_where_needed, stored_evaluation
+from castune.steps.equal_safety import outcomes_of
+from castune.steps.evaluate import evaluate_step, judge_where_needed, stored_evaluation
 from castune.steps.held_out import check_held_out
 from castune.tuning.scaling import scale_adapter
+
+logger = logging.getLogger(__name__)
 
 # From too weak to stronger than it was trained.
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -128,11 +131,13 @@ def curves_of(evaluations: Mapping[float, EvalResult], suites: Sequence[Suite]) 
     Raises:
         NothingScored: of no purpose every suite has an example that was scored at every strength.
     """
-    results = list(evaluations.values())
+    results = [evaluations[strength] for strength in sorted(evaluations)]
     outcomes: dict[str, list[Floats]] = {}
     for purpose in PURPOSES:
         of_suites = [outcomes_of(results, suite.name) for suite in suites if suite.purpose == purpose]
-        if of_suites and all(np.isfinite(outcomes_JN).all(0).any() for outcomes_JN in of_suites):
+        if not all(np.isfinite(outcomes_JN).all(0).any() for outcomes_JN in of_suites):
+            logger.warning("%s: no example of a suite was scored at every strength, so it has no curve", purpose)
+        elif of_suites:
             # As in `steps.equal_safety`: harmful prompts count alike, of everything else suites do.
             outcomes[purpose] = [np.concatenate(of_suites, axis=1)] if purpose in SAFETY else of_suites
     if not outcomes:

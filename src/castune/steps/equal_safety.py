@@ -12,7 +12,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.artifacts import SuiteResult
+from castune.artifacts import EvalResult, SuiteResult
+from castune.artifacts.fingerprints import at_strength, same_model_identity
+from castune.artifacts.records import ModelRecord
+from castune.artifacts.samples import references_of
+from castune.config import EvaluateConfig
 from castune.purposes import PAID, PURPOSES, SAFETY
 from castune.stats.distributions import Interval, student_quantile
 from castune.stats.equal_safety import Curve, adjusted, common_target, cost_bands, equal_safety
@@ -40,11 +44,30 @@ AtStrengths = Mapping[float, Evaluated]
 def costs_at_equal_safety(folder: RunDirectory) -> SafetyCosts | None:
     """Costs of a run's arms at one safety, where they were evaluated at several strengths."""
     evaluations, strengths = folder.load_evaluations(), folder.load_strengths()
-    if BASE not in evaluations:
+    base = evaluations.get(BASE)
+    if base is None:
         return None
-    arms = {name: [{**strengths.get(name, {}), 1.0: evaluations[name]}] for name in evaluations if name != BASE}
-    found = safety_costs(evaluations[BASE], arms)
+    arms = {
+        name: [{**{s: one for s, one in strengths.get(name, {}).items() if _is_beside(base, one)}, 1.0: full}]
+        for name, full in evaluations.items()
+        if name != BASE
+    }
+    found = safety_costs(base, arms)
     return found and replace(found, left_out=tuple(name for name in arms if name not in found.arms))
+
+
+def _is_beside(base: EvalResult, result: EvalResult) -> bool:
+    """Whether a strength was measured by the settings of the base model's evaluation, and on its replies.
+
+    Not all are measured again by each `castune evaluate`.
+    """
+    settings = [EvaluateConfig(**{**one.settings, "judge": "prefix", "strengths": (1.0,)}) for one in (base, result)]
+    adapted: ModelRecord = {**base.model, "adapter": result.model.get("adapter")}
+    return (
+        settings[0] == settings[1]
+        and same_model_identity(at_strength(adapted, result.model.get("strength", 1.0)), result.model)
+        and references_of(base.samples) == references_of(result.samples)
+    )
 
 
 def safety_costs(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from castune.artifacts import EvalResult
 from castune.artifacts.eval_result import METRICS_FILE
-from castune.artifacts.fingerprints import same_model_identity
+from castune.artifacts.fingerprints import at_strength, same_model_identity
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import is_reply, references_of
 from castune.config import EvaluateConfig, Recipe
@@ -161,11 +161,6 @@ class _Asked:
 def _base_replies(folder: RunDirectory) -> dict[str, list[list[int]]] | None:
     """What the base model replied where suites are measured on it; None where it is not evaluated yet."""
     return references_of(EvalResult.load(folder.evaluation(BASE)).samples) if folder.is_evaluated(BASE) else None
-
-
-def at_strength(model: ModelRecord, strength: float) -> ModelRecord:
-    """Identity of a model whose adapter is at a strength."""
-    return model if strength == 1 else {**model, "strength": strength}
 
 
 def identity_by_map(folder: RunDirectory, recipe: Recipe) -> ModelRecord:
