@@ -53,6 +53,11 @@ def written(folder: RunDirectory) -> dict[str, int]:
     }
 
 
+def told(*arguments: object) -> str:
+    """What a command says, however its lines are broken."""
+    return " ".join(command(*arguments).split())
+
+
 def rows(folder: RunDirectory, arm: str = "safe") -> list[dict[str, str]]:
     with folder.dial(arm).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -141,9 +146,7 @@ def test_replies_at_all_strengths_are_judged_by_the_judge_of_the_run(folder: Run
 def test_an_adapter_at_the_strength_of_a_target(folder: RunDirectory, tmp_path: Path) -> None:
     curves = dial(folder.path, strengths=(0.5, 1.5))
     limit = float(curves.measures["kl"].mean_J[2]) / 2
-    said = command(
-        "dial", folder.path, "--strengths", "0.5,1.5", "--target", f"kl={limit}", "--export", tmp_path / "out"
-    )
+    said = told("dial", folder.path, "--strengths", "0.5,1.5", "--target", f"kl={limit}", "--export", tmp_path / "out")
     made = ScaledAdapter.load(tmp_path / "out")
     reached = curves.reach("kl", limit)
     assert reached.strength is not None
@@ -176,7 +179,7 @@ def test_an_adapter_at_the_strength_of_a_target(folder: RunDirectory, tmp_path: 
 
 def test_a_strength_that_is_given_is_written_without_an_evaluation(folder: RunDirectory, tmp_path: Path) -> None:
     before = written(folder)
-    said = command("dial", folder.path, "--strength", "0.6", "--export", tmp_path / "out")
+    said = told("dial", folder.path, "--strength", "0.6", "--export", tmp_path / "out")
     assert written(folder) == before
     assert not folder.dial("safe").exists()
     assert "strength 0.6 has not been measured" in said
@@ -203,10 +206,10 @@ def test_a_masked_arm_is_dialled_like_a_trained_one(folder: RunDirectory, tmp_pa
 
 def test_what_is_never_reached_is_said_and_nothing_is_written(folder: RunDirectory, tmp_path: Path) -> None:
     dialled = ("dial", folder.path, "--strengths", "0.5")
-    said = command(*dialled, "--target", "safety-margin=500")
+    said = told(*dialled, "--target", "safety-margin=500")
     assert "no measured strength reaches 500.000" in said
     assert "no strength was found" in refused(*dialled, "--target", "safety-margin=500", "--export", tmp_path / "out")
-    kept = command(*dialled, "--target", "kl=500")
+    kept = told(*dialled, "--target", "kl=500")
     assert "at every measured strength, so any of them keeps this limit" in kept
     assert not (tmp_path / "out").exists()
 
