@@ -10,6 +10,7 @@ from typer.completion import Shells, get_completion_script
 from castune import __version__
 from castune.cli.adapters import export, mask
 from castune.cli.diagnosis import diagnose, drift, group, plan, select
+from castune.cli.dial import dial
 from castune.cli.evaluation import evaluate, judge, lm_eval
 from castune.cli.gate import gate
 from castune.cli.help import HelpfulCommand, HelpfulGroup, text_and_examples
@@ -36,7 +37,7 @@ app = typer.Typer(
 GROUPS = {
     "Core commands": (run, plan, diagnose, select, tune, evaluate, report),
     "Studies": (study, watch, budget, group, drift),
-    "Adapters": (mask, export),
+    "Adapters": (dial, mask, export),
     "Tools": (judge, lm_eval, gate, reproduce, doctor),
 }
 for panel, commands in GROUPS.items():

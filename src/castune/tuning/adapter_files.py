@@ -26,7 +26,6 @@ _COMPILED = "_orig_mod."
 # Settings of an adapter under which more than the selected rows would change, with what castune accepts.
 _REFUSED = {
     "use_dora": "DoRA rescales every row",
-    "use_rslora": "rank-stabilised LoRA scales by another factor",
     "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "it trains embeddings",
     "rank_pattern": "ranks must be equal",
@@ -84,7 +83,7 @@ def _sort_modules(folder: Path) -> None:
 
 
 def plain_lora_config(adapter: Path) -> dict[str, Any]:
-    """The settings of a plain LoRA adapter, `r` an int and `lora_alpha` a float; updates are scaled by alpha / r.
+    """The settings of a plain LoRA adapter, `r` an int and `lora_alpha` a float; its update is `scaling_of` B A.
 
     Args:
         adapter: directory of a PEFT adapter.
@@ -106,7 +105,7 @@ def plain_lora_config(adapter: Path) -> dict[str, Any]:
         if not math.isfinite(alpha):
             raise ValueError(f"lora_alpha is {alpha}")
     except (FileNotFoundError, NotADirectoryError):
-        raise CertificateError(f"{path}: no such file; give the directory of a PEFT adapter") from None
+        raise CertificateError(f"{path}: no such file; {_what_else(adapter)}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CertificateError(f"{path}: damaged: {error!r}") from None
     if peft_type != "LORA":
@@ -124,6 +123,20 @@ def plain_lora_config(adapter: Path) -> dict[str, Any]:
             f"accepted: {', '.join(map(str, _PLAIN_INITS))}"
         )
     return {**config, "r": rank, "lora_alpha": alpha}
+
+
+def _what_else(adapter: Path) -> str:
+    """What to give instead of a directory without an adapter; PEFT puts several of one model into directories below."""
+    names = sorted(path.parent.name for path in adapter.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(names) > 1:
+        return f"it holds several adapters ({', '.join(names)}): give the directory of one"
+    return "give the directory of a PEFT adapter"
+
+
+def scaling_of(config: Mapping[str, Any]) -> float:
+    """What PEFT multiplies B A by: alpha / r, of rank-stabilised LoRA alpha / sqrt(r)."""
+    rank, alpha = config["r"], config["lora_alpha"]
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -187,7 +187,12 @@ class _Masking:
 
     def _read(self, adapter: Path) -> _Source:
         config = plain_lora_config(adapter)
-        _check_base(adapter, config, self.base)
+        if config.get("use_rslora"):
+            raise CertificateError(
+                f"{adapter / ADAPTER_CONFIG}: use_rslora is set: rank-stabilised LoRA scales by another factor; "
+                "accepted: plain LoRA"
+            )
+        check_base(adapter, config, self.base)
         weights, rank = adapter / ADAPTER_WEIGHTS, config["r"]
         pairs: dict[str, Pair] = {}
         dropped: Counter[str] = Counter()
@@ -231,7 +236,7 @@ class _Masking:
         return tensors
 
 
-def _check_base(adapter: Path, config: dict[str, Any], base: PreTrainedModel) -> None:
+def check_base(adapter: Path, config: dict[str, Any], base: PreTrainedModel) -> None:
     """Refuse an adapter of another base model: by its certificate where it has one, else by the name it gives."""
     if (adapter / CERTIFICATE_FILE).is_file():
         certified, loaded = Certificate.load(adapter).model_fingerprint, fingerprint(base)
