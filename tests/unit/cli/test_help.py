@@ -169,6 +169,7 @@ def castune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("words", "completed"),
     [
+        ("castune diag", ["diagnose"]),
         ("castune di", ["diagnose", "dial"]),
         ("castune r", ["run", "report", "reproduce"]),
         ("castune diagnose default --meas", ["--measure"]),
