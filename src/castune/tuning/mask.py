@@ -19,11 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from castune.artifacts import Certificate, HeadSelection, MaskedAdapter
+from castune.artifacts import HeadSelection, MaskedAdapter
 from castune.artifacts.files import check_vacant, new_directory
-from castune.artifacts.fingerprints import same_model
 from castune.artifacts.masked_adapter import MASK_FILE
-from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, adapter_hash
+from castune.artifacts.tune_result import ADAPTER_WEIGHTS, adapter_hash
 from castune.core.gguf import display_name
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint, model_record, provenance
@@ -32,6 +31,7 @@ from castune.core.units import UnitLayout
 from castune.errors import CastuneError, CertificateError
 from castune.tuning.adapter_files import (
     PREFIX,
+    check_base,
     check_loaded,
     lora_pairs,
     plain_lora_config,
@@ -187,7 +187,7 @@ class _Masking:
 
     def _read(self, adapter: Path) -> _Source:
         config = plain_lora_config(adapter)
-        _check_base(adapter, config, self.base)
+        check_base(adapter, config, self.base)
         weights, rank = adapter / ADAPTER_WEIGHTS, config["r"]
         pairs: dict[str, Pair] = {}
         dropped: Counter[str] = Counter()
@@ -229,28 +229,6 @@ class _Masking:
                 target.mask[:, None], b, torch.zeros_like(b)
             ).contiguous()
         return tensors
-
-
-def _check_base(adapter: Path, config: dict[str, Any], base: PreTrainedModel) -> None:
-    """Refuse an adapter of another base model: by its certificate where it has one, else by the name it gives."""
-    if (adapter / CERTIFICATE_FILE).is_file():
-        certified, loaded = Certificate.load(adapter).model_fingerprint, fingerprint(base)
-        if not same_model(certified, loaded):
-            raise CastuneError(f"{adapter} was made for model {certified}, this model is {loaded}")
-        return
-    wanted, found = config.get("base_model_name_or_path"), getattr(base.config, "_name_or_path", "")
-    # Directories may lie elsewhere and hub ids may be mirrored: only the model's own name counts.
-    if wanted and found and _model_name(str(wanted)) != _model_name(str(found)):
-        raise CastuneError(
-            f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path is {wanted!r}, the base model here is "
-            f"{display_name(str(found))!r}; if they are one model under two names, change it in that file"
-        )
-
-
-def _model_name(path: str) -> str:
-    # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
-    cached = [part.rpartition("--")[2] for part in Path(path).parts if part.startswith("models--")]
-    return (cached[0] if cached else display_name(path).rstrip("/").rpartition("/")[2]).lower()
 
 
 def _listed(ranks: dict[str, int]) -> str:

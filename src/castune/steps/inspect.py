@@ -1,0 +1,286 @@
+"""`castune inspect`: what an adapter of whatever trainer does to its base, unit by unit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from castune.artifacts import Certificate, ConflictMap, Unit
+from castune.artifacts.adapter_inspection import OBJECTIVES, SCHEMA, TABLE_FILE, AdapterInspection
+from castune.artifacts.records import DataRecord
+from castune.artifacts.tune_result import CERTIFICATE_FILE, adapter_hash
+from castune.config import Recipe
+from castune.core.heads import HeadLayout
+from castune.core.loading import LoadedModel
+from castune.core.modes import evaluation_mode
+from castune.core.provenance import model_record, provenance
+from castune.core.quantisation import dense_weight, is_quantised
+from castune.core.units import UnitLayout
+from castune.core.updates import Effects, Size, unit_size, with_error
+from castune.data.chat import ChatFormat
+from castune.data.record import data_record
+from castune.data.rows import Row
+from castune.diagnosis.update_effects import exact_changes, measure_effects
+from castune.errors import CastuneError
+from castune.stats.estimates import estimate
+from castune.steps.inspection_data import InspectionData, adapter_name
+from castune.steps.readiness import require_ready
+from castune.tuning.adapter_update import AdapterUpdate, adapted, read_update
+from castune.tuning.oddities import Finding, findings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def inspect_step(
+    adapter: Path,
+    loaded: LoadedModel,
+    data: InspectionData,
+    recipe: Recipe,
+    out: Path,
+    *,
+    selected: Sequence[Unit] | None = None,
+    cmap: ConflictMap | None = None,
+) -> AdapterInspection:
+    """What an adapter does, measured unless it lies in `out` already; the table is written there.
+
+    Args:
+        adapter: directory of a PEFT LoRA adapter of any kind.
+        loaded: its base model and the tokenizer.
+        data: what effects are measured on.
+        recipe: settings of the measurement, those of a diagnosis (`batch_tokens`, `gradient_chunks`, ...).
+        out: directory for the result.
+        selected: what the training was to touch, where that is known.
+        cmap: a conflict map of this model to lay over it.
+
+    Raises:
+        CastuneError: no LoRA adapter that can be read, another base model, or examples without a reply to score.
+    """
+    task = _Task.of(adapter, loaded, data, recipe, selected, cmap)
+    if (out / TABLE_FILE).is_file():
+        found = AdapterInspection.load(out)
+        if task.made(found):
+            logger.info("inspection of %s: already there", task.about["name"])
+            return found
+    found = task.measured()
+    found.save(out)
+    return found
+
+
+@dataclass(frozen=True)
+class _Task:
+    """An adapter to inspect, checked.
+
+    Attributes:
+        adapter: its directory.
+        loaded: base model and tokenizer.
+        data: what effects are measured on.
+        rows: the same as tokens.
+        records: of the data, by objective.
+        recipe: settings.
+        update: what the adapter adds.
+        layout: the units, of all kinds that could be located.
+        reasons: why others could not.
+        units: those of the kinds that it changes.
+        selected: what the training was to touch.
+        cmap: the conflict map that is laid over it.
+    """
+
+    adapter: Path
+    loaded: LoadedModel
+    data: InspectionData
+    rows: dict[str, list[Row]]
+    records: dict[str, DataRecord]
+    recipe: Recipe
+    update: AdapterUpdate
+    layout: UnitLayout
+    reasons: list[str]
+    units: list[Unit]
+    selected: Sequence[Unit] | None
+    cmap: ConflictMap | None
+
+    @classmethod
+    def of(
+        cls,
+        adapter: Path,
+        loaded: LoadedModel,
+        data: InspectionData,
+        recipe: Recipe,
+        selected: Sequence[Unit] | None,
+        cmap: ConflictMap | None,
+    ) -> _Task:
+        model, tokenizer = loaded
+        if is_quantised(model):
+            raise CastuneError(
+                "the base model is quantised, and its packed weights have no gradients; give the full model"
+            )
+        update = read_update(model, adapter)
+        chat = ChatFormat(tokenizer, max_length=recipe.diagnose.max_length)
+        rows = {name: [chat.loss_row(example) for example in found] for name, found in data.examples.items()}
+        require_ready(
+            loaded,
+            (
+                (name, example, (*row.ids, *row.tokens))
+                for name in rows
+                for example, row in zip(data.examples[name], rows[name], strict=True)
+            ),
+        )
+        n_groups = recipe.diagnose.mlp_groups if _has_groups(selected, cmap) else 0
+        layout, reasons = UnitLayout.locatable(model, HeadLayout.of(model), n_mlp_groups=n_groups)
+        changed = {one.kind for one in layout.units if any(part.path in update.updates for part in layout.parts(one))}
+        units = [one for one in layout.units if one.kind in changed]
+        records = {name: data_record(name, data.sources[name], data.examples[name], rows[name]) for name in rows}
+        return cls(adapter, loaded, data, rows, records, recipe, update, layout, reasons, units, selected, cmap)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The adapter, for the record."""
+        modules = Counter(path.rpartition(".")[2] for path in self.update.updates)
+        return {
+            "name": adapter_name(self.adapter),
+            "hash": adapter_hash(self.adapter),
+            "kind": self.update.kind,
+            "modules": dict(modules),
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the settings decides on the numbers."""
+        config = self.recipe.diagnose
+        return {"gradient_chunks": config.gradient_chunks, "max_length": config.max_length}
+
+    def made(self, found: AdapterInspection) -> bool:
+        """Whether an inspection is this one."""
+        keys = ("fingerprint", "dtype", "chat_template")
+        model = model_record(*self.loaded)
+        return (
+            found.metadata["adapter"] == self.about
+            and all(found.model.get(key) == model.get(key) for key in keys)
+            and {name: one["hash"] for name, one in found.data.items()}
+            == {name: one["hash"] for name, one in self.records.items()}
+            and found.metadata["settings"] == self.settings
+            and found.metadata["map"] == (None if self.cmap is None else self.cmap.content_hash)
+            and found.table["selected"].to_pylist() == self._selected()
+        )
+
+    def measured(self) -> AdapterInspection:
+        """The inspection."""
+        started, config = time.perf_counter(), self.recipe.diagnose
+        model, updates = self.loaded.model, self.update.updates
+        # `auto` is for the many forwards of a diagnosis; here there are few.
+        batch_tokens = config.batch_tokens if isinstance(config.batch_tokens, int) else 2048
+        exact: dict[str, np.ndarray[Any, Any]] = {}
+        effects: dict[str, Effects] = {}
+        if updates:
+            with evaluation_mode(model):
+                effects = measure_effects(
+                    model,
+                    self.layout,
+                    self.units,
+                    updates,
+                    self.rows,
+                    n_chunks=config.gradient_chunks,
+                    batch_tokens=batch_tokens,
+                    gradient_memory=config.gradient_memory,
+                )
+                if self.update.is_of_projections:
+                    exact = exact_changes(model, adapted(model, self.adapter), self.rows, batch_tokens=batch_tokens)
+        sizes = {one: unit_size(self.layout, one, updates) for one in self.units}
+        without_unit = self._without_unit()
+        stale, known = self._has_stale_certificate(), self.selected
+        odd = findings(self.update, sizes, selected=known, without_unit=without_unit, stale_certificate=stale)
+        odd += [Finding("no-unit", f"not told apart: {reason}", ()) for reason in self.reasons if without_unit]
+        metadata = {
+            "adapter": self.about,
+            "model": model_record(*self.loaded),
+            "data": self.records,
+            "settings": self.settings,
+            "norm": float(np.sqrt(sum(update.norm**2 for update in updates.values()))),
+            "whole": {name: _whole(effects.get(name), exact.get(name)) for name in self.rows},
+            "uncovered": without_unit,
+            "odd": [{**asdict(one), "where": list(one.where)} for one in odd],
+            "map": None if self.cmap is None else self.cmap.content_hash,
+            "seconds": round(time.perf_counter() - started, 2),
+            "provenance": provenance(self.recipe.seed),
+        }
+        return AdapterInspection(self._table(sizes, effects), metadata)
+
+    def _table(self, sizes: Mapping[Unit, Size], effects: Mapping[str, Effects]) -> pa.Table:
+        base = [_weight_norm(self.loaded.model, self.layout, one) for one in self.units]
+        columns: dict[str, list[Any]] = {
+            "unit": [one.kind for one in self.units],
+            "layer": [one.layer for one in self.units],
+            "head": [one.index for one in self.units],
+            "norm": [size.norm for size in sizes.values()],
+            "relative_norm": [s.norm / norm if norm else None for s, norm in zip(sizes.values(), base, strict=True)],
+            "effective_rank": [size.effective_rank for size in sizes.values()],
+            "top_share": [size.top_share for size in sizes.values()],
+            "selected": self._selected(),
+        }
+        for name, column in OBJECTIVES.items():
+            found = [with_error(effect_C) for effect_C in effects[name].units_HC] if name in effects else []
+            columns[column] = [value for value, _ in found] or [None] * len(self.units)
+            columns[f"{column}_se"] = [error for _, error in found] or [None] * len(self.units)
+        columns |= self._of_map()
+        return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+    def _selected(self) -> list[bool | None]:
+        chosen = None if self.selected is None else set(self.selected)
+        return [None if chosen is None else one in chosen for one in self.units]
+
+    def _of_map(self) -> dict[str, list[Any]]:
+        rows = {} if self.cmap is None else {one: row for row, one in enumerate(self.cmap.units)}
+        found: dict[str, list[Any]] = {}
+        for name in ("conflict_score", "bucket"):
+            values = [] if self.cmap is None else self.cmap.table[name].to_pylist()
+            found[name] = [values[rows[one]] if one in rows else None for one in self.units]
+        return found
+
+    def _without_unit(self) -> list[str]:
+        """Updated projections of which a part belongs to no unit."""
+        owned, size = Counter[str](), dict[str, int]()
+        for one in self.units:
+            for part in self.layout.parts(one):
+                owned[part.path] += part.at.stop - part.at.start
+                size[part.path] = part.size
+        return [path for path in self.update.updates if owned[path] != size.get(path)]
+
+    def _has_stale_certificate(self) -> bool:
+        certified = (self.adapter / CERTIFICATE_FILE).is_file()
+        return certified and Certificate.load(self.adapter).adapter_hash != adapter_hash(self.adapter)
+
+
+def _has_groups(selected: Sequence[Unit] | None, cmap: ConflictMap | None) -> bool:
+    """Whether MLPs are told apart by groups of neurons, by what was selected or by the map."""
+    kinds = [*(one.kind for one in selected or ()), *(cmap.kinds if cmap is not None else ())]
+    return "mlp_group" in kinds
+
+
+def _whole(effects: Effects | None, exact_N: np.ndarray[Any, Any] | None) -> dict[str, Any]:
+    """The change of a loss along the whole update, to first order and exactly."""
+    first, error = (0.0, 0.0) if effects is None else with_error(effects.total_C)
+    covered = 0.0 if effects is None else float(effects.units_HC.sum())
+    exact = None if exact_N is None else estimate(exact_N.tolist())
+    return {
+        "first_order": first,
+        "first_order_se": error,
+        "covered": covered,
+        "exact": None if exact is None else exact.value,
+        "exact_se": None if exact is None else exact.standard_error,
+    }
+
+
+def _weight_norm(model: nn.Module, layout: UnitLayout, one: Unit) -> float:
+    """Frobenius norm of the weights that a unit owns."""
+    parts = [part.of(dense_weight(model.get_submodule(part.path))) for part in layout.parts(one)]
+    return float(np.sqrt(sum(float(weight.float().square().sum()) for weight in parts)))
