@@ -17,22 +17,22 @@ from castune.artifacts import Certificate, ConflictMap, Unit
 from castune.artifacts.adapter_inspection import OBJECTIVES, SCHEMA, TABLE_FILE, AdapterInspection
 from castune.artifacts.records import DataRecord
 from castune.artifacts.tune_result import CERTIFICATE_FILE, adapter_hash
-from castune.config import Recipe
 from castune.core.heads import HeadLayout
-from castune.core.loading import LoadedModel
 from castune.core.modes import evaluation_mode
 from castune.core.provenance import model_record, provenance
 from castune.core.quantisation import dense_weight, is_quantised
 from castune.core.units import UnitLayout
-from castune.core.updates import Effects, Size, unit_size, with_error
+from castune.core.updates import Effects, Floats, Size, unit_size, with_error
 from castune.data.chat import ChatFormat
 from castune.data.record import data_record
 from castune.data.rows import Row
 from castune.diagnosis.update_effects import exact_changes, measure_effects
 from castune.errors import CastuneError
+from castune.report.inspection_page import write_page
 from castune.stats.estimates import estimate
-from castune.steps.inspection_data import InspectionData, adapter_name
+from castune.steps.inspection_data import InspectionData
 from castune.steps.readiness import require_ready
+from castune.steps.subject import Subject
 from castune.tuning.adapter_update import AdapterUpdate, adapted, read_update
 from castune.tuning.oddities import Finding, findings
 
@@ -42,38 +42,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def inspect_step(
-    adapter: Path,
-    loaded: LoadedModel,
-    data: InspectionData,
-    recipe: Recipe,
-    out: Path,
-    *,
-    selected: Sequence[Unit] | None = None,
-    cmap: ConflictMap | None = None,
-) -> AdapterInspection:
-    """What an adapter does, measured unless it lies in `out` already; the table is written there.
+def inspect_step(subject: Subject, data: InspectionData, out: Path | None = None) -> AdapterInspection:
+    """What an adapter does, measured unless it lies in `out` already; table and page are written there.
 
     Args:
-        adapter: directory of a PEFT LoRA adapter of any kind.
-        loaded: its base model and the tokenizer.
+        subject: the adapter, its base model and its run.
         data: what effects are measured on.
-        recipe: settings of the measurement, those of a diagnosis (`batch_tokens`, `gradient_chunks`, ...).
-        out: directory for the result.
-        selected: what the training was to touch, where that is known.
-        cmap: a conflict map of this model to lay over it.
+        out: directory for the result; `Subject.inspection` when absent.
 
     Raises:
         CastuneError: no LoRA adapter that can be read, another base model, or examples without a reply to score.
     """
-    task = _Task.of(adapter, loaded, data, recipe, selected, cmap)
-    if (out / TABLE_FILE).is_file():
-        found = AdapterInspection.load(out)
-        if task.made(found):
-            logger.info("inspection of %s: already there", task.about["name"])
-            return found
-    found = task.measured()
-    found.save(out)
+    out = out or subject.inspection
+    task = _Task.of(subject, data)
+    if (out / TABLE_FILE).is_file() and task.made(found := AdapterInspection.load(out)):
+        logger.info("inspection of %s: already there", subject.name)
+    else:
+        found = task.measured()
+        found.save(out)
+    write_page(out, found)
     return found
 
 
@@ -82,12 +69,10 @@ class _Task:
     """An adapter to inspect, checked.
 
     Attributes:
-        adapter: its directory.
-        loaded: base model and tokenizer.
+        subject: the adapter, its base model and its run.
         data: what effects are measured on.
         rows: the same as tokens.
         records: of the data, by objective.
-        recipe: settings.
         update: what the adapter adds.
         layout: the units, of all kinds that could be located.
         reasons: why others could not.
@@ -96,12 +81,10 @@ class _Task:
         cmap: the conflict map that is laid over it.
     """
 
-    adapter: Path
-    loaded: LoadedModel
+    subject: Subject
     data: InspectionData
     rows: dict[str, list[Row]]
     records: dict[str, DataRecord]
-    recipe: Recipe
     update: AdapterUpdate
     layout: UnitLayout
     reasons: list[str]
@@ -110,45 +93,38 @@ class _Task:
     cmap: ConflictMap | None
 
     @classmethod
-    def of(
-        cls,
-        adapter: Path,
-        loaded: LoadedModel,
-        data: InspectionData,
-        recipe: Recipe,
-        selected: Sequence[Unit] | None,
-        cmap: ConflictMap | None,
-    ) -> _Task:
-        model, tokenizer = loaded
+    def of(cls, subject: Subject, data: InspectionData) -> _Task:
+        selected, config = subject.selected, subject.recipe.diagnose
+        model, tokenizer = subject.loaded
         if is_quantised(model):
             raise CastuneError(
                 "the base model is quantised, and its packed weights have no gradients; give the full model"
             )
-        update = read_update(model, adapter)
-        chat = ChatFormat(tokenizer, max_length=recipe.diagnose.max_length)
+        cmap, update = subject.cmap, read_update(model, subject.adapter)
+        chat = ChatFormat(tokenizer, max_length=config.max_length)
         rows = {name: [chat.loss_row(example) for example in found] for name, found in data.examples.items()}
         require_ready(
-            loaded,
+            subject.loaded,
             (
                 (name, example, (*row.ids, *row.tokens))
                 for name in rows
                 for example, row in zip(data.examples[name], rows[name], strict=True)
             ),
         )
-        n_groups = recipe.diagnose.mlp_groups if _has_groups(selected, cmap) else 0
+        records = {name: data_record(name, data.sources[name], data.examples[name], rows[name]) for name in rows}
+        n_groups = config.mlp_groups if _has_groups(selected, cmap) else 0
         layout, reasons = UnitLayout.locatable(model, HeadLayout.of(model), n_mlp_groups=n_groups)
         changed = {one.kind for one in layout.units if any(part.path in update.updates for part in layout.parts(one))}
         units = [one for one in layout.units if one.kind in changed]
-        records = {name: data_record(name, data.sources[name], data.examples[name], rows[name]) for name in rows}
-        return cls(adapter, loaded, data, rows, records, recipe, update, layout, reasons, units, selected, cmap)
+        return cls(subject, data, rows, records, update, layout, reasons, units, selected, cmap)
 
     @property
     def about(self) -> dict[str, Any]:
         """The adapter, for the record."""
         modules = Counter(path.rpartition(".")[2] for path in self.update.updates)
         return {
-            "name": adapter_name(self.adapter),
-            "hash": adapter_hash(self.adapter),
+            "name": self.subject.name,
+            "hash": adapter_hash(self.subject.adapter),
             "kind": self.update.kind,
             "modules": dict(modules),
         }
@@ -156,13 +132,13 @@ class _Task:
     @property
     def settings(self) -> dict[str, Any]:
         """What of the settings decides on the numbers."""
-        config = self.recipe.diagnose
+        config = self.subject.recipe.diagnose
         return {"gradient_chunks": config.gradient_chunks, "max_length": config.max_length}
 
     def made(self, found: AdapterInspection) -> bool:
         """Whether an inspection is this one."""
         keys = ("fingerprint", "dtype", "chat_template")
-        model = model_record(*self.loaded)
+        model = model_record(*self.subject.loaded)
         return (
             found.metadata["adapter"] == self.about
             and all(found.model.get(key) == model.get(key) for key in keys)
@@ -175,26 +151,8 @@ class _Task:
 
     def measured(self) -> AdapterInspection:
         """The inspection."""
-        started, config = time.perf_counter(), self.recipe.diagnose
-        model, updates = self.loaded.model, self.update.updates
-        # `auto` is for the many forwards of a diagnosis; here there are few.
-        batch_tokens = config.batch_tokens if isinstance(config.batch_tokens, int) else 2048
-        exact: dict[str, np.ndarray[Any, Any]] = {}
-        effects: dict[str, Effects] = {}
-        if updates:
-            with evaluation_mode(model):
-                effects = measure_effects(
-                    model,
-                    self.layout,
-                    self.units,
-                    updates,
-                    self.rows,
-                    n_chunks=config.gradient_chunks,
-                    batch_tokens=batch_tokens,
-                    gradient_memory=config.gradient_memory,
-                )
-                if self.update.is_of_projections:
-                    exact = exact_changes(model, adapted(model, self.adapter), self.rows, batch_tokens=batch_tokens)
+        started, updates = time.perf_counter(), self.update.updates
+        effects, exact = self._measured_effects() if updates else ({}, {})
         sizes = {one: unit_size(self.layout, one, updates) for one in self.units}
         without_unit = self._without_unit()
         stale, known = self._has_stale_certificate(), self.selected
@@ -202,7 +160,7 @@ class _Task:
         odd += [Finding("no-unit", f"not told apart: {reason}", ()) for reason in self.reasons if without_unit]
         metadata = {
             "adapter": self.about,
-            "model": model_record(*self.loaded),
+            "model": model_record(*self.subject.loaded),
             "data": self.records,
             "settings": self.settings,
             "norm": float(np.sqrt(sum(update.norm**2 for update in updates.values()))),
@@ -211,12 +169,33 @@ class _Task:
             "odd": [{**asdict(one), "where": list(one.where)} for one in odd],
             "map": None if self.cmap is None else self.cmap.content_hash,
             "seconds": round(time.perf_counter() - started, 2),
-            "provenance": provenance(self.recipe.seed),
+            "provenance": provenance(self.subject.recipe.seed),
         }
         return AdapterInspection(self._table(sizes, effects), metadata)
 
+    def _measured_effects(self) -> tuple[dict[str, Effects], dict[str, Floats]]:
+        """First-order effects by objective, and exact changes of the losses, which some adapters do not have."""
+        model, config = self.subject.loaded.model, self.subject.recipe.diagnose
+        # `auto` is for the many forwards of a diagnosis; here there are few.
+        batch_tokens = config.batch_tokens if isinstance(config.batch_tokens, int) else 2048
+        with evaluation_mode(model):
+            effects = measure_effects(
+                model,
+                self.layout,
+                self.units,
+                self.update.updates,
+                self.rows,
+                n_chunks=config.gradient_chunks,
+                batch_tokens=batch_tokens,
+                gradient_memory=config.gradient_memory,
+            )
+            if not self.update.is_of_projections:
+                return effects, {}
+            with_adapter = adapted(model, self.subject.adapter)
+            return effects, exact_changes(model, with_adapter, self.rows, batch_tokens=batch_tokens)
+
     def _table(self, sizes: Mapping[Unit, Size], effects: Mapping[str, Effects]) -> pa.Table:
-        base = [_weight_norm(self.loaded.model, self.layout, one) for one in self.units]
+        base = [_weight_norm(self.subject.loaded.model, self.layout, one) for one in self.units]
         columns: dict[str, list[Any]] = {
             "unit": [one.kind for one in self.units],
             "layer": [one.layer for one in self.units],
@@ -256,8 +235,8 @@ class _Task:
         return [path for path in self.update.updates if owned[path] != size.get(path)]
 
     def _has_stale_certificate(self) -> bool:
-        certified = (self.adapter / CERTIFICATE_FILE).is_file()
-        return certified and Certificate.load(self.adapter).adapter_hash != adapter_hash(self.adapter)
+        certified = (self.subject.adapter / CERTIFICATE_FILE).is_file()
+        return certified and Certificate.load(self.subject.adapter).adapter_hash != adapter_hash(self.subject.adapter)
 
 
 def _has_groups(selected: Sequence[Unit] | None, cmap: ConflictMap | None) -> bool:
@@ -266,7 +245,7 @@ def _has_groups(selected: Sequence[Unit] | None, cmap: ConflictMap | None) -> bo
     return "mlp_group" in kinds
 
 
-def _whole(effects: Effects | None, exact_N: np.ndarray[Any, Any] | None) -> dict[str, Any]:
+def _whole(effects: Effects | None, exact_N: Floats | None) -> dict[str, Any]:
     """The change of a loss along the whole update, to first order and exactly."""
     first, error = (0.0, 0.0) if effects is None else with_error(effects.total_C)
     covered = 0.0 if effects is None else float(effects.units_HC.sum())

@@ -1,16 +1,11 @@
-"""What `castune inspect` and `castune repair` take: an adapter, what its training was to touch, sets."""
+"""What effects of an adapter are measured on: harmful prompts, utility data, harmless prompts with helpful replies."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from castune.artifacts import Certificate, HeadSelection, Unit
-from castune.artifacts.head_selection import SELECTION_FILE
-from castune.artifacts.tune_result import CERTIFICATE_FILE
 from castune.config import DataConfig, Recipe
-from castune.core.gguf import display_name
 from castune.data.example import Example
 from castune.steps.inputs import load_data
 
@@ -52,20 +47,3 @@ class InspectionData:
             if sized:
                 found[name] = [example for one in sized for example in load_data(one, recipe.seed)]
         return cls(found, {name: ", ".join(one.source for one in configs[name]) for name in found})
-
-
-def adapter_name(adapter: Path) -> str:
-    """What to call an adapter: castune's own lie in a directory `adapter` of the arm, whose name says more."""
-    path = adapter.absolute()
-    name = path.parent.name if path.name == "adapter" else path.name
-    return display_name(name) or "adapter"
-
-
-def selected_beside(adapter: Path) -> tuple[Unit, ...] | None:
-    """What the training was to touch, by the certificate or the selection beside an adapter; None without either."""
-    if (adapter / CERTIFICATE_FILE).is_file():
-        return Certificate.load(adapter).units
-    for folder in (adapter, adapter.parent):
-        if (folder / SELECTION_FILE).is_file():
-            return HeadSelection.load(folder).units
-    return None

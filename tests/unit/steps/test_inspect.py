@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from castune.core.units import UnitLayout
 from castune.data.example import Example
 from castune.diagnosis.run import diagnose
 from castune.errors import ArtifactError, CastuneError
+from castune.steps.directory import RunDirectory
 from castune.steps.inspect import inspect_step
-from castune.steps.inspection_data import InspectionData, adapter_name, selected_beside
+from castune.steps.inspection_data import InspectionData
+from castune.steps.subject import Subject
 
 TinyModel = Callable[..., Any]
 Source = Callable[..., Path]
@@ -67,16 +70,38 @@ def recipe(**diagnose: Any) -> Recipe:
     return Recipe.of(model="tiny", out="unused", diagnose={"gradient_chunks": 2, **diagnose})
 
 
+RECIPE = recipe()
 Inspect = Callable[..., AdapterInspection]
+
+
+@dataclass(frozen=True)
+class Given(Subject):
+    """A subject whose model, map and selection are given instead of read."""
+
+    model: LoadedModel | None = None
+    of_model: ConflictMap | None = None
+    touched: tuple[Unit, ...] | None = None
+
+    loaded = property(lambda self: self.model)  # type: ignore[assignment]
+    cmap = property(lambda self: self.of_model)  # type: ignore[assignment]
+    selected = property(lambda self: self.touched)  # type: ignore[assignment]
 
 
 @pytest.fixture
 def inspected(tiny_tokenizer: Any, data: InspectionData, tmp_path: Path) -> Inspect:
-    def call(model: Any, adapter: Path, *, out: str = "out", **given: Any) -> AdapterInspection:
+    def call(
+        model: Any,
+        adapter: Path,
+        *,
+        out: str = "out",
+        data: InspectionData = data,
+        recipe: Recipe = RECIPE,
+        cmap: ConflictMap | None = None,
+        selected: tuple[Unit, ...] | None = None,
+    ) -> AdapterInspection:
         loaded = LoadedModel(model, tiny_tokenizer)
-        return inspect_step(
-            adapter, loaded, given.pop("data", data), given.pop("recipe", recipe()), tmp_path / out, **given
-        )
+        subject = Given(adapter, recipe, model=loaded, of_model=cmap, touched=selected)
+        return inspect_step(subject, data, tmp_path / out)
 
     return call
 
@@ -396,28 +421,30 @@ def test_what_is_there_is_taken_and_what_is_not_the_same_is_measured_again(
 def test_a_damaged_table_is_told(tiny_model: TinyModel, source: Source, inspected: Inspect, tmp_path: Path) -> None:
     found = inspected(tiny_model("llama"), source(target_modules=["q_proj"]))
     path = tmp_path / "out" / "inspection.parquet"
-    whole, n_told = path.read_bytes(), 0
+    whole, told = path.read_bytes(), []
     for place in range(8, len(whole), len(whole) // 40):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         try:
             # Some bytes of a Parquet file say nothing that others do not say.
             assert AdapterInspection.load(tmp_path / "out") == found
         except ArtifactError as error:
-            n_told += 1
-            assert "inspection.parquet: " in str(error)
-    assert n_told > 20
+            told.append(str(error))
+    assert len(told) > 20
+    assert all("inspection.parquet: " in one for one in told)
     with pytest.raises(ArtifactError, match="no such inspection"):
         AdapterInspection.load(tmp_path / "nowhere")
 
 
 def test_what_lies_beside_an_adapter(tiny_model: TinyModel, source: Source, tmp_path: Path) -> None:
     adapter = source(target_modules=["q_proj"])
-    assert selected_beside(adapter) is None
-    assert adapter_name(adapter) == "source"
-    assert adapter_name(tmp_path / "arms" / "all" / "adapter") == "all"
+    subject = Subject(adapter, RECIPE)
+    assert subject.selected is None
+    assert (subject.name, str(subject.inspection)) == ("source", "inspection-source")
     selection = HeadSelection.custom([(0, 1)], n_total=12, model_fingerprint=fingerprint(tiny_model("llama")))
     selection.save(adapter.parent)
-    assert selected_beside(adapter) == (Unit.head(0, 1),)
+    assert subject.selected == (Unit.head(0, 1),)
+    arm = Subject(tmp_path / "arms" / "all" / "adapter", RECIPE, RunDirectory(tmp_path))
+    assert (arm.name, arm.inspection) == ("all", tmp_path / "inspection" / "all")
 
 
 def test_the_sets_of_a_recipe() -> None:
