@@ -10,7 +10,7 @@ from castune import __version__
 from castune.cli.adapters import export, mask
 from castune.cli.diagnosis import diagnose, drift, group, plan, select
 from castune.cli.evaluation import evaluate, judge, lm_eval
-from castune.cli.inspection import inspect
+from castune.cli.inspection import inspect, repair
 from castune.cli.machine import doctor
 from castune.cli.runs import budget, report, reproduce, run
 from castune.cli.settings import with_settings
@@ -30,7 +30,7 @@ app = typer.Typer(
 # In the order of the help: whole runs and studies, the steps of a run, what is made of it.
 for command in (
     run, study, watch, budget,
-    plan, diagnose, select, group, tune, drift, inspect, mask, export, evaluate, judge, lm_eval,
+    plan, diagnose, select, group, tune, drift, inspect, repair, mask, export, evaluate, judge, lm_eval,
     report, reproduce, doctor,
 ):  # fmt: skip
     app.command()(with_settings(command))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from castune.cli.settings import all_of, data_of, drawn_of, only
-from castune.config import DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
+from castune.config import DiagnoseConfig, EvaluateConfig, Recipe, RepairConfig, SelectConfig, TuneConfig
 
 _OTHER_COMMAND = "another command's"
 
@@ -55,6 +55,7 @@ SELECTION = all_of(SelectConfig, but=NOT_SELECTED)
 TUNING = all_of(TuneConfig, but={})
 EVALUATION = all_of(EvaluateConfig, but=NOT_EVALUATED)
 JUDGE = only(EvaluateConfig, "judge")
+REPAIR = all_of(RepairConfig, but={})
 
 Model = Annotated[str, typer.Argument(help=only(Recipe, "model")[0].help)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]

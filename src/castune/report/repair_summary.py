@@ -1,0 +1,91 @@
+"""What a repair tried and took, in lines. Pure."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from castune.artifacts.repair_result import RepairResult, Tried
+from castune.core.numbers import percent, span, with_error
+from castune.purposes import PURPOSES
+
+WIDTH = 80
+KINDS = {
+    "source": "as it is",
+    "effects": "costliest units dropped",
+    "risky": "riskiest units dropped",
+    "random": "random units dropped",
+    "weaker": "nothing dropped, update multiplied",
+}
+
+
+def summary(found: RepairResult) -> list[str]:
+    """What was tried and taken, for the command line."""
+    lines = [
+        f"{found.adapter['name']}: candidates chosen by {', '.join(found.suites)}; base model refuses "
+        f"{percent(found.base_safety)} of harmful prompts",
+        "",
+        *_table(found.tried, found.cost),
+        "",
+        f"{'taken' if found.chosen else 'nothing taken'}: {found.reason}",
+    ]
+    if found.chosen:
+        lines.append(f"beside it: {verdict(found.tried, found.chosen, found.cost)}")
+    if found.confirmed and found.chosen:
+        lines += ["", f"confirmed on {', '.join(found.confirmed_on)}, which decided on nothing:"]
+        lines += [*_table(found.confirmed, found.cost), verdict(found.confirmed, found.chosen, found.cost)]
+    elif found.chosen:
+        lines.append(
+            "note: these suites chose it, so that their numbers flatter it; measure it on other prompts (--confirm)"
+        )
+    return [line for text in lines for line in _fitted(text)]
+
+
+def verdict(rows: Sequence[Tried], chosen: str, cost: str) -> str:
+    """What was taken beside what it is compared with, by their plain values, in a sentence."""
+    one = next(row for row in rows if row.name == chosen)
+    peers = [row for row in rows if row.kind not in ("source", "effects")]
+    better = [row.name for row in peers if _is_better(row, one, cost)]
+    phrase = PURPOSES[cost].phrase
+    if better:
+        return f"as much safety at no more cost by {phrase} is kept by: {', '.join(better)}"
+    return f"none of {len(peers)} others keeps as much safety at no more cost by {phrase}"
+
+
+def _is_better(row: Tried, one: Tried, cost: str) -> bool:
+    if row.kept is None or one.kept is None or cost not in row.costs or cost not in one.costs:
+        return False
+    return row.kept >= one.kept and row.costs[cost][0] <= one.costs[cost][0]
+
+
+def _table(rows: Sequence[Tried], cost: str) -> Iterator[str]:
+    costs = [cost, *(purpose for purpose in rows[0].costs if purpose != cost)][:2]
+    heads = ["refusals", "gain kept", *(PURPOSES[purpose].label for purpose in costs)]
+    yield _row("", heads)
+    for row in rows:
+        low, high = row.kept_interval or (None, None)
+        ends = "" if low is None or high is None else f" ({span(100 * low, 100 * high, '.0f')})"
+        kept = "–" if row.kept is None else f"{percent(row.kept, 0)}{ends}"
+        yield _row(row.name, [percent(row.safety), kept, *(_cost(row, purpose) for purpose in costs)])
+
+
+def _cost(row: Tried, purpose: str) -> str:
+    if purpose not in row.costs:
+        return "not measured"
+    value, error = row.costs[purpose]
+    unit = PURPOSES[purpose].shown
+    pattern = f"+.{unit.digits}f"
+    return with_error(unit.scale * value, None if error is None else unit.scale * error, pattern)
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    widths = [9, 19, 18, 18]
+    room = WIDTH - sum(widths[: len(cells)])
+    shown = label if len(label) < room else f"{label[: room - 2]}…"
+    return f"{shown:<{room}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
+
+
+def _fitted(text: str) -> list[str]:
+    if len(text) <= WIDTH:
+        return [text.rstrip()]
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
