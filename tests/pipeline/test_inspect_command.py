@@ -25,9 +25,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture
-def finished(finished_run: Callable[..., Path]) -> Path:
+def finished(finished_run: Callable[..., Path], own_data: dict[str, Path]) -> Path:
     """A run with all heads trained beside the safe ones, strongly enough that replies change."""
-    return finished_run(select__compare=["all"], tune__learning_rate=0.2, tune__max_steps=6, evaluate__max_new_tokens=8)
+    suites = [f"nll:{own_data['utility']}", f"safety:{own_data['held-out']}", f"over-refusal:{own_data['benign']}"]
+    return finished_run(
+        evaluate__suites=suites,
+        select__compare=["all"],
+        tune__learning_rate=0.2,
+        tune__max_steps=6,
+        evaluate__max_new_tokens=8,
+    )
 
 
 @pytest.fixture
@@ -85,7 +92,7 @@ def test_an_adapter_of_another_trainer(adapter: Path, tmp_path: Path, own_data: 
     assert again == json.loads(json.dumps(found.to_json()))
     page = (tmp_path / "out" / "inspection.html").read_text(encoding="utf-8")
     assert "Costliest units" in page
-    assert str(tmp_path) not in page, "no paths of this machine"
+    assert str(tmp_path / "model") not in page
 
 
 def test_an_arm_of_a_run_with_its_map(finished: Path) -> None:
@@ -113,15 +120,17 @@ def test_what_inspect_refuses(finished: Path, adapter: Path, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("other_words")
 def test_an_arm_is_repaired(finished: Path, tmp_path: Path) -> None:
-    output = command("repair", finished, "--arm", "all", "--keep-safety", 0.5, "--cost", "utility", "--draws", 2)
+    output = command("repair", finished, "--arm", "all", "--keep-safety", 0.5, "--draws", 2)
     found = RepairResult.load(finished / "repair" / "all-repaired")
     assert [row.kind for row in found.tried][-4:] == ["risky", "random", "random", "weaker"]
-    assert found.tried[0].kept == 1
-    if found.chosen is None:
-        assert "nothing taken" in output
-        assert not (finished / "arms" / "all-repaired").exists()
-        return
+    assert (found.cost, found.tried[0].kept, found.arm) == ("nll", 1, "all-repaired")
+    assert found.chosen is not None, output
+    [taken] = [row for row in found.tried if row.name == found.chosen]
+    assert taken.saved is not None
+    assert taken.saved[0] == max(row.saved[0] for row in found.tried if row.kind == "effects" and row.saved) > 0
+    assert taken.saved[0] == pytest.approx(found.tried[0].costs["nll"][0] - taken.costs["nll"][0])
     assert "note: these suites chose it" in " ".join(output.split())
+    assert max(map(len, output.splitlines()[:-2])) <= 80
     arm = finished / "arms" / "all-repaired"
     selection = HeadSelection.load(arm)
     assert len(selection.units) == 12 - len(found.dropped)
@@ -132,6 +141,29 @@ def test_an_arm_is_repaired(finished: Path, tmp_path: Path) -> None:
     PeftModel.from_pretrained(base, arm / "adapter")
     evaluation = EvalResult.load(finished / "evaluation" / "all-repaired")
     assert evaluation.model["adapter"] == masked.certificate.adapter_hash
+
+
+@pytest.mark.usefixtures("other_words")
+def test_what_was_chosen_by_other_suites_is_confirmed_on_those_of_the_run(
+    finished: Path, own_data: dict[str, Path]
+) -> None:
+    suites = f"safety:{own_data['benign']},nll:{own_data['utility']}"
+    output = command("repair", finished, "--arm", "all", "--keep-safety", 0.5, "--draws", 0, "--suites", suites)
+    found = RepairResult.load(finished / "repair" / "all-repaired")
+    assert found.chosen is not None, output
+    assert [Path(name).name for name in found.confirmed_on] == ["held-out.jsonl"]
+    assert [row.kind for row in found.confirmed] == ["source", "effects", "risky", "weaker"]
+    # Nothing was measured of it on all suites of the run.
+    assert not (finished / "evaluation" / "all-repaired").exists()
+
+
+@pytest.mark.usefixtures("other_words")
+def test_nothing_is_taken_where_no_candidate_is_worth_it(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("castune.steps.candidates.drop_order", lambda inspection: [])
+    output = command("repair", finished, "--arm", "all")
+    assert "nothing taken: to first order no unit costs anything" in output
+    assert RepairResult.load(finished / "repair" / "all-repaired").chosen is None
+    assert not (finished / "arms" / "all-repaired").exists()
 
 
 @pytest.mark.usefixtures("other_words")

@@ -10,12 +10,13 @@ from castune.core.numbers import percent, span, with_error
 from castune.purposes import PURPOSES
 
 WIDTH = 80
-KINDS = {
-    "source": "as it is",
-    "effects": "costliest units dropped",
-    "risky": "riskiest units dropped",
-    "random": "random units dropped",
-    "weaker": "nothing dropped, update multiplied",
+# What a cost is called, above that of the base model.
+LABELS = {
+    "nll": "NLL added",
+    "utility": "accuracy lost",
+    "over-refusal-margin": "margin added",
+    "over-refusal": "over-refusals",
+    "kl": "KL added",
 }
 
 
@@ -30,10 +31,12 @@ def summary(found: RepairResult) -> list[str]:
         f"{'taken' if found.chosen else 'nothing taken'}: {found.reason}",
     ]
     if found.chosen:
-        lines.append(f"beside it: {verdict(found.tried, found.chosen, found.cost)}")
+        lines += [f"beside it: {verdict(found.tried, found.chosen, found.cost)}"]
+        lines += _before_and_after(found.tried, found.chosen)
     if found.confirmed and found.chosen:
         lines += ["", f"confirmed on {', '.join(found.confirmed_on)}, which decided on nothing:"]
         lines += [*_table(found.confirmed, found.cost), verdict(found.confirmed, found.chosen, found.cost)]
+        lines += _before_and_after(found.confirmed, found.chosen)
     elif found.chosen:
         lines.append(
             "note: these suites chose it, so that their numbers flatter it; measure it on other prompts (--confirm)"
@@ -59,23 +62,30 @@ def _is_better(row: Tried, one: Tried, cost: str) -> bool:
 
 
 def _table(rows: Sequence[Tried], cost: str) -> Iterator[str]:
-    costs = [cost, *(purpose for purpose in rows[0].costs if purpose != cost)][:2]
-    heads = ["refusals", "gain kept", *(PURPOSES[purpose].label for purpose in costs)]
-    yield _row("", heads)
+    yield _row("", ["refusals", "gain kept", LABELS[cost], "saved"])
     for row in rows:
         low, high = row.kept_interval or (None, None)
         ends = "" if low is None or high is None else f" ({span(100 * low, 100 * high, '.0f')})"
         kept = "–" if row.kept is None else f"{percent(row.kept, 0)}{ends}"
-        yield _row(row.name, [percent(row.safety), kept, *(_cost(row, purpose) for purpose in costs)])
+        saved = "" if row.saved is None else _shown(row.saved, cost)
+        yield _row(row.name, [percent(row.safety), kept, _cost(row, cost), saved])
+
+
+def _before_and_after(rows: Sequence[Tried], chosen: str) -> Iterator[str]:
+    """All costs of the adapter as it is, and of what was taken."""
+    before, after = rows[0], next(row for row in rows if row.name == chosen)
+    for purpose in before.costs:
+        yield f"{LABELS[purpose]}: {_cost(before, purpose)} before, {_cost(after, purpose)} after"
 
 
 def _cost(row: Tried, purpose: str) -> str:
-    if purpose not in row.costs:
-        return "not measured"
-    value, error = row.costs[purpose]
+    return "not measured" if purpose not in row.costs else _shown(row.costs[purpose], purpose)
+
+
+def _shown(found: tuple[float, float | None], purpose: str) -> str:
+    value, error = found
     unit = PURPOSES[purpose].shown
-    pattern = f"+.{unit.digits}f"
-    return with_error(unit.scale * value, None if error is None else unit.scale * error, pattern)
+    return with_error(unit.scale * value, None if error is None else unit.scale * error, f"+.{unit.digits}f")
 
 
 def _row(label: str, cells: Sequence[str]) -> str:

@@ -166,12 +166,17 @@ def _suites(
             f"--backend hf first, or repair the adapter outside the run: castune repair {subject.adapter} --out DIR"
         )
     deciding = load_suites(suites or own.suites, limit=own.limit, seed=own.seed)
-    names = {one.name for one in deciding}
+    others: list[Suite] = []
     if confirm or (suites and subject.folder is not None):
+        names = {one.name for one in deciding}
         others = load_suites(confirm or own.suites, limit=own.limit, seed=own.seed)
         others = [one for one in others if one.name not in names]
-    else:
-        others = []
+        if not any(one.purpose == "safety" for one in others):
+            said = "no suite beside those that decide measures refusals of harmful prompts: nothing can be confirmed"
+            if confirm:
+                raise CastuneError(f"--confirm {','.join(confirm)}: {said}")
+            logger.warning("%s", said)
+            others = []
     settings = own.model_copy(update={"suites": tuple(suites)}) if suites else own
     require_evaluation(settings, [*deciding, *others])
     if subject.folder is not None:
