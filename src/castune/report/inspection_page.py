@@ -102,7 +102,7 @@ def bought(inspection: AdapterInspection, cost: str) -> Chart:
         for record in _records(inspection, shown)
     ]
     buckets = sorted({record["bucket"] for record in records if record["bucket"] is not None})
-    colour = alt.Color("unit:N", title="Unit")
+    colour = alt.Color("kind:N", title="Units")
     if buckets:
         colour = alt.Color("bucket:O", title="Bucket").scale(domain=buckets, range=bucket_colours(len(buckets)))
     return (
@@ -126,7 +126,7 @@ def _records(inspection: AdapterInspection, shown: Mapping[str, str]) -> list[di
     }
     buckets = inspection.table["bucket"].to_pylist()
     return [
-        {"unit": one.kind, "layer": one.layer, "head": one.index, "bucket": buckets[row]}
+        {"unit": one.kind, "kind": kind_words(one.kind), "layer": one.layer, "head": one.index, "bucket": buckets[row]}
         | {name: values[row] for name, values in columns.items()}
         for row, one in enumerate(inspection.units)
     ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from castune.artifacts.adapter_inspection import OBJECTIVES, AdapterInspection
-from castune.core.numbers import counted, duration, number, percent, with_error
+from castune.core.numbers import counted, number, percent, with_error
 from castune.core.updates import Floats
 from castune.names import kind_words, units_counted
 from castune.stats.correlations import correlations
@@ -21,7 +21,7 @@ LOSSES = {"safety": "refusals", "utility": "right answers", "over-refusal": "hel
 EXAMPLES = {"safety": "harmful prompts", "utility": "utility examples", "over-refusal": "harmless prompts"}
 # Units that are named.
 _MOST_NAMED = 5
-_LABEL, _CELL = 24, 18
+_CELL = 18
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def summary(inspection: AdapterInspection) -> list[str]:
     examples = ", ".join(f"{inspection.data[name]['n']:,} {EXAMPLES[name]}" for name in names)
     lines = [
         f"{adapter['name']}: {adapter['kind']} on {modules}; base {inspection.model['name']}",
-        f"measured on {examples}; {duration(metadata['seconds'])}",
+        f"measured on {examples}",
         "",
         "change of the mean loss, nats a token; below 0 the replies become likelier",
         _row("", [LOSSES[name] for name in names]),
@@ -138,7 +138,7 @@ def _whole(whole: Mapping[str, Mapping[str, float | None]], names: Sequence[str]
     for label, key in shown.items():
         pairs = [(whole[name][key], whole[name][f"{key}_se"]) for name in names]
         cells = ["not measured" if value is None else with_error(value, error, "+.4f") for value, error in pairs]
-        rows.append(_row(f"whole adapter, {label}"[:_LABEL], cells))
+        rows.append(_row(label, cells))
     return rows
 
 

@@ -158,13 +158,15 @@ class _Task:
         stale, known = self._has_stale_certificate(), self.selected
         odd = findings(self.update, sizes, selected=known, without_unit=without_unit, stale_certificate=stale)
         odd += [Finding("no-unit", f"not told apart: {reason}", ()) for reason in self.reasons if without_unit]
+        whole = {name: _whole(effects.get(name), exact.get(name)) for name in self.rows}
+        odd += _beyond_first_order(whole)
         metadata = {
             "adapter": self.about,
             "model": model_record(*self.subject.loaded),
             "data": self.records,
             "settings": self.settings,
             "norm": float(np.sqrt(sum(update.norm**2 for update in updates.values()))),
-            "whole": {name: _whole(effects.get(name), exact.get(name)) for name in self.rows},
+            "whole": whole,
             "uncovered": without_unit,
             "odd": [{**asdict(one), "where": list(one.where)} for one in odd],
             "map": None if self.cmap is None else self.cmap.content_hash,
@@ -257,6 +259,24 @@ def _whole(effects: Effects | None, exact_N: Floats | None) -> dict[str, Any]:
         "exact": None if exact is None else exact.value,
         "exact_se": None if exact is None else exact.standard_error,
     }
+
+
+def _beyond_first_order(whole: Mapping[str, Mapping[str, float | None]]) -> list[Finding]:
+    """A finding where the update goes so far that first order says little of it: it is off by more than half."""
+    off = []
+    for name, found in whole.items():
+        first, exact, error = found["first_order"], found["exact"], found["exact_se"]
+        if first is None or exact is None or abs(first - exact) <= 2 * (error or 0.0):
+            continue
+        if not 0.5 <= (first / exact if exact else 0.0) <= 2:
+            off.append(name)
+    if not off:
+        return []
+    said = (
+        f"the update goes beyond its first order ({', '.join(off)}): effects of units say how it begins to act, and "
+        "their order need not hold for the whole of it"
+    )
+    return [Finding("first-order", said, tuple(off))]
 
 
 def _weight_norm(model: nn.Module, layout: UnitLayout, one: Unit) -> float:

@@ -22,7 +22,8 @@ class Finding:
     """Something odd.
 
     Attributes:
-        what: its kind: not-loaded | outside | zero | dominated | embeddings | other | no-unit | certificate.
+        what: its kind: not-loaded | certificate | outside | zero | dominated | embeddings | other | no-unit |
+            first-order.
         said: a sentence.
         where: the units, modules or tensors it is about.
     """
