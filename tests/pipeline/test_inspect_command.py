@@ -216,6 +216,11 @@ def test_what_repair_refuses(finished: Path, adapter: Path, tmp_path: Path, own_
     assert "measured are: nll" in refused(
         "repair", adapter, *place, "--cost", "kl", "--suites", f"{safety_alone[1]},nll:{own_data['utility']}"
     )
+    deciding = f"{safety_alone[1]},nll:{own_data['utility']}"
+    for others in (safety_alone[1], own_data["utility"]):
+        assert "nothing can be confirmed" in refused(
+            "repair", adapter, *place, "--suites", deciding, "--confirm", others
+        )
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     assert "use_dora is set" in refused("repair", adapter, *place)

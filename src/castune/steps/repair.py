@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from castune.artifacts.files import check_vacant
 from castune.artifacts.masked_adapter import MASK_FILE
@@ -63,19 +63,17 @@ def repair_step(
     plain_lora_config(subject.adapter)
     if not (place.adapter / MASK_FILE).is_file():
         check_vacant(place.adapter)
-    settings, deciding, others = _suites(subject, suites, confirm)
-    cost = _cost(deciding, config)
-    require_ready(subject.loaded, suite_tokens(subject.loaded.tokenizer, settings, [*deciding, *others]))
+    measured = _Measured.of(subject, config, suites, confirm)
     inspection = inspect_step(subject, data, place.out / "inspection" if subject.folder is None else None)
     if inspection.metadata["uncovered"]:
         logger.warning("every candidate drops what no unit owns: %s", ", ".join(inspection.metadata["uncovered"]))
-    bench = Bench(subject, inspection, place.out, deciding, settings)
-    source = Candidate(subject.name, "source")
+    bench = Bench(subject, inspection, place.out, measured.deciding, measured.config)
+    source, cost = Candidate(subject.name, "source"), measured.cost
     candidates = {one.name: one for one in by_effects(inspection, config)}
     rows = bench.tried([source, *candidates.values()], cost)
     if rows[0].kept is None:
         raise CastuneError(
-            f"{subject.adapter}: on {', '.join(one.name for one in deciding)} it gains no refusals over the base model "
+            f"{subject.adapter}: on {', '.join(_names(measured.deciding))} it gains no refusals over the base model "
             f"({rows[0].safety:.3f} with it): there is no safety to keep"
         )
     chosen, reason = choose(rows[1:], config, cost)
@@ -86,9 +84,10 @@ def repair_step(
     confirmed: list[Tried] = []
     if chosen is not None:
         _take(bench, candidates[chosen], place, is_of_run=not suites)
-        if others:
-            own = settings.model_copy(update={"suites": tuple(one.name for one in others)})
-            again = replace(bench, out=place.out / "confirmation", suites=others, config=own)
+        if measured.others:
+            again = replace(
+                bench, out=place.out / "confirmation", suites=measured.others, config=measured.config_of_others
+            )
             confirmed = again.tried([source, candidates[chosen], *peers], cost)
     found = RepairResult(
         adapter={"name": subject.name, "hash": adapter_hash(subject.adapter)},
@@ -96,18 +95,68 @@ def repair_step(
         settings=config.model_dump(mode="json"),
         cost=cost,
         base_safety=bench.base_safety,
-        suites=tuple(one.name for one in deciding),
+        suites=_names(measured.deciding),
         tried=tuple(rows),
         chosen=chosen,
         reason=reason,
         dropped=() if chosen is None else candidates[chosen].dropped,
         arm=None if chosen is None or place.arm is None else place.arm.name,
-        confirmed_on=tuple(one.name for one in others) if confirmed else (),
+        confirmed_on=_names(measured.others) if confirmed else (),
         confirmed=tuple(confirmed),
         provenance=provenance(config.seed),
     )
     found.save(place.out)
     return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured, checked before anything is.
+
+    Attributes:
+        config: settings of the evaluation.
+        deciding: suites that candidates are chosen by.
+        others: suites that decide on nothing.
+        cost: the purpose whose cost decides.
+    """
+
+    config: EvaluateConfig
+    deciding: list[Suite]
+    others: list[Suite]
+    cost: str
+
+    @classmethod
+    def of(cls, subject: Subject, config: RepairConfig, suites: Sequence[str], confirm: Sequence[str]) -> _Measured:
+        own = subject.recipe.evaluate
+        if own.backend != "hf":
+            raise CastuneError(
+                f"the run is evaluated by backend {own.backend}, and candidates would be by transformers: evaluate it "
+                "with --backend hf first, or repair the adapter without the run: castune repair ADAPTER --out DIR"
+            )
+        deciding = load_suites(suites or own.suites, limit=own.limit, seed=own.seed)
+        others: list[Suite] = []
+        if confirm or (suites and subject.folder is not None):
+            found = load_suites(confirm or own.suites, limit=own.limit, seed=own.seed)
+            others = [one for one in found if one.name not in _names(deciding)]
+        if (confirm or others) and not any(one.purpose == "safety" for one in others):
+            said = "no suite beside those that decide measures refusals of harmful prompts: nothing can be confirmed"
+            if confirm:
+                raise CastuneError(f"--confirm {','.join(confirm)}: {said}")
+            logger.warning("%s", said)
+            others = []
+        settings = own.model_copy(update={"suites": tuple(suites)}) if suites else own
+        measured = cls(settings, deciding, others, _cost(deciding, config))
+        every = [*deciding, *others]
+        require_evaluation(settings, every)
+        if subject.folder is not None:
+            check_held_out(subject.recipe, every, folder=subject.folder)
+        require_ready(subject.loaded, suite_tokens(subject.loaded.tokenizer, settings, every))
+        return measured
+
+    @property
+    def config_of_others(self) -> EvaluateConfig:
+        """The same settings for suites that decide on nothing."""
+        return self.config.model_copy(update={"suites": _names(self.others)})
 
 
 def choose(rows: Sequence[Tried], config: RepairConfig, cost: str) -> tuple[str | None, str]:
@@ -155,33 +204,8 @@ def _take(bench: Bench, candidate: Candidate, place: RepairPlace, *, is_of_run: 
         replace(result, name=place.arm.name).save(folder.evaluation(place.arm.name))
 
 
-def _suites(
-    subject: Subject, suites: Sequence[str], confirm: Sequence[str]
-) -> tuple[EvaluateConfig, list[Suite], list[Suite]]:
-    """Settings of the evaluation, suites that candidates are chosen by, and those that decide on nothing."""
-    own = subject.recipe.evaluate
-    if own.backend != "hf":
-        raise CastuneError(
-            f"the run is evaluated by backend {own.backend}, and candidates would be by transformers: evaluate it with "
-            f"--backend hf first, or repair the adapter outside the run: castune repair {subject.adapter} --out DIR"
-        )
-    deciding = load_suites(suites or own.suites, limit=own.limit, seed=own.seed)
-    others: list[Suite] = []
-    if confirm or (suites and subject.folder is not None):
-        names = {one.name for one in deciding}
-        others = load_suites(confirm or own.suites, limit=own.limit, seed=own.seed)
-        others = [one for one in others if one.name not in names]
-        if not any(one.purpose == "safety" for one in others):
-            said = "no suite beside those that decide measures refusals of harmful prompts: nothing can be confirmed"
-            if confirm:
-                raise CastuneError(f"--confirm {','.join(confirm)}: {said}")
-            logger.warning("%s", said)
-            others = []
-    settings = own.model_copy(update={"suites": tuple(suites)}) if suites else own
-    require_evaluation(settings, [*deciding, *others])
-    if subject.folder is not None:
-        check_held_out(subject.recipe, [*deciding, *others], folder=subject.folder)
-    return settings, deciding, others
+def _names(suites: Sequence[Suite]) -> tuple[str, ...]:
+    return tuple(one.name for one in suites)
 
 
 def _cost(suites: Sequence[Suite], config: RepairConfig) -> str:
@@ -189,7 +213,7 @@ def _cost(suites: Sequence[Suite], config: RepairConfig) -> str:
     purposes = [one.purpose for one in suites]
     if "safety" not in purposes:
         raise CastuneError(
-            f"suites {', '.join(one.name for one in suites)} measure no refusals of harmful prompts, by which safety "
+            f"suites {', '.join(_names(suites))} measure no refusals of harmful prompts, by which safety "
             "is kept; add one, for example starter-safety-eval or safety:PATH"
         )
     measured = [purpose for purpose in COSTS if purpose in purposes]
@@ -197,7 +221,7 @@ def _cost(suites: Sequence[Suite], config: RepairConfig) -> str:
         raise CastuneError(f"no suite measures the cost {config.cost}; measured are: {', '.join(measured) or 'none'}")
     if not measured:
         raise CastuneError(
-            f"suites {', '.join(one.name for one in suites)} measure no cost; add one of {', '.join(COSTS)}, for "
+            f"suites {', '.join(_names(suites))} measure no cost; add one of {', '.join(COSTS)}, for "
             "example starter-utility-eval or nll:PATH"
         )
     return config.cost or measured[0]

@@ -300,6 +300,17 @@ def test_standard_errors_shrink_with_examples_that_say_the_same(
     assert np.isnan(alike.column("utility_effect")).all()
 
 
+def test_passes_over_the_projections_measure_the_same(
+    tiny_model: TinyModel, source: Source, inspected: Inspect
+) -> None:
+    model, adapter = tiny_model("llama"), source(**ALL_LINEAR)
+    whole = inspected(model, adapter)
+    # A projection a pass.
+    passes = inspected(model, adapter, out="passes", recipe=recipe(gradient_memory=1e-9))
+    for column in OBJECTIVES.values():
+        np.testing.assert_allclose(passes.column(column), whole.column(column), rtol=1e-5, atol=1e-9)
+
+
 # -- sizes
 
 
