@@ -48,11 +48,13 @@ def verdict(rows: Sequence[Tried], chosen: str, cost: str) -> str:
     """What was taken beside what it is compared with, by their plain values, in a sentence."""
     one = next(row for row in rows if row.name == chosen)
     peers = [row for row in rows if row.kind not in ("source", "effects")]
-    better = [row.name for row in peers if _is_better(row, one, cost)]
-    phrase = PURPOSES[cost].phrase
-    if better:
-        return f"as much safety at no more cost by {phrase} is kept by: {', '.join(better)}"
-    return f"none of {len(peers)} others keeps as much safety at no more cost by {phrase}"
+    better, phrase = [row for row in peers if _is_better(row, one, cost)], PURPOSES[cost].phrase
+    if not better:
+        return f"none of {len(peers)} others keeps as much safety at no more cost by {phrase}"
+    said = f"as much safety at no more cost by {phrase} is kept by: {', '.join(row.name for row in better)}"
+    n_random, n_better = (sum(row.kind == "random" for row in some) for some in (peers, better))
+    chance = "; here the order by effects is no better than chance" if 2 * n_better >= n_random > 0 else ""
+    return said + chance
 
 
 def _is_better(row: Tried, one: Tried, cost: str) -> bool:

@@ -262,7 +262,7 @@ def _whole(effects: Effects | None, exact_N: Floats | None) -> dict[str, Any]:
 
 
 def _beyond_first_order(whole: Mapping[str, Mapping[str, float | None]]) -> list[Finding]:
-    """A finding where the update goes so far that first order says little of it: it is off by more than half."""
+    """A finding where the update goes so far that first order says little of it: it is off by more than twofold."""
     off = []
     for name, found in whole.items():
         first, exact, error = found["first_order"], found["exact"], found["exact_se"]

@@ -136,7 +136,8 @@ def test_what_a_repair_says() -> None:
         "base model refuses 5.0 % of harmful prompts",
         "drop-3 50.0 % 97 % (87 to 102) +0.200 ± 0.010 +0.100 ± 0.020",
         "taken: drop-3 keeps 97.0 %",
-        "as much safety at no more cost by the NLL of right answers is kept by: random-3-1",
+        "as much safety at no more cost by the NLL of right answers is kept by: random-3-1; here the order by effects is no better "
+        "than chance",
         "NLL added: +0.300 ± 0.010 before, +0.200 ± 0.010 after",
         "over-refusals: +12.5 before, +12.5 after",
         "these suites chose it",
