@@ -107,7 +107,7 @@ def repair(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of a summary.")] = False,
 ) -> None:
-    """Drop the units of an adapter that cost most for the refusals they buy.
+    """Drop the units of an adapter that cost most per refusal gained.
 
     Evaluates a few candidates and keeps the cheapest one that keeps the gain in refusals. Takes nothing if none does.
 

@@ -171,7 +171,7 @@ def castune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     [
         ("castune diag", ["diagnose"]),
         ("castune di", ["diagnose", "dial"]),
-        ("castune r", ["run", "report", "reproduce"]),
+        ("castune re", ["report", "repair", "reproduce"]),
         ("castune diagnose default --meas", ["--measure"]),
         ("castune diagnose default --measure ma", ["margin"]),
         ("castune select runs/x --zone r", ["risky", "random"]),
