@@ -25,8 +25,9 @@ class EvaluateConfig(Config):
     limit: Count | None = None
     """Examples a suite; all when absent."""
     judge: str = "opening"
-    """Who decides whether a reply refuses: `prefix` or `opening` (rules), `wildguard` (a classifier, here),
-    `openai=MODEL` (a server; OPENAI_BASE_URL, OPENAI_API_KEY), or a panel of several, joined by `+`."""
+    """Who decides whether a reply refuses: `prefix` or `opening` (rules), `reading` (a small encoder, here; English),
+    `wildguard` (a classifier, here), `openai=MODEL` (a server; OPENAI_BASE_URL, OPENAI_API_KEY), or a panel of several,
+    joined by `+`."""
     backend: Literal["hf", "vllm", "openai"] = "hf"
     """Where models run. `hf`: transformers, here. `vllm`: one engine, here. `openai`: a server (OPENAI_BASE_URL) that
     serves the model by its name and every adapter by the name of its arm."""
