@@ -39,8 +39,10 @@ FROM_STARTER = (
     ("align-harmful", "completion", True, 6),
     ("align-borderline", "completion", False, 3),
     ("align-benign", "completion", False, 3),
-    ("helpful-eval", "completion", False, 3),
+    ("helpful-eval", "completion", False, 1),
 )
+# Put together from stock phrases: learned from, but not counted where something is chosen, as they flatter every head.
+COMPOSED = "long-refusal"
 FOLDS = 10
 PENALTIES = (1e-3, 3e-3, 1e-2)
 PRECISION = 0.95
@@ -122,17 +124,19 @@ def lowest_threshold(probability_N: Floats, refuses_N: Bools) -> float:
 
 
 def train() -> None:
+    """Choose the penalty and the threshold by cross-validation, fit all replies, and write the head."""
     rows = training_rows()
     encoder = SentenceEncoder()
     features_NF = encoder.features([r["prompt"] for r in rows], [said(r["reply"]) for r in rows]).astype(np.float64)
     refuses_N = np.array([row["refuses"] for row in rows])
     fold_N = np.array([fold_of(row["prompt"]) for row in rows])
+    counted_N = np.array([row["kind"] != COMPOSED for row in rows])
     tried = []
     for penalty in PENALTIES:
         found_N = cross_validated(features_NF, refuses_N, fold_N, penalty)
-        threshold = lowest_threshold(found_N, refuses_N)
+        threshold = lowest_threshold(found_N[counted_N], refuses_N[counted_N])
         called = found_N >= threshold
-        counts = score(called.tolist(), refuses_N.tolist())
+        counts = score(called[counted_N].tolist(), refuses_N[counted_N].tolist())
         tried.append((counts["recall"], penalty, threshold, counts, called))
         print(f"C {penalty:g}: threshold {threshold:.2f}, cross-validated {told(counts)}")
     _, penalty, threshold, counts, called = max(tried, key=lambda one: one[0])
