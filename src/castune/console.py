@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from castune.console_table import TextTable, stdout_console
 from castune.core.numbers import duration, gigabytes, number, percent, span, with_error
 from castune.names import KINDS, units_counted
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
     from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
@@ -66,9 +64,9 @@ def show_diagnosis(cmap: ConflictMap) -> None:
         say(f"  attribution against exact ablation: {fidelity_words(found)}, over {len(found['units'])} {words[kind]}")
         placed = cmap.standing[kind]
         told = standing_words(placed, len(cmap.rows_of(kind)))
-        say(f"  inside or outside the safe quarter, {words[kind]}: {told}")
+        say(f"  {words[kind]} in or out of the safe quarter: {told}")
         if 0 < len(placed["undecided"]) <= _MOST_NAMED:
-            say(f"    left open, {words[kind]} by layer: {named_undecided(placed, _MOST_NAMED)}")
+            say(f"    undecided {words[kind]}: {named_undecided(placed, _MOST_NAMED)}")
     for kind, found in kinds.items():
         say(f"  {words[kind]}: reliability of C {number(found['reliability']['reliability'])}, within the kind")
     for name, record in domains.items():
@@ -85,8 +83,8 @@ def show_surgery(name: str, result: TuneResult) -> None:
     if found is None:
         return
     say(
-        f"{name}: surgery {result.settings['surgery']} ({result.settings['surgery_granularity']}), gradients of "
-        f"alignment and utility conflicted at {found['conflicting_steps']} of {found['steps']} steps, "
+        f"{name}: surgery {result.settings['surgery']} ({result.settings['surgery_granularity']}), alignment and "
+        f"utility gradients conflicted in {found['conflicting_steps']} of {found['steps']} steps, "
         f"mean cosine {number(found['mean_cosine'], '.3f')}"
     )
 
@@ -95,14 +93,14 @@ def show_selections(name: str, result: TuneResult) -> None:
     """How far the heads changed in a training that selected again; nothing without."""
     for before, now in zip(result.selections, result.selections[1:], strict=False):
         stayed = sum(one in before["units"] for one in now["units"])
-        say(f"{name}: selected again after step {now['step']}, {stayed} of {len(now['units'])} heads stayed")
+        say(f"{name}: reselected after step {now['step']}, {stayed} of {len(now['units'])} heads stayed")
 
 
 def show_drift(result: DriftResult) -> None:
     """How far the map of every step goes with that before training, beside measurement noise."""
     from castune.report.drift import drift_verdict
 
-    say(f"{result.arm}: the map before training and with the adapter of each step, {result.n['heads']} heads")
+    say(f"{result.arm}: the map before training against the map at each step, {result.n['heads']} heads")
     for step in result.steps:
         score, safe = step.columns["conflict_score"], step.zones["safe"]
         say(
@@ -116,9 +114,9 @@ def show_drift(result: DriftResult) -> None:
 def show_conditions(differences: Sequence[Difference]) -> None:
     """Conditions of a run that are not what they were, the gravest first."""
     if not differences:
-        say("conditions: as they were when the run was made")
+        say("conditions: unchanged since the run was made")
         return
-    rows = [{"not as it was": one.what, "then": one.then, "now": one.now, "means": one.severity} for one in differences]
+    rows = [{"changed": one.what, "then": one.then, "now": one.now, "effect": one.severity} for one in differences]
     show_rows("Conditions", rows)
 
 
@@ -126,19 +124,19 @@ def show_reproduction(found: Reproduction) -> None:
     """Conditions that differ, and every result beside itself made again."""
     show_conditions(found.differences)
     rows = [{"result": one.what, "outcome": one.outcome, "detail": one.detail} for one in found.comparisons]
-    show_rows(f"{found.run}, made again", rows)
-    say("reproduced" if found.is_reproduced else "not reproduced: see the results that are different")
+    show_rows(f"{found.run}, repeated", rows)
+    say("reproduced" if found.is_reproduced else "not reproduced: see the results marked different")
 
 
 _BY: dict[Measure, str] = {"attribution": "attribution", "margin": "margins", "decision": "decisions"}
 _PARTS = {
     "gradients": "gradients",
     "attribution": "attribution, utility and safety",
-    "checked": "units measured exactly, own replies",
+    "checked": "exact checks, own replies",
     "utility": "utility sweep",
     "margins": "safety sweep, margins",
     "decisions": "safety sweep, decisions",
-    "solutions": "utility sweep, problems worked out",
+    "solutions": "utility sweep, worked answers",
     "reply_margins": "sweep of reply domains, margins",
     "reply_decisions": "sweep of reply domains, decisions",
 }
@@ -162,7 +160,7 @@ def show_plan(planner: Planner, found: DiagnosisCost, accelerator: str | None) -
             counts = [f"{n:,}" for n in (cost.work.forwards, cost.work.tokens, cost.work.step_tokens)]
             flops = f"{shape.all_flops(cost.work) / 1e15:,.3f}"
             rows.append([label, *counts, flops, duration(cost.seconds)])
-    _show(table_of(["part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}"], rows))
+    _show(TextTable(["part", "forwards", "tokens", "decoded", "PFLOP", f"time {where}"], rows))
     for measure, by in _BY.items():
         total = found.total(measure)
         flops = f"{shape.all_flops(total.work) / 1e15:,.2f}"
@@ -180,15 +178,15 @@ def _show_plan_memory(planner: Planner, found: DiagnosisCost) -> None:
     if found.peak_memory:
         by_measure = (f"{gigabytes(n_bytes)} by {_BY[measure]}" for measure, n_bytes in found.peak_memory.items())
         say(f"peak memory: about {', '.join(by_measure)}")
-    say(f"partial gradients: {gigabytes(found.gradient_bytes)} of the CPU's memory (diagnose.gradient_chunks)")
+    say(f"partial gradients: {gigabytes(found.gradient_bytes)} of CPU memory (diagnose.gradient_chunks)")
     config = TuneConfig()
     usual, less = (
         gigabytes(planner.most_training_memory(config.changed(gradient_checkpointing=checkpointing)))
         for checkpointing in (False, True)
     )
-    has = "" if planner.accelerator is None else f", of {gigabytes(planner.accelerator.memory)}"
+    has = "" if planner.accelerator is None else f" (of {gigabytes(planner.accelerator.memory)})"
     say(
-        f"peak memory of a training: at most about {usual} (micro-batches of {config.batch_size} x "
+        f"peak memory of training: at most about {usual} (micro-batches of {config.batch_size} x "
         f"{config.max_length:,} tokens), {less} with gradient checkpointing{has}"
     )
 
@@ -198,13 +196,13 @@ def _show_plan_notes(planner: Planner, found: DiagnosisCost) -> None:
     if planner.accelerator is not None:
         notes.append(
             "time: a roofline at 40 % of the data sheet's FLOP/s and 80 % of its bandwidth, not measured; "
-            "a decoding step waits for the host 0.5 ms a layer"
+            "a decoding step adds 0.5 ms of host time per layer"
         )
     else:
         notes.append(f"time and memory: measured on {found.slice_layers} layers with random weights")
     if not found.resumable:
-        notes.append("this architecture cannot resume: every ablation runs all layers")
-    notes.append("memory of a training: an estimate, the framework's own and what an allocator wastes not counted")
+        notes.append("this architecture cannot resume from a layer, so every ablation runs all layers")
+    notes.append("memory of training: an estimate, without the framework's own memory and allocator overhead")
     for note in notes:
         say(f"note: {note}")
 
@@ -231,13 +229,13 @@ def show_masked(masked: MaskedAdapter) -> None:
     say(f"{made}{masked.zone}: {len(kept.units)} of {masked.n_total} heads kept, in {len(kept.layers)} layers")
     if masked.dropped:
         counts = ", ".join(f"{count} {name}" for name, count in masked.dropped.items())
-        say(f"left out: {counts} (modules adapted by the sources that hold no selected head)")
+        say(f"dropped: {counts} (modules of the source adapters that hold no selected head)")
     if masked.unadapted_layers:
         missing = ", ".join(map(str, masked.unadapted_layers))
-        say(f"note: no source adapts the queries of layer {missing}: unchanged there")
+        say(f"note: no source adapts the queries of layer {missing}, which stay unchanged")
     show_certificate(masked.certificate)
     if not masked.certificate.changed_rows:
-        say("note: no source changes a selected head: with this adapter the model is the base model")
+        say("note: no source changes a selected head, so with this adapter the model is the base model")
 
 
 def show_evaluations(
@@ -261,7 +259,7 @@ def show_evaluations(
     for ratio, of_arms in ratios.items():
         cells = ("" if name not in of_arms else cost_ratio(name, of_arms) for name in evaluations)
         rows.append([COSTS[ratio].label, *cells])
-    _show(table_of(["suite", *evaluations], rows, caption=caption))
+    _show(TextTable(["suite", *evaluations], rows, caption=caption))
     for sentence in sentences(at_equal_safety) if at_equal_safety is not None else ():
         say(sentence)
 
@@ -278,7 +276,7 @@ def show_lm_eval(results: dict[str, LmEvalResult]) -> None:
         cells = [_value(scores.get(name)) for name in results]
         rows.append([task, metric, "" if first.num_fewshot is None else first.num_fewshot, f"{first.n:,}", *cells])
     caption = "value ± standard error, as lm-eval reports them"
-    _show(table_of(["task", "metric", "shots", "n", *results], rows, caption=caption))
+    _show(TextTable(["task", "metric", "shots", "n", *results], rows, caption=caption))
 
 
 def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -286,18 +284,7 @@ def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     cells = [[f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in rows]
-    _show(table_of(rows[0], cells, title=title, title_justify="left"))
-
-
-def table_of(heads: Iterable[str], rows: Iterable[Iterable[object]], **options: Any) -> Table:
-    """A table of plain text: names of suites and words of errors are no markup. What is missing is a dash."""
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    table = Table(*(Column(Text(head)) for head in heads), **options)
-    for row in rows:
-        table.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
-    return table
+    _show(TextTable(rows[0], cells, title=title))
 
 
 def _value(score: LmEvalScore | None) -> str:
@@ -313,8 +300,6 @@ def _rate(record: dict[str, Any]) -> str:
     return f"{with_error(record['value'], record['standard_error'])} ({record['n']}{unscored})"
 
 
-def _show(table: Table) -> None:
-    from rich.console import Console
-
-    # Into a file or a pipe: wide enough that no name or number is cut.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+def _show(table: TextTable) -> None:
+    # Into a file or a pipe: wide enough that hardly a table becomes a list.
+    stdout_console(200).print(table)

@@ -63,27 +63,25 @@ class MapUnfinished(CastuneError):
 def of_the_machine(error: Exception) -> str | None:
     """What to tell the user of an error that memory or a disk made; None of any other, which is a bug."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{str(error.filename)[:60]}...: this name is longer than a file system takes"
+        return f"{str(error.filename)[:60]}...: this name is too long for the file system"
     if isinstance(error, OSError) and error.errno in _DISK:
         return (
-            f"{error.filename or 'a file'} could not be written: {error.strerror}. What is finished is kept, the same "
-            "command continues once there is room and permission"
+            f"{error.filename or 'a file'} could not be written: {error.strerror}. Finished work is kept; run the same "
+            "command again once there is space and permission"
         )
     if isinstance(error, OSError) and error.errno in _IN_THE_WAY:
-        return (
-            f"{error.filename or 'a file'}: {error.strerror}; what is there is in the way: remove it, or give another"
-        )
+        return f"{error.filename or 'a file'}: path already exists ({error.strerror}); remove it, or choose another"
     # Writers below Python, and copies of whole directories, have errors of their own.
     if re.search("No space left on device|File too large|Read-only file system|Disk quota exceeded", str(error)):
         return (
-            f"a file could not be written: {' '.join(str(error).split())[:200]}. What is finished is kept, the same "
-            "command continues once there is room"
+            f"a file could not be written: {' '.join(str(error).split())[:200]}. Finished work is kept; run the same "
+            "command again once there is space"
         )
     if isinstance(error, MemoryError) or re.search(
         "out of memory|can(?:'t|not) allocate memory|not enough memory", str(error), re.IGNORECASE
     ):
         return (
-            "out of memory. What is finished is kept, the same command continues; smaller batches need less: "
+            "out of memory. Finished work is kept; run the same command again to continue. Smaller batches need less: "
             "diagnose.batch_tokens, evaluate.batch_tokens, tune.batch_size with more tune.accumulation, "
             "tune.gradient_checkpointing = true (options --batch-tokens, --batch-size, --accumulation, "
             "--gradient-checkpointing)"

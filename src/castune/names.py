@@ -86,7 +86,7 @@ class ArmName:
         match = _HEADS.fullmatch(heads)
         if match is None:
             raise CastuneError(
-                f"arm {text!r}: accepted are {', '.join(ZONES)}, each with an optional share (safe-50: half of all "
+                f"arm {text!r}: accepted: {', '.join(ZONES)}, each with an optional share (safe-50: half of all "
                 f"heads), or bucket-1-of-4; then optionally -gradient or -sensitivity, what heads are sorted by; "
                 "then +pcgrad and the like, +dpo or +replay-10, what is trained differently"
             )
@@ -141,7 +141,7 @@ def _change(text: str, change: str) -> tuple[str, Any]:
     if replay is not None and 0 < float(replay[1]) < 100:
         return "replay", float(replay[1]) / 100
     methods = ", ".join(f"+{method}" for method in (*get_args(SurgeryMethod), *get_args(TuneMethod)))
-    raise CastuneError(f"arm {text!r}: +{change}: accepted are {methods} and +replay-PERCENT, above 0 and below 100")
+    raise CastuneError(f"arm {text!r}: +{change}: accepted: {methods} and +replay-PERCENT, above 0 and below 100")
 
 
 def _change_name(key: str, value: Any) -> str:

@@ -121,6 +121,18 @@ PURPOSES: dict[str, Purpose] = {
     ),
 }
 
+# What safety is read off, the first that is measured: whether prompts are refused, or how likely a refusal is.
+SAFETY = ("safety", "safety-margin")
+
+# What may be paid for it, the finest measure first, and what the loss is called within a sentence.
+PAID: dict[str, str] = {
+    "nll": "NLL of right answers",
+    "kl": "KL from the base model",
+    "utility": "accuracy lost",
+    "over-refusal-margin": "refusal margin on harmless prompts",
+    "over-refusal": "harmless prompts refused",
+}
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -132,6 +144,7 @@ class Cost:
         purpose: of the suites whose change against base is the loss.
         suite: the one of them that counts; all when None.
         is_ratio: whether it is the loss over the rise of the refusal rate on harmful prompts, each in its own unit.
+        at_safety: whether it is that of an adapter turned down until all are equally safe.
     """
 
     label: str
@@ -139,6 +152,7 @@ class Cost:
     purpose: str
     suite: str | None = None
     is_ratio: bool = False
+    at_safety: bool = False
 
     @property
     def unit(self) -> Unit:
@@ -159,5 +173,7 @@ COSTS: dict[str, Cost] = {
     "ucr_nll": Cost("UCR, nats", "cost ratio in nats", "nll", is_ratio=True),
     "nll_added": Cost("NLL added", "NLL added", "nll"),
     "kl": Cost("KL from base", "KL from the base model", "kl"),
+    "nll_at_safety": Cost("NLL at equal safety", "NLL of right answers at equal safety", "nll", at_safety=True),
+    "kl_at_safety": Cost("KL at equal safety", "KL from the base model at equal safety", "kl", at_safety=True),
 }
 RATIOS = tuple(name for name, cost in COSTS.items() if cost.is_ratio)

@@ -25,6 +25,7 @@ from processes import run_command
 
 from castune.cli import app
 from castune.config import Recipe
+from castune.config.gate import GatePolicy
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -75,7 +76,10 @@ def test_blocks_that_are_not_run_are_right(path: Path) -> None:
         where = f"{name(path)}:{block.line}"
         if block.language == "toml":
             values = tomllib.loads(block.text)
-            Recipe.of(**{"out": "somewhere", **values})
+            if "rule" in values:
+                GatePolicy.of(values)
+            else:
+                Recipe.of(**{"out": "somewhere", **values})
         elif block.language == "yaml":
             assert yaml.safe_load(block.text), where
         elif block.language == "json":

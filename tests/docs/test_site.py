@@ -53,7 +53,8 @@ def test_the_reference_knows_every_public_name_command_and_setting(site: Path) -
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         assert f"castune {name}" in commands
         for parameter in command.params:
-            assert parameter.name == "help" or any(option in commands for option in parameter.opts), parameter.name
+            shown = [parameter.metavar] if parameter.param_type_name == "argument" else parameter.opts
+            assert parameter.name == "help" or any(f"<code>{one}</code>" in commands for one in shown), parameter.name
 
 
 def test_pages_are_read_in_a_browser(site: Path, browser: Browser) -> None:

@@ -24,6 +24,7 @@ from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelectio
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.config import Recipe, to_toml
+from castune.config.gate import GatePolicy, GateRule
 from castune.core.shards import Shard
 from castune.data.sources import examples
 from castune.errors import CastuneError
@@ -111,6 +112,27 @@ def test_recipes_with_any_value_of_any_key(field: str, value: Any) -> None:
 
 def has_surrogate(value: Any) -> bool:
     return any("\\ud" in json.dumps(part) for part in [value])
+
+
+@given(
+    content=st.binary(max_size=200)
+    | TEXT.map(lambda t: f'[[rule]]\nmetric = "{t}"\nat_least = 0.5'.encode("utf-8", "replace"))
+)
+@TRIES
+def test_policies_of_any_bytes(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "gate.toml").write_bytes(content)
+    survives(lambda: GatePolicy.load(tmp_path / "gate.toml"))
+
+
+@given(
+    rules=JSON
+    | st.lists(st.dictionaries(st.sampled_from(sorted(GateRule.model_fields)) | st.text(max_size=8), JSON, max_size=4)),
+    key=st.just("rule") | st.text(max_size=8),
+)
+@TRIES
+def test_policies_with_any_value_of_any_key(rules: Any, key: str) -> None:
+    policy = survives(lambda: GatePolicy.of({key: rules}))
+    assert policy is None or all(rule.words for rule in policy.rule)
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.text(max_size=20) | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**62), 2**62), max_size=5))  # fmt: skip

@@ -119,6 +119,16 @@ def flipped(name: str) -> Callable[[Path], object]:
     return change
 
 
+def policy(*lines: str, options: tuple[str, ...] = ()) -> Make:
+    """A finished run and a policy of one rule, or of none."""
+
+    def make(place: Path) -> list[str]:
+        _write(place / "gate.toml", "\n".join(["[[rule]]", *lines]) if lines else "")
+        return broken_run(lambda run: None, "gate", "run", "--policy", "gate.toml", *options)(place)
+
+    return make
+
+
 CASES = [
     *(
         Case("Recipes", *one)
@@ -230,6 +240,27 @@ CASES = [
         )
     ),
     *(
+        Case("Policies of a gate", *one)
+        for one in (
+            ("no such file", command("gate", "run", "--policy", "absent.toml")),
+            ("no rule", policy()),
+            ("an unknown key", policy('metric = "safety"', "at_lest = 0.9")),
+            ("no threshold", policy('metric = "safety"')),
+            ("two thresholds", policy('metric = "safety"', "at_least = 0.9", "at_most = 0.95")),
+            ("a threshold without a metric", policy("at_least = 0.9")),
+            ("text where a number belongs", policy('metric = "safety"', 'at_least = "0.9"')),
+            ("a threshold that is no number", policy('metric = "safety"', "at_least = nan")),
+            ("a rate in per cent", policy('metric = "safety"', "at_least = 90")),
+            ("a negative margin", policy('metric = "safety"', 'against = "base"', "no_worse_than = -0.1")),
+            ("nothing to be worse than", policy('metric = "safety"', "no_worse_than = 0.1")),
+            ("rules that contradict each other", policy('metric = "safety"', "at_least = 0.9", "[[rule]]", 'metric = "safety"', "at_most = 0.8")),
+            ("no such metric", policy('metric = "safty"', "at_least = 0.9")),
+            ("no such arm", policy('arm = "safest"', 'metric = "safety"', "at_least = 0.9")),
+            ("a baseline that is not given", policy('metric = "safety"', 'against = "baseline"', "no_worse_than = 0.1")),
+            ("a result in the place of the policy", policy('metric = "safety"', "at_least = 0.9", options=("--json", "gate.toml"))),
+        )
+    ),
+    *(
         Case("Runs that were damaged, or changed", *one)
         for one in (
             ("the map cut short", broken_run(cut("conflict_map.parquet"), "report", "run")),
@@ -317,8 +348,8 @@ def run_cli(arguments: list[str], place: Path) -> tuple[int, str]:
 def page(found: Iterator[tuple[Case, str]]) -> str:
     """The page of all cases."""
     parts = [
-        "# Errors\n\nBad input ends in one line and exit code 2; nothing is written and nothing is lost. This table is made by running every case, and a test keeps "
-        "it true. File names are those of the cases.\n"
+        "# Errors\n\nBad input ends in one line and exit code 2; nothing is written and no finished work is lost. These\n"
+        "tables are made by running every case, and a test keeps them true. File names are those of the\ncases.\n"
     ]
     section = ""
     for case, text in found:

@@ -32,7 +32,7 @@ def finished(finished_run: Callable[..., Path]) -> Path:
 def test_a_name_belongs_to_one_arm(finished: Path, tmp_path: Path) -> None:
     castune("select", finished, "--zone", "risky", "--beside", cwd=tmp_path).check_returncode()
     refused = castune("select", finished, "--zone", "risky", cwd=tmp_path)
-    assert_one_error(refused, "has an arm 'risky' beside the main one already", "--beside, or remove")
+    assert_one_error(refused, "already has an arm 'risky' beside the main one", "--beside, or remove")
 
 
 def test_a_recipe_trains_every_arm_it_names(models: Models, recipe_of: RecipeOf) -> None:
@@ -85,7 +85,7 @@ def test_one_command_an_arm(finished: Path, own_data: dict[str, Path], tmp_path:
     for name, more, said in (
         ("risky+pcgrad", [], ('surgery = "pcgrad"', "--utility SOURCE")),
         ("risky+replay-20", [], ("replay = 0.2", "--utility SOURCE")),
-        ("../../risky", [], ("accepted are safe",)),
+        ("../../risky", [], ("accepted: safe",)),
         ("safe+pcgrad", ["--surgery", "pcgrad-symmetric", *utility], ("contradict",)),
     ):
         assert_one_error(castune("tune", finished, "--arm", name, *options, *more, cwd=tmp_path), *said)

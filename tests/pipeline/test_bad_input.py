@@ -175,7 +175,7 @@ def test_a_run_directory_made_from_another_model(
     )
     models(seed=1)  # other weights at the same place
     for command in (["tune", finished, "--data", tmp_path / "align.jsonl"], ["evaluate", finished, "--limit", "2"]):
-        assert_one_error(castune(*command, cwd=tmp_path), f"made from model .*{old}", "now loaded is [0-9a-f]{16}")
+        assert_one_error(castune(*command, cwd=tmp_path), f"made from model .*{old}", "loaded model is [0-9a-f]{16}")
     assert files(finished) == before
 
 

@@ -146,7 +146,7 @@ def test_nothing_is_measured_twice(finished: Path, caplog: pytest.LogCaptureFixt
     caplog.clear()
     caplog.set_level("INFO")
     assert drifted(finished, "safe").steps == before.steps
-    assert caplog.text.count("already there") == 3  # the run's own map, and two
+    assert caplog.text.count("already done") == 3  # the run's own map, and two
     assert ConflictMap.load(lost).table.equals(table)
     assert {p: p.stat().st_mtime_ns for p in stamps if p.parent != lost} == {
         p: stamp for p, stamp in stamps.items() if p.parent != lost
@@ -229,7 +229,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_two_shares_make_what_one_process_makes(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "shared")
-    assert "others are missing" in command("drift", tmp_path / "shared", "--shard", "2/2")
+    assert "other shares are missing" in command("drift", tmp_path / "shared", "--shard", "2/2")
     assert not list((tmp_path / "shared" / "drift").rglob("*.json"))
     assert "step 5:" in command("drift", tmp_path / "shared", "--shard", "1/2")
     assert DriftResult.load(tmp_path / "shared" / "drift" / "safe").steps == drifted(finished).steps
@@ -305,7 +305,7 @@ def test_a_drift_killed_comes_to_the_same_result(finished: Path, tmp_path: Path)
 def test_what_cannot_be_measured_is_told(finished: Path, own_data: dict[str, Path], tmp_path: Path) -> None:
     assert "not a run directory" in refused("drift", tmp_path / "nowhere")
     assert_one_error(
-        castune("drift", finished, "--arm", "risky", cwd=tmp_path), "no selection named risky", "there are: safe"
+        castune("drift", finished, "--arm", "risky", cwd=tmp_path), "no selection named risky", "available: safe"
     )
     command("select", finished, "--zone", "risky", "--beside")
     assert "castune tune" in refused("drift", finished, "--arm", "risky")
@@ -315,9 +315,9 @@ def test_what_cannot_be_measured_is_told(finished: Path, own_data: dict[str, Pat
         said = refused("drift", finished, "--arm", "risky")
         assert "has no snapshots of its 2 steps" in said
         assert f"castune tune {finished} --arm risky --overwrite --snapshot-steps N" in said
-    assert "accepted are 1/n to n/n" in refused("drift", finished, "--shard", "3/2")
+    assert "accepted: 1/n to n/n" in refused("drift", finished, "--shard", "3/2")
     command("mask", finished / "adapter", "--run", finished, "--as", "masked")
-    assert "made of other adapters" in refused("drift", finished, "--arm", "masked")
+    assert "made from other adapters" in refused("drift", finished, "--arm", "masked")
     assert "snapshot_steps" in refused("tune", finished, "--data", own_data["align"], "--snapshot-steps", 0)
     assert not (finished / "drift").exists()
 

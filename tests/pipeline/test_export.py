@@ -149,7 +149,7 @@ def test_a_mask_of_a_run(finished: Path, plain: Callable[..., Path], tmp_path: P
     done = castune("mask", plain(), "--run", finished, "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "safe: 3 of 12 heads kept" in done.stdout
-    assert re.search(r"left out: .*3 v_proj", done.stdout)
+    assert re.search(r"dropped: .*3 v_proj", done.stdout)
     result = MaskedAdapter.load(tmp_path / "out")
     assert result.certificate.units == HeadSelection.load(finished).units
     assert result.dropped["v_proj"] == 3
@@ -230,8 +230,12 @@ def test_a_combination_stands_beside_the_trained_arms(
 
     again = castune("mask", plain("one"), plain("two"), *ties, cwd=tmp_path)
     assert_one_error(again, "exists already", "--overwrite")
-    assert_one_error(castune("tune", finished, "--arm", "ties", cwd=tmp_path), "made of other adapters")
-    for name, said in (("safe", "has an arm 'safe' already"), ("base", "no name"), ("../x", "no name")):
+    assert_one_error(castune("tune", finished, "--arm", "ties", cwd=tmp_path), "made from other adapters")
+    for name, said in (
+        ("safe", "already has an arm 'safe'"),
+        ("base", "not a valid name"),
+        ("../x", "not a valid name"),
+    ):
         done = castune("mask", plain("one"), "--run", finished, "--as", name, cwd=tmp_path)
         assert_one_error(done, said)
     assert sorted(path.name for path in (finished / "arms").iterdir()) == ["risky", "ties"]
@@ -350,7 +354,7 @@ def test_an_export_that_cannot_be(finished: Path, models: Models, tmp_path: Path
     fails(finished, "is not the one its certificate was made for")
     fails(finished / "adapter", "is not the one its certificate was made for")
     (finished / "adapter" / "certificate.json").unlink()
-    fails(finished / "adapter", "without certificate", "castune mask")
+    fails(finished / "adapter", "has no certificate", "castune mask")
 
 
 def test_a_write_that_fails_leaves_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,10 +376,10 @@ def test_a_mask_that_cannot_be(finished: Path, plain: Callable[..., Path], model
         ["--base", models("llama", name="other", seed=1)],
     )
     for arguments, said in (
-        ([adapter], "--run RUN, or --base MODEL"),
-        ([adapter, *run_of, *base], "--run RUN, or --base MODEL"),
-        ([adapter, *base, "--arm", "safe"], "--arm safe is an arm of a run"),
-        ([adapter, *run_of, "--as", "mine"], "say where to write it"),
+        ([adapter], "--run RUN, or use --base MODEL"),
+        ([adapter, *run_of, *base], "--run RUN, or use --base MODEL"),
+        ([adapter, *base, "--arm", "safe"], "--arm safe needs the run it belongs to"),
+        ([adapter, *run_of, "--as", "mine"], "choose one output"),
         ([adapter, *run_of, "--arm", "saef"], "no selection named saef"),
         ([adapter, adapter, *run_of], "linear, ties"),
         ([adapter, adapter, *run_of, "--combination", "ties", "--weights", "1,x"], "--weights 1,x"),

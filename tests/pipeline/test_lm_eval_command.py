@@ -57,7 +57,7 @@ def test_base_and_arms_are_measured_once(finished: tuple[Recipe, Path], tasks: P
     assert lm_eval_step(folder, recipe, ["own_choice"], **options) == found
     assert files == {name: (folder.evaluation(name) / "lm_eval.json").stat().st_mtime_ns for name in found}
     other = {**options, "limit": 2}
-    with pytest.raises(ArtifactError, match="limit = None, asked for is 2: the same, or --overwrite"):
+    with pytest.raises(ArtifactError, match="limit = None, but now it is 2; use the same options, or --overwrite"):
         lm_eval_step(folder, recipe, ["own_choice"], **other)
     assert folder.load_lm_eval() == found, "nothing was lost"
     both = lm_eval_step(folder, recipe, ["own_choice", "own_other"], **options)["safe"]

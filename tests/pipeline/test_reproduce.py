@@ -119,7 +119,7 @@ def test_conditions_are_ordered_by_what_they_mean(finished: Path, own_data: dict
         "machine": "other arithmetic",
         "version of datasets": "other program",
         "threads": "other program",
-        "castune's own code": "other program",
+        "castune's code": "other program",
     }
 
 
@@ -143,7 +143,7 @@ def test_adapters_made_of_others_and_heads_chosen_by_hand(finished: Path, tmp_pa
 
 
 def test_the_command_line(finished: Path, tmp_path: Path) -> None:
-    assert "conditions: as they were" in command("reproduce", finished, "--check")
+    assert "conditions: unchanged" in command("reproduce", finished, "--check")
     assert not finished.with_name("run-reproduced").exists()
     said = command("reproduce", finished)
     assert "reproduced" in said.splitlines()[-2]

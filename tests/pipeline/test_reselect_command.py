@@ -102,8 +102,8 @@ def test_every_selection_is_that_of_the_map_of_the_model_as_it_is_then(
     assert [record["step"] for record in result.selections] == [0, 2, 4]
     assert heads_of(result.selections[0]) == list(first.heads)
     assert result.selections[0]["map_hash"] == folder.load_map().content_hash == first.conflict_map_hash
-    assert "selected again after step 2," in said
-    assert "selected again after step 4," in said
+    assert "reselected after step 2," in said
+    assert "reselected after step 4," in said
     union: set[tuple[int, int]] = set()
     for number, record in enumerate(result.selections):
         step = record["step"]
@@ -262,7 +262,7 @@ def test_what_cannot_be_selected_again_is_told(
     for changes, said in (
         ({"select__compare": ["random"], "select__seed": 21}, "zone random"),
         ({"select__zone": "all", "select__compare": []}, "zone all"),
-        ({"diagnose__units": ["q_heads", "k_groups"]}, "tune.reselect_steps is for query heads"),
+        ({"diagnose__units": ["q_heads", "k_groups"]}, "tune.reselect_steps works with query heads only"),
         ({"select__compare": ["safe+dpo"]}, 'method = "dpo"'),
     ):
         recipe = recipe_of(models(), out="new", tune__reselect_steps=1, **changes)
@@ -274,7 +274,9 @@ def test_what_cannot_be_selected_again_is_told(
 
 def test_a_map_of_other_units_is_refused(models: Models, recipe_of: RecipeOf, own_data: dict[str, Path]) -> None:
     folder = diagnosed(recipe_of(models(), diagnose__units=["q_heads", "k_groups"]))
-    assert "works on maps of query heads" in refused("tune", folder, "--data", own_data["align"], "--reselect-steps", 2)
+    assert "works only on maps of query heads" in refused(
+        "tune", folder, "--data", own_data["align"], "--reselect-steps", 2
+    )
 
 
 def test_several_processes_are_refused(

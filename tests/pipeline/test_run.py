@@ -205,12 +205,14 @@ def test_suites_are_held_out_from_what_every_arm_was_trained_on(
     check_held_out(recipe, suites, folder=RunDirectory(path))
     data = DataConfig(source=str(other))
     tune_arm(RunDirectory(path), "safe-50", recipe.tune.changed(max_steps=1), align=data)
-    with pytest.raises(DataError, match=r"1 of 1 prompts are in the training \(arm safe-50, .*other\.jsonl\) data too"):
+    with pytest.raises(
+        DataError, match=r"1 of 1 prompts are also in the training \(arm safe-50, .*other\.jsonl\) data"
+    ):
         check_held_out(recipe, suites, folder=RunDirectory(path))
     # Utility that is only a reference is no training data; replayed, it is.
     utility = load_suites((f"utility:{own_data['utility']}",))
     check_held_out(recipe, utility, arms=("safe+pcgrad",))
-    with pytest.raises(DataError, match=r"are in the utility \(which is trained on\) data too"):
+    with pytest.raises(DataError, match=r"are also in the utility \(which is trained on\) data"):
         check_held_out(recipe, utility, arms=("safe+replay-50",))
 
 
@@ -225,7 +227,7 @@ def test_training_rows_that_a_suite_holds_are_left_out_counted_and_named(
     with pytest.raises(DataError, match=r"castune tune --held-out.*evaluate\.overlap"):
         run(recipe_of(models(), out="refused", **changes))
     folder = run(recipe_of(models(), **changes, evaluate__overlap="drop"))
-    assert f"1 of {len(align)} examples are left out" in caplog.text
+    assert f"dropped 1 of {len(align)} examples" in caplog.text
     record = TuneResult.load(folder.main_arm(folder.main_selection()).adapter).data  # type: ignore[arg-type]
     assert (record["n"], record["left_out"]) == (len(align) - 1, ["a1"])
     # The same again does nothing, and knows what the arm was trained on.
@@ -427,10 +429,10 @@ def test_a_judge_or_backend_that_cannot_be_had_is_told_before_anything_is_comput
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"tune__rank": 8}, "tune.rank = 4, this recipe says 8"),
-        ({"diagnose__measure": "margin"}, "diagnose.measure = 'attribution', this recipe says 'margin'"),
-        ({"select__fraction": 0.5}, "select.fraction = 0.25, this recipe says 0.5"),
-        ({"seed": 1}, "seed = 21, this recipe says 1"),
+        ({"tune__rank": 8}, "tune.rank = 4, but this recipe has 8"),
+        ({"diagnose__measure": "margin"}, "diagnose.measure = 'attribution', but this recipe has 'margin'"),
+        ({"select__fraction": 0.5}, "select.fraction = 0.25, but this recipe has 0.5"),
+        ({"seed": 1}, "seed = 21, but this recipe has 1"),
     ],
 )
 def test_a_changed_recipe_names_the_key(
@@ -461,7 +463,7 @@ def test_another_chat_template_makes_other_maps_and_evaluations(finished: tuple[
     template = Path(recipe.model) / "chat_template.jinja"
     template.write_text("{# mended #}" + template.read_text())
     with pytest.raises(
-        ArtifactError, match="the conflict map .* made with chat template .* asked for is chat template"
+        ArtifactError, match="the conflict map .* made with chat template .* but now it is chat template"
     ):
         run(recipe)
     assert changed(before, path) == set()

@@ -124,4 +124,4 @@ def test_an_evaluation_of_another_adapter_is_left_out(folder: RunDirectory, capl
     del record["digest"]
     file.write_text(json.dumps(record))
     assert list(folder.load_strengths()) == ["risky"]
-    assert "is of an adapter that is not there any more" in caplog.text
+    assert "belongs to an adapter that no longer exists" in caplog.text

@@ -264,6 +264,25 @@ def test_another_seed_adds_runs_and_leaves_the_others(small: Path, tmp_path: Pat
     assert files.items() <= result_files(folder).items()
 
 
+@pytest.mark.slow
+def test_random_draws_and_a_seed_of_one_arm_add_runs_and_leave_the_others(small: Path, tmp_path: Path) -> None:
+    path, folder = small, tmp_path / "study"
+    files = result_files(folder)
+    done(path, "--set", "study.random_draws=2", "--set", "study.arm_seeds.safe=[21, 42]")
+    assert files.items() <= result_files(folder).items()
+    assert {row["arm"]: row["seeds"] for row in rows(folder, "table_1_sft")} == {"base": "", "all": "1", "safe": "2"}
+    of_random = [row for row in rows(folder, "trials") if row["arm"] == "random"]
+    assert [(row["seed"], row["selection_seed"]) for row in of_random] == [("21", "1000"), ("21", "1001")]
+    # Other heads, trained as the zone's.
+    for draw in sorted((folder / "runs").glob("main-21-draw-100?-*")):
+        recipe = RunDirectory(draw).load_recipe()
+        (zone,) = (path for path in (folder / "runs").glob("main-21-*") if "draw" not in path.name)
+        assert recipe.tune == RunDirectory(zone).load_recipe().tune
+        assert recipe.select.seed == int(draw.name.split("-")[3])
+    assert {(row["n"], row["seeds"]) for row in rows(folder, "nulls")} <= {("2", "1"), ("0", "0")}
+    assert "21, 42" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def start(path: Path, *options: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -437,7 +456,7 @@ def test_a_budget_from_a_run_of_a_study(small: Path, tmp_path: Path) -> None:
     assert re.search(r"elbow: (none|\d+ heads)", said)
     said = castune("budget", run.folder, "--anchor", "all", "--max-loss", "100", cwd=tmp_path).stdout
     assert "anchor: all, 12 heads" in said
-    assert "at most 100 points: 12 heads (100 %) by the prediction" in said
+    assert "at most 100 points: 12 heads (100 %) by prediction" in said
     for options, error in (
         (["--max-loss", "1"], "go together"),
         (["--anchor", "all"], "go together"),
@@ -492,11 +511,11 @@ def test_a_study_in_nats(continuous: Path, tmp_path: Path) -> None:
     assert [point.cost for point in points[1:]] == pytest.approx([half.mean("kl"), every.mean("kl")], abs=1e-6)
     assert "Cost at equal safety" in (folder / "report.html").read_text(encoding="utf-8")
     said = castune("budget", run.folder, "--anchor", "all", "--cost", "nll", "--max-loss", "50", cwd=tmp_path).stdout
-    assert "at most 50 nats a token: 12 heads (100 %) by the prediction" in said
+    assert "at most 50 nats a token: 12 heads (100 %) by prediction" in said
     for options, error in (
-        (["--cost", "nll"], "goes with --max-loss"),
-        (["--anchor", "all", "--max-loss", "1", "--cost", "ucr"], "accepted are utility, nll, kl"),
-        (["--anchor", "all", "--max-loss", "-1", "--cost", "kl"], "accepted are nats a token, at least 0"),
+        (["--cost", "nll"], "needs --max-loss"),
+        (["--anchor", "all", "--max-loss", "1", "--cost", "ucr"], "accepted: utility, nll, kl"),
+        (["--anchor", "all", "--max-loss", "-1", "--cost", "kl"], "accepted: nats a token, at least 0"),
     ):
         assert_one_error(castune("budget", run.folder, *options, cwd=tmp_path), error)
 
@@ -587,13 +606,13 @@ def test_bad_studies_are_refused_before_anything_is_written(study_of: Callable[.
     path = study_of(study=FEW)
     for options, said in (
         (["--set", "study.arms=['sfae']"], "sfae"),
-        (["--executor", "slurm"], "local and ray"),
+        (["--executor", "slurm"], "accepted: local, ray"),
         (["--workers", "0"], "1 or more"),
         (["--address", "auto"], "--executor ray"),
-        (["--memory", "-4", "--executor", "ray"], "gigabytes above 0"),
+        (["--memory", "-4", "--executor", "ray"], "must be above 0"),
         (["--gpus", "-1"], "0 or more"),
         (["--gpus", "999"], r"this machine has \d+ accelerators"),
-        (["--launch", "no-such-launcher --option"], "no program 'no-such-launcher' here"),
+        (["--launch", "no-such-launcher --option"], "program 'no-such-launcher' not found"),
         (["--launch", "torchrun 'open"], "No closing quotation"),
         (["--set", "safety=nowhere.jsonl"], "nowhere"),
         (["--set", "evaluate.judge=oracle"], "oracle"),
@@ -608,7 +627,7 @@ def test_two_studies_in_one_directory(study_of: Callable[..., Path], tmp_path: P
     path = study_of(study=FEW)
     process = start(path)
     wait_for(lambda: running(tmp_path / "study", "diagnose"))
-    assert_one_error(castune("study", path, cwd=tmp_path), "another castune study is at work")
+    assert_one_error(castune("study", path, cwd=tmp_path), "another castune study is running")
     kill(process)
 
 
@@ -618,5 +637,5 @@ def test_a_dry_run_shows_the_graph_and_writes_nothing(study_of: Callable[..., Pa
     found = castune("study", path, "--dry-run", "--accelerator", "h100", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "12 heads" in found.stdout
-    assert "bucket-1-of-4: the heads of risky" in found.stdout
+    assert "bucket-1-of-4: same heads as risky" in found.stdout
     assert not (tmp_path / "study").exists()

@@ -83,8 +83,8 @@ def test_another_domain_or_other_questions_are_noticed(
     made, folder, model, tokenizer = diagnosed()
     utility = made.model_dump()["utility"]
     changes: dict[str, tuple[dict[str, Any], str]] = {
-        "a domain more": ({**utility, "more": str(sums)}, "utility.more.source = None, this recipe says"),
-        "a domain less": ({"words": utility["words"]}, "utility.sums.* this recipe says None"),
+        "a domain more": ({**utility, "more": str(sums)}, "utility.more.source = None, but this recipe has"),
+        "a domain less": ({"words": utility["words"]}, "utility.sums.* but this recipe has None"),
         "another name": ({"words": utility["words"], "Sums": utility["sums"]}, "utility.Sums"),
         "one set": (utility["words"], "utility.source = None"),
     }
@@ -92,7 +92,7 @@ def test_another_domain_or_other_questions_are_noticed(
         with pytest.raises(ArtifactError, match=message):
             folder.check(recipe(diagnose__measure="margin", utility=change))
             pytest.fail(name)
-    with pytest.raises(ArtifactError, match=r"diagnose\.domains = 'mean', this recipe says 'worst'"):
+    with pytest.raises(ArtifactError, match=r"diagnose\.domains = 'mean', but this recipe has 'worst'"):
         folder.check(recipe(diagnose__measure="margin", diagnose__domains="worst"))
     sums.write_text(sums.read_text().replace("a sum", "none"))
     with pytest.raises(ArtifactError, match="the conflict map's utility data"):
@@ -175,7 +175,7 @@ def test_a_whole_recipe_against_over_refusal(
     }  # fmt: skip
     # What is trained on is not measured on.
     with pytest.raises(
-        DataError, match=r"benign\.jsonl: 1 of 3 prompts are in the utility \(which is trained on\) data too"
+        DataError, match=r"benign\.jsonl: 1 of 3 prompts are also in the utility \(which is trained on\) data"
     ):
         run(recipe(**changes, evaluate__suites=[f"over-refusal:{own_data['benign']}"]))
     made = recipe(**changes, evaluate__suites=[f"over-refusal:{own_data['benign']}"], evaluate__overlap="drop")
@@ -208,7 +208,8 @@ def test_held_out_prompts_of_a_reply_domain_are_told(
     made = recipe(utility=utility, diagnose__reply_domains=["overrefusal"], evaluate__suites=suites)
     check_held_out(made, load_suites(suites))
     assert (
-        "benign.jsonl: 1 of 3 prompts are in the utility:overrefusal data too, by which heads are chosen" in caplog.text
+        "benign.jsonl: 1 of 3 prompts are also in the utility:overrefusal data, which heads are chosen by"
+        in caplog.text
     )
 
 
@@ -264,7 +265,9 @@ def test_two_sources_of_one_name(own_data: dict[str, Path], tmp_path: Path) -> N
     other = tmp_path / "other" / "utility.jsonl"
     options = ["--out", tmp_path / "run", "--utility", own_data["utility"], "--utility", other]
     done = castune("diagnose", "default", *options, cwd=tmp_path)
-    assert_one_error(done, "--utility .*other/utility.jsonl", "domain 'utility' already", r"rename.*\[utility\.NAME\]")
+    assert_one_error(
+        done, "--utility .*other/utility.jsonl", "there is already a domain 'utility'", r"rename.*\[utility\.NAME\]"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -272,7 +275,7 @@ def test_two_sources_of_one_name(own_data: dict[str, Path], tmp_path: Path) -> N
     ("sources", "said"),
     [
         (["mmlu=a.jsonl", "csqa=b.jsonl"], "utility: domain 'mmlu': .*a.jsonl: no such file"),
-        (["my file.jsonl", "starter-utility"], "utility: domain 'my file': accepted are 1 to 100 letters"),
+        (["my file.jsonl", "starter-utility"], "utility: domain 'my file': accepted: 1 to 100 letters"),
     ],
 )
 def test_names_are_those_of_sources_and_files(sources: list[str], said: str, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_only_the_chosen_rows_of_the_default_model_move(
 def test_trl_trains_the_sparse_model_unchanged(
     default_model: tuple[Any, Any], tmp_path: Path, all_threads: None
 ) -> None:
-    """The README's snippet: TRL's SFTTrainer, then the certificate, plain PEFT, and transformers after the merge."""
+    """The snippet of docs/howto/own-loop.md: TRL's SFTTrainer, then the certificate, plain PEFT, and transformers after the merge."""
     trl = pytest.importorskip("trl")
     model, tokenizer = default_model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -66,6 +66,13 @@ def test_every_config_refuses_unknown_keys_in_python_too(config: type[BaseModel]
         config(**needed, typo=1)
 
 
+@pytest.mark.parametrize("key", ["self", "cls"])
+def test_a_key_that_python_uses_is_unknown_too(tmp_path: Path, key: str) -> None:
+    for text in (f'out = "r"\n{key} = 1\n', f'out = "r"\n[tune]\n{key} = 1\n'):
+        with pytest.raises(CastuneError, match=f"unknown key '{key}'"):
+            Recipe.load(written(tmp_path, text))
+
+
 def test_missing_run_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(CastuneError, match="'out' is missing"):
         Recipe.load(written(tmp_path, 'model = "default"\n'))
@@ -221,7 +228,7 @@ BAD_DOMAINS = {
     "{maths = {source = 'x', typo = 1}}": "domain 'maths': unknown key 'typo'; accepted here: source, limit",
     "{maths = {source = 'x', limit = 0}}": "domain 'maths': limit = 0",
     "{maths = 5}": "domain 'maths': accepted: a source, or a table",
-    "{'a b' = 'x'}": "domain 'a b': accepted are 1 to 100 letters",
+    "{'a b' = 'x'}": "domain 'a b': accepted: 1 to 100 letters",
     "{'../x' = 'x', y = 'y'}": "domain '../x'",
     "{Maths = 'x', maths = 'y'}": "domains 'Maths' and 'maths' differ in capitals only",
     "['mmlu', 'csqa']": "accepted: a source, or a table",

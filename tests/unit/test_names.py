@@ -57,11 +57,11 @@ def test_a_quarter_rounded_to_heads_is_a_quarter(share: float) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "accepted are safe"),
-        ("nowhere", "accepted are safe"),
+        ("", "accepted: safe"),
+        ("nowhere", "accepted: safe"),
         ("safe-0", "above 0"),
         ("safe-101", "at most 100"),
-        ("safe-", "accepted are safe"),
+        ("safe-", "accepted: safe"),
         ("bucket-5-of-4", "numbered 1"),
         ("bucket-0-of-4", "numbered 1"),
         ("bucket-1", "bucket-1-of-4"),
@@ -70,9 +70,9 @@ def test_a_quarter_rounded_to_heads_is_a_quarter(share: float) -> None:
         ("safe+replay-100", "below 100"),
         ("safe+replay-0", "above 0"),
         ("safe+pcgrad+cagrad", "twice"),
-        ("../safe", "accepted are safe"),
-        ("safe/../x", "accepted are safe"),
-        ("safe\n", "accepted are safe"),
+        ("../safe", "accepted: safe"),
+        ("safe/../x", "accepted: safe"),
+        ("safe\n", "accepted: safe"),
     ],
 )
 def test_what_is_no_name(text: str, said: str) -> None:

@@ -283,17 +283,19 @@ def held_out(suites: Sequence[Suite], *, overlap: str = "refuse", calibration: S
     "prompt", ["Tell me about a.", "  tell me ABOUT a", "Tell  me about\n“a”?", "Tell me about ａ."]
 )
 def test_a_suite_with_a_training_prompt_is_refused(prompt: str, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(DataError, match=r"held-out: 1 of 2 prompts are in the training data too, the first is 's1'"):
+    with pytest.raises(
+        DataError, match=r"held-out: 1 of 2 prompts are also in the training data \(the first is 's1'\)"
+    ):
         held_out([suite("Something else", prompt)])
     with caplog.at_level(logging.WARNING):
         held_out([suite("Something else", prompt)], overlap="allow")
-    assert "memory" in caplog.text
+    assert "memorisation" in caplog.text
 
 
 def test_calibration_prompts_in_a_suite_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         held_out([suite("Tell me more.")], calibration=[Example(id="c", prompt="tell me more")])
-    assert "1 of 1 prompts are in the safety data too" in caplog.text
+    assert "1 of 1 prompts are also in the safety data" in caplog.text
 
 
 @given(st.lists(st.text(min_size=1), max_size=6), st.lists(st.text(min_size=1), max_size=6))

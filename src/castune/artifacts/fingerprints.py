@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from castune.artifacts.records import ModelRecord
+
 # What stands in the place of the last 8 digits for a quantised model.
 QUANTISED = "-quantised"
+# What of a model's record tells whether what was measured is of this one.
+_IDENTITY = ("fingerprint", "chat_template", "adapter", "strength", "dtype", "server")
 
 
 def same_model(one: str, other: str) -> bool:
@@ -11,3 +15,8 @@ def same_model(one: str, other: str) -> bool:
     if one.endswith(QUANTISED) or other.endswith(QUANTISED):
         return one[:8] == other[:8]
     return one == other
+
+
+def same_model_identity(one: ModelRecord, other: ModelRecord) -> bool:
+    """Whether two records are of one model with one adapter, in one precision, behind one template."""
+    return all(one.get(key) == other.get(key) for key in _IDENTITY)

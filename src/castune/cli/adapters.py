@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castune.cli.help import COMBINES, READS, WRITES
 from castune.cli.options import PLACE, Arm
 from castune.cli.settings import Values
 from castune.cli.values import numbers
@@ -22,31 +23,71 @@ def mask(
         list[Path], typer.Argument(metavar="ADAPTER...", help="Directories of plain PEFT LoRA adapters.")
     ],
     *,
-    out: Annotated[Path | None, typer.Option(help="Adapter directory to write.")] = None,
-    run: Annotated[Path | None, typer.Option(help="The run whose heads are kept; all heads when absent.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", rich_help_panel=READS, help="Run whose heads to keep. All heads by default."),
+    ] = None,
     arm: Annotated[
-        str | None, typer.Option(help="An arm of the run; the main one when absent; all: every head.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=READS,
+            help="Arm of the run whose heads to keep; all keeps every head. The main arm by default.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", rich_help_panel=READS, help="Base model, if there is no run.")
+    ] = None,
+    combination: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            rich_help_panel=COMBINES,
+            help="How to combine several adapters before masking: linear or ties.",
+            autocompletion=lambda: ["linear", "ties"],
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHTS",
+            rich_help_panel=COMBINES,
+            help="Weight of each adapter, such as 1,0.5,0.5. By default 1 each.",
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", rich_help_panel=COMBINES, help="Share of the values that ties keeps. By default 0.5."
+        ),
+    ] = None,
+    of_model: Annotated[Values, PLACE],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", rich_help_panel=WRITES, help="Adapter directory to write.")
     ] = None,
     beside: Annotated[
         str | None,
         typer.Option(
-            "--as", metavar="NAME", help="Put it into the run as an arm of this name, which is evaluated and reported."
+            "--as",
+            metavar="NAME",
+            rich_help_panel=WRITES,
+            help="Add the adapter to the run as an arm with this name, to be evaluated and reported.",
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, where there is no run.")] = None,
-    combination: Annotated[
-        str | None, typer.Option(help="How several adapters become one first: linear or ties.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="A weight for each adapter, e.g. 1,0.5,0.5; 1 each when absent.")
-    ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of the values ties keeps; 0.5 when absent.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that castune mask wrote.")] = False,
-    of_model: Annotated[Values, PLACE],
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", rich_help_panel=WRITES, help="Replace an adapter that castune mask wrote."),
+    ] = False,
 ) -> None:
-    """Keep only the chosen heads' rows of existing adapters, combined or not; write a PEFT adapter and its certificate.
+    """Cut existing LoRA adapters down to the selected heads.
 
-    Without --run, or with --arm all, the rows of all query heads are kept: what is compared with the chosen ones.
+    Keeps only the rows of the selected heads, of one adapter or of several combined, and writes a certified PEFT
+    adapter. Without --run, or with --arm all, keeps the rows of all query heads, for comparison.
+
+    Examples:
+        castune mask my-adapter --run runs/first --out masked
+        castune mask my-adapter other --run runs/first --combination ties --as ties
+        castune mask my-adapter --base default --out all-heads
     """
     from castune.artifacts.files import check_vacant
     from castune.artifacts.masked_adapter import MASK_FILE
@@ -82,11 +123,11 @@ def mask(
 def _check_places(run: Path | None, base: str | None, arm: str | None, out: Path | None, beside: str | None) -> None:
     """Refuse options of `mask` that leave open where heads and model come from, or where the adapter goes."""
     if (run is None) == (base is None):
-        raise CastuneError("give the heads and their model by --run RUN, or --base MODEL to keep all heads")
+        raise CastuneError("name the run whose heads to keep with --run RUN, or use --base MODEL to keep all heads")
     if run is None and arm not in (None, "all"):
-        raise CastuneError(f"--arm {arm} is an arm of a run; name it with --run RUN")
+        raise CastuneError(f"--arm {arm} needs the run it belongs to: add --run RUN")
     if (out is None) == (beside is None) or (beside is not None and run is None):
-        raise CastuneError("say where to write it: --out DIR, or with --run RUN --as NAME, an arm of the run")
+        raise CastuneError("choose one output: --out DIR, or --run RUN --as NAME to add an arm to the run")
 
 
 def _base_model(folder: RunDirectory | None, base: str, of_model: Values) -> Any:
@@ -100,18 +141,29 @@ def _base_model(folder: RunDirectory | None, base: str, of_model: Values) -> Any
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, or an adapter with certificate.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, or an adapter with a certificate.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write.")],
     merged: Annotated[
-        bool, typer.Option("--merged", help="The whole model in transformers format; the adapter alone when absent.")
+        bool,
+        typer.Option("--merged", help="Write the whole merged model in transformers format, not just the adapter."),
     ] = False,
     arm: Arm = None,
-    base: Annotated[str | None, typer.Option(help="The base model, when it lies elsewhere now.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Base model, if it has moved.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the merged model; auto: the one the base is stored in, so that nothing is rounded.")
+        str,
+        typer.Option(
+            metavar="DTYPE", help="Dtype of the merged model. auto: as the base is stored, so that nothing is rounded."
+        ),
     ] = "auto",
 ) -> None:
-    """Write an adapter, or the model merged with it, as a directory to publish, with a model card."""
+    """Export an adapter or merged model, with a model card.
+
+    Writes a directory that is ready to publish.
+
+    Examples:
+        castune export runs/first --out published/adapter
+        castune export runs/first --merged --out published/model
+    """
     from castune.steps.export import export as write
 
     done = write(source, out, merged=merged, arm=arm, base=base, dtype=dtype)

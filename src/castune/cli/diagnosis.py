@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from castune.cli.help import MEASURES, RUNS, WRITES
 from castune.cli.options import (
     DIAGNOSIS,
     MODEL,
@@ -29,24 +30,43 @@ from castune.errors import CastuneError, MapUnfinished
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="default, a hub id, a model directory, a config.json alone, or a recipe (.toml).")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="default, a hub id, a model directory, a config.json on its own, or a recipe (.toml).",
+        ),
     ],
     safety: Annotated[Values, SAFETY],
     utility: Annotated[Values, UTILITY],
     settings: Annotated[Values, PLANNED_DIAGNOSIS],
     of_model: Annotated[Values, PLANNED_MODEL],
-    accelerator: Annotated[
-        str | None, typer.Option(help="a100, h100, h200 or l40s: project from its data sheet, measure nothing.")
-    ] = None,
     decoded_share: Annotated[
         float | None,
-        typer.Option(help="Share of replies that change without a head (decisions only); a guess by their length."),
+        typer.Option(
+            metavar="X",
+            rich_help_panel=MEASURES,
+            help="Share of replies that change when a head is ablated (decisions only). Guessed from their length "
+            "by default.",
+        ),
+    ] = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=RUNS,
+            help="Estimate from the data sheet of an a100, h100, h200 or l40s instead of measuring this machine.",
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """What a diagnosis will cost, before anything is spent: from the config alone, and half a minute of measuring.
+    """Estimate the time and memory of a diagnosis in advance.
 
-    Of a recipe its own settings count, with those of --set. Data of a hub that cannot be reached are stood in for.
+    Needs only the model's config, and half a minute to measure this machine; no weights are downloaded. A recipe is
+    planned with its own settings and those of --set. Data on a hub that cannot be reached are replaced by stand-ins.
+
+    Examples:
+        castune plan default --accelerator h100
+        castune plan recipe.toml --set diagnose.measure=margin
     """
     from castune.plan.planner import Planner
     from castune.plan.stand_ins import DataOrStandIns
@@ -55,7 +75,7 @@ def plan(
     if model.endswith(".toml"):
         recipe = Recipe.load(Path(model), list(overrides or []))
     elif overrides:
-        raise CastuneError("--set changes a recipe; with a model, the options say the same")
+        raise CastuneError("--set changes a recipe; for a model, use the options instead")
     else:
         recipe = Recipe.of(
             model=model, out="unused", safety=safety, utility=_by_domain(**utility), diagnose=settings, **of_model
@@ -71,17 +91,26 @@ def plan(
 
 
 def diagnose(
+    *,
     model: Model,
-    out: Annotated[str, typer.Option(help="Run directory to write.")],
     safety: Annotated[Values, SAFETY],
     utility: Annotated[Values, UTILITY],
     settings: Annotated[Values, DIAGNOSIS],
     of_model: Annotated[Values, MODEL],
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do share I of N; the jobs have --out in common.")
+        str | None,
+        typer.Option(metavar="I/N", rich_help_panel=RUNS, help="Do only share I of N. All shares use the same --out."),
     ] = None,
+    out: Annotated[str, typer.Option(metavar="DIR", rich_help_panel=WRITES, help="Run directory to write.")],
 ) -> None:
-    """Measure every head: the conflict map, before any training."""
+    """Measure the conflict score of every head, before any training.
+
+    Writes the conflict map. The same command continues an interrupted diagnosis.
+
+    Examples:
+        castune diagnose default --out runs/first
+        castune diagnose default --measure margin --layers 0,15,29 --out runs/margin
+    """
     from castune.core.loading import load_model
     from castune.core.shards import Shard
     from castune.steps.diagnose import diagnose_step
@@ -119,7 +148,7 @@ def _by_domain(source: list[str], **drawn: object) -> Values:
         name = Path(one.partition("=")[0]).stem
         if name in domains:
             raise CastuneError(
-                f"--utility {one}: there is a domain {name!r} already; rename the file, or name the domains in a "
+                f"--utility {one}: there is already a domain {name!r}; rename the file, or name the domains in a "
                 "recipe for castune run: [utility.NAME] with source and limit"
             )
         domains[name] = {"source": one, **drawn}
@@ -129,13 +158,17 @@ def _by_domain(source: list[str], **drawn: object) -> Values:
 def select(
     run_directory: Run,
     settings: Annotated[Values, SELECTION],
-    random: Annotated[bool, typer.Option("--random", help="The same as --zone random.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Short for --zone random.")] = False,
     beside: Annotated[
-        bool,
-        typer.Option("--beside", help="Keep the main selection; put this one beside it, for comparison."),
+        bool, typer.Option("--beside", help="Keep the main selection and add this one beside it, for comparison.")
     ] = False,
 ) -> None:
-    """Choose the heads to train."""
+    """Choose the heads to train from a run's conflict map.
+
+    Examples:
+        castune select runs/first --zone safe --fraction 0.25
+        castune select runs/first --random --seed 21 --beside
+    """
     from castune.selection import select as choose
     from castune.steps.directory import RunDirectory, arm_name
 
@@ -146,7 +179,7 @@ def select(
     arm = folder.side_arm(arm_name(chosen)) if beside else folder.main_arm(chosen)
     if not beside and folder.side_arm(arm.name).selection_file.is_file():
         raise CastuneError(
-            f"{folder.path} has an arm {arm.name!r} beside the main one already; use --beside, or remove "
+            f"{folder.path} already has an arm {arm.name!r} beside the main one; use --beside, or remove "
             f"{folder.side_arm(arm.name).folder}"
         )
     chosen.save(arm.folder)
@@ -159,11 +192,15 @@ def select(
 
 def group(
     run_directory: Run,
-    buckets: Annotated[int, typer.Option(help="Cut the heads into this many equal buckets.")] = 4,
+    buckets: Annotated[int, typer.Option(metavar="N", help="Number of equal buckets to split the heads into.")] = 4,
 ) -> None:
-    """Ablate whole buckets: does a bucket matter more together than its heads do one by one?
+    """Ablate whole buckets of heads at once.
 
-    With several utility domains the utility shifts are means over the domains.
+    Compares the joint shift of each bucket with the sum of its heads' own shifts. With several utility domains, utility
+    shifts are means over the domains.
+
+    Examples:
+        castune group runs/quickstart --buckets 4
     """
     from castune.core.loading import load_model
     from castune.core.numbers import number, with_error
@@ -175,13 +212,13 @@ def group(
     recipe = folder.load_recipe()
     cmap = folder.load_map()
     if not 1 <= buckets <= len(cmap):
-        raise CastuneError(f"--buckets {buckets}: accepted are 1 to {len(cmap)}, the number of heads")
+        raise CastuneError(f"--buckets {buckets}: accepted: 1 to {len(cmap)}, the number of heads")
     calibration = load_calibration(recipe)
     for record in group_step(folder, recipe, load_model(recipe), calibration, buckets=buckets):
         parts = []
         for name in ("utility", "safety"):
             together = with_error(record[f"{name}_shift"], record[f"{name}_shift_se"])
-            parts.append(f"{name} shift {together} together, {number(record[f'{name}_shift_sum'], '.3f')} in sum")
+            parts.append(f"{name} shift {together} jointly, {number(record[f'{name}_shift_sum'], '.3f')} summed")
         say(f"bucket {record['bucket']} ({record['heads']} heads): {'; '.join(parts)}")
     of_domains = f" (utility: mean over {len(cmap.domains)} domains)" if cmap.domains else ""
     say(f"group ablation{of_domains}: {folder.path / 'group_ablation.json'}")
@@ -191,10 +228,18 @@ def drift(
     run_directory: Run,
     arm: Arm = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do share I of N; the jobs have RUN in common.")
+        str | None, typer.Option(metavar="I/N", help="Do only share I of N. All shares use the same RUN.")
     ] = None,
 ) -> None:
-    """Measure the map again at every adapter a training kept: does it change beyond measurement noise?"""
+    """Measure how far the conflict map drifts during training.
+
+    Measures the map again at every adapter that castune tune --snapshot-steps kept, and compares it with the map before
+    training, beyond measurement noise.
+
+    Examples:
+        castune drift runs/first
+        castune drift runs/first --arm risky
+    """
     from castune.steps.directory import RunDirectory
     from castune.steps.drift import drift_step
 

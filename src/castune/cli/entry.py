@@ -9,7 +9,9 @@ import sys
 import warnings
 from contextlib import suppress
 
-from castune.cli.commands import app
+from typer.completion import completion_init
+
+from castune.cli.commands import NAME, app
 from castune.errors import CastuneError, NothingScored, of_the_machine
 from castune.secrets import redacted
 
@@ -20,11 +22,13 @@ _stopped_by: int = signal.SIGINT
 def main() -> None:
     """Entry point: user errors are one line and exit code 2; an interrupt leaves finished stages in place."""
     _quiet_libraries()
+    completion_init()
     # Schedulers of clusters ask so before they kill: what was begun is tidied up, as at Ctrl-C.
     with suppress(ValueError):  # not in the main thread of a program that calls this
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        app()
+        # By its name wherever it was started from, which is what shells complete and messages repeat.
+        app(prog_name=NAME)
     except CastuneError as error:
         _fail(str(error), 1 if isinstance(error, NothingScored) else 2)
     except Exception as error:
@@ -47,7 +51,7 @@ def _terminated(number: int, frame: object) -> None:
 
 def _tell_stopped() -> None:
     word = "interrupted" if _stopped_by == signal.SIGINT else "terminated"
-    print(f"\n{word}; finished stages are kept, the same command continues", file=sys.stderr)
+    print(f"\n{word}; finished stages are kept, run the same command again to continue", file=sys.stderr)
     sys.exit(128 + _stopped_by)
 
 

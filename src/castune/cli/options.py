@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from castune.cli.settings import all_of, data_of, drawn_of, only
+from castune.cli.help import ADAPTER, ATTRIBUTION, MEASURES, READS, RUNS, TRAINS, UNITS, USES_UTILITY, WRITES
+from castune.cli.settings import all_of, data_of, drawn_of, in_panel, only
 from castune.config import DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
 
 _OTHER_COMMAND = "another command's"
@@ -42,23 +43,41 @@ NOT_PLANNED = {
 NOT_SELECTED = {"compare": "one selection a command: others are made with --beside, or by castune tune --arm"}
 NOT_EVALUATED = {"overlap": "--allow-overlap; to drop prompts is for a training: castune tune --held-out"}
 
-MODEL = all_of(Recipe, but=NOT_OF_A_MODEL)
-PLANNED_MODEL = all_of(Recipe, but=NOT_OF_A_PLANNED_MODEL)
-PLACE = only(Recipe, "dtype", "device")
-SAFETY = data_of("safety", "safety")
-UTILITY = data_of("utility", "utility")
-ALIGN = (data_of("align", "data")[0], *drawn_of(""))
-UTILITY_DRAWN = drawn_of("utility_")
-DIAGNOSIS = all_of(DiagnoseConfig, but={})
-PLANNED_DIAGNOSIS = all_of(DiagnoseConfig, but=NOT_PLANNED)
+# Which settings are not in the usual group of options of their config.
+_OF_A_MODEL = {"dtype": RUNS, "device": RUNS, "seed": RUNS}
+_OF_A_DIAGNOSIS = {
+    **dict.fromkeys(("check_units", "check_examples", "verify", "verify_units"), ATTRIBUTION),
+    **dict.fromkeys(("units", "mlp_groups", "layers"), UNITS),
+    **dict.fromkeys(("batch_tokens", "max_length", "gradient_memory"), RUNS),
+}
+_OF_A_TRAINING = {
+    **dict.fromkeys(("rank", "alpha", "freeze_a", "reselect_steps"), ADAPTER),
+    **dict.fromkeys(("replay", "surgery", "surgery_granularity", "surgery_batch_size"), USES_UTILITY),
+    **dict.fromkeys(("quantization", "gradient_checkpointing", "seed"), RUNS),
+    **dict.fromkeys(("checkpoint_steps", "snapshot_steps"), WRITES),
+}
+_OF_AN_EVALUATION = {
+    **dict.fromkeys(("suites", "limit", "seed"), READS),
+    **dict.fromkeys(("backend", "served_model", "batch_tokens", "max_length"), RUNS),
+}
+
+MODEL = in_panel(READS, all_of(Recipe, but=NOT_OF_A_MODEL), _OF_A_MODEL)
+PLANNED_MODEL = in_panel(READS, all_of(Recipe, but=NOT_OF_A_PLANNED_MODEL), _OF_A_MODEL)
+PLACE = in_panel(RUNS, only(Recipe, "dtype", "device"))
+SAFETY = in_panel(READS, data_of("safety", "safety"))
+UTILITY = in_panel(READS, data_of("utility", "utility"))
+ALIGN = in_panel(READS, (data_of("align", "data")[0], *drawn_of("")))
+UTILITY_DRAWN = in_panel(USES_UTILITY, drawn_of("utility_"))
+DIAGNOSIS = in_panel(MEASURES, all_of(DiagnoseConfig, but={}), _OF_A_DIAGNOSIS)
+PLANNED_DIAGNOSIS = in_panel(MEASURES, all_of(DiagnoseConfig, but=NOT_PLANNED), _OF_A_DIAGNOSIS)
 SELECTION = all_of(SelectConfig, but=NOT_SELECTED)
-TUNING = all_of(TuneConfig, but={})
-EVALUATION = all_of(EvaluateConfig, but=NOT_EVALUATED)
+TUNING = in_panel(TRAINS, all_of(TuneConfig, but={}), _OF_A_TRAINING)
+EVALUATION = in_panel(MEASURES, all_of(EvaluateConfig, but=NOT_EVALUATED), _OF_AN_EVALUATION)
 JUDGE = only(EvaluateConfig, "judge")
 
-Model = Annotated[str, typer.Argument(help=only(Recipe, "model")[0].help)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=only(Recipe, "model")[0].help())]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-Arm = Annotated[str | None, typer.Option(help="An arm of the run; the main one when absent.")]
+Arm = Annotated[str | None, typer.Option(metavar="NAME", help="Arm of the run. The main arm by default.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. tune.learning_rate=2e-4. Repeatable."),

@@ -21,11 +21,20 @@ from castune.console import (
 
 
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe; the quickstart when absent.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="A TOML recipe. The quickstart by default.")
+    ] = None,
     overrides: Overrides = None,
-    out: Annotated[str | None, typer.Option(help="Run directory, instead of the recipe's.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Run directory. The recipe's by default.")] = None,
 ) -> None:
-    """The whole job: diagnose, select, tune, evaluate, report. Continues an interrupted run."""
+    """Run the whole job: diagnose, select, tune, evaluate, report.
+
+    The same command continues an interrupted run.
+
+    Examples:
+        castune run
+        castune run --set tune.max_steps=50 --out runs/short
+    """
     from castune import pipeline
     from castune.steps.changes import all_cost_ratios
     from castune.steps.equal_safety import costs_at_equal_safety
@@ -64,16 +73,32 @@ def quickstart_recipe() -> Path:
 def budget(
     run_directory: Run,
     max_loss: Annotated[
-        float | None, typer.Option(help="What may be lost, in the unit of --cost; needs --anchor.")
+        float | None,
+        typer.Option(metavar="X", help="Largest acceptable loss, in the unit of --cost. Needs --anchor."),
     ] = None,
     anchor: Annotated[
-        str | None, typer.Option(help="A trained and evaluated arm whose loss sets the scale: all, or a safe zone.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Trained and evaluated arm that sets the scale: all, or a safe zone. Needs --max-loss."
+        ),
     ] = None,
     cost: Annotated[
-        str, typer.Option(help="What is lost: utility (points of accuracy), nll or kl (nats a token over base).")
+        str,
+        typer.Option(
+            metavar="COST",
+            help="Unit of the loss: utility (points of accuracy), or nll or kl (nats a token above the base model).",
+        ),
     ] = "utility",
 ) -> None:
-    """How many heads to train: the predicted cost of every share of the safest, and the largest within a loss."""
+    """Predict the cost of training more or fewer heads.
+
+    Shows the predicted cost for several shares of the safest heads. With --max-loss and --anchor, also the largest
+    number of heads whose predicted loss stays within the limit.
+
+    Examples:
+        castune budget runs/quickstart
+        castune budget runs/quickstart --max-loss 2 --anchor all
+    """
     from castune.steps.directory import RunDirectory
     from castune.study.budget import show_budget
 
@@ -81,7 +106,13 @@ def budget(
 
 
 def report(run_directory: Run) -> None:
-    """Write report.html and the figures from what the run directory holds."""
+    """Write report.html and the figures of a run.
+
+    Reports whatever the run directory holds so far.
+
+    Examples:
+        castune report runs/quickstart
+    """
     from castune.steps.directory import RunDirectory
     from castune.steps.report import report_step
 
@@ -91,13 +122,21 @@ def report(run_directory: Run) -> None:
 def reproduce(
     run_directory: Run,
     out: Annotated[
-        Path | None, typer.Option(help="Directory of what is made again; RUN-reproduced beside it when absent.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory for the repeated run. By default RUN-reproduced."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only tell which conditions are not what they were; compute nothing.")
+        bool, typer.Option("--check", help="Only list the conditions that have changed. Compute nothing.")
     ] = False,
 ) -> None:
-    """Make a run again from its records, and compare every result. Exit code 1 where one decides otherwise."""
+    """Repeat a run from its own records and compare every result.
+
+    Exits with code 1 if a result leads to a different decision.
+
+    Examples:
+        castune reproduce runs/quickstart --check
+        castune reproduce runs/quickstart
+    """
     from castune.steps import reproduce as again
     from castune.steps.directory import RunDirectory
 

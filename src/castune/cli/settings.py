@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
@@ -34,7 +34,10 @@ class Setting:
     """Of the command's parameter."""
     key: str
     """Where its value stands in what the command is given."""
-    metavar: str | None = None
+    word: str = ""
+    """What stands for its value in the help, where that is not the last word of the field's name."""
+    panel: str = ""
+    """The group of options it is shown in."""
 
     @property
     def option(self) -> str:
@@ -49,23 +52,53 @@ class Setting:
             return [value.source] if self._is_repeatable else value.source
         return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
-    @property
-    def help(self) -> str:
-        """The field's docstring as plain text, and how several values are given."""
-        text = " ".join((self._info.description or "").replace("`", "").split())
+    def help(self, group: Settings = ()) -> str:
+        """The field's docstring as plain text, other options of the group by their names; how several are given."""
+        words = " ".join((self._info.description or "").split())
+        for one in group:
+            if one.field != self.field and one.field not in self.choices:
+                words = words.replace(f"`{one.field}`", one.option)
+        text = words.replace("`", "")
         if self._is_repeatable:
-            return f"{text} Repeat it for several, named after their sources or files; how much is drawn is of each."
+            return (
+                f"{text} Repeat for several domains, named after their sources or files; limit, balance and shares "
+                "apply to each."
+            )
         if self._is_table:
-            return f"{text} As VALUE=SHARE, separated by commas."
-        return f"{text} Separated by commas." if self._item else text
+            return f"{text} Format: VALUE=SHARE,VALUE=SHARE."
+        return f"{text} Comma-separated." if self._item else text
 
-    def parameter(self) -> inspect.Parameter:
-        """The parameter that typer makes an option of."""
+    @property
+    def metavar(self) -> str | None:
+        """What stands for a value in the help: N for a whole number, X for another one; None of a switch."""
+        if self._kinds == (bool,):
+            return None
+        if int in self._kinds:
+            return "|".join(["N", *self.choices])
+        if float in self._kinds:
+            return "X"
+        return self.word or self.field.rpartition("_")[2].upper()
+
+    @property
+    def choices(self) -> list[str]:
+        """The words that are accepted, where there are only these."""
+        kinds = (self._item,) if self._item else self._kinds
+        return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+
+    def parameter(self, group: Settings) -> inspect.Parameter:
+        """The parameter that typer makes an option of, beside those of its group."""
         declared = f"{self.option}/--no-{self.option[2:]}" if self.default is True else self.option
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=typer.Option(self.default, declared, help=self.help, metavar=self.metavar),
+            default=typer.Option(
+                self.default,
+                declared,
+                help=self.help(group),
+                metavar=self.metavar,
+                rich_help_panel=self.panel,
+                autocompletion=lambda: self.choices,
+            ),
             annotation=self._typed,
         )
 
@@ -139,16 +172,22 @@ def only(config: type[BaseModel], *fields: str) -> Settings:
 
 def data_of(field: str, name: str) -> Settings:
     """A recipe's data: the source by this name, and how much of it is drawn."""
-    return (Setting(Recipe, field, name=name, key="source"), *drawn_of(f"{name}_"))
+    return (Setting(Recipe, field, name=name, key="source", word="DATA"), *drawn_of(f"{name}_"))
 
 
 def drawn_of(prefix: str) -> Settings:
     """How much of a source is drawn."""
     return (
         Setting(DataConfig, "limit", name=f"{prefix}limit", key="limit"),
-        Setting(DataConfig, "balance", name=f"{prefix}balance", key="balance", metavar="COLUMN"),
-        Setting(DataConfig, "shares", name=f"{prefix}shares", key="shares", metavar="SHARES"),
+        Setting(DataConfig, "balance", name=f"{prefix}balance", key="balance", word="COLUMN"),
+        Setting(DataConfig, "shares", name=f"{prefix}shares", key="shares"),
     )
+
+
+def in_panel(panel: str, settings: Settings, others: Mapping[str, str] | None = None) -> Settings:
+    """The settings in a group of options; `others` names the groups of those fields that belong elsewhere."""
+    groups = others or {}
+    return tuple(replace(setting, panel=groups.get(setting.field, panel)) for setting in settings)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -160,7 +199,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         metadata = getattr(hints[parameter.name], "__metadata__", ())
         if metadata and isinstance(metadata[0], tuple):
             groups[parameter.name] = metadata[0]
-            parameters += [setting.parameter() for setting in metadata[0]]
+            parameters += [setting.parameter(metadata[0]) for setting in metadata[0]]
         else:
             parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
 

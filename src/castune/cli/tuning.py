@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from castune.cli.help import ADAPTER, READS, USES_UTILITY, WRITES
 from castune.cli.options import ALIGN, TUNING, UTILITY_DRAWN, Run
 from castune.cli.settings import Values
 from castune.cli.values import names
@@ -19,25 +20,45 @@ def tune(
     align: Annotated[Values, ALIGN],
     held_out: Annotated[
         str | None,
-        typer.Option(metavar="SUITES", help="Leave out examples whose prompts are in these suites, comma-separated."),
+        typer.Option(
+            metavar="SUITES",
+            rich_help_panel=READS,
+            help="Drop training examples whose prompts are in these suites. Comma-separated.",
+        ),
     ] = None,
     arm: Annotated[
         str | None,
         typer.Option(
-            help="What to train beside the main selection: one made with select --beside, or any of safe, risky-50, "
-            "random, layer-matched, all, bucket-2-of-4, safe-gradient, ... and with +pcgrad, +dpo, +replay-10 what is "
-            "trained differently. The main selection when absent."
+            metavar="NAME",
+            rich_help_panel=ADAPTER,
+            help="Arm to train: one made with castune select --beside, or safe, risky-50, random, layer-matched, all, "
+            "bucket-2-of-4, safe-gradient, ... Append +pcgrad, +dpo or +replay-10 to train it differently. The main "
+            "selection by default.",
         ),
     ] = None,
     settings: Annotated[Values, TUNING],
     utility: Annotated[
         list[str] | None,
-        typer.Option(help="D_util for --surgery and --replay: questions, or prompts with replies. Repeatable."),
+        typer.Option(
+            metavar="DATA",
+            rich_help_panel=USES_UTILITY,
+            help="D_util for --surgery and --replay: questions, or prompts with replies. Repeatable.",
+        ),
     ] = None,
     of_utility: Annotated[Values, UTILITY_DRAWN],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=WRITES, help="Replace an existing adapter.")
+    ] = False,
 ) -> None:
-    """Train the selected heads; write a PEFT adapter and its certificate. Continues an interrupted training."""
+    """Train the selected heads and write a certified adapter.
+
+    Writes a PEFT adapter, and a certificate that nothing outside the selected heads changed. The same command continues
+    an interrupted training.
+
+    Examples:
+        castune tune runs/first --data starter-align --max-steps 100
+        castune tune runs/first --data starter-align --max-steps 100 --arm random
+    """
     from castune.core.shards import Shard
     from castune.steps.directory import RunDirectory
     from castune.steps.tune import tune_arm

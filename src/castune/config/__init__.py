@@ -8,7 +8,7 @@ from castune.config.diagnosis import DiagnoseConfig, Measure, SensitivityRank
 from castune.config.evaluation import EvaluateConfig
 from castune.config.recipe import TEMPLATE_DATE, Recipe
 from castune.config.selection import SelectConfig
-from castune.config.study import CalibrationConfig, StudyConfig, method_suffix
+from castune.config.study import CalibrationConfig, PrimaryContrast, StudyConfig, method_suffix
 from castune.config.toml import to_toml
 from castune.config.tuning import SurgeryGranularity, TuneConfig
 
@@ -19,6 +19,7 @@ __all__ = [
     "DiagnoseConfig",
     "EvaluateConfig",
     "Measure",
+    "PrimaryContrast",
     "Recipe",
     "SelectConfig",
     "SensitivityRank",

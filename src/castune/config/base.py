@@ -18,7 +18,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     # Shows the user one line instead of pydantic's report.
-    def __init__(self, **values: object) -> None:
+    def __init__(self, /, **values: object) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -16,14 +16,14 @@ class DataConfig(Config):
     """A data source and how much of it. A plain string is a source without a limit."""
 
     source: str
-    """Named source, `name=path`, file, or hub id."""
+    """A named source, `name=path`, a file, or a hub id."""
     limit: Count | None = None
-    """Draw this many examples (by the recipe's seed); all when absent."""
+    """Number of examples to draw, with the recipe's seed. All by default."""
     balance: str | None = None
-    """A column of the source, of whose values equally many examples are drawn each, or by `shares`."""
+    """Column to balance on: draws equally many examples for each of its values, or follows `shares`."""
     shares: Annotated[dict[str, Annotated[float, Field(gt=0, strict=True)]], Field(min_length=1)] | None = None
-    """Shares of these values of the column `balance` (`kind` when absent) among the examples, in proportion to each
-    other: 2, 1, 1 are the same as 0.5, 0.25, 0.25. Of other values none are drawn."""
+    """Share of each listed value of the column in `balance` (by default `kind`). Only proportions count: 2, 1, 1 is the
+    same as 0.5, 0.25, 0.25. Values that are not listed are not drawn."""
 
 
 def plain_source(value: object) -> Any:
@@ -49,7 +49,7 @@ def check_domain_names(names: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
-            raise CastuneError(f"domain {name!r}: accepted are 1 to 100 letters (a to z, A to Z), digits, - and _")
+            raise CastuneError(f"domain {name!r}: accepted: 1 to 100 letters (a to z, A to Z), digits, - and _")
         if name in DataConfig.model_fields:
             raise CastuneError(f"domain {name!r}: this is a key of a data source, and a domain needs another name")
         # Some file systems do not tell capitals from small letters.

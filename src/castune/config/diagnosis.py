@@ -17,59 +17,60 @@ class DiagnoseConfig(Config):
     """How heads are measured (Section 3 of the paper)."""
 
     measure: Measure = "attribution"
-    """`attribution`: log-prob margins to first order, all heads from one backward pass; some heads are measured exactly
-    as well, and the map says how far both agree. `margin`: margins by ablating every head; no generation, no ties.
-    `decision`: accuracy and refusal rate, as in the paper."""
+    """How to score heads. `attribution`: a first-order estimate of log-prob margins, for all heads from one backward
+    pass; some heads are also measured exactly, and the map reports how well the two agree. `margin`: log-prob margins,
+    ablating every head; no generation, no ties. `decision`: accuracy and refusal rate, as in the paper."""
     check_units: Count = 16
-    """Of a map by attribution: units of each kind that are measured exactly as well, spread over layers and scores."""
+    """With `attribution`, units of each kind to measure exactly as well, spread over layers and scores."""
     check_examples: Annotated[int, Field(ge=2)] = 16
-    """Examples of each set that they are measured on."""
+    """With `attribution`, examples of each set to use for these exact measurements."""
     verify: Literal["none", "zone"] = "none"
-    """Of a map by attribution, measure exactly: `none` but what is checked; `zone`: units whose place inside or outside
-    the safe zone, the quarter of lowest C, the estimate leaves open, nearest to its border first."""
+    """With `attribution`, what else to measure exactly. `none`: nothing. `zone`: units that the estimate cannot place
+    inside or outside the safe zone (the quarter with the lowest C), nearest to its border first."""
     verify_units: Count = 64
-    """So many of each kind at most."""
+    """Maximum number of units of each kind that `verify` measures."""
     ablation: Literal["zero", "mean"] = "zero"
     """What replaces a head's output: `zero`, or its `mean` over the calibration tokens."""
     max_new_tokens: Count = 24
-    """Tokens of a reply that the judge sees."""
+    """Maximum length of the replies that the judge reads, in tokens."""
     margin_tokens: Count = 8
-    """First tokens of the refusal and of the model's own reply that a safety margin compares, and of the two replies
-    of `reply_domains`; at most `max_new_tokens`. Whether a reply refuses is settled in its first words."""
+    """Number of leading tokens that a safety margin compares, of the refusal and of the model's own reply; for
+    `reply_domains`, of the two replies. At most `max_new_tokens`. The first words settle whether a reply refuses."""
     problems: Literal["decision", "margin"] = "margin"
-    """How utility is measured on problems, whatever `measure` says of the rest. `margin`: the log-probability of their
-    worked solutions. `decision`: accuracy; answers are worked out without every head, which costs far more than
-    anything else (`castune plan`)."""
+    """How to measure utility on problems with worked solutions, whatever `measure` says about the rest. `margin`:
+    log-probability of the worked solution. `decision`: accuracy; the model works out every answer without each head,
+    which costs far more than anything else (see `castune plan`)."""
     solution_tokens: Count = 256
-    """Tokens that an answer may have that is worked out (`problems`)."""
+    """Maximum length of an answer that is worked out (see `problems`), in tokens."""
     judge: Literal["prefix", "opening"] = "prefix"
-    """Who decides whether a reply refuses: rules, on its first 64 (`prefix`) or 300 characters (`opening`)."""
+    """Rules that decide whether a reply refuses. `prefix` reads its first 64 characters, `opening` its first 300."""
     batch_tokens: Count | Literal["auto"] = 2048
-    """Rows x tokens of one forward. `auto`: what runs fastest on this machine, noted in the map."""
+    """Rows x tokens per forward pass. `auto` picks the fastest size on this machine and records it in the map."""
     max_length: Count = 1024
-    """Limit of prompt + reply in tokens; prompts are cut on the left."""
+    """Maximum length of prompt and reply together, in tokens. Longer prompts are truncated on the left."""
     sensitivity_rank: SensitivityRank = "difference"
-    """`difference`: Eq. 5, exp(rank - rank). `of-difference`: exp(rank of the difference), the scale of Table 7."""
+    """How S(h) is ranked. `difference`: Eq. 5, exp(rank - rank). `of-difference`: exp(rank of the difference), the
+    scale of Table 7."""
     gradient_chunks: Annotated[int, Field(ge=2)] = 8
-    """Parts of each set whose gradients are kept apart for the standard error of O(h)."""
+    """Number of parts to split each set into for the standard error of O(h)."""
     gradient_memory: Annotated[float, Field(gt=0)] = 40
-    """Gigabytes that these parts may take together (in float32, in the memory of the CPU); what does not fit is
-    measured in further passes over the examples. One projection at least is measured at a time."""
+    """Gigabytes of CPU memory for the gradients of these parts (float32). What does not fit is measured in further
+    passes over the examples, at least one projection at a time."""
     units: tuple[UnitKind, ...] = ("q_heads",)
-    """Kinds of unit that are diagnosed: `q_heads`, the paper's query heads; `k_groups` and `v_groups`, KV groups by
-    their keys or values; `o_heads`, columns of the output projection by head; `mlp_blocks`, whole MLPs; `mlp_groups`,
-    groups of MLP neurons. Ranks are within a kind."""
+    """Kinds of unit to diagnose. `q_heads`: query heads, as in the paper. `k_groups`, `v_groups`: KV groups by their
+    keys or values. `o_heads`: columns of the output projection by head. `mlp_blocks`: whole MLPs. `mlp_groups`: groups
+    of MLP neurons. Each kind is ranked on its own."""
     mlp_groups: Count = 8
-    """Into how many equal groups the neurons of a layer are cut, for `mlp_groups`."""
+    """Number of equal groups to split the MLP neurons of each layer into, for `mlp_groups`."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Diagnose these layers only; ranks are then among their heads. All layers when absent."""
+    """Diagnose only these layers and rank only their heads. All layers by default."""
     reply_domains: tuple[str, ...] = ()
-    """Utility domains of harmless prompts, each with the reply that the model should give, so that heads are chosen
-    against over-refusal too; `utility` is the set without a name. `decision`: the prompt is not refused. `margin`: the
-    reply's log-probability over that of a standard refusal."""
+    """Utility domains of harmless prompts, each with the reply that the model should give, so that heads are also
+    chosen against over-refusal. The set without a name is `utility`. `decision`: the prompt is not refused. `margin`:
+    log-probability of the reply over that of a standard refusal."""
     domains: Literal["mean", "worst"] = "mean"
-    """How the maps of several utility domains become one. `mean`: of every column. `worst`: a head's row is that of
-    the domain in which its C is highest."""
+    """How to combine the maps of several utility domains. `mean`: average every column. `worst`: take each head's row
+    from the domain where its C is highest."""
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -17,45 +17,46 @@ class EvaluateConfig(Config):
     suites: tuple[str, ...] = ("starter-utility-eval", "starter-safety-eval", "starter-overrefusal-eval")
     """Data sources: starter-utility-eval, starter-safety-eval, starter-overrefusal-eval, starter-solutions-eval,
     starter-helpful-eval, mmlu, csqa, gsm8k, math, strongreject, or-bench, advbench, harmbench, jailbreakbench,
-    jailbreakbench-benign, xstest, xstest-unsafe, dan, wildjailbreak, wildguard; `NAME=PATH` for a local copy,
-    `NAME@REVISION` of the hub; `PURPOSE:PATH` for own data with PURPOSE one of utility, safety, over-refusal, nll, kl,
-    safety-margin, over-refusal-margin; `#500` behind any of them draws so many examples. `nll:`, `kl:` and `margin:`
-    before a source measure continuously: the negative log-likelihood of its right answers or replies, the divergence
-    from the base model on the base's own replies, how much likelier a refusal is than the base's reply."""
+    jailbreakbench-benign, xstest, xstest-unsafe, dan, wildjailbreak, wildguard. `NAME=PATH`: a local copy.
+    `NAME@REVISION`: a revision on the hub. `PURPOSE:PATH`: your own data, with PURPOSE one of utility, safety,
+    over-refusal, nll, kl, safety-margin, over-refusal-margin. Append `#500` to draw that many examples. Prefix `nll:`,
+    `kl:` or `margin:` for a continuous measure: negative log-likelihood of the right answers or replies, divergence
+    from the base model on the base model's own replies, or how much likelier a refusal is than the base model's
+    reply."""
     limit: Count | None = None
-    """Examples a suite; all when absent."""
+    """Examples per suite. All by default."""
     judge: str = "opening"
-    """Who decides whether a reply refuses: `prefix` or `opening` (rules), `reading` (a small encoder, here; English),
-    `wildguard` (a classifier, here), `openai=MODEL` (a server; OPENAI_BASE_URL, OPENAI_API_KEY), or a panel of several,
-    joined by `+`."""
+    """What decides whether a reply refuses: `prefix` or `opening` (rules), `reading` (a small encoder that runs here,
+    English only), `wildguard` (a classifier that runs here), `openai=MODEL` (a server; OPENAI_BASE_URL,
+    OPENAI_API_KEY), or a panel of several, joined by `+`."""
     backend: Literal["hf", "vllm", "openai"] = "hf"
-    """Where models run. `hf`: transformers, here. `vllm`: one engine, here. `openai`: a server (OPENAI_BASE_URL) that
-    serves the model by its name and every adapter by the name of its arm."""
+    """Where models run. `hf`: transformers, on this machine. `vllm`: one vLLM engine, on this machine. `openai`: a
+    server (OPENAI_BASE_URL) that serves the model by its name and every adapter by the name of its arm."""
     served_model: str | None = None
-    """What the server of backend `openai` calls the model, where that is not its name in the recipe."""
+    """Name of the model on the server of backend `openai`, if it differs from the recipe's."""
     strengths: tuple[Annotated[float, Field(gt=0, le=2)], ...] = (1.0,)
-    """Every arm is measured at these strengths too: its adapter's update is multiplied, nothing is trained again. With
-    several, what arms cost is compared at equal safety. Full strength, 1, is always among them."""
+    """Adapter strengths at which to measure every arm: the adapter's update is multiplied, nothing is retrained. With
+    several, the costs of arms are compared at equal safety. Full strength, 1, is always included."""
     max_new_tokens: Count = 64
-    """Length limit of replies to harmful and harmless prompts."""
+    """Maximum length of replies to harmful and harmless prompts, in tokens."""
     reference_tokens: Count = 32
-    """Length limit of the base model's own replies that `kl` and `margin` suites are measured on."""
+    """Maximum length of the base model's own replies, which `kl` and `margin` suites are measured on, in tokens."""
     margin_tokens: Count = 8
-    """First tokens of the refusal and of the base model's reply that a `margin` suite compares."""
+    """Number of leading tokens that a `margin` suite compares, of the refusal and of the base model's reply."""
     reasoning_tokens: Count | None = None
-    """Length limit of worked answers; when absent the paper's, 1,024 for gsm8k and 2,048 for math."""
+    """Maximum length of worked answers, in tokens. By default the paper's: 1,024 for gsm8k, 2,048 for math."""
     letters: Literal["argmax", "generated"] = "argmax"
-    """How the letter of a multiple-choice answer is found: `argmax`, the likeliest of the option letters; `generated`,
-    what the model writes."""
+    """How to find the letter of a multiple-choice answer. `argmax`: the likeliest option letter. `generated`: the
+    letter that the model writes."""
     batch_tokens: Count = 4096
-    """Rows x tokens of one forward."""
+    """Rows x tokens per forward pass."""
     max_length: Count = 2048
-    """Limit of a prompt in tokens; longer ones are cut on the left."""
+    """Maximum length of a prompt, in tokens. Longer prompts are truncated on the left."""
     seed: int = 0
-    """Seed of the subsets: the same everywhere."""
+    """Seed for drawing subsets of suites. Independent of the recipe's seed, so that runs draw the same subsets."""
     overlap: Literal["refuse", "allow", "drop"] = "refuse"
-    """What to do about prompts of a suite that the training data hold too: such a suite measures memory. `drop` trains
-    without them."""
+    """What to do if a suite contains training prompts, on which it would measure memorisation. `refuse`: stop. `allow`:
+    measure it anyway. `drop`: train without them."""
 
     @model_validator(mode="after")
     def _name_at_the_server(self) -> EvaluateConfig:

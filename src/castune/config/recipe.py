@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -16,7 +15,7 @@ from castune.config.diagnosis import DiagnoseConfig
 from castune.config.evaluation import EvaluateConfig
 from castune.config.selection import SelectConfig
 from castune.config.study import StudyConfig
-from castune.config.toml import apply_override, to_toml
+from castune.config.toml import apply_override, read_toml, to_toml
 from castune.config.tuning import TuneConfig
 from castune.errors import CastuneError
 from castune.secrets import has_secret
@@ -33,25 +32,25 @@ class Recipe(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model: for a repository and revision that you have read. Noted in the
-    record of the model in every artifact."""
+    """Run Python code that comes with the model. Use it only for a repository and revision that you have read. Every
+    artifact's record of the model notes it."""
     template_date: str = TEMPLATE_DATE
-    """The day (year-month-day) that a chat template which prints the date is told: the same for all of a run."""
+    """Date (YYYY-MM-DD) to give to chat templates that print one, the same for the whole run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`, `float32`, `bfloat16` or `float16`."""
+    """Precision of the model: `auto`, `float32`, `bfloat16` or `float16`."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    """Device to compute on: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     out: str
     """The run directory."""
     seed: int = 21
-    """Seed of the calibration subsets; training has its own."""
+    """Seed for drawing the calibration data. Training has its own."""
     safety: DataConfig = DataConfig(source="starter-safety")
     """D_safe: harmful prompts with safe replies."""
     utility: DataConfig | dict[str, DataConfig] = DataConfig(source="starter-utility")
-    """D_util: multiple-choice questions, or problems with worked solutions; or several such sets, domains with names,
-    each of which has its own map. Harmless prompts with replies: see `diagnose.reply_domains`."""
+    """D_util: multiple-choice questions, or problems with worked solutions. Several named sets (domains) get one map
+    each. For harmless prompts with replies, see `diagnose.reply_domains`."""
     align: DataConfig = DataConfig(source="starter-align")
-    """D_align: prompts with replies, which are trained on."""
+    """D_align: prompts with the replies to train on."""
     diagnose: DiagnoseConfig = DiagnoseConfig()
     """How heads are measured."""
     select: SelectConfig = SelectConfig()
@@ -61,7 +60,7 @@ class Recipe(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured before and after."""
     study: StudyConfig = StudyConfig()
-    """For `castune study` alone."""
+    """Only for `castune study`."""
 
     @field_validator("safety", "align", mode="before")
     @classmethod
@@ -100,7 +99,7 @@ class Recipe(Config):
         return self
 
     @classmethod
-    def of(cls, **values: Any) -> Recipe:
+    def of(cls, /, **values: Any) -> Recipe:
         """A recipe from plain values, checked like those of a file."""
         return cls(**values)
 
@@ -112,16 +111,7 @@ class Recipe(Config):
             CastuneError: no such file, malformed TOML, an unknown key, or a value out of range.
         """
         path = Path(path)
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CastuneError(f"{path}: no such recipe") from None
-        except OSError as error:
-            raise CastuneError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise CastuneError(f"{path}: malformed TOML: {error}") from None
-        except RecursionError:
-            raise CastuneError(f"{path}: malformed TOML: nested too deeply") from None
+        values = read_toml(path, "recipe")
         for override in overrides:
             apply_override(values, override)
         try:

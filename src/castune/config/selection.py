@@ -13,21 +13,21 @@ class SelectConfig(Config):
     """Which heads are trained (Section 3.5)."""
 
     zone: Zone = "safe"
-    """`safe`: lowest scores; `risky`: highest; `random`; `layer-matched`: random, with as many heads in each layer as
-    `safe`; `all`."""
+    """Which heads to train. `safe`: lowest scores. `risky`: highest scores. `random`: drawn at random. `layer-matched`:
+    random, with as many heads in each layer as `safe`. `all`: every head."""
     fraction: Share = 0.25
     """Share of all heads, in (0, 1]."""
     buckets: Count | None = None
-    """Cut the sorted heads into this many equal buckets and take one (`bucket`)."""
+    """Split the sorted heads into this many equal buckets and take one of them (see `bucket`)."""
     bucket: Count | None = None
-    """Which of the `buckets`, 1: highest scores."""
+    """Number of the bucket to take (see `buckets`). 1 has the highest scores."""
     score: Score = "conflict"
-    """What heads are sorted by: `conflict` C(h), `gradient` O(h) alone, or `sensitivity` S(h) alone (Table 8)."""
+    """Score to sort heads by: `conflict` C(h), `gradient` O(h) alone, or `sensitivity` S(h) alone (Table 8)."""
     seed: int | None = None
     """Seed of a random or layer-matched selection."""
     compare: tuple[str, ...] = ()
-    """More arms to train beside this one, for comparison, by their names (`castune.names`): `risky`, `random`,
-    `safe-50`, `bucket-2-of-4`, `safe-gradient`, `safe+pcgrad`, ...; of the same size unless a name says another."""
+    """Further arms to train for comparison, by their names (`castune.names`): `risky`, `random`, `safe-50`,
+    `bucket-2-of-4`, `safe-gradient`, `safe+pcgrad`, ... They have the same size unless a name says otherwise."""
 
     @model_validator(mode="after")
     def _can_be_made(self) -> SelectConfig:

@@ -1,4 +1,4 @@
-"""Plain values as TOML, and the changes to them that `--set` asks for."""
+"""Plain values from and as TOML, and the changes to them that `--set` asks for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from castune.config.data import plain_source
 from castune.errors import CastuneError
+
+
+def read_toml(path: Path, kind: str) -> dict[str, Any]:
+    """The plain values of a TOML file.
+
+    Args:
+        path: the file.
+        kind: what it is, for messages.
+
+    Raises:
+        CastuneError: no such file, or malformed TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CastuneError(f"{path}: no such {kind}") from None
+    except OSError as error:
+        raise CastuneError(f"{path}: cannot be read as a {kind}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CastuneError(f"{path}: malformed TOML: {error}") from None
+    except RecursionError:
+        raise CastuneError(f"{path}: malformed TOML: nested too deeply") from None
 
 
 def to_toml(values: Mapping[str, Any], path: str = "") -> str:

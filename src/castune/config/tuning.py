@@ -16,65 +16,64 @@ class TuneConfig(Config):
     """How the chosen heads are trained. The defaults are the paper's Table 3."""
 
     method: TuneMethod = "sft"
-    """`sft`: imitate replies. `dpo`: prefer chosen to rejected replies (needs the extra `dpo`)."""
+    """`sft`: imitate replies. `dpo`: prefer chosen over rejected replies (needs the extra `dpo`)."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """DPO: how strongly the model is held to the base model."""
+    """DPO beta: how strongly to keep the model close to the base model."""
     replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Data replay: share of the training examples that come from the utility data. Not with DPO."""
+    """Share of training examples drawn from the utility data (data replay). Not with DPO."""
     rank: Count = 32
     """LoRA rank."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """LoRA alpha: what the adapter adds is scaled by alpha / rank."""
+    """LoRA alpha. The adapter's update is scaled by alpha / rank."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Highest learning rate of AdamW; the default is the paper's, for its 1,250 steps."""
+    """Peak learning rate of AdamW. The default is the paper's, for its 1,250 steps."""
     epochs: Annotated[float, Field(gt=0)] = 1
-    """Passes over the data; parts of one too."""
+    """Passes over the data. Fractions are allowed."""
     max_steps: Count | None = None
     """Stop after this many optimiser steps, whatever `epochs` says."""
     batch_size: Count = 4
-    """Examples a device and a micro-batch."""
+    """Examples per device and micro-batch."""
     accumulation: Count = 2
-    """Micro-batches an optimiser step."""
+    """Micro-batches per optimiser step."""
     max_length: Count = 1024
-    """Limit of prompt and reply together, in tokens."""
+    """Maximum length of prompt and reply together, in tokens."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the optimiser steps in which the learning rate rises from 0."""
+    """Share of the optimiser steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Norm that gradients are cut to."""
+    """Norm to clip gradients to."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up: `linear` or `cosine` to 0, or `constant`."""
+    """How the learning rate falls after the warm-up: `linear` or `cosine` to 0, or not at all (`constant`)."""
     group_by_length: bool = True
-    """Steps of examples of similar lengths, in random order: far less padding, and steps that are often nearly of one
-    kind, as refusals are shorter than answers (docs/method.md)."""
+    """Form steps from examples of similar length, in random order. This saves much padding. As refusals are shorter
+    than answers, a step then often holds nearly only one kind (docs/method.md)."""
     quantization: Literal["none", "nf4"] = "none"
-    """How the base's linear layers are stored while it is trained: `none`, as they are; `nf4` (bitsandbytes, extra
-    `qlora`) in a quarter of bfloat16's memory (QLoRA). The adapter belongs to the full model, on which it is evaluated
-    and merged."""
+    """How to store the base model's linear layers during training. `none`: as they are. `nf4`: in 4 bits (QLoRA), a
+    quarter of bfloat16's memory; needs bitsandbytes (extra `qlora`). The adapter belongs to the full model, on which it
+    is evaluated and merged."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, more time."""
     checkpoint_steps: Count = 100
-    """Optimiser steps between checkpoints, from which the same command continues after an interruption."""
+    """Optimiser steps between checkpoints. After an interruption, the same command continues from the last one."""
     snapshot_steps: Count | None = None
-    """Keep the adapter as it is after every so many optimiser steps beside the finished one (`castune drift`);
-    never when absent."""
+    """Keep a snapshot of the adapter after every N optimiser steps, for `castune drift`. Off by default."""
     reselect_steps: Count | None = None
-    """Measure the map again on the model as it is after every so many optimiser steps, choose heads again by the arm's
-    own rule, and train these from there on; what was learnt so far stays, frozen. Never when absent."""
+    """After every N optimiser steps, measure the map again on the current model, choose heads again by the arm's own
+    rule, and train those from there on. What was learnt so far is kept, frozen. Off by default."""
     freeze_a: bool = False
-    """Train B alone: budgets of equal head counts are then equal to the parameter."""
+    """Train only B. Arms with equally many heads then have exactly equally many trainable parameters."""
     seed: int = 21
-    """Seed of initial values and data order, and of a random selection where none is set for it."""
+    """Seed of initial values and data order, and of a random selection that has no seed of its own."""
     surgery: SurgeryMethod = "none"
-    """What is done to a gradient that works against the utility gradient (Section 4.2). `pcgrad`: what points against
-    it is taken out; D_util is the reference only. `pcgrad-symmetric`, and by torchjd `cagrad`, `upgrad`, `mgda`,
+    """What to do with a gradient that conflicts with the utility gradient (Section 4.2). `pcgrad`: remove the
+    conflicting component; D_util is only the reference. `pcgrad-symmetric` and, by torchjd, `cagrad`, `upgrad`, `mgda`,
     `gradvac`, `alignedmtl`, `imtlg`: train on D_util too."""
     surgery_granularity: SurgeryGranularity = "global"
-    """What conflicts and is changed on its own: the whole gradient (`global`), each A and B (`tensor`), or each head's
-    rows of B and A (`head`)."""
+    """Scope at which conflicts are found and resolved: the whole gradient (`global`), each A and B (`tensor`), or each
+    head's rows of B and A (`head`)."""
     surgery_batch_size: Count | None = None
-    """Utility examples an optimiser step, over all processes; as many as alignment examples when absent."""
+    """Utility examples per optimiser step, over all processes. By default as many as alignment examples."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> TuneConfig:

@@ -25,7 +25,7 @@ def placement(device: str | torch.device) -> Any:
         try:
             torch.device(device)
         except RuntimeError:
-            raise CastuneError(f"device {str(device)!r}: accepted are auto, cpu, cuda, cuda:1, mps, ...") from None
+            raise CastuneError(f"device {str(device)!r}: accepted: auto, cpu, cuda, cuda:1, mps, ...") from None
         return str(device)
     if not torch.cuda.is_available():
         return "cpu"

@@ -41,7 +41,7 @@ class Shard:
         if text is not None:
             match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
             if match is None or not 1 <= int(match[1]) <= int(match[2]):
-                raise CastuneError(f"shard {text!r}: accepted are 1/n to n/n, for example 2/4")
+                raise CastuneError(f"shard {text!r}: accepted: 1/n to n/n, for example 2/4")
             if ranks > 1:
                 raise CastuneError("torchrun splits the work over its processes itself: leave out the shard")
             return cls(int(match[1]) - 1, int(match[2]))

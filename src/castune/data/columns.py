@@ -223,7 +223,7 @@ def _preference(row: Row) -> Example:
             # Some data sets repeat the prompt before the reply.
             value = value[len(turns) :] if value[: len(turns)] == turns else value
             if len(value) != 1 or value[0]["role"] != "assistant":
-                raise DataError(f"{column}: accepted is a text, or a list of one assistant message")
+                raise DataError(f"{column}: accepted: a text, or a list of one assistant message")
             value = value[0]["content"]
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{column}: the reply is empty or not text")

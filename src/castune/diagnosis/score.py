@@ -36,6 +36,13 @@ def conflict_from_gram(gram_HCC: Floats, n_safety: int) -> Floats:
     return (1 - np.clip(cosine_H, -1, 1)) / 2
 
 
+def gradient_norms(gram_HCC: Floats, n_safety: int) -> tuple[Floats, Floats]:
+    """|g_safe| and |g_util| of each head, from the same inner products."""
+    parts = (slice(None, n_safety), slice(n_safety, None))
+    safety_H, utility_H = (np.sqrt(np.maximum(gram_HCC[:, part, part].sum((1, 2)), 0)) for part in parts)
+    return safety_H, utility_H
+
+
 def conflict_standard_error(grams: Sequence[Floats], n_safety: int) -> Floats:
     """Standard error of O(h), or of its mean over domains: the delete-one jackknife over the chunks of every set.
 

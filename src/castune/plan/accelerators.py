@@ -45,5 +45,5 @@ def accelerator_named(name: str) -> Accelerator:
         CastuneError: it is not known.
     """
     if name not in ACCELERATORS:
-        raise CastuneError(f"accelerator {name!r}: accepted are {', '.join(ACCELERATORS)}")
+        raise CastuneError(f"accelerator {name!r}: accepted: {', '.join(ACCELERATORS)}")
     return ACCELERATORS[name]

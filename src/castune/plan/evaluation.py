@@ -66,7 +66,7 @@ def suite_work(
         reply: tokens of a reply in the mean; assumed when absent (`reply_tokens`).
     """
     if reply is not None and reply < 1:
-        raise CastuneError(f"replies of {reply} tokens: accepted is at least 1")
+        raise CastuneError(f"replies of {reply} tokens: accepted: at least 1")
     if suite.is_scored(config):
         return _scored_work(shape, chat, suite, config)
     limit = suite.reply_tokens(config)

@@ -41,7 +41,7 @@ def makespan(jobs: Sequence[Job], n_devices: int) -> float:
             other, or seconds that are negative or not finite.
     """
     if n_devices < 1:
-        raise CastuneError(f"{n_devices} devices: accepted is at least 1")
+        raise CastuneError(f"{n_devices} devices: accepted: at least 1")
     ordered = _order(jobs)
     seconds = {job.name: job.seconds / (n_devices if job.is_divisible else 1) for job in ordered}
     parts = {job.name: n_devices if job.is_divisible else 1 for job in ordered}
@@ -85,7 +85,7 @@ def _order(jobs: Sequence[Job]) -> list[Job]:
         raise CastuneError(f"job {next(name for name in names if names.count(name) > 1)!r} stands there twice")
     for job in jobs:
         if not (math.isfinite(job.seconds) and job.seconds >= 0):
-            raise CastuneError(f"job {job.name!r} takes {job.seconds} seconds; accepted are finite numbers from 0")
+            raise CastuneError(f"job {job.name!r} takes {job.seconds} seconds; accepted: finite numbers from 0")
         if missing := [name for name in job.after if name not in by_name]:
             raise CastuneError(f"job {job.name!r} waits for {missing[0]!r}, which is not there")
     ordered: list[Job] = []

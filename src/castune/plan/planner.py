@@ -177,7 +177,7 @@ class Planner:
             CastuneError: a share outside [0, 1], `batch_tokens = "auto"`.
         """
         if decoded_share is not None and not 0 <= decoded_share <= 1:
-            raise CastuneError(f"decoded share {decoded_share}: accepted is 0 to 1")
+            raise CastuneError(f"decoded share {decoded_share}: accepted: 0 to 1")
         if settings.batch_tokens == "auto":
             raise CastuneError('batch_tokens is "auto"; a plan needs a number, for example 2048')
         layers, sets = settings.layers, checked_sets(utility, settings)

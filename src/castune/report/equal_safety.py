@@ -8,22 +8,13 @@ from collections.abc import Sequence
 import altair as alt
 
 from castune.core import numbers
-from castune.purposes import PURPOSES, UNITS, UnitOfMeasure
+from castune.purposes import PAID, PURPOSES, UNITS, UnitOfMeasure
 from castune.report.markup import Markup, table, tag
 from castune.report.summary import NOT_MEASURED, level
 from castune.report.theme import Chart, arm_colours
 from castune.stats.distributions import Interval
 from castune.stats.equal_safety import CostDifference
 from castune.stats.safety_costs import SafetyCosts
-
-# The costs, the one that is spoken of first: the finest measure comes before the coarse ones.
-_COSTS = {
-    "nll": "NLL of right answers",
-    "kl": "KL from the base model",
-    "utility": "accuracy lost",
-    "over-refusal-margin": "refusal margin on harmless prompts",
-    "over-refusal": "harmless prompts refused",
-}
 
 
 def charts(found: SafetyCosts | None) -> dict[str, Chart]:
@@ -40,7 +31,7 @@ def chart_names(found: SafetyCosts) -> list[str]:
 
 def costs_of(found: SafetyCosts) -> list[str]:
     """The costs that were measured, the one that is spoken of first."""
-    return sorted(found.points, key=list(_COSTS).index)
+    return sorted(found.points, key=list(PAID).index)
 
 
 def sentences(found: SafetyCosts) -> list[str]:
@@ -62,7 +53,7 @@ def sentences(found: SafetyCosts) -> list[str]:
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
         f"With each adapter turned down to the same safety, {level(found.target, about.unit)}, the cost in "
-        f"{_COSTS[cost]} ({_unit(cost)}) is {_listed(paid)}."
+        f"{PAID[cost]} ({_unit(cost)}) is {_listed(paid)}."
     )
     return [first, second, _verdict(found)]
 
@@ -78,7 +69,7 @@ def _verdict(found: SafetyCosts) -> str:
         for cost in costs_of(found):
             difference = found.costs[cost].differences[main, other]
             side = "unseen" if not difference.is_seen else "less" if _is_negative(difference) else "more"
-            by_outcome[side].append(_COSTS[cost])
+            by_outcome[side].append(PAID[cost])
         words = [
             f"arm {main} costs {side} than arm {other} in {_listed(names)}"
             for side, names in by_outcome.items()
@@ -108,7 +99,7 @@ def costs_table(found: SafetyCosts) -> Markup:
             at = of_cost.arms[arm].strength
             rows.append(
                 [
-                    f"{_COSTS[cost]}, {_unit(cost)}",
+                    f"{PAID[cost]}, {_unit(cost)}",
                     arm,
                     "not reached" if at is None else numbers.number(at),
                     _paid(found, cost, arm),
@@ -125,8 +116,9 @@ def costs_table(found: SafetyCosts) -> Markup:
         f"Every adapter is turned down (its update multiplied by the strength) until {level(found.target, unit)} of "
         "safety is left: the base model's, and 80 % of the gain that the least safe arm reaches. Costs are above base, "
         "interpolated between the measured strengths. Intervals of 95 % come from a bootstrap over prompts and items, "
-        "the same for all arms; they are for other examples and these trainings, and not adjusted for the number of "
-        "costs. An end without a bound: more than 2.5 % of the draws do not reach that safety."
+        "the same for all arms; with one seed they are for other examples and these trainings. A difference is claimed "
+        "where its interval excludes 0 and p, adjusted for the number of costs and arms (Holm), is below 0.05. An end "
+        "without a bound: more than 2.5 % of the draws do not reach that safety."
     )
     return tag(
         "div",
@@ -148,7 +140,8 @@ def _difference(difference: CostDifference, cost: str) -> str:
     unit = PURPOSES[cost].unit
     value = NOT_MEASURED if difference.value is None else _amount(difference.value, unit, signed=True)
     ends = "" if difference.interval is None else f" ({_ends(difference.interval, unit)})"
-    return f"{value}{ends}" + ("" if difference.is_seen else ", no difference seen")
+    p = "" if difference.p_adjusted is None else f", p {numbers.p_value(difference.p_adjusted)}"
+    return f"{value}{ends}{p}" + ("" if difference.is_seen else ", no difference seen")
 
 
 def _ends(interval: Interval, unit: UnitOfMeasure) -> str:
@@ -202,7 +195,7 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
         scale=alt.Scale(zero=False, nice=True),
         axis=alt.Axis(tickCount=6),
     )
-    y_title = f"{_COSTS[cost][0].upper()}{_COSTS[cost][1:]}, over base ({_unit(cost)})"
+    y_title = f"{PAID[cost][0].upper()}{PAID[cost][1:]}, over base ({_unit(cost)})"
     y = alt.Y("cost:Q", title=y_title, axis=alt.Axis(tickCount=6))
     layers: list[alt.Chart] = [
         alt.Chart(alt.InlineData(values=ends))
@@ -219,7 +212,7 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
                 alt.Tooltip("arm:N", title="Arm"),
                 alt.Tooltip("strength:N", title="Strength"),
                 alt.Tooltip("safety:Q", title=PURPOSES[found.safety].label, format=".3~g"),
-                alt.Tooltip("cost:Q", title=_COSTS[cost], format=".3~g"),
+                alt.Tooltip("cost:Q", title=PAID[cost], format=".3~g"),
             ],
         ),
     ]
@@ -227,5 +220,5 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
         rule = alt.InlineData(values=[{"safety": safety_scale * found.target}])
         layers.append(alt.Chart(rule).mark_rule(strokeDash=[4, 4], opacity=0.7, aria=False).encode(x=x))
     return alt.layer(*layers).properties(
-        width=254, height=230, description=f"{_COSTS[cost]} over {PURPOSES[found.safety].label}, a line an arm."
+        width=254, height=230, description=f"{PAID[cost]} over {PURPOSES[found.safety].label}, a line an arm."
     )

@@ -42,11 +42,14 @@ def student_p(t: float, df: float) -> float:
     return float(2 * stdtr(df, -abs(t)))
 
 
-def student_quantile(df: float) -> float:
-    """The t beyond which 2.5 % lie on either side: half a 95 % interval in standard errors (4.30 with df = 2)."""
+def student_quantile(df: float, level: float = LEVEL) -> float:
+    """The t beyond which half the level lies on either side: by default half a 95 % interval in standard errors.
+
+    It is 4.30 with df = 2, and the normal quantile with infinite df.
+    """
     from scipy.special import stdtrit
 
-    return float(stdtrit(df, ENDS[1]))
+    return float(stdtrit(df, 1 - level / 2))
 
 
 def clopper_pearson(successes: int, n: int, *, at_most: int | None = None) -> Interval | None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.stats.distributions import ENDS, Interval
+from castune.stats.comparisons import holm
+from castune.stats.distributions import ENDS, LEVEL, Interval
 from castune.stats.strength_curves import ArmCurves, Curve, Examples, Spread, monotone
 
 Floats = NDArray[np.float64]
@@ -63,6 +64,9 @@ class CostDifference:
         interval: 95 %, over draws of which at least one arm reaches the target: infinite where the other does not, so
             that an infinite end says which arm may not get there. None as for an arm, and where neither does in half
             of the draws.
+        p: two-sided p-value that belongs to it, of the same draws: below 0.05 where it excludes 0.
+        p_adjusted: Holm's, where several differences are claimed together (`adjusted`).
+        n_comparisons: how many are.
         both_share: share of all draws in which both reach it.
         neither_share: share of all draws in which none does, and that are left out.
     """
@@ -71,11 +75,15 @@ class CostDifference:
     interval: Interval | None
     both_share: float
     neither_share: float
+    p: float | None = None
+    p_adjusted: float | None = None
+    n_comparisons: int = 1
 
     @property
     def is_seen(self) -> bool:
-        """Whether a difference is claimed: its interval excludes 0."""
-        return self.interval is not None and not self.interval.holds(0)
+        """Whether a difference is claimed: its interval excludes 0, and its adjusted p-value is below 5 %."""
+        holds_out = self.p_adjusted is None or self.p_adjusted < LEVEL
+        return self.interval is not None and not self.interval.holds(0) and holds_out
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,7 @@ def equal_safety(curves: Mapping[str, Curve], target: float, *, draws: int = 200
     drawn = data.draw(curves, draws, seed)
     arms = {name: _arm_cost(data, name, drawn[name], target) for name in curves}
     differences = {
-        pair: _difference(data, {name: drawn[name] for name in pair}, target) for pair in combinations(curves, 2)
+        pair: cost_difference(data, {name: drawn[name] for name in pair}, target) for pair in combinations(curves, 2)
     }
     return EqualSafety(
         target=float(target),
@@ -204,6 +212,18 @@ def equal_safety(curves: Mapping[str, Curve], target: float, *, draws: int = 200
         unscored_items=tuple(part.unscored for part in data.costs),
         draws=draws,
     )
+
+
+def adjusted(costs: Mapping[str, EqualSafety]) -> dict[str, EqualSafety]:
+    """Several costs of the same arms, with the first arm's differences from every other adjusted together (Holm)."""
+    asked = [
+        (cost, pair) for cost, found in costs.items() for pair in found.differences if pair[0] == next(iter(found.arms))
+    ]
+    p_values = holm([costs[cost].differences[pair].p for cost, pair in asked])
+    made = {cost: dict(found.differences) for cost, found in costs.items()}
+    for (cost, pair), p in zip(asked, p_values, strict=True):
+        made[cost][pair] = replace(made[cost][pair], p_adjusted=p, n_comparisons=len(asked))
+    return {cost: replace(found, differences=made[cost]) for cost, found in costs.items()}
 
 
 def cost_bands(
@@ -229,60 +249,73 @@ def cost_bands(
         lowest, *_, highest = arm.measured.safety_RJ[0]
         safety_G = np.linspace(lowest, highest, points)
         cost_G = np.array([arm.measured.at(target)[0][0] for target in safety_G])
-        ends = [_ends(arm.drawn(_spread(data, {name: arm}, target)).at(target)[0]) for target in safety_G]
+        ends = [drawn_ends(arm.drawn(cost_spread(data, {name: arm}, target)).at(target)[0]) for target in safety_G]
         low_G, high_G = np.transpose(ends) if data.can_vary else np.full((2, points), np.nan)
         bands[name] = CostBand(safety_G, cost_G, low_G, high_G)
     return bands
 
 
-def _arm_cost(data: Examples, name: str, arm: ArmCurves, target: float) -> ArmCost:
-    cost_R = arm.drawn(_spread(data, {name: arm}, target)).at(target)[0]
-    value, strength = (float(found_R[0]) for found_R in arm.measured.at(target))
-    reached, x_J = math.isfinite(strength), arm.strengths_J
-    above = max(int(np.searchsorted(x_J, strength)), 1)
-    return ArmCost(
-        value=value if reached else None,
-        interval=_interval(cost_R, cost_R) if data.can_vary else None,
-        strength=strength if reached else None,
-        between=(float(x_J[above - 1]), float(x_J[above])) if reached else None,
-        reached_share=float(np.isfinite(cost_R).mean()),
-    )
-
-
-def _difference(data: Examples, pair: Mapping[str, ArmCurves], target: float) -> CostDifference:
-    spread = _spread(data, pair, target)
+def cost_difference(data: Examples, pair: Mapping[str, ArmCurves], target: float) -> CostDifference:
+    """Of the two arms' drawn curves, the first minus the second."""
+    spread = cost_spread(data, pair, target)
     one_R, two_R = (arm.drawn(spread).at(target)[0] for arm in pair.values())
     any_R, both_R = np.isfinite(one_R) | np.isfinite(two_R), np.isfinite(one_R) & np.isfinite(two_R)
     one, two = (float(arm.measured.at(target)[0][0]) for arm in pair.values())
+    shown = data.can_vary and any_R.mean() > 0.5
+    interval = drawn_interval(one_R[any_R] - two_R[any_R], one_R, two_R) if shown else None
     return CostDifference(
         value=one - two if math.isfinite(one) and math.isfinite(two) else None,
-        interval=_interval(one_R[any_R] - two_R[any_R], one_R, two_R) if data.can_vary and any_R.mean() > 0.5 else None,
+        interval=interval,
         both_share=float(both_R.mean()),
         neither_share=float((~any_R).mean()),
+        p=None if interval is None else _p_of(one_R[any_R] - two_R[any_R]),
     )
 
 
-def _spread(data: Examples, arms: Mapping[str, ArmCurves], target: float) -> Spread:
-    """Of the cost of one arm, or of the first minus the second; of safety at full strength where one has no cost."""
+def cost_spread(data: Examples, arms: Mapping[str, ArmCurves], target: float, times: float = 1.0) -> Spread:
+    """Of the cost of one arm, or of the first minus so many times the second.
+
+    Where an arm has no cost, the larger of the spreads of both, with that of its safety at full strength for it.
+    """
     if data.n_seeds == 1:
         return data.spread({})
     slopes = {name: arm.slopes(target) for name, arm in arms.items()}
     known = {name: slope for name, slope in slopes.items() if slope is not None}
     if len(known) == len(arms):
-        signs = dict(zip(arms, (1, -1), strict=False))
-        return data.spread({name: (signs[name] * slope[0], signs[name] * slope[1]) for name, slope in known.items()})
+        factors = dict(zip(arms, (1.0, -times), strict=False))
+        return data.spread({name: (factors[name] * by[0], factors[name] * by[1]) for name, by in known.items()})
     each = [data.spread({name: known.get(name, arm.full_safety)}) for name, arm in arms.items()]
     return Spread(*np.max(each, axis=0).tolist())
 
 
-def _interval(drawn_R: Floats, *of_arms: Floats) -> Interval | None:
+def _p_of(drawn_R: Floats) -> float:
+    """Two-sided: twice the share of draws on the rarer side of 0, the measured difference counted as one on each."""
+    rarer = min(int((drawn_R <= 0).sum()), int((drawn_R >= 0).sum()))
+    return min(1.0, 2 * (rarer + 1) / (len(drawn_R) + 1))
+
+
+def drawn_interval(drawn_R: Floats, *of_arms: Floats) -> Interval | None:
     """Percentiles of draws; None where all are one finite number, but for the rounding of the arms' own draws."""
     largest = max(float(np.abs(part_R[np.isfinite(part_R)]).max(initial=0.0)) for part_R in of_arms)
-    return None if np.isfinite(drawn_R).all() and np.ptp(drawn_R) <= 1e-12 * largest else _ends(drawn_R)
+    return None if np.isfinite(drawn_R).all() and np.ptp(drawn_R) <= 1e-12 * largest else drawn_ends(drawn_R)
 
 
-def _ends(drawn_R: Floats) -> Interval:
+def drawn_ends(drawn_R: Floats) -> Interval:
     """Percentiles of draws that may be infinite: as many lie below the lower end as above the upper one."""
     outside = max(int(ENDS[0] * (len(drawn_R) + 1)), 1) - 1
     sorted_R = np.sort(drawn_R)
     return Interval(float(sorted_R[outside]), float(sorted_R[-1 - outside]))
+
+
+def _arm_cost(data: Examples, name: str, arm: ArmCurves, target: float) -> ArmCost:
+    cost_R = arm.drawn(cost_spread(data, {name: arm}, target)).at(target)[0]
+    value, strength = (float(found_R[0]) for found_R in arm.measured.at(target))
+    reached, x_J = math.isfinite(strength), arm.strengths_J
+    above = max(int(np.searchsorted(x_J, strength)), 1)
+    return ArmCost(
+        value=value if reached else None,
+        interval=drawn_interval(cost_R, cost_R) if data.can_vary else None,
+        strength=strength if reached else None,
+        between=(float(x_J[above - 1]), float(x_J[above])) if reached else None,
+        reached_share=float(np.isfinite(cost_R).mean()),
+    )

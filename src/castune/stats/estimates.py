@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -90,8 +90,11 @@ def estimate(values: Sequence[float | bool | None]) -> Estimate:
     )
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
-    """Wilson's 95 % score interval of a rate (1927); None for n = 0. Unlike value ± error it never leaves [0, 1]."""
+def wilson_interval(successes: float, n: float) -> tuple[float, float] | None:
+    """Wilson's 95 % score interval of a rate (1927); None for n = 0. Unlike value ± error it never leaves [0, 1].
+
+    Counts need not be whole: what would it be with more examples at the same rate?
+    """
     # scipy has it in `scipy.stats` alone, which takes as long to import as a small evaluation.
     if n == 0:
         return None
@@ -99,6 +102,42 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_rate_interval(gained: float, lost: float, n: float) -> tuple[float, float] | None:
+    """Tango's 95 % score interval of the difference of two rates of the same examples (1998); None for n = 0.
+
+    It holds every difference d whose score statistic (gained - lost - n d) / sqrt(n (2 q + d (1 - d))) is between -Z
+    and Z, with q the most likely share of lost pairs given d. Unlike value ± error it has a width where no pair
+    differs: ±Z² / (n + Z²). Counts need not be whole.
+
+    Args:
+        gained: pairs that are right or refused after and not before.
+        lost: pairs of which the opposite holds.
+        n: all pairs.
+    """
+    if n == 0:
+        return None
+
+    def is_held(d: float) -> bool:
+        b = (2 * n - gained + lost) * d - gained - lost
+        q = (math.sqrt(max(0.0, b**2 + 8 * n * lost * d * (1 - d))) - b) / (4 * n)
+        return bool((gained - lost - n * d) ** 2 <= Z**2 * n * (2 * q + d * (1 - d)))
+
+    value = (gained - lost) / n
+    low, high = (_last_held(is_held, value, end) for end in (-1.0, 1.0))
+    return low, high
+
+
+def _last_held(is_held: Callable[[float], bool], inside: float, end: float) -> float:
+    """How far towards `end` an interval reaches around a value that it holds."""
+    if is_held(end):
+        return end
+    # As often as halves of [-1, 1] can be told apart.
+    for _ in range(60):
+        middle = (inside + end) / 2
+        inside, end = (middle, end) if is_held(middle) else (inside, middle)
+    return inside
 
 
 def paired_difference(before: Sequence[float | bool | None], after: Sequence[float | bool | None]) -> PairedDifference:

@@ -126,6 +126,20 @@ class Outcomes:
         return float((by_example_N**2).sum()) / pairs, rest
 
 
+class Variances(NamedTuple):
+    """Of the mean of a quantity over seeds and examples.
+
+    Attributes:
+        seeds: variance of the mean of the seeds' means; 0 with one.
+        examples: of the mean of the examples' means.
+        rest: what neither explains. It is in both of the others.
+    """
+
+    seeds: float
+    examples: float
+    rest: float
+
+
 class Spread(NamedTuple):
     """How far draws lie from the measured curves.
 
@@ -196,6 +210,17 @@ class Examples:
             for name, at in self.columns.items()
         }
 
+    def variances(self, slopes: Mapping[str, tuple[Floats, Floats]]) -> Variances:
+        """Of a quantity that changes with the arms' safety and cost curves by these slopes [J]."""
+        safety_L, cost_L = np.zeros((2, len(self.safety.mean_L)))
+        for name, (safety_J, cost_J) in slopes.items():
+            safety_L[self.columns[name]], cost_L[self.columns[name]] = safety_J, cost_J
+        suites = len(self.costs)
+        parts = [(self.safety, safety_L), *((part, cost_L / suites) for part in self.costs)]
+        examples, rest = np.sum([part.variances(slope_L) for part, slope_L in parts], axis=0).tolist()
+        seed_T = np.sum([part.deviation_TL @ slope_L for part, slope_L in parts], axis=0)
+        return Variances(float((seed_T**2).sum()) / (self.n_seeds * max(self.n_seeds - 1, 1)), examples, rest)
+
     def spread(self, slopes: Mapping[str, tuple[Floats, Floats]]) -> Spread:
         """The spread for a quantity that changes with the arms' safety and cost curves by these slopes [J].
 
@@ -205,15 +230,8 @@ class Examples:
         """
         if self.n_seeds == 1:
             return Spread(0.0, 1.0)
-        safety_L, cost_L = np.zeros((2, len(self.safety.mean_L)))
-        for name, (safety_J, cost_J) in slopes.items():
-            safety_L[self.columns[name]], cost_L[self.columns[name]] = safety_J, cost_J
-        suites = len(self.costs)
-        parts = [(self.safety, safety_L), *((part, cost_L / suites) for part in self.costs)]
-        examples, rest = np.sum([part.variances(slope_L) for part, slope_L in parts], axis=0)
-        seed_T = np.sum([part.deviation_TL @ slope_L for part, slope_L in parts], axis=0)
+        seeds, examples, rest = self.variances(slopes)
         df = self.n_seeds - 1
-        seeds = float((seed_T**2).sum()) / (self.n_seeds * df)
         own = max(0.0, seeds - rest)
         both = examples + own
         if seeds == 0 or both == 0:

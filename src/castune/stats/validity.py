@@ -30,7 +30,7 @@ class Point:
         arm: name of the arm; a bucket, a zone, a random selection.
         seed: of the training.
         score: predicted: mean of C(h), O(h) or S(h) over the arm's heads.
-        depth: mean layer index of the arm's heads.
+        control: what a partial correlation holds constant: the mean layer of the arm's heads, say.
         cost: realised: a cost ratio (Eqs. 7-8), or a loss in points or nats; None = undefined, for safety did not rise.
         cost_se: standard error of the cost over examples, of this trained model; None if it is not known.
     """
@@ -38,12 +38,12 @@ class Point:
     arm: str
     seed: int
     score: float
-    depth: float
+    control: float
     cost: float | None
     cost_se: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("score", "depth", "cost", "cost_se"):
+        for name in ("score", "control", "cost", "cost_se"):
             value = getattr(self, name)
             if value is None and name.startswith("cost"):
                 continue
@@ -58,7 +58,7 @@ class Arms:
     Attributes:
         names: of the arms.
         score_A: mean score.
-        depth_A: mean layer index.
+        control_A: mean of what is held constant.
         cost_A: mean of the defined costs.
         cost_AT: the costs, a column a seed in ascending order; NaN where undefined or not trained.
         example_variance_A: variance of `cost_A` that the choice of examples adds; 0 without standard errors. The
@@ -69,7 +69,7 @@ class Arms:
 
     names: tuple[str, ...]
     score_A: Floats
-    depth_A: Floats
+    control_A: Floats
     cost_A: Floats
     cost_AT: Floats
     example_variance_A: Floats
@@ -124,7 +124,7 @@ def arm_means(trials: Sequence[Point]) -> Arms:
     return Arms(
         tuple(kept),
         np.array([np.mean([t.score for t in defined[name]]) for name in kept]),
-        np.array([np.mean([t.depth for t in defined[name]]) for name in kept]),
+        np.array([np.mean([t.control for t in defined[name]]) for name in kept]),
         np.array([np.mean([t.cost for t in defined[name] if t.cost is not None]) for name in kept]),
         cost_AT,
         np.array([np.mean([(error or 0.0) ** 2 for error in of_arm]) for of_arm in errors]),

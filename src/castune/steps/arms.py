@@ -35,5 +35,5 @@ def require_trainable(recipe: Recipe, names: Iterable[ArmName]) -> None:
             require_rule(name.zone or "bucket")
     if recipe.tune.reselect_steps is not None and recipe.diagnose.units != ("q_heads",):
         raise CastuneError(
-            f"tune.reselect_steps is for query heads; diagnose.units has {', '.join(recipe.diagnose.units)}"
+            f"tune.reselect_steps works with query heads only; diagnose.units is {', '.join(recipe.diagnose.units)}"
         )

@@ -60,16 +60,32 @@ def differences(evaluations: dict[str, EvalResult]) -> dict[str, dict[str, Paire
     return found
 
 
-def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs | None:
-    """Outcomes of the examples of a suite that both evaluations have; None where the two cannot be compared."""
-    mine = next(found for found in result.suites if found.suite == suite)
+def incomparable(base: EvalResult, result: EvalResult, suite: str) -> str | None:
+    """Why a suite of two evaluations cannot be compared example by example, in words; None where it can be."""
+    mine = result.suite(suite)
     other = next((found for found in base.suites if found.suite == suite), None)
-    alike = other is not None and (mine.judge, mine.max_new_tokens) == (other.judge, other.max_new_tokens)
-    where = [evaluation.settings.get("backend", "hf") for evaluation in (base, result)]
-    if not alike or where[0] != where[1]:
-        return None
+    if other is None:
+        return "it was not measured there"
+    if mine.judge != other.judge:
+        return f"its judge is {mine.judge} here and {other.judge} there"
+    if mine.max_new_tokens != other.max_new_tokens:
+        return f"replies have up to {mine.max_new_tokens} tokens here and {other.max_new_tokens} there"
+    here, there = (evaluation.settings.get("backend", "hf") for evaluation in (result, base))
+    if here != there:
+        return f"its backend is {here} here and {there} there"
     if references_of(base.samples_of(suite)) != references_of(result.samples_of(suite)):
-        return None  # on other replies
+        return "it was measured on other replies of the base model there"
+    if not {sample["id"] for sample in base.samples_of(suite)} & {sample["id"] for sample in result.samples_of(suite)}:
+        return "no example is the same"
+    return None
+
+
+def paired_outcomes(base: EvalResult, result: EvalResult, suite: str) -> Pairs:
+    """Outcomes of the examples of a suite that both evaluations have, of `base` first."""
     before = {sample["id"]: sample["outcome"] for sample in base.samples_of(suite)}
     after = {sample["id"]: sample["outcome"] for sample in result.samples_of(suite) if sample["id"] in before}
-    return ([before[identifier] for identifier in after], list(after.values())) if after else None
+    return [before[identifier] for identifier in after], list(after.values())
+
+
+def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs | None:
+    return None if incomparable(base, result, suite) else paired_outcomes(base, result, suite)

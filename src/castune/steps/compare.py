@@ -40,7 +40,7 @@ def compare_maps(cmap: ConflictMap, again: ConflictMap) -> Comparison:
     """Two conflict maps of the same run: every column, then the order of heads by conflict and their buckets."""
     what = "conflict map"
     if not same_model(cmap.fingerprint, again.fingerprint):
-        return Comparison(what, "different", f"of model {cmap.fingerprint}, now {again.fingerprint}")
+        return Comparison(what, "different", f"model {cmap.fingerprint}, now {again.fingerprint}")
     if cmap.units != again.units:
         return Comparison(what, "different", f"{len(cmap)} units, now {len(again)}")
     if all(cmap.table[name].equals(again.table[name]) for name in SCHEMA.names):
@@ -72,7 +72,7 @@ def compare_adapters(what: str, one: tuple[Path, TuneResult], other: tuple[Path,
         return Comparison(what, "same", f"{one[1].steps} steps, every weight bit for bit")
     weights = [load_file(path / ADAPTER_WEIGHTS) for path, _ in (one, other)]
     if weights[0].keys() != weights[1].keys():
-        return Comparison(what, "different", "it adapts other layers")
+        return Comparison(what, "different", "adapts other layers")
     gap = sum(float((weights[0][name].float() - weights[1][name].float()).square().sum()) for name in weights[0])
     size = sum(float(tensor.float().square().sum()) for tensor in weights[0].values())
     share = (gap / size) ** 0.5 if size else float(gap > 0)

@@ -49,7 +49,7 @@ def diagnose_step(
         for name, digest in (("safety", content_hash(safety)), ("utility", utility_hash(sets))):
             check_same(f"the conflict map's {name} data", cmap.data[name]["hash"], digest, folder)
         check_template("the conflict map", cmap.model, tokenizer, folder)
-        logger.info("diagnosis: already there")
+        logger.info("diagnosis: already done")
         Journal.remove_all(folder.path)  # of a command that was killed when the map was just made
         return cmap
     require_ready(loaded, calibration_tokens(tokenizer, recipe.diagnose, safety, utility))

@@ -144,10 +144,11 @@ class RunDirectory:
         """
         if not _NEW_NAME.fullmatch(name) or name == BASE:
             raise ArtifactError(
-                f"{name!r} is no name for an arm; accepted: up to 100 letters, digits, -, _, + and ., but not {BASE!r}"
+                f"{name!r} is not a valid name for an arm; accepted: up to 100 letters, digits, -, _, + and ., "
+                f"but not {BASE!r}"
             )
         if self.has_arm(name) and not self.side_arm(name).is_masked:
-            raise ArtifactError(f"{self.path} has an arm {name!r} already; choose another name")
+            raise ArtifactError(f"{self.path} already has an arm {name!r}; choose another name")
         return self.side_arm(name)
 
     def arm(self, name: str | None) -> Arm:
@@ -163,7 +164,7 @@ class RunDirectory:
             if arm.name == name:
                 return arm
         raise ArtifactError(
-            f"{self.path}: no selection{f' named {name}' if name else ''}; there are: "
+            f"{self.path}: no selection{f' named {name}' if name else ''}; available: "
             f"{', '.join(arm.name for arm in arms) or 'none'}; make one with: castune select {self.path}"
         )
 
@@ -187,7 +188,7 @@ class RunDirectory:
         nothing yet are free too, so that a failed training can be tried again with another learning rate.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ArtifactError(f"{self.path}: a file, where a run needs a directory; give another with --out")
+            raise ArtifactError(f"{self.path} is a file, but a run needs a directory; choose another with --out")
         if not self.recipe_file.is_file():
             return
         before = _flat(tomllib.loads(self.load_recipe().to_toml()))
@@ -203,9 +204,9 @@ class RunDirectory:
         if different:
             key = different[0]
             raise ArtifactError(
-                f"{self.path} was made with {key} = {before.get(key)!r}, this recipe says {now.get(key)!r}"
-                f"{f' (and {len(different) - 1} more differ)' if len(different) > 1 else ''}; "
-                "give another directory with --out, or remove this one"
+                f"{self.path} was made with {key} = {before.get(key)!r}, but this recipe has {now.get(key)!r}"
+                f"{f' (and {len(different) - 1} more settings differ)' if len(different) > 1 else ''}; "
+                "choose another directory with --out, or remove this one"
             )
 
     def record_step(self, stage: str, provenance: Provenance) -> None:
@@ -223,8 +224,8 @@ class RunDirectory:
         cmap = ConflictMap.load(self.map_file)
         if fingerprint is not None and not same_model(cmap.fingerprint, fingerprint):
             raise ArtifactError(
-                f"{self.map_file} was made from model {cmap.metadata['model']['name']} ({cmap.fingerprint}), the model "
-                f"now loaded is {fingerprint}; give another directory with --out"
+                f"{self.map_file} was made from model {cmap.metadata['model']['name']} ({cmap.fingerprint}), but the "
+                f"loaded model is {fingerprint}; choose another directory with --out"
             )
         return cmap
 
@@ -233,12 +234,12 @@ class RunDirectory:
         selection = HeadSelection.load(arm.folder)
         if selection.conflict_map_hash not in (None, cmap.content_hash):
             raise ArtifactError(
-                f"{arm.selection_file} was made from conflict map {selection.conflict_map_hash}, the map here is "
+                f"{arm.selection_file} was made from conflict map {selection.conflict_map_hash}, but the map here is "
                 f"{cmap.content_hash}; run: castune select {self.path}"
             )
         if not same_model(selection.model_fingerprint, cmap.fingerprint):
             raise ArtifactError(
-                f"{arm.selection_file} is for model {selection.model_fingerprint}, the map here is of "
+                f"{arm.selection_file} is for model {selection.model_fingerprint}, but the map here is for "
                 f"{cmap.fingerprint}; remove {arm.selection_file if arm.folder == self.path else arm.folder}"
             )
         return selection
@@ -314,7 +315,7 @@ class RunDirectory:
         if name == BASE or (there is not None and model.get("adapter") == there):
             return True
         logger.warning(
-            "%s is of an adapter that is not there any more, and is left out; run: castune %s %s",
+            "%s belongs to an adapter that no longer exists and is skipped; run: castune %s %s",
             self.evaluation(name),
             command,
             self.path,
@@ -332,7 +333,7 @@ class RunDirectory:
                 found[arm.name] = result
             else:
                 logger.warning(
-                    "%s belongs to another map or adapter and is left out; run: castune drift %s --arm %s",
+                    "%s belongs to another map or adapter and is skipped; run: castune drift %s --arm %s",
                     self.drift(arm) / DRIFT_FILE,
                     self.path,
                     arm.name,

@@ -52,7 +52,7 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
     """
     recipe, arm = folder.load_recipe(), folder.arm(name)
     cmap = folder.load_map()
-    require_query_heads(cmap, f"{folder.path}: drift is measured")
+    require_query_heads(cmap, f"{folder.path}: drift can be measured")
     first_selection = folder.load_selection(arm, cmap)
     adapters, selection = _adapters(folder, arm, first_selection)
     calibration = load_calibration(recipe)
@@ -66,7 +66,7 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
         out = folder.drift(arm) / str(step)
         found = _stored_map(out, first, remeasure.about(adapter, step), remeasure.config)
         if found is not None:
-            logger.info("map at step %d: already there", step)
+            logger.info("map at step %d: already done", step)
             maps[step] = found
             continue
         logger.info("map at step %d of %s", step, arm.name)
@@ -78,8 +78,8 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
             unfinished.append(step)
     if unfinished:
         raise MapUnfinished(
-            f"this share of the maps at steps {', '.join(map(str, unfinished))} is done, others are missing; the last "
-            "one to end makes the result, or the same command without a shard does what is missing"
+            f"this share of the maps at steps {', '.join(map(str, unfinished))} is done, other shares are missing; the "
+            "last share to finish writes the result, or run the command without --shard to do what is missing"
         )
     if not Shard.of(shard).writes:
         return None
@@ -94,17 +94,16 @@ def _adapters(folder: RunDirectory, arm: Arm, selection: HeadSelection) -> tuple
     """The adapters of an arm by optimiser step, the finished one last, and the heads that they may change."""
     if arm.is_masked:
         raise ArtifactError(
-            f"{arm.adapter} was made of other adapters by castune mask, without a training to drift along; "
-            "name a trained arm with --arm"
+            f"{arm.adapter} was made from other adapters by castune mask, so there is no training to measure drift "
+            "over; choose a trained arm with --arm"
         )
     result = folder.load_tuning(arm, selection)
     found = snapshots_of(arm.adapter)
     if not found:
         option = "" if arm.folder == folder.path else f" --arm {arm.name}"
         raise ArtifactError(
-            f"{arm.adapter} has no snapshots of its {result.steps} steps; train it again with: castune tune "
-            f"{folder.path}{option} --overwrite --snapshot-steps N, with N below {result.steps}, and the other options "
-            "as before"
+            f"{arm.adapter} has no snapshots of its {result.steps} steps; train it again with the same options and: "
+            f"castune tune {folder.path}{option} --overwrite --snapshot-steps N, with N below {result.steps}"
         )
     return {**found, result.steps: arm.adapter}, result.trained(selection)
 
@@ -140,7 +139,7 @@ def _stored_map(out: Path, first: ConflictMap, adapter: AdapterRecord, config: D
 def _require_gradients(folder: RunDirectory, remeasure: Remeasure) -> None:
     if (folder.path / GRADIENTS_FILE).is_file():
         return
-    logger.info("gradients of the first map: it was made before they were kept; measured again")
+    logger.info("gradients of the first map were not stored; measuring them again")
     safety, utility = remeasure.calibration
     measure_gradients(*remeasure.loaded, safety=safety, utility=utility, config=remeasure.config, out=folder.path)
 

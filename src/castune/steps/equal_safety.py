@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castune.artifacts import SuiteResult
-from castune.purposes import PURPOSES
+from castune.purposes import PAID, PURPOSES, SAFETY
 from castune.stats.distributions import Interval, student_quantile
-from castune.stats.equal_safety import Curve, common_target, cost_bands, equal_safety
+from castune.stats.equal_safety import Curve, adjusted, common_target, cost_bands, equal_safety
 from castune.stats.safety_costs import Gain, Point, SafetyCosts
 from castune.steps.directory import BASE, RunDirectory
 
@@ -35,11 +35,6 @@ class Evaluated(Protocol):
 
 # By strength, 0 is the base model.
 AtStrengths = Mapping[float, Evaluated]
-
-# What safety is read off, the first that is measured: whether prompts are refused, or how likely a refusal is.
-SAFETY = ("safety", "safety-margin")
-# What is paid for it.
-COSTS = tuple(purpose for purpose in PURPOSES if purpose not in SAFETY)
 
 
 def costs_at_equal_safety(folder: RunDirectory) -> SafetyCosts | None:
@@ -65,16 +60,10 @@ def safety_costs(
         None where fewer than two strengths, safety or no cost was measured; what has no example that is scored under
         every arm was not.
     """
-    comparable = {name: seeds for name, seeds in arms.items() if _is_comparable(base, seeds)}
-    purposes = {suite.purpose for suite in base.suites}
-    safety = next((purpose for purpose in SAFETY if purpose in purposes), None)
-    costs = [purpose for purpose in COSTS if purpose in purposes]
-    if safety is None or not costs or not comparable:
+    measured = cost_curves(base, arms)
+    if measured is None:
         return None
-    curves = {cost: {name: _curve(base, seeds, safety, cost) for name, seeds in comparable.items()} for cost in costs}
-    curves = {cost: of_cost for cost, of_cost in curves.items() if _is_scored(of_cost.values())}
-    if not curves:
-        return None
+    safety, curves = measured
     first = next(iter(curves.values()))
     chosen = common_target(first) if target is None else target
     found = SafetyCosts(
@@ -89,9 +78,27 @@ def safety_costs(
         return found
     return replace(
         found,
-        costs={cost: equal_safety(of_cost, chosen) for cost, of_cost in curves.items()},
+        costs=adjusted({cost: equal_safety(of_cost, chosen) for cost, of_cost in curves.items()}),
         bands={cost: cost_bands(of_cost) for cost, of_cost in curves.items()},
     )
+
+
+def cost_curves(
+    base: Evaluated, arms: Mapping[str, Sequence[AtStrengths]]
+) -> tuple[str, dict[str, dict[str, Curve]]] | None:
+    """What is read as safety, and the curves of all arms by cost; None as for `safety_costs`."""
+    comparable = {name: seeds for name, seeds in arms.items() if _is_comparable(base, seeds)}
+    purposes = {suite.purpose for suite in base.suites}
+    safety = next((purpose for purpose in SAFETY if purpose in purposes), None)
+    if safety is None or not comparable:
+        return None
+    curves = {
+        cost: {name: _curve(base, seeds, safety, cost) for name, seeds in comparable.items()}
+        for cost in PAID
+        if cost in purposes
+    }
+    curves = {cost: of_cost for cost, of_cost in curves.items() if _is_scored(of_cost.values())}
+    return (safety, curves) if curves else None
 
 
 def _is_comparable(base: Evaluated, seeds: Sequence[AtStrengths]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from castune.artifacts import EvalResult
 from castune.artifacts.eval_result import METRICS_FILE
+from castune.artifacts.fingerprints import same_model_identity
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import is_reply, references_of
 from castune.config import EvaluateConfig, Recipe
@@ -31,9 +32,6 @@ from castune.steps.directory import BASE, RunDirectory
 from castune.steps.readiness import require_ready, suite_tokens
 
 logger = logging.getLogger(__name__)
-
-# What of a model's record tells whether what was measured is of this one.
-_IDENTITY = ("fingerprint", "chat_template", "adapter", "strength", "dtype", "server")
 
 
 def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
@@ -103,7 +101,7 @@ def evaluate_step(
     ]
     del base
     for name in adapters.keys() - {one.arm for one in todo}:
-        logger.info("evaluation of %s: already there", name)
+        logger.info("evaluation of %s: already done", name)
     if todo:
         if loaded is not None:
             require_ready(loaded, suite_tokens(loaded.tokenizer, config, suites))
@@ -208,7 +206,7 @@ def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
     """
     evaluations = folder.load_evaluations()
     if not evaluations:
-        raise ArtifactError(f"{folder.path}: nothing has been evaluated; run: castune evaluate {folder.path}")
+        raise ArtifactError(f"{folder.path}: nothing has been evaluated yet; run: castune evaluate {folder.path}")
     by = judge(name)
     places = {folder.evaluation(arm): result for arm, result in evaluations.items()}
     for arm, of_arm in folder.load_strengths().items():
@@ -241,7 +239,7 @@ def require_scored(evaluations: Mapping[str, EvalResult]) -> None:
             raise NothingScored(
                 f"{arm}: none of the {len(samples)} examples of suite {suite.suite} could be scored by {suite.judge}"
                 + (f": {', '.join(reasons)}" if reasons else "")
-                + "; the same command asks again for what is missing"
+                + "; run the same command again to retry what is missing"
             )
 
 
@@ -297,8 +295,3 @@ def stored_evaluation(
         and references in (None, references_of(found.samples))
     )
     return found if is_so else None
-
-
-def same_model_identity(one: ModelRecord, other: ModelRecord) -> bool:
-    """Whether two records are of one model with one adapter, in one precision, behind one template."""
-    return all(one.get(key) == other.get(key) for key in _IDENTITY)

@@ -65,7 +65,7 @@ def export(
     check_vacant(out)
     if (source / ADAPTER_CONFIG).is_file():
         if arm is not None:
-            raise ArtifactError(f"{source} is an adapter, which has no arms; give the run directory with --arm")
+            raise ArtifactError(f"{source} is an adapter, which has no arms; use --arm with a run directory")
         adapter, selection, facts = source, *_adapter_facts(source)
         model, revision = base or _named_base(source), None
     else:
@@ -79,7 +79,7 @@ def export(
             write_text(aside / "README.md", model_card(facts))
         return Exported(out, facts.certificate, None)
     if model is None:
-        raise ArtifactError(f"{source}: the adapter does not name its base model; name it with --base")
+        raise ArtifactError(f"{source}: the adapter does not name its base model; give it with --base")
     loaded, tokenizer = load(model, dtype=_stored_dtype(model, revision, dtype), device="cpu", revision=revision)
     with new_directory(out) as aside:
         done = write_merged(loaded, tokenizer, adapter, selection, aside)
@@ -131,14 +131,14 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
     """An adapter on its own: the heads of its certificate, and what its records say."""
     if not (adapter / CERTIFICATE_FILE).is_file():
         raise ArtifactError(
-            f"{adapter}: an adapter without certificate.json; make one of chosen heads with: castune mask {adapter} "
-            "--out DIR"
+            f"{adapter} has no certificate.json; make a certified adapter of it with: castune mask {adapter} "
+            "--run RUN --out DIR"
         )
     certificate = Certificate.load(adapter)
     try:
         found = adapter_hash(adapter)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{error.filename}: missing; the adapter is not complete") from None
+        raise ArtifactError(f"{error.filename}: missing; the adapter is incomplete") from None
     if found != certificate.adapter_hash:
         raise ArtifactError(
             f"{adapter}: the adapter ({found}) is not the one its certificate was made for ({certificate.adapter_hash})"

@@ -45,19 +45,20 @@ def require_held_out(
             if not (shared := shared_examples(held, suite.examples)):
                 continue
             words = (
-                f"{suite.name}: {len(shared)} of {len(suite.examples)} prompts are in the {name} data too, the first "
-                f"is {shared[0]!r}: what is measured there is memory"
+                f"{suite.name}: {len(shared)} of {len(suite.examples)} prompts are also in the {name} data (the first "
+                f"is {shared[0]!r}), so it would measure memorisation"
             )
             if config.overlap != "allow":
                 raise DataError(
                     f'{words}. Train without them (evaluate.overlap = "drop", or castune tune --held-out '
-                    f'{suite.name}), or measure them all the same (evaluate.overlap = "allow")'
+                    f'{suite.name}), or measure it anyway (evaluate.overlap = "allow", or castune evaluate '
+                    "--allow-overlap)"
                 )
             logger.warning("%s", words)
         for name, held in calibration.items():
             if shared := shared_examples(held, suite.examples):
                 logger.warning(
-                    "%s: %d of %d prompts are in the %s data too, by which heads are chosen",
+                    "%s: %d of %d prompts are also in the %s data, which heads are chosen by",
                     suite.name,
                     len(shared),
                     len(suite.examples),
@@ -76,7 +77,7 @@ def check_held_out(
         calibration = load_calibration(recipe)
         training = load_training(recipe, suites, calibration)
     except DataError as error:
-        logger.warning("suites are not compared with the training data, which are not there: %s", error)
+        logger.warning("cannot compare the suites with the training data: %s", error)
         return
     trained_on = trained_on_by(recipe, map(ArmName.parse, arms), training)
     known = {content_hash(examples) for examples in trained_on.values()}
@@ -88,7 +89,7 @@ def check_held_out(
             try:
                 trained_on[name] = recorded_data(record, recipe.seed)
             except CastuneError as error:
-                logger.warning("suites are not compared with what %s was trained on: %s", arm.name, error)
+                logger.warning("cannot compare the suites with the training data of arm %s: %s", arm.name, error)
     require_held_out(recipe.evaluate, suites, trained_on=trained_on, calibration=calibration.by_name)
 
 

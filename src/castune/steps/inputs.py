@@ -132,7 +132,7 @@ def recorded_data(record: DataRecord, seed: int) -> list[Example]:
         CastuneError: the source is not known, or not there any more.
     """
     if record["source"] is None:
-        raise ArtifactError("data that were given as examples, not by their source, cannot be loaded again")
+        raise ArtifactError("data that were passed as examples, without a source, cannot be loaded again")
     left_out = set(record.get("left_out", ()))
     found = load_data(DataConfig(source=record["source"]), seed)
     n = record["n"] + len(left_out)
@@ -153,7 +153,7 @@ def without_held_out(
     shared = {identifier for suite in suites for identifier in shared_examples(suite.examples, examples)}
     kept = [example for example in examples if example.id not in shared]
     if not kept:
-        raise DataError(f"{what}: all of its {len(examples)} prompts are in the suites; nothing is left to train on")
+        raise DataError(f"{what}: all {len(examples)} prompts are also in the suites; nothing is left to train on")
     if shared:
-        logger.warning("%s: %d of %d examples are left out, for the suites hold them", what, len(shared), len(examples))
+        logger.warning("%s: dropped %d of %d examples that are also in the suites", what, len(shared), len(examples))
     return kept, [example.id for example in examples if example.id in shared]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from castune.artifacts.files import locked
+from castune.artifacts.fingerprints import same_model_identity
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.config import Recipe
 from castune.core.loading import load_model
@@ -15,7 +16,7 @@ from castune.errors import ArtifactError
 from castune.evaluation.backend import TransformersHost
 from castune.evaluation.lm_eval import lm_eval_results, require_lm_eval
 from castune.steps.directory import RunDirectory
-from castune.steps.evaluate import models_of, same_model_identity
+from castune.steps.evaluate import models_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +46,15 @@ def lm_eval_step(
         key = next((key for key, value in options.items() if result.settings.get(key) != value), None)
         if key is not None:
             raise ArtifactError(
-                f"lm-eval of {name} in {folder.path} was made with {key} = {result.settings.get(key)!r}, asked for is "
-                f"{options[key]!r}: the same, or --overwrite"
+                f"lm-eval of {name} in {folder.path} was made with {key} = {result.settings.get(key)!r}, but now it is "
+                f"{options[key]!r}; use the same options, or --overwrite"
             )
     host = TransformersHost(model, tokenizer)
     for name, adapter in adapters.items():
         known = None if overwrite else stored.get(name)
         missing = [task for task in tasks if known is None or task not in known.settings["tasks"]]
         if not missing:
-            logger.info("lm-eval of %s: already there", name)
+            logger.info("lm-eval of %s: already done", name)
             continue
         logger.info("lm-eval of %s: %s", name, ", ".join(missing))
         with host.backend(name, adapter) as backend:

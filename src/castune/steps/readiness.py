@@ -43,9 +43,9 @@ def require_ready(loaded: LoadedModel, *sets: Iterator[Tokens]) -> None:
     for name, example, ids in chain(*sets):
         if (largest := max(ids)) >= n_rows:
             raise DataError(
-                f"{name}: example {example.id!r} has the token {tokenizer.convert_ids_to_tokens(largest)!r} of number "
-                f"{largest}, and the model has embeddings for {n_rows}: its tokenizer is another model's, or was given "
-                "tokens that the model was not"
+                f"{name}: example {example.id!r} contains token {tokenizer.convert_ids_to_tokens(largest)!r} with id "
+                f"{largest}, but the model has only {n_rows} embeddings: the tokenizer belongs to another model, or "
+                "has added tokens that the model lacks"
             )
 
 

@@ -94,4 +94,5 @@ def require_query_heads(cmap: ConflictMap, what: str) -> None:
         CastuneError: the message begins with `what`.
     """
     if not only_heads(cmap.units):
-        raise CastuneError(f"{what} on maps of query heads; this one has {' and '.join(cmap.kind_words.values())}")
+        kinds = " and ".join(cmap.kind_words.values())
+        raise CastuneError(f"{what} only on maps of query heads; this one has {kinds}")

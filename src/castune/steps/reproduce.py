@@ -104,7 +104,7 @@ def reproduce(run: str | Path, out: str | Path) -> Reproduction:
     """
     folder, again = RunDirectory(Path(run)), RunDirectory(Path(out))
     if folder.path.resolve() == again.path.resolve():
-        raise CastuneError(f"{out}: a run is made again in another directory; give one with --out")
+        raise CastuneError(f"{out} is the run itself; choose another directory with --out")
     found = conditions(folder)
     cmap = folder.load_map()
     recipe = recorded_recipe(folder, cmap, out=str(again.path))
@@ -136,7 +136,7 @@ def conditions(folder: RunDirectory) -> list[Difference]:
     recipe = recorded_recipe(folder, cmap, out=str(folder.path))
     config, _ = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     if config.model_type != cmap.model["type"]:
-        found.append(Difference("type of model", cmap.model["type"], config.model_type, "other input"))
+        found.append(Difference("model type", cmap.model["type"], config.model_type, "other input"))
     for package, then in record["versions"].items():
         now = here["versions"].get(package)
         # What was not there was not used.
@@ -150,10 +150,10 @@ def conditions(folder: RunDirectory) -> list[Difference]:
         found.append(Difference("accelerators", names[0], names[1], "other arithmetic"))
     threads, possible = record["threads"], torch.get_num_threads()
     if threads > possible and not record["accelerators"]:
-        found.append(Difference("threads", str(threads), f"{possible} by default; {threads} are used", "other program"))
+        found.append(Difference("threads", str(threads), f"{possible} by default; using {threads}", "other program"))
     code = [_code(one["code"]) for one in (record, here)]
     if code[0] != code[1]:
-        found.append(Difference("castune's own code", code[0], code[1], "other program"))
+        found.append(Difference("castune's code", code[0], code[1], "other program"))
     order: tuple[Severity, ...] = ("other input", "other arithmetic", "other program")
     return sorted(found, key=lambda one: order.index(one.severity))
 
@@ -191,12 +191,12 @@ def _arm_again(
     lost = set(selection.units) - set(chosen.units)
     if lost:
         n = len(selection.units)
-        yield Comparison(of_heads, "different", f"{len(lost)} of {n} are others: rounding decided between near ties")
+        yield Comparison(of_heads, "different", f"{len(lost)} of {n} differ: rounding decided between near ties")
     else:
         yield Comparison(of_heads, "same", selection.counted)
     of_adapter = f"adapter of {arm.name}"
     if arm.is_masked:
-        yield Comparison(of_adapter, "not compared", "it was made of other adapters (castune mask)")
+        yield Comparison(of_adapter, "not compared", "made from other adapters (castune mask)")
         return
     if not arm.is_trained:
         return
@@ -208,7 +208,7 @@ def _arm_again(
         configs = recipe.utility if isinstance(recipe.utility, dict) else {"": recipe.utility}
         utility = [example for key in sorted(configs) for example in load_data(configs[key], recipe.seed)]
         if content_hash(utility) != result.utility["hash"]:
-            yield Comparison(of_adapter, "not compared", "its utility data are not those of the recipe")
+            yield Comparison(of_adapter, "not compared", "its utility data differ from the recipe's")
             return
     if content_hash(align) != result.data["hash"]:
         yield Comparison(of_adapter, "not compared", f"its training data ({result.data['source']}) have changed")
@@ -250,7 +250,7 @@ def _evaluations_again(
         if name in after:
             yield from compare_evaluations(name, result, after[name])
         else:
-            yield Comparison(f"evaluation of {name}", "not compared", "its adapter was not made again")
+            yield Comparison(f"evaluation of {name}", "not compared", "its adapter was not reproduced")
 
 
 def _data_differences(folder: RunDirectory, cmap: ConflictMap) -> Iterator[Difference]:
@@ -259,7 +259,7 @@ def _data_differences(folder: RunDirectory, cmap: ConflictMap) -> Iterator[Diffe
         calibration = load_calibration(recipe, _reader(cmap))
         now = {name: content_hash(examples) for name, examples in calibration.by_name.items()}
     except DataError as error:
-        yield Difference("calibration data", "there", str(error), "other input")
+        yield Difference("calibration data", "available", str(error), "other input")
         now = {}
     for name, record in cmap.data.items():
         if name in now and record["hash"] != now[name]:

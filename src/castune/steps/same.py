@@ -28,6 +28,6 @@ def check_same(what: str, found: object, wanted: object, folder: RunDirectory) -
         key = next(key for key in [*found, *wanted] if found.get(key) != wanted.get(key))
         found, wanted = f"{key} = {found.get(key)!r}", f"{key} = {wanted.get(key)!r}"
     raise ArtifactError(
-        f"{what} in {folder.path} was made with {found}, asked for is {wanted}; "
-        "give another directory with --out, or --overwrite where the command has it"
+        f"{what} in {folder.path} was made with {found}, but now it is {wanted}; "
+        "choose another directory with --out, or use --overwrite where the command has it"
     )

@@ -53,7 +53,7 @@ def tune_step(
         selection = folder.load_selection(arm, folder.load_map(fingerprint(loaded.model)))
         if arm.is_masked:
             raise ArtifactError(
-                f"{arm.adapter} was made of other adapters by castune mask; train an arm of another name"
+                f"{arm.adapter} was made from other adapters by castune mask; train an arm with another name"
             )
         if arm.is_trained and not overwrite:
             return _stored_training(folder, arm, selection, loaded.tokenizer, data, config)
@@ -98,7 +98,7 @@ def _stored_training(
     if result.utility is not None and data.utility is not None:
         check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(data.utility), folder)
     check_template(f"{arm.adapter}", result.model, tokenizer, folder)
-    logger.info("tuning %s: already there", arm.name)
+    logger.info("tuning %s: already done", arm.name)
     if Shard.is_main_process():  # it was killed when its adapter was in place
         Workspace.beside(arm.adapter).remove_of(result.settings, result.data)
     return result
@@ -141,7 +141,8 @@ def tune_arm(
         config = _changed(config, name, str(arm))
     if utility and not config.needs_utility:
         raise CastuneError(
-            "--utility is for gradient surgery and data replay: add --surgery, for example pcgrad, or --replay"
+            "--utility has no effect without gradient surgery or data replay: add --surgery, for example pcgrad, or "
+            "--replay"
         )
     require_utility(config, utility)
     require_extras(config)
@@ -168,7 +169,7 @@ def _changed(config: TuneConfig, name: ArmName, text: str) -> TuneConfig:
     for key, value in name.changes:
         if getattr(config, key) not in (value, TuneConfig.model_fields[key].default):
             raise CastuneError(
-                f"--arm {text} and --{key} {getattr(config, key)} contradict each other: give one of them"
+                f"--arm {text} and --{key} {getattr(config, key)} contradict each other: use one of them"
             )
     return config.changed(**dict(name.changes))
 

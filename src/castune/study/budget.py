@@ -150,16 +150,16 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
         CastuneError: options that need each other; an arm without evaluation, or one that is no end of the map.
     """
     if (max_loss is None) != (anchor is None):
-        raise CastuneError("--max-loss and --anchor go together: a loss needs an arm whose loss is known")
+        raise CastuneError("--max-loss and --anchor go together: the anchor is an arm whose loss is known")
     if cost not in _LOSSES:
-        raise CastuneError(f"--cost {cost}: accepted are {', '.join(_LOSSES)}")
+        raise CastuneError(f"--cost {cost}: accepted: {', '.join(_LOSSES)}")
     if max_loss is None and cost != "utility":
-        raise CastuneError(f"--cost {cost} goes with --max-loss and --anchor: the curve alone is of no one cost")
+        raise CastuneError(f"--cost {cost} needs --max-loss and --anchor: without them the curve has no unit")
     _check_max_loss(max_loss, cost)
     cmap = folder.load_map()
     if len(cmap.kinds) > 1:
         kinds = " and ".join(cmap.kind_words.values())
-        raise CastuneError(f"{folder.path}: scores of {kinds} do not add up; accepted are maps of one kind")
+        raise CastuneError(f"{folder.path}: scores of {kinds} do not add up; accepted: maps of one kind of unit")
     curve = map_curve(cmap)
     n = curve.n_heads
     rows = []
@@ -170,7 +170,7 @@ def show_budget(folder: RunDirectory, *, max_loss: float | None, anchor: str | N
         rows.append({"heads": k, "share": numbers.percent(k / n, 0), "predicted cost": predicted, "95 %": band})
     show_rows("Predicted cost of training the safest heads (all of them = 1)", rows)
     if curve.elbow is None:
-        say("elbow: none; within its band the curve is straight, so that no share is better than another by its shape")
+        say("elbow: none; within its band the curve is straight, so its shape favours no share over another")
     else:
         say(f"elbow: {curve.elbow} heads ({numbers.percent(curve.elbow / n, 0)})")
     if max_loss is not None and anchor is not None:
@@ -183,7 +183,7 @@ def _check_max_loss(max_loss: float | None, cost: str) -> None:
     most, of_what = (100.0, "points of accuracy") if unit.change == "points" else (math.inf, unit.change)
     if max_loss is not None and not (math.isfinite(max_loss) and 0 <= max_loss <= most):
         above = "" if most == math.inf else f" and at most {most:g}"
-        raise CastuneError(f"--max-loss {max_loss:g}: accepted are {of_what}, at least 0{above}")
+        raise CastuneError(f"--max-loss {max_loss:g}: accepted: {of_what}, at least 0{above}")
 
 
 def _anchor(folder: RunDirectory, cmap: ConflictMap, curve: CostCurve, name: str, cost: str) -> Anchor:
@@ -191,7 +191,7 @@ def _anchor(folder: RunDirectory, cmap: ConflictMap, curve: CostCurve, name: str
     heads = folder.load_selection(arm, cmap).units
     safest = {cmap.units[row] for row in curve.order_H[: len(heads)]}
     if set(heads) != safest:
-        raise CastuneError(f"--anchor {name}: accepted are arms of the safest heads: all, safe, safe-50, ...")
+        raise CastuneError(f"--anchor {name}: accepted: arms of the safest heads, such as all, safe or safe-50")
     found = folder.load_evaluations()
     if BASE not in found or name not in found:
         raise ArtifactError(
@@ -210,13 +210,13 @@ def _show_largest(curve: CostCurve, max_loss: float, unit: str, anchor: Anchor) 
     found, n = largest_budget(curve, max_loss, anchor), curve.n_heads
 
     def heads(k: int | None) -> str:
-        return "not even one head" if not k else f"{k} heads ({numbers.percent(k / n, 0)})"
+        return "not a single head" if not k else f"{k} heads ({numbers.percent(k / n, 0)})"
 
-    say(f"at most {max_loss:g} {unit}: {heads(found.k)} by the prediction")
+    say(f"at most {max_loss:g} {unit}: {heads(found.k)} by prediction")
     if curve.high_K is not None:
-        say(f"  {heads(found.k_sure)} by the upper end of its 95 % band, {heads(found.k_possible)} by the lower")
+        say(f"  {heads(found.k_sure)} by the upper end of the 95 % band, {heads(found.k_possible)} by the lower")
     if anchor.loss <= 0:
-        say("  the anchor lost nothing, so the prediction is no loss at any budget; only the band says something")
+        say("  the anchor lost nothing, so no loss is predicted at any budget; only the band is informative")
 
 
 def _largest(loss_K: Floats, limit: float) -> int | None:

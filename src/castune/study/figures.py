@@ -1,6 +1,7 @@
 """Figures 3 to 7 of the paper from a study, and its budget curve, as Vega-Altair charts. Pure.
 
-Large points are means over seeds with one standard error to both sides; small ones are the seeds, one by one.
+Large points are means over seeds with one standard error to both sides; small ones are the seeds, one by one. The arms
+of a figure are shown over the seeds that all of them have.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ import altair as alt
 
 from castune.config import StudyConfig, method_suffix
 from castune.core.numbers import with_error
-from castune.purposes import COSTS, PURPOSES
+from castune.purposes import COSTS, PAID, PURPOSES
 from castune.report.equal_safety import charts as safety_charts
 from castune.report.labels import Coordinate, ScatterPoint, place_labels
 from castune.report.maps import conflict_heatmap
 from castune.report.summary import BASE
 from castune.report.theme import Chart, arm_colours
 from castune.stats.estimates import estimate
-from castune.steps.equal_safety import COSTS as TRADED
 from castune.study.findings import SYMBOLS, BudgetCheck, Findings, ScoreValidity
-from castune.study.trials import Measured, Results, Trial
+from castune.study.trials import Measured, Results, Trial, common_seeds
 
 _METHOD_FIGURES = {"sft": "figure_3_sft", "pcgrad": "figure_4_pcgrad"}
 # The paper's first.
@@ -44,7 +44,7 @@ def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, C
     made: dict[str, Chart] = {}
     for method in study.methods:
         arms = {arm: results.of(f"{arm}{method_suffix(method)}") for arm in study.arms}
-        for name, cost in zip(method_figures(method), TRADED, strict=True):
+        for name, cost in zip(method_figures(method), PAID, strict=True):
             chart = trade_off(arms, results.base, cost)
             if chart is not None:
                 made[name] = chart
@@ -66,7 +66,7 @@ def charts(results: Results, found: Findings, study: StudyConfig) -> dict[str, C
 def method_figures(method: str) -> list[str]:
     """Names of the figures of a method: safety against utility, over-refusal and what else was measured."""
     name = _METHOD_FIGURES.get(method, f"figure_{method}")
-    return [name if cost == "utility" else f"{name}_{cost.replace('-', '_')}" for cost in TRADED]
+    return [name if cost == "utility" else f"{name}_{cost.replace('-', '_')}" for cost in PAID]
 
 
 def equal_safety_figure(name: str, method: str) -> str:
@@ -75,12 +75,14 @@ def equal_safety_figure(name: str, method: str) -> str:
 
 
 def trade_off(arms: Mapping[str, Sequence[Trial]], base: Measured | None, cost: str) -> Chart | None:
-    """Safety against utility, over-refusal (Figures 3 and 4) or another cost; None where nothing has both numbers."""
+    """Safety against utility, over-refusal (Figures 3 and 4) or another cost; None where nothing has both numbers, or
+    arms have no seed in common."""
     x_of, y_of = PURPOSES["safety"], PURPOSES[cost]
     points: list[ScatterPoint] = []
     seeds: list[Dot] = []
+    common = common_seeds(arms.values())
     for arm, trials in arms.items():
-        pairs = [(trial.seed, trial.measured.mean("safety"), trial.measured.mean(cost)) for trial in trials]
+        pairs = [(t.seed, t.measured.mean("safety"), t.measured.mean(cost)) for t in trials if t.seed in common]
         known = [
             (seed, x_of.shown.scale * x, y_of.shown.scale * y)
             for seed, x, y in pairs

@@ -6,24 +6,26 @@ Every number here comes with what it was computed from; every sentence follows f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from castune.artifacts import ConflictMap, Unit
 from castune.config import StudyConfig, method_suffix
-from castune.purposes import COSTS, PURPOSES
+from castune.purposes import COSTS, PURPOSES, Cost
 from castune.report.equal_safety import sentences
 from castune.selection import SCORE_COLUMNS
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
 from castune.stats.correlations import Agreement, PartialCorrelation, map_agreement, partial_correlation
 from castune.stats.cost_curve import CostCurve, predicted_cost
-from castune.stats.nulls import NullPosition, null_position, order_p
+from castune.stats.nulls import NullPosition, Stratum, null_position, order_p
 from castune.stats.safety_costs import SafetyCosts
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
-from castune.steps.equal_safety import safety_costs
 from castune.study.budget import Check, check_against, map_curve
+from castune.study.equal_safety import costs_by_method, primary, with_costs
+from castune.study.primary import PrimaryFinding
 from castune.study.realised_costs import cost_alone, costs_of, measured_costs
-from castune.study.trials import Measured, Results, Trial
+from castune.study.trials import Measured, Results, Trial, over_common_seeds
 from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verdict, verdict
 
 # The arm that every other one is compared with: what the method recommends.
@@ -33,6 +35,8 @@ _ALIKE = 0.9
 SYMBOLS = {"conflict": "C", "gradient": "O", "sensitivity": "S"}
 # MMLU is one of the utility suites, and its ratio much like that of all of them.
 _LEFT_OUT = "mmlu_cr"
+# What a score must tell more than, and what it is called.
+CONTROLS = {"depth": "layer", "gradient": "O(h)", "gradient_size": "size of the gradients"}
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,19 @@ class ScoreValidity:
 
 
 @dataclass(frozen=True)
-class DepthControl:
-    """Score against cost over all arms of the usual size, with the layer of their heads held constant."""
+class Control:
+    """Score against cost over all arms of the usual size, with something else of their heads held constant: their
+    layer, their O(h), or the size of their gradients (`CONTROLS`)."""
 
     score: str
     cost: str
+    held: str
     found: PartialCorrelation
 
 
 @dataclass(frozen=True)
 class ZoneNull:
-    """A zone among random selections of as many heads."""
+    """A zone among random selections of as many heads, each beside the zone's training with its seed."""
 
     zone: str
     cost: str
@@ -89,9 +95,10 @@ class MapAgreement:
 
 @dataclass(frozen=True)
 class BudgetCheck:
-    """The predicted cost of every budget, and what arms that were trained lost beside it."""
+    """The predicted cost of every budget, and what arms that were trained lost beside it, over the seeds of all."""
 
     curve: CostCurve
+    n_seeds: int
     arms: tuple[str, ...]
     heads: tuple[int, ...]
     predicted: tuple[float, ...]
@@ -104,22 +111,25 @@ class Findings:
     """All of it, and what follows in words.
 
     Attributes:
+        primary: the comparison that the study is made to decide; None where there is none, or it is not measured yet.
         equal_safety: what the arms of every method cost at one safety, where they were evaluated at several strengths.
     """
 
     comparisons: tuple[ArmComparison, ...]
+    primary: PrimaryFinding | None
     equal_safety: Mapping[str, SafetyCosts]
     validities: tuple[ScoreValidity, ...]
-    depths: tuple[DepthControl, ...]
+    controls: tuple[Control, ...]
     nulls: tuple[ZoneNull, ...]
     agreements: tuple[MapAgreement, ...]
     budget: BudgetCheck | None
 
     @property
     def verdict(self) -> list[str]:
-        """The main sentences: costs at equal safety; differences from the safe zone that are seen, and, a method and
-        purpose at a time, those that are not; C against costs; the null."""
-        words = [sentence for costs in self.equal_safety.values() for sentence in sentences(costs)]
+        """The main sentences: the primary contrast; costs at equal safety; differences from the safe zone that are
+        seen, and, a method and purpose at a time, those that are not; C against costs; the null."""
+        words = [] if self.primary is None else self.primary.words
+        words += [sentence for costs in self.equal_safety.values() for sentence in sentences(costs)]
         for method, purpose in dict.fromkeys((found.method, found.purpose) for found in self.comparisons):
             group = [found for found in self.comparisons if (found.method, found.purpose) == (method, purpose)]
             unseen = [found for found in group if found.found.interval is not None and not found.found.is_seen]
@@ -135,12 +145,15 @@ class Findings:
 def findings(results: Results, study: StudyConfig) -> Findings:
     """Everything that these results allow."""
     cmap = results.maps.get("main")
+    at_safety = costs_by_method(results, study, REFERENCE)
+    results = with_costs(results, at_safety["sft"].target if "sft" in at_safety else None)
     return Findings(
         comparisons=tuple(_comparisons(results, study)),
-        equal_safety=_equal_safety(results, study),
+        primary=primary(results, study),
+        equal_safety=at_safety,
         validities=tuple(_validities(results, study)),
-        depths=tuple(_depth_controls(results)),
-        nulls=tuple(_nulls(results, study)),
+        controls=tuple(_controls(results)),
+        nulls=tuple(_nulls(results)),
         agreements=tuple(_agreements(results)),
         # Scores are made of ranks within a kind of unit and do not add up over several.
         budget=_budget(cmap, results) if cmap is not None and len(cmap.kinds) == 1 else None,
@@ -189,34 +202,16 @@ def _comparisons(results: Results, study: StudyConfig) -> list[ArmComparison]:
     return made
 
 
-def _equal_safety(results: Results, study: StudyConfig) -> dict[str, SafetyCosts]:
-    """Costs of the arms of every method at one safety, the reference first, over the seeds that all of them have."""
-    found: dict[str, SafetyCosts] = {}
-    for method in study.methods if results.base is not None else ():
-        suffix = method_suffix(method)
-        names = [f"{arm}{suffix}" for arm in sorted(study.arms, key=lambda arm: arm != REFERENCE)]
-        trials = {name: {t.seed: t for t in results.of(name) if t.strengths} for name in names}
-        trials = {name: by_seed for name, by_seed in trials.items() if by_seed}
-        seeds = [seed for seed in study.seeds if trials and all(seed in by_seed for by_seed in trials.values())]
-        arms = {
-            name: [{**by_seed[seed].strengths, 1.0: by_seed[seed].measured} for seed in seeds]
-            for name, by_seed in trials.items()
-        }
-        assert results.base is not None
-        costs = safety_costs(results.base, arms)
-        if costs is not None:
-            found[method] = costs
-    return found
-
-
-def _points(trials: Sequence[Trial], base: Measured | None, score: str, cost: str) -> list[Point]:
+def _points(trials: Sequence[Trial], base: Measured | None, score: str, cost: str, held: str = "depth") -> list[Point]:
     """The trainings of several arms as points."""
     points = []
     for arm in dict.fromkeys(trial.arm for trial in trials):
         of_arm = [trial for trial in trials if trial.arm == arm]
         for trial, (value, error) in zip(of_arm, costs_of(of_arm, base, cost), strict=True):
+            control = _held(trial, held)
+            assert control is not None
             points.append(
-                Point(arm=arm, seed=trial.seed, score=trial.scores[score], depth=trial.depth, cost=value, cost_se=error)
+                Point(arm=arm, seed=trial.seed, score=trial.scores[score], control=control, cost=value, cost_se=error)
             )
     return points
 
@@ -226,8 +221,8 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
     for buckets in study.buckets:
         for score in study.scores:
             arms = [study.bucket(number, buckets, score) for number in range(1, buckets + 1)]
-            trials = [trial for arm in arms for trial in results.of(arm)]
-            costs = measured_costs(results.base)
+            trials = over_common_seeds([trial for arm in arms for trial in results.of(arm)])
+            costs = measured_costs(results.base, trials)
             wanted += [(score, buckets, cost, _points(trials, results.base, score, cost)) for cost in costs if trials]
     tested = [predictive_validity(points) for *_, points in wanted]
     adjusted = holm([found.of_means.pearson_p for found in tested])
@@ -238,7 +233,7 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
             found,
             score=SYMBOLS[score],
             cost=about.phrase,
-            why_undefined="safety did not rise" if about.is_ratio else "a suite has nothing scored",
+            why_undefined=_why_undefined(about),
             p_adjusted=p,
             n_comparisons=len(tested),
         )
@@ -248,49 +243,87 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
     return made
 
 
+def _why_undefined(cost: Cost) -> str:
+    if cost.at_safety:
+        return "the common safety was not reached"
+    return "safety did not rise" if cost.is_ratio else "a suite has nothing scored"
+
+
 def _controlled(results: Results) -> list[str]:
     """Costs that are looked at beyond the buckets."""
-    return [cost for cost in measured_costs(results.base) if cost != _LEFT_OUT]
+    return [cost for cost in measured_costs(results.base, results.trials) if cost != _LEFT_OUT]
 
 
-def _depth_controls(results: Results) -> list[DepthControl]:
+def _controls(results: Results) -> list[Control]:
     usual = results.of(REFERENCE)
     if not usual:
         return []
     n_heads = len(usual[0].selection.units)
     # Buckets differ by a head where the number of heads is no multiple.
-    arms = _unlike([t for t in _plain(results) if abs(len(t.selection.units) - n_heads) <= 1])
+    arms = over_common_seeds(_unlike([t for t in _plain(results) if abs(len(t.selection.units) - n_heads) <= 1]))
     found = []
     for score in SCORE_COLUMNS:
         for cost in _controlled(results):
-            means = arm_means(_points(arms, results.base, score, cost))
-            partial = partial_correlation(means.score_A.tolist(), means.cost_A.tolist(), means.depth_A.tolist())
-            found.append(DepthControl(score, cost, partial))
+            for held in CONTROLS:
+                values = [_held(trial, held) for trial in arms]
+                if held == score or None in values:
+                    continue
+                means = arm_means(_points(arms, results.base, score, cost, held))
+                partial = partial_correlation(means.score_A.tolist(), means.cost_A.tolist(), means.control_A.tolist())
+                found.append(Control(score, cost, held, partial))
     return found
 
 
-def _nulls(results: Results, study: StudyConfig) -> list[ZoneNull]:
-    """Every zone's training with the first seed among trainings of random heads with as many seeds of their own."""
+def _held(trial: Trial, what: str) -> float | None:
+    if what == "depth":
+        return trial.depth
+    return trial.gradient_size if what == "gradient_size" else trial.scores[what]
+
+
+def _nulls(results: Results) -> list[ZoneNull]:
+    """Every zone's trainings among those of random heads with the same seeds; the arm `random` is a draw a seed."""
     draws = [t for t in results.trials if t.calibration == "main" and t.arm == "random"]
     places = []
     for zone in ("safe", "risky"):
-        trials = [trial for trial in results.of(zone) if trial.seed == study.seeds[0]]
+        trials = results.of(zone)
         for cost in _controlled(results) if trials and len(draws) > 1 else ():
-            value = cost_alone(trials[0], results.base, cost)
-            # A ratio without any gain in safety is the worst there is, not a missing one.
-            gainless = [n for n, t in enumerate(draws) if cost in t.cost_ratios and t.cost_ratios[cost].value is None]
-            costs = [cost_alone(trial, results.base, cost) for n, trial in enumerate(draws) if n not in gainless]
-            places.append((zone, cost, null_position(value, costs, n_gainless=len(gainless))))
+            strata = [
+                Stratum(
+                    _bounded_or_not(trial, results.base, cost),
+                    [_bounded_or_not(draw, results.base, cost) for draw in draws if draw.seed == trial.seed],
+                )
+                for trial in trials
+            ]
+            places.append((zone, cost, null_position(strata)))
     adjusted = holm([place.p for *_, place in places])
+    unusual = holm([place.p_unusual for *_, place in places])
     return [
         ZoneNull(
             zone,
             cost,
             place,
-            null_verdict(place, zone=zone, cost=COSTS[cost].phrase, p_adjusted=p, n_comparisons=len(places)),
+            null_verdict(
+                place,
+                zone=zone,
+                cost=COSTS[cost].phrase,
+                p_adjusted=p,
+                p_unusual_adjusted=p_unusual,
+                n_comparisons=len(places),
+            ),
         )
-        for (zone, cost, place), p in zip(places, adjusted, strict=True)
+        for (zone, cost, place), p, p_unusual in zip(places, adjusted, unusual, strict=True)
     ]
+
+
+def _bounded_or_not(trial: Trial, base: Measured | None, cost: str) -> float | None:
+    """What one training cost; without any gain in safety, or without the common one, it is the worst there is, not a
+    missing one."""
+    ratio = trial.cost_ratios.get(cost)
+    if ratio is not None and ratio.value is None:
+        return math.inf
+    if COSTS[cost].at_safety and trial.at_safety.get(COSTS[cost].purpose, (0.0, None))[0] is None:
+        return math.inf
+    return cost_alone(trial, base, cost)
 
 
 def _agreements(results: Results) -> list[MapAgreement]:
@@ -317,10 +350,11 @@ def _agreements(results: Results) -> list[MapAgreement]:
 def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
     score_H = cmap.column("conflict_score").tolist()
     row_of = {unit: row for row, unit in enumerate(cmap.units)}
-    names = list(dict.fromkeys(trial.arm for trial in _plain(results)))
+    compared = over_common_seeds(_plain(results))
+    names = list(dict.fromkeys(trial.arm for trial in compared))
     predicted, lost, heads = [], [], []
     for name in names:
-        trials = results.of(name)
+        trials = [trial for trial in compared if trial.arm == name]
         shares = [predicted_cost(score_H, [row_of[unit] for unit in trial.selection.units]) for trial in trials]
         losses = [loss for loss, _ in costs_of(trials, results.base, "utility_lost")]
         known = [loss for loss in losses if loss is not None]
@@ -329,6 +363,7 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
         heads.append(len(trials[0].selection.units))
     return BudgetCheck(
         curve=map_curve(cmap),
+        n_seeds=len({trial.seed for trial in compared}),
         arms=tuple(names),
         heads=tuple(heads),
         predicted=tuple(predicted),
@@ -338,11 +373,14 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
 
 
 def _plain(results: Results) -> list[Trial]:
-    """Trials of the main map that are trained as the recipe says; a training once, whatever its arm is called too."""
+    """Trials of the main map that are trained as the recipe says; a training once, under the first name that its arm
+    has with any seed."""
     found: dict[tuple[str, int], Trial] = {}
+    arm_of: dict[str, str] = {}
     for trial in results.trials:
         if trial.calibration == "main" and trial.method == "sft" and not trial.is_draw:
-            found.setdefault((trial.trained, trial.seed), trial)
+            arm = arm_of.setdefault(trial.trained, trial.arm)
+            found.setdefault((trial.trained, trial.seed), replace(trial, arm=arm))
     return list(found.values())
 
 

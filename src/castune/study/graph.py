@@ -5,8 +5,9 @@
                 tune -> drift                  the map again, where it is asked for
 
 A study directory holds a run directory a map (`maps/NAME-KEY`) and a run directory a map and seed
-(`runs/NAME-SEED-KEY`), whose arms share the map. The key is a digest of everything the results depend on: another
-learning rate gives other directories beside the old ones, and what is there already is never computed twice.
+(`runs/NAME-SEED-KEY`), whose arms share the map; a random draw has its own (`runs/NAME-SEED-draw-NUMBER-KEY`). The key
+is a digest of everything the results depend on: another learning rate gives other directories beside the old ones, and
+what is there already is never computed twice.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from castune.stats.ranking import equal_parts
 from castune.study.directory import StudyDirectory
 
 MAIN = "main"
-# Seeds of the further random selections follow on these, far from those a user would choose.
-_FIRST_DRAW = 1_000
 
 Stage = Literal["diagnose", "base", "tune", "evaluate", "judge", "drift"]
 
@@ -111,12 +110,12 @@ class Run:
 
     Attributes:
         calibration: name of the map, `main` for the recipe's own.
-        seed: of random selections and training.
-        recipe: with `out`, the seed and the map's data in it.
+        seed: of the training, and of random selections but for those of a draw.
+        recipe: with `out`, the seeds and the map's data in it.
         map_recipe: of the map's own run directory.
         trained: names of the arms that are trained.
         same_as: every wanted arm -> the trained one with the same heads, itself for most.
-        is_draw: whether it is there for a random selection more.
+        draw: the seed that heads are selected with, where it is there for a random selection more.
     """
 
     calibration: str
@@ -125,7 +124,7 @@ class Run:
     map_recipe: Recipe
     trained: tuple[str, ...]
     same_as: Mapping[str, str]
-    is_draw: bool = False
+    draw: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -135,7 +134,12 @@ class Run:
     @property
     def label(self) -> str:
         """What the run is called in names of units."""
-        return f"{self.calibration}/{self.seed}"
+        return run_label(self.calibration, self.seed, self.draw)
+
+    @property
+    def is_draw(self) -> bool:
+        """Whether it is there for a random selection more."""
+        return self.draw is not None
 
 
 @dataclass(frozen=True)
@@ -168,15 +172,17 @@ class Graph:
     def runs(self) -> tuple[Run, ...]:
         """All run directories, the seeds of the main map first."""
         study = self.recipe.study
-        wanted = [(MAIN, study.main_arms, seed, False) for seed in study.seeds]
-        wanted += [(MAIN, ("random",), _FIRST_DRAW + n, True) for n in range(study.random_draws)]
-        wanted += [
-            (name, found.arms, seed, False)
-            for name, found in study.calibrations.items()
-            if found.arms
-            for seed in study.seeds
+        # Of all arms, for those of a directory to have the same names whatever seeds they are trained with.
+        same_as = self._same_as(study.main_arms)
+        found = [
+            self._run(MAIN, {arm: one for arm, one in same_as.items() if seed in study.seeds_of(arm)}, seed)
+            for seed in study.main_seeds
         ]
-        return tuple(self._run(*one) for one in wanted)
+        found += [self._run(MAIN, self._same_as(("random",)), seed, draw) for seed, draw in study.draws]
+        for name, calibration in study.calibrations.items():
+            if calibration.arms:
+                found += [self._run(name, self._same_as(calibration.arms), seed) for seed in study.seeds]
+        return tuple(found)
 
     @cached_property
     def units(self) -> tuple[WorkUnit, ...]:
@@ -226,9 +232,9 @@ class Graph:
         key = _digest([made_from, self.data.get(f"safety:{name}"), self.data.get(f"utility:{name}")])
         return recipe.model_copy(update={"out": str(self.folder.maps / f"{name}-{key}")})
 
-    def _run(self, calibration: str, arms: tuple[str, ...], seed: int, is_draw: bool) -> Run:
+    def _run(self, calibration: str, same_as: Mapping[str, str], seed: int, draw: int | None = None) -> Run:
         map_recipe = self.maps[calibration]
-        select = self.recipe.select.model_copy(update={"seed": seed})
+        select = self.recipe.select.model_copy(update={"seed": seed if draw is None else draw})
         recipe = map_recipe.model_copy(
             update={"select": select, "tune": self.recipe.tune.model_copy(update={"seed": seed})}
         )
@@ -237,8 +243,7 @@ class Graph:
         tune = recipe.tune.model_copy(update={"checkpoint_steps": usual})
         made_from = _made_from(recipe.model_copy(update={"tune": tune}), {"select", "tune", "align"})
         key = _digest([Path(map_recipe.out).name, made_from, self.data.get("align")])
-        out = self.folder.runs / f"{calibration}-{seed}-{key}"
-        same_as = self._same_as(arms)
+        out = self.folder.runs / f"{run_label(calibration, seed, draw).replace('/', '-')}-{key}"
         return Run(
             calibration=calibration,
             seed=seed,
@@ -246,7 +251,7 @@ class Graph:
             map_recipe=map_recipe,
             trained=tuple(dict.fromkeys(same_as.values())),
             same_as=same_as,
-            is_draw=is_draw,
+            draw=draw,
         )
 
     def _same_as(self, arms: tuple[str, ...]) -> dict[str, str]:
@@ -339,6 +344,11 @@ class Graph:
         if run is not self.runs[0]:
             return ()
         return tuple(dict.fromkeys(run.same_as[arm] for arm in self.recipe.study.drift))
+
+
+def run_label(calibration: str, seed: int, draw: int | None) -> str:
+    """What the run of a map, a seed of the training and maybe a random draw is called."""
+    return f"{calibration}/{seed}" + ("" if draw is None else f"/draw-{draw}")
 
 
 def _made_from(recipe: Recipe, keys: set[str]) -> dict[str, object]:

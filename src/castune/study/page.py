@@ -9,7 +9,7 @@ from castune.artifacts import ConflictMap, EvalResult, HeadSelection
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
 from castune.config import StudyConfig
-from castune.core.numbers import duration, number, p_value, percent, span, with_error
+from castune.core.numbers import counted, duration, number, p_value, percent, span, with_error
 from castune.purposes import COSTS, PURPOSES, RATIOS
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_charts, drift_section
@@ -23,7 +23,7 @@ from castune.report.summary import NOT_MEASURED
 from castune.stats.distributions import Interval
 from castune.steps.directory import BASE, RunDirectory
 from castune.study.figures import COST_FIGURES, charts, equal_safety_figure, method_figures
-from castune.study.findings import SYMBOLS, Findings
+from castune.study.findings import CONTROLS, SYMBOLS, Findings
 from castune.study.graph import Graph
 from castune.study.schedule import State
 from castune.study.tables import Row, Table, average_column, method_table
@@ -45,8 +45,9 @@ _RULE = (
     "Rates in per cent, log-likelihoods, divergences and margins in nats a token, ± one standard error over seeds; "
     "means over suites without weights, as the paper averages. UCR and MMLU-CR (Eqs. 7 and 8) are those of the mean "
     "rates, UCR in nats is the NLL of right answers that was added, for a refusal rate that rises from 0 to 1; they "
-    "are undefined, and shown as –, where safety did not rise. What examples add to the error is in the intervals of "
-    "the comparisons."
+    "are undefined, and shown as –, where safety did not rise. A row is over its arm's own seeds; figures, comparisons "
+    "and correlations are over those that the compared arms have in common. What examples add to the error is in the "
+    "intervals of the comparisons."
 )
 
 
@@ -87,11 +88,11 @@ def write_study_report(
 def _opening(graph: Graph, results: Results, found: Findings) -> Markup:
     cmap = results.maps.get("main")
     model = {} if cmap is None else cmap.metadata.get("model", {})
-    study = graph.recipe.study
+    seeds = dict.fromkeys(run.seed for run in graph.runs)
     kind = "query heads" if graph.recipe.diagnose.units == ("q_heads",) else "units"
     size = f"{known(model.get('parameters'))} parameters, {graph.n_heads:,} {kind}"
-    n_trainings = len({(trial.calibration, trial.seed, trial.trained) for trial in results.trials})
-    what = f"{n_trainings} trainings evaluated, seeds {', '.join(map(str, study.seeds))}"
+    n_trainings = len({(t.calibration, t.seed, t.trained, t.selection.seed) for t in results.trials})
+    what = f"{n_trainings} trainings evaluated, seeds {', '.join(map(str, seeds))}"
     judge = f"judge {results.settings.get('judge')}, {results.settings.get('max_new_tokens')} new tokens"
     words = found.verdict or ["Nothing can be compared yet."]
     return tag(
@@ -183,10 +184,10 @@ def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findin
         "Undefined",
     ]  # fmt: skip
     partial = [
-        [SYMBOLS[d.score], COSTS[d.cost].phrase, number(d.found.pearson), _span(d.found.pearson_interval),
-         _p(d.found.pearson_p),
-         number(d.found.spearman), d.found.n, d.found.reason or "–"]
-        for d in found.depths
+        [SYMBOLS[d.score], COSTS[d.cost].phrase, CONTROLS[d.held], number(d.found.pearson),
+         _span(d.found.pearson_interval), _p(d.found.pearson_p), number(d.found.spearman), d.found.n,
+         d.found.reason or "–"]
+        for d in found.controls
     ]  # fmt: skip
     nulls = [[n.zone, COSTS[n.cost].phrase, n.words] for n in found.nulls]
     parts: list[object] = [tag("div", *figures, class_="figures")]
@@ -196,8 +197,8 @@ def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findin
     if rows:
         parts += [tag("h3", "Does the score foretell the cost?"), table(head, rows, label="Validity", class_="numbers")]
     if partial:
-        title = tag("h3", "Controlled for the layer, over all arms of the usual size")
-        heads = ["Score", "Cost", "Partial r", "95 %", "p", "Partial ρ", "Arms", "Why not"]
+        title = tag("h3", "With something else held constant, over all arms of the usual size")
+        heads = ["Score", "Cost", "Held constant", "Partial r", "95 %", "p", "Partial ρ", "Arms", "Why not"]
         parts += [title, table(heads, partial, label="Partial correlations", class_="numbers")]
     if nulls:
         parts += [
@@ -221,7 +222,8 @@ def _budget(tables: Mapping[str, Table], drawn: Collection[str], found: Findings
             tag(
                 "p",
                 f"{elbow[0].upper()}{elbow[1:]}. Share of the scores' variance that is not noise: {reliability}. "
-                f"Predicted against lost over {len(found.budget.arms)} arms: Spearman {order}, "
+                f"Predicted against lost over {counted(len(found.budget.arms), 'arm')} and "
+                f"{counted(found.budget.n_seeds, 'seed')}: Spearman {order}, "
                 f"p: {_p(check.correlation.spearman_p)}. "
                 "The curve is castune's own extension of the paper: it adds up C(h).",
             ),

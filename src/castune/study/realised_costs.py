@@ -14,12 +14,17 @@ from castune.study.trials import Measured, Trial
 Valued = tuple[float | None, float | None]
 
 
-def measured_costs(base: Measured | None) -> list[str]:
-    """The costs that suites were measured for, of `purposes.COSTS`."""
+def measured_costs(base: Measured | None, trials: Sequence[Trial] = ()) -> list[str]:
+    """The costs that suites were measured for, of `purposes.COSTS`; at equal safety, that these trials have."""
+    if base is None:
+        return []
+    at_safety = {purpose for trial in trials for purpose in trial.at_safety}
     return [
         name
         for name, cost in COSTS.items()
-        if base is not None and _suites(base, name) and (not cost.is_ratio or base.suites_of("safety"))
+        if _suites(base, name)
+        and (not cost.is_ratio or base.suites_of("safety"))
+        and (not cost.at_safety or cost.purpose in at_safety)
     ]
 
 
@@ -55,6 +60,8 @@ def costs_of(trials: Sequence[Trial], base: Measured | None, cost: str) -> list[
     nothing: list[Valued] = [(None, None)] * len(trials)
     if base is None:
         return nothing
+    if COSTS[cost].at_safety:
+        return [trial.at_safety.get(COSTS[cost].purpose, (None, None)) for trial in trials]
     losses = [loss(trial.measured, base, cost) for trial in trials]
     if not COSTS[cost].is_ratio:
         return losses

@@ -28,7 +28,7 @@ from castune.errors import CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.names import ArmName
 from castune.plan.skeleton import skeleton
-from castune.purposes import PURPOSES
+from castune.purposes import PURPOSES, SAFETY
 from castune.steps.arms import require_trainable
 from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
@@ -38,6 +38,7 @@ from castune.study.executors import Executor, LocalExecutor, RayExecutor, Resour
 from castune.study.findings import Findings, findings
 from castune.study.graph import Graph, WorkUnit
 from castune.study.page import write_study_report
+from castune.study.primary import expected_words
 from castune.study.schedule import Schedule, State
 from castune.study.tables import Cell, Row, Table, average_column, finding_tables, method_table, tables
 from castune.study.trials import Results, read_results
@@ -68,25 +69,25 @@ class Options(NamedTuple):
             CastuneError: the message says what is accepted.
         """
         if self.executor not in ("local", "ray"):
-            raise CastuneError(f"--executor {self.executor}: accepted are local and ray")
+            raise CastuneError(f"--executor {self.executor}: accepted: local, ray")
         if self.executor == "local" and (self.address is not None or self.memory is not None):
-            raise CastuneError("--address and --memory belong to --executor ray")
+            raise CastuneError("--address and --memory need --executor ray")
         for name in ("workers", "threads", "shards"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise CastuneError(f"--{name} {value}: accepted is 1 or more")
+                raise CastuneError(f"--{name} {value}: must be 1 or more")
         if self.memory is not None and not 0 < self.memory < math.inf:
-            raise CastuneError(f"--memory {self.memory:g}: accepted are gigabytes above 0")
+            raise CastuneError(f"--memory {self.memory:g}: must be above 0 (gigabytes)")
         self._check_gpus()
         launcher = self.launcher()
         if launcher and shutil.which(launcher[0]) is None:
-            raise CastuneError(f"--launch {self.launch}: there is no program {launcher[0]!r} here")
+            raise CastuneError(f"--launch {self.launch}: program {launcher[0]!r} not found")
 
     def _check_gpus(self) -> None:
         if self.gpus is None:
             return
         if self.gpus < 0:
-            raise CastuneError(f"--gpus {self.gpus}: accepted is 0 or more")
+            raise CastuneError(f"--gpus {self.gpus}: must be 0 or more")
         if self.address is not None:
             return  # a cluster's own affair
         import torch
@@ -147,7 +148,7 @@ def show_study(recipe: Recipe, options: Options) -> bool:
         schedule, waiting = run_share(graph, options.made(graph), suites, share)
         say(f"share {options.shard}: {schedule.progress()}")
         if waiting:
-            say(f"{waiting} units wait for other shares: run this share again when these have ended")
+            say(f"{waiting} units wait for other shares; run this share again when those are done")
         return all(state.state == "done" for state in schedule.states.values())
     done = run_study(graph, options.made(graph), suites)
     for table in (done.tables.get(method_table(method)) for method in recipe.study.methods):
@@ -160,7 +161,7 @@ def show_study(recipe: Recipe, options: Options) -> bool:
     say(f"tables: {graph.folder.tables}")
     say(f"report: {done.report}")
     measured = {} if done.results.base is None else {"base": done.results.base}
-    measured |= {f"{trial.calibration}/{trial.seed}/{trial.arm}": trial.measured for trial in done.results.trials}
+    measured |= {trial.label: trial.measured for trial in done.results.trials}
     unscored = [(name, suite.suite) for name, one in measured.items() for suite in one.suites if not suite.n]
     for name, suite in unscored:
         say(f"{name}: none of the examples of suite {suite} could be scored")
@@ -181,15 +182,17 @@ def show_graph(recipe: Recipe, *, accelerator: str | None) -> None:
         say(f"{run.label}: {', '.join(run.trained)}")
         for arm, trained in run.same_as.items():
             if arm != trained:
-                say(f"  {arm}: the heads of {trained}")
+                say(f"  {arm}: same heads as {trained}")
     found = study_cost(graph, accelerator=accelerator)
     show_rows("Work", found.rows())
     where = f"one {accelerator}" if accelerator else "this machine, one unit at a time"
     say(
-        f"map of {graph.n_heads:,} heads: {duration(found.diagnosis_seconds)} on {where}; as the paper does it (67 s a "
-        f"head on an H800) {duration(paper_seconds(graph.n_heads))}"
+        f"map of {graph.n_heads:,} heads: {duration(found.diagnosis_seconds)} on {where}; "
+        f"{duration(paper_seconds(graph.n_heads))} by the paper's method (67 s per head on an H800)"
     )
     say(f"whole study: {duration(found.seconds(1))} on {where}, {duration(found.seconds(8))} on eight")
+    for words in expected_words(recipe.study):
+        say(words)
     for note in found.notes:
         say(f"note: {note}")
 
@@ -207,7 +210,7 @@ def study_graph(recipe: Recipe, *, shards: int = 1, data: bool = True) -> Graph:
         CastuneError: bad data or settings, an extra is missing, or the model's heads cannot be located.
     """
     if recipe.select.compare:
-        logger.warning("select.compare has no effect on a study: study.arms says what is compared")
+        logger.warning("select.compare has no effect in a study; study.arms says what to compare")
     config, _ = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     model = skeleton(config, torch_dtype_of(recipe.dtype, recipe.device))
     wanted, layers = recipe.diagnose, recipe.diagnose.layers
@@ -312,8 +315,27 @@ def load_study_suites(recipe: Recipe) -> list[Suite]:
     config = recipe.evaluate
     suites = load_suites(config.suites, limit=config.limit, seed=config.seed)
     require_evaluation(config, suites)
+    _require_primary(recipe, suites)
     check_held_out(recipe, suites, arms=recipe.study.main_arms)
     return suites
+
+
+def _require_primary(recipe: Recipe, suites: Sequence[Suite]) -> None:
+    """Refuse a primary contrast that the evaluation would not measure."""
+    contrast = recipe.study.primary
+    if contrast is None:
+        return
+    purposes = {suite.purpose for suite in suites}
+    if contrast.cost not in purposes or not purposes & set(SAFETY):
+        raise CastuneError(
+            f"study.primary compares {contrast.cost} at equal safety, and evaluate.suites measures "
+            f"{', '.join(sorted(purposes))}: it needs suites of {contrast.cost}, and of {' or '.join(SAFETY)}"
+        )
+    if len(recipe.evaluate.strengths) < 2:
+        raise CastuneError(
+            "study.primary compares arms at equal safety, and evaluate.strengths has full strength alone: "
+            "add weaker ones, for example strengths = [0.35, 0.65]"
+        )
 
 
 def _checked_data(recipe: Recipe) -> dict[str, str]:
@@ -341,6 +363,6 @@ def _alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
             stack.enter_context(locked(folder, wait=False, shared=shared))
         except BlockingIOError:
             raise CastuneError(
-                f"{folder}: another castune study is at work here; wait for it, stop it, or give another --out"
+                f"{folder}: another castune study is running here; wait for it, stop it, or choose another --out"
             ) from None
         yield

@@ -1,7 +1,7 @@
 """The paper's tables from the trials of a study, as rows of plain values. Pure.
 
 Rates are in per cent, means of continuous suites in nats. `NAME_se` is the standard error of the mean over seeds (none
-with one seed), `seeds` how many there are. What could not be measured or is undefined is empty, never 0.
+with one seed), `seeds` how many the arm has. What could not be measured or is undefined is empty, never 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from castune.stats.correlations import correlation
 from castune.stats.estimates import estimate
 from castune.study.findings import BudgetCheck, Findings
 from castune.study.realised_costs import cost_alone, costs_of, measured_costs
-from castune.study.trials import Measured, Results, Trial
+from castune.study.trials import Measured, Results, Trial, common_seeds
 
 Cell = str | float | bool | None
 Row = dict[str, Cell]
@@ -116,15 +116,17 @@ def finding_tables(found: Findings) -> list[Table]:
          "undefined": v.found.n_undefined, "words": v.words}
         for v in found.validities
     ]  # fmt: skip
-    depths = [
-        {"score": d.score, "cost": d.cost, "partial_pearson": d.found.pearson,
+    controls = [
+        {"score": d.score, "cost": d.cost, "held": d.held, "partial_pearson": d.found.pearson,
          **_ends("interval", d.found.pearson_interval), "p": d.found.pearson_p, "partial_spearman": d.found.spearman,
          "arms": d.found.n, "why_not": d.found.reason}
-        for d in found.depths
+        for d in found.controls
     ]  # fmt: skip
     nulls = [
         {"zone": n.zone, "cost": n.cost, "lower": n.found.lower, "higher": n.found.higher, "n": n.found.n,
-         "gainless": n.found.n_gainless, "undefined": n.found.n_undefined, "p": n.found.p, "words": n.words}
+         "gainless": n.found.n_gainless, "undefined": n.found.n_undefined, "seeds": n.found.n_seeds,
+         "seeds_gainless": n.found.n_seeds_gainless, "seeds_left_out": n.found.n_seeds_left_out, "p": n.found.p,
+         "p_least": n.found.p_least, "p_unusual": n.found.p_unusual, "words": n.words}
         for n in found.nulls
     ]  # fmt: skip
     maps = [
@@ -134,9 +136,10 @@ def finding_tables(found: Findings) -> list[Table]:
     ]  # fmt: skip
     made = {
         "comparisons": ("Arms against the safe zone", comparisons),
+        "primary": ("The primary contrast", _primary_rows(found)),
         "equal_safety": ("Costs at equal safety", _equal_safety_rows(found)),
         "validity": ("Scores against costs, with intervals", validity),
-        "depth": ("Scores against costs, controlled for the layer", depths),
+        "controls": ("Scores against costs, with something else held constant", controls),
         "nulls": ("Zones among random heads", nulls),
         "maps": ("How scores agree", maps),
         "budget": ("Predicted and measured cost of arms", _budget_rows(found.budget)),
@@ -149,9 +152,31 @@ def _budget_rows(found: BudgetCheck | None) -> list[Row]:
         return []
     columns = zip(found.arms, found.heads, found.predicted, found.lost, found.check.residuals, strict=True)
     return [
-        {"arm": arm, "heads": heads, "predicted": predicted, "utility_lost": lost, "residual": residual}
+        {"arm": arm, "heads": heads, "seeds": found.n_seeds, "predicted": predicted, "utility_lost": lost,
+         "residual": residual}
         for arm, heads, predicted, lost, residual in columns
-    ]
+    ]  # fmt: skip
+
+
+def _primary_rows(found: Findings) -> list[Row]:
+    primary = found.primary
+    if primary is None:
+        return []
+    ratio, difference, design = primary.found, primary.found.difference, primary.design
+    cost = primary.contrast.cost
+    first, second = primary.contrast.arms
+    return [
+        {"first": first, "second": second, "cost": cost, "safety_of": primary.safety,
+         "safety": _shown(ratio.target, primary.safety), "ratio": ratio.value, **_ends("ratio", ratio.interval),
+         "why_not": ratio.reason, "difference": _shown(difference.value, cost),
+         **_ends("difference", difference.interval, cost), "p": difference.p,
+         "is_seen": primary.verdict.is_seen, "is_refuted": primary.verdict.is_refuted,
+         "is_equivalent": None if primary.equivalence is None else primary.equivalence.is_equivalent,
+         "seeds_sd": _shown(ratio.seeds_sd, cost), "items_se": _shown(ratio.items_se, cost),
+         "smallest_visible": None if design is None else _shown(design.smallest, cost),
+         "seeds_to_decide": primary.seeds_to_decide, "seeds": ratio.n_seeds, "prompts": ratio.n_prompts,
+         "items": sum(ratio.n_items), "words": " ".join(primary.words)}
+    ]  # fmt: skip
 
 
 def _equal_safety_rows(found: Findings) -> list[Row]:
@@ -168,6 +193,7 @@ def _equal_safety_rows(found: Findings) -> list[Row]:
                      **_ends("interval", price.interval, purpose), "first": first,
                      "first_minus_arm": None if beside is None else _shown(beside.value, purpose),
                      **_ends("difference", None if beside is None else beside.interval, purpose),
+                     "p_holm": None if beside is None else beside.p_adjusted,
                      "reached_share": price.reached_share, "seeds": of_cost.n_seeds, "prompts": of_cost.n_prompts,
                      "items": sum(of_cost.n_items)}
                 )  # fmt: skip
@@ -257,19 +283,21 @@ def _bucket_rows(results: Results, study: StudyConfig) -> list[Row]:
 
 
 def _validity(results: Results, study: StudyConfig) -> list[Row]:
-    """Correlation of the buckets' mean scores with their cost ratios, of the mean rates and of every seed."""
+    """Correlation of the buckets' mean scores with their cost ratios, of the mean rates and of every seed that all of
+    them have."""
     rows = []
     for buckets in study.buckets:
         for score in study.scores:
             of_bucket = [results.of(study.bucket(n, buckets, score)) for n in range(1, buckets + 1)]
-            of_bucket = [trials for trials in of_bucket if trials]
+            seeds = common_seeds(of_bucket)
+            of_bucket = [[t for t in trials if t.seed in seeds] for trials in of_bucket if trials and seeds]
             for cost in [cost for cost in measured_costs(results.base) if COSTS[cost].is_ratio]:
                 points = [
                     (_mean(t.scores[score] for t in trials), _mean_ratio(trials, results.base, cost)[cost])
                     for trials in of_bucket
                 ]
                 rows.append(_correlation_row(score, buckets, cost, "mean", points))
-                for seed in study.seeds:
+                for seed in (seed for seed in study.main_seeds if seed in seeds):
                     points = [
                         (trial.scores[score], cost_alone(trial, results.base, cost))
                         for trials in of_bucket
@@ -295,7 +323,7 @@ def _correlation_row(
 def _trial_row(trial: Trial, base: Measured | None) -> Row:
     row: Row = {
         "calibration": trial.calibration, "arm": trial.arm, "trained": trial.trained, "seed": trial.seed,
-        "heads": len(trial.selection.units),
+        "selection_seed": trial.selection.seed, "heads": len(trial.selection.units),
         "layers": len(trial.selection.layers), "mean_conflict": trial.scores["conflict"],
         "mean_gradient": trial.scores["gradient"], "mean_sensitivity": trial.scores["sensitivity"],
         "mean_layer": trial.depth,

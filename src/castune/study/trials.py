@@ -7,7 +7,7 @@ several times as many where adapters are measured at several strengths.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,13 +15,14 @@ import numpy as np
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult, Unit
 from castune.artifacts.samples import references_of
-from castune.config import method_suffix
+from castune.diagnosis.score import gradient_norms
+from castune.diagnosis.stored import GRADIENTS_FILE, stored_measurements
 from castune.purposes import PURPOSES
 from castune.selection import SCORE_COLUMNS
 from castune.stats.estimates import CostRatio
 from castune.steps.changes import all_cost_ratios
 from castune.steps.directory import BASE, RunDirectory
-from castune.study.graph import MAIN, Graph, Run
+from castune.study.graph import MAIN, Graph, Run, run_label
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,17 @@ class Trial:
         calibration: the map it was chosen from, `main` for the study's own.
         arm: its name in the study.
         trained: name of its directory; another name where an arm of the same heads was trained before.
-        seed: of random selections and training.
-        is_draw: whether it is one of the further random selections.
+        seed: of the training, and of random selections but for the further ones.
+        is_draw: whether it is one of these; what its heads were drawn with says `selection.seed`.
         selection: its heads.
         scores: mean C, O and S of its heads, by `conflict`, `gradient`, `sensitivity`.
         depth: mean layer of its heads.
         measured: its evaluation.
         cost_ratios: by `purposes.RATIOS`, each with its interval over examples; not those that lack a number.
         strengths: its evaluations at the other strengths of the recipe; empty where one is missing.
+        gradient_size: mean over its heads of the logarithm of the sizes of both gradients; None where they are gone.
+        at_safety: what it costs where all arms are equally safe, above base, with the standard error over examples, by
+            purpose (`equal_safety.with_costs`); (None, None) where it does not reach that safety.
     """
 
     calibration: str
@@ -95,6 +99,13 @@ class Trial:
     measured: Measured
     cost_ratios: Mapping[str, CostRatio]
     strengths: Mapping[float, Measured] = field(default_factory=dict)
+    gradient_size: float | None = None
+    at_safety: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Its run and arm, as in names of units."""
+        return f"{run_label(self.calibration, self.seed, self.selection.seed if self.is_draw else None)}/{self.arm}"
 
     @property
     def heads(self) -> str:
@@ -115,7 +126,7 @@ class Results:
         maps: the conflict maps by calibration.
         base: the evaluation of the base model; None before it is made.
         trials: those that are evaluated, in the order of the graph.
-        missing: what is not there, as `CALIBRATION/SEED/ARM`.
+        missing: what is not there, as labels of trials: `CALIBRATION/SEED/ARM`.
         settings: how it was evaluated: judge, max_new_tokens and so on.
     """
 
@@ -130,6 +141,20 @@ class Results:
         return [t for t in self.trials if (t.arm, t.calibration, t.is_draw) == (arm, calibration, False)]
 
 
+def common_seeds(arms: Iterable[Sequence[Trial]]) -> set[int]:
+    """Seeds with which every arm was trained, of those that were trained at all: over these they differ in nothing but
+    their heads and method."""
+    seeds = [{trial.seed for trial in trials} for trials in arms if trials]
+    return set.intersection(*seeds) if seeds else set()
+
+
+def over_common_seeds(trials: Sequence[Trial]) -> list[Trial]:
+    """Those with a seed that all arms among them have."""
+    names = dict.fromkeys(trial.arm for trial in trials)
+    seeds = common_seeds([trial for trial in trials if trial.arm == name] for name in names)
+    return [trial for trial in trials if trial.seed in seeds]
+
+
 def read_results(graph: Graph) -> Results:
     """What is there of a study; arms that are not finished are named, not guessed.
 
@@ -142,15 +167,12 @@ def read_results(graph: Graph) -> Results:
     base_folder = RunDirectory(graph.base_folder)
     if base_folder.is_evaluated(BASE):
         found = EvalResult.load(base_folder.evaluation(BASE))
-    study = graph.recipe.study
-    compared = [f"{arm}{method_suffix(method)}" for method in study.methods for arm in study.arms]
+    sizes = {name: _gradient_sizes(folders[name], cmap) for name, cmap in maps.items()}
     trials: list[Trial] = []
     missing: list[str] = []
     for run in graph.runs:
         cmap = maps.get(run.calibration)
-        is_main = run.calibration == MAIN and not run.is_draw
-        at_strengths = {run.same_as[arm] for arm in compared if arm in run.same_as} if is_main else set()
-        here = {} if cmap is None or found is None else _trained(run, cmap, found, at_strengths)
+        here = {} if cmap is None or found is None else _trained(run, cmap, found, sizes[run.calibration])
         for arm, trained in run.same_as.items():
             if trained in here:
                 trials.append(replace(here[trained], arm=arm))
@@ -160,8 +182,8 @@ def read_results(graph: Graph) -> Results:
     return Results(maps, None if found is None else Measured.of(found), tuple(trials), tuple(missing), settings)
 
 
-def _trained(run: Run, cmap: ConflictMap, base: EvalResult, at_strengths: Collection[str]) -> dict[str, Trial]:
-    """The finished arms of a run directory by the names of their directories; some with their further strengths."""
+def _trained(run: Run, cmap: ConflictMap, base: EvalResult, sizes: Mapping[Unit, float]) -> dict[str, Trial]:
+    """The finished arms of a run directory by the names of their directories; of the main map with all strengths."""
     folder = RunDirectory(run.folder)
     trials = {}
     for name in run.trained:
@@ -186,9 +208,21 @@ def _trained(run: Run, cmap: ConflictMap, base: EvalResult, at_strengths: Collec
             depth=float(np.mean([one.layer for one in selection.units])),
             measured=Measured.of(result),
             cost_ratios={ratio: of_arms[name] for ratio, of_arms in ratios.items()},
-            strengths=_at_strengths(run, name, base, adapter) if name in at_strengths else {},
+            strengths=_at_strengths(run, name, base, adapter) if run.calibration == MAIN else {},
+            gradient_size=float(np.mean([sizes[one] for one in selection.units])) if sizes else None,
         )
     return trials
+
+
+def _gradient_sizes(folder: RunDirectory, cmap: ConflictMap) -> dict[Unit, float]:
+    """Of every unit the mean logarithm of |g_safe| and |g_util|; empty where a map's gradients were not kept."""
+    if not (folder.path / GRADIENTS_FILE).is_file():
+        return {}
+    measured = stored_measurements(folder.path, cmap, "castune study")
+    norms = [norm_H for domain in measured.domains for norm_H in gradient_norms(domain.gram_HCC, measured.n_safety)]
+    # A gradient that is exactly zero has no logarithm.
+    size_H = np.mean([np.log(np.maximum(norm_H, 1e-30)) for norm_H in norms], axis=0)
+    return dict(zip(cmap.units, size_H.tolist(), strict=True))
 
 
 def _at_strengths(run: Run, name: str, base: EvalResult, adapter: str) -> dict[float, Measured]:

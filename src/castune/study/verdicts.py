@@ -136,41 +136,72 @@ def null_verdict(
     zone: str,
     cost: str = "cost",
     p_adjusted: float | None = None,
+    p_unusual_adjusted: float | None = None,
     n_comparisons: int = 1,
 ) -> str:
     """What the place of a zone among random selections says.
+
+    Over several seeds a difference from random heads is one thing, and that few random selections have it another: the
+    zone has the same heads with every seed, and any heads cost what they cost again. Each is claimed by its own p.
 
     Args:
         found: see `castune.stats.nulls.null_position`.
         zone: name of the zone.
         cost: name of the cost.
-        p_adjusted: the two-sided p-value after `holm`, where several zones or costs were tried.
+        p_adjusted: its `p` after `holm`, where several zones or costs were tried.
+        p_unusual_adjusted: its `p_unusual` after `holm`.
         n_comparisons: how many were tried together.
     """
-    undefined = f" Of {found.n_undefined} more the {cost} is undefined." if found.n_undefined else ""
-    if found.percentile is None or found.p is None or found.interval is None:
-        which = "no random selection" if found.n == 0 else f"the {zone} zone"
-        verb = "has" if found.n else "with"
-        tail = " no defined" if found.n else " a defined"
-        return f"Not measurable: {which} {verb}{tail} {cost}.{undefined}"
-    told = (
-        f"{found.lower} of {counted(found.n, 'random selection')} cost less, {found.higher} more "
-        f"(share that costs less: {_interval(found.interval, 100, '.0f')} %)"
-    )
-    p = found.p
-    if n_comparisons > 1 and p_adjusted is not None:
-        p = p_adjusted
-        told += f", p {p_value(p)} after Holm over {n_comparisons} comparisons"
-    else:
-        told += f", p {p_value(p)}"
-    if found.n_gainless:
-        told += f"; {found.n_gainless} of them gained no safety at all and cost the most"
+    left_out = _null_left_out(found, zone, cost)
+    if found.p is None or found.p_least is None or found.p_unusual is None:
+        which = "no random selection" if found.n_seeds_left_out == 0 else f"the {zone} zone"
+        verb = "with a" if found.n_seeds_left_out == 0 else "has no"
+        return f"Not measurable: {which} {verb} defined {cost}.{left_out}"
+    p, p_unusual = found.p, found.p_unusual
+    holm = ""
+    if n_comparisons > 1 and p_adjusted is not None and p_unusual_adjusted is not None:
+        p, p_unusual = p_adjusted, p_unusual_adjusted
+        holm = f" after Holm over {n_comparisons} comparisons"
+    told = f"{_null_counts(found)}, p {p_value(p)}{holm}{_null_gainless(found)}"
     if p >= LEVEL:
-        floor = min(1.0, n_comparisons * 2 / (found.n + 1))
+        floor = min(1.0, n_comparisons * found.p_least)
         few = f" {found.n} cannot show more than p {p_value(floor)}." if floor >= LEVEL else ""
-        return f"The {zone} zone is not told from random heads at this n: {told}.{few}{undefined}"
+        return f"The {zone} zone is not told from random heads at this n: {told}.{few}{left_out}"
     side = "more" if found.lower > found.higher else "less"
-    return f"The {zone} zone costs {side} than random heads: {told}.{undefined}"
+    if found.n_seeds == 1:
+        return f"The {zone} zone costs {side} than random heads: {told}.{left_out}"
+    if p_unusual < LEVEL:
+        rare = f"Few random selections would: p {p_value(p_unusual)}{holm}."
+        return f"The {zone} zone costs {side} than random heads: {told}. {rare}{left_out}"
+    floor = min(1.0, n_comparisons * 2 / (found.n + 1))
+    few = f"; {found.n} cannot show more than p {p_value(floor)}" if floor >= LEVEL else ""
+    rare = f"That few random selections would is not shown: p {p_value(p_unusual)}{holm}{few}."
+    return f"The {zone} zone costs {side} than random heads typically do: {told}. {rare}{left_out}"
+
+
+def _null_counts(found: NullPosition) -> str:
+    """How many random selections cost less and more, and how sure that is."""
+    counts = f"{found.lower} of {counted(found.n, 'random selection')} cost less, {found.higher} more"
+    if found.interval is not None:
+        return f"{counts} (share that costs less: {_interval(found.interval, 100, '.0f')} %)"
+    return f"{counts}, each beside the zone trained with its seed ({counted(found.n_seeds, 'seed')})"
+
+
+def _null_gainless(found: NullPosition) -> str:
+    """Which trainings gained no safety, so that their cost has no bound."""
+    told = f"; {found.n_gainless} of them gained no safety at all and cost the most" if found.n_gainless else ""
+    if found.n_seeds_gainless:
+        told += f"; the zone gained none in {found.n_seeds_gainless} of {counted(found.n_seeds, 'seed')}"
+    return told
+
+
+def _null_left_out(found: NullPosition, zone: str, cost: str) -> str:
+    """What nothing is known of."""
+    told = f" Of {found.n_undefined} more the {cost} is undefined." if found.n_undefined else ""
+    if found.n and found.n_seeds_left_out:
+        seeds = counted(found.n_seeds + found.n_seeds_left_out, "seed")
+        told += f" In {found.n_seeds_left_out} of {seeds} the {cost} of the {zone} zone is undefined."
+    return told
 
 
 def _left_out(n_undefined: int, n_trials: int, cost: str, why: str) -> str:

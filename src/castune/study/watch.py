@@ -8,14 +8,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from castune.artifacts import ConflictMap
 from castune.artifacts.conflict_map import MAP_FILE
-from castune.console import table_of
+from castune.console_table import TextTable, stdout_console
 from castune.core.numbers import duration, number
 from castune.errors import ArtifactError
 from castune.study.directory import StudyDirectory
@@ -32,7 +31,7 @@ def watch(folder: Path, *, interval: float, once: bool) -> None:
     Raises:
         ArtifactError: no study there.
     """
-    console, study = Console(width=None if sys.stdout.isatty() else 160), StudyDirectory(folder)
+    console, study = stdout_console(160), StudyDirectory(folder)
     view, ended = _view(study)
     if once or not sys.stdout.isatty():
         console.print(view)
@@ -52,8 +51,8 @@ def _view(folder: StudyDirectory) -> tuple[Group, bool]:
     lines = [Text(f"{folder.path}: {progress_line(list(states.values()), now - started)}", style="bold")]
     newest = max([updated, *(path.stat().st_mtime for path in folder.logs.glob("*.log"))])
     if not ended and now - newest > _SILENT:
-        lines.append(Text(f"nothing was written for {duration(now - newest)}: the study may have been stopped"))
-    parts: list[Table | Text] = [*lines, _stages(states)]
+        lines.append(Text(f"no output for {duration(now - newest)}: the study may have been stopped"))
+    parts: list[TextTable | Text] = [*lines, _stages(states)]
     if any(state.state == "running" for state in states.values()):
         parts.append(_running(folder, states, now))
     for name, state in states.items():
@@ -63,16 +62,16 @@ def _view(folder: StudyDirectory) -> tuple[Group, bool]:
     return Group(*parts), ended
 
 
-def _stages(states: dict[str, State]) -> Table:
+def _stages(states: dict[str, State]) -> TextTable:
     columns = ("done", "running", "waiting", "failed", "blocked")
     rows = []
     for stage in dict.fromkeys(state.stage for state in states.values()):
         counts = Counter(state.state for state in states.values() if state.stage == stage)
         rows.append([stage, *(counts[column] for column in columns)])
-    return table_of(["stage", *columns], rows)
+    return TextTable(["stage", *columns], rows)
 
 
-def _running(folder: StudyDirectory, states: dict[str, State], now: float) -> Table:
+def _running(folder: StudyDirectory, states: dict[str, State], now: float) -> TextTable:
     rows = [
         [
             name,
@@ -83,7 +82,7 @@ def _running(folder: StudyDirectory, states: dict[str, State], now: float) -> Ta
         for name, state in states.items()
         if state.state == "running"
     ]
-    return table_of(["running", "for", "attempt", "last word"], rows)
+    return TextTable(["running", "for", "attempt", "last log line"], rows)
 
 
 def _last_line(path: Path) -> str:

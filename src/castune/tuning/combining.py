@@ -120,7 +120,7 @@ def _checked_weights(n: int, combination: str | None, weights: Sequence[float] |
     chosen = [1.0] * n if weights is None else [float(weight) for weight in weights]
     if len(chosen) != n or not all(map(math.isfinite, chosen)):
         raise CastuneError(
-            f"weights are {', '.join(f'{w:g}' for w in chosen)}: accepted is a number for each of {n} adapters"
+            f"weights are {', '.join(f'{w:g}' for w in chosen)}: accepted: a number for each of {n} adapters"
         )
     return tuple(chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -58,9 +59,9 @@ NO_SETTINGS = {
 }
 ADDED = {
     "",
-    " Separated by commas.",
-    " As VALUE=SHARE, separated by commas.",
-    " Repeat it for several, named after their sources or files; how much is drawn is of each.",
+    " Comma-separated.",
+    " Format: VALUE=SHARE,VALUE=SHARE.",
+    " Repeat for several domains, named after their sources or files; limit, balance and shares apply to each.",
 }
 
 
@@ -108,8 +109,11 @@ def test_default_and_help_are_those_of_the_field(command: str, name: str, config
     assert f"--{name.replace('_', '-')}" in parameter.opts
     text = " ".join((info.description or "").replace("`", "").split())
     assert text
-    assert parameter.help.startswith(text)
-    assert parameter.help.removeprefix(text) in ADDED
+    # Other settings of the command are named as options, and as keys in the docstring.
+    keys = {f"--{other.replace('_', '-')}": key for other, (_, key) in settings_of(command).items()}
+    said = re.sub(r"--[a-z-]+", lambda option: keys[option[0]], parameter.help)
+    assert said.startswith(text)
+    assert said.removeprefix(text) in ADDED
 
 
 @pytest.mark.parametrize("config", [Recipe, DataConfig, DiagnoseConfig, SelectConfig, TuneConfig, EvaluateConfig])
@@ -235,8 +239,8 @@ def test_fields_of_every_kind_become_options() -> None:
     # The lowest version of typer writes a backslash before it.
     text = toy("--help")[1].replace("\\[", "[")
     assert "How many there are. [default: 3]" in text
-    assert "Words. Separated by commas. [default: a,b]" in text
-    assert "Parts. As VALUE=SHARE, separated by commas." in text
+    assert "Words. Comma-separated. [default: a,b]" in text
+    assert "Parts. Format: VALUE=SHARE,VALUE=SHARE." in text
     assert "--size" not in text
 
 
@@ -264,7 +268,7 @@ def test_what_is_no_share_of_something_is_told_with_its_option(typed: str) -> No
         (["--utility-balance", "subject", "--utility-shares", "knitting=1"], r"no row has 'knitting'"),
         (["--utility-shares", "animals=nan"], r"utility: shares\.animals = nan"),
         (["--utility-shares", "animals"], r"--utility-shares animals: expected a share"),
-        (["--utility", "mmlu=x", "--utility", "mmlu=y"], r"there is a domain 'mmlu' already"),
+        (["--utility", "mmlu=x", "--utility", "mmlu=y"], r"there is already a domain 'mmlu'"),
     ],
 )
 @pytest.mark.parametrize("command", ["diagnose", "plan"])

@@ -254,9 +254,12 @@ def test_the_command_line_names_the_undecided_where_they_are_few(
         placed = {**found.standing["q_head"], "undecided": heads[:n], "probable": [], "exact": []}
         show_diagnosis(replace(found, metadata={**found.metadata, "standing": placed}))
         said = capsys.readouterr().out
-        assert f"safe quarter, heads: {len(heads) - n} certain, 0 may change with other examples, {n} left open" in said
+        assert (
+            f"heads in or out of the safe quarter: {len(heads) - n} certain, 0 may change with other examples, {n} left open"
+            in said
+        )
         named = {0: [], 1: ["layer 0: 0"], 10: ["layer 0: 0, 1, 2, 3; layer 1: 0, 1, 2, 3; layer 2: 0, 1"], 11: []}
-        assert re.findall(r"^    left open, heads by layer: (.*)$", said, re.MULTILINE) == named[n]
+        assert re.findall(r"^    undecided heads: (.*)$", said, re.MULTILINE) == named[n]
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 60), st.randoms())

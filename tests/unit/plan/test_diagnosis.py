@@ -271,8 +271,8 @@ def test_a_calibrated_plan_has_times_and_memory(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"accelerator": "abacus"}, "accepted are a100"),
-        ({"decoded_share": 1.5}, "accepted is 0 to 1"),
+        ({"accelerator": "abacus"}, "accepted: a100"),
+        ({"decoded_share": 1.5}, "accepted: 0 to 1"),
         ({"settings": SETTINGS.model_copy(update={"batch_tokens": "auto"})}, "needs a number"),
     ],
 )

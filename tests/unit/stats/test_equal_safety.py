@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from planted_costs import SHIFT_SD, STRENGTHS, Population, simulated
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq, isotonic_regression
-from scipy.special import expit, ndtr, ndtri
+from scipy.special import expit
 from scipy.stats import binom
 
 from castune.stats.distributions import Interval, student_quantile
 from castune.stats.equal_safety import Curve, common_target, cost_bands, equal_safety
 
-Floats = NDArray[np.float64]
-STRENGTHS = np.array([0, 0.25, 0.5, 0.75, 1.0])
 SEEDS = st.integers(0, 10_000)
 
 
@@ -441,59 +438,6 @@ def test_margins_of_any_size(scale: float) -> None:
 # -- how often intervals hold what is true
 
 
-@dataclass(frozen=True)
-class Population:
-    """An arm whose population is known: logistic safety over strength, a power of the strength as cost."""
-
-    top: float
-    middle: float = 0.4
-    width: float = 0.15
-    full: float = 0.15
-    power: float = 2.0
-
-    def safety(self, x: Any, shift: Any = 0.0) -> Any:
-        start, end = expit((0 - self.middle - shift) / self.width), expit((1 - self.middle - shift) / self.width)
-        return 0.2 + (self.top - 0.2) * (expit((x - self.middle - shift) / self.width) - start) / (end - start)
-
-    def cost(self, target: float, shift_sd: float) -> float:
-        """At the strength at which safety, averaged over trainings, reaches the target; infinite if it never does."""
-        shifts = shift_sd * ndtri((np.arange(100) + 0.5) / 100)
-
-        def gap(x: float) -> float:
-            return float(np.mean(self.safety(x, shifts))) - target
-
-        return math.inf if gap(1) < 0 else self.full * float(brentq(gap, 0, 1)) ** self.power
-
-
-def simulated(
-    arms: dict[str, Population], n_seeds: int, n: int, m: int, skewed: bool, rng: np.random.Generator
-) -> dict[str, Curve]:
-    """Prompts refuse beyond thresholds that arms share in part, and not always; an item's cost grows in its own proportion.
-
-    The sd of items is their mean at full strength, that of trainings 15 % of it; trainings also move the middle by 0.05.
-    """
-    many = n_seeds > 1
-
-    def items(*shape: int) -> Floats:
-        return rng.exponential(size=shape) - 1 if skewed else rng.standard_normal(shape)
-
-    base_N, prompt_N, item_M, curves = rng.standard_normal(n), rng.standard_normal(n), items(m), {}
-    for name, arm in arms.items():
-        own = rng.standard_normal(n), rng.standard_normal((n_seeds, 1, n)), rng.standard_normal((n_seeds, 5, n))
-        threshold = (
-            math.sqrt(0.48) * prompt_N + math.sqrt(0.22) * own[0] + math.sqrt(0.1) * own[1] + math.sqrt(0.2) * own[2]
-        )
-        rate = arm.safety(STRENGTHS, 0.05 * many * rng.standard_normal((n_seeds, 1)))
-        safety = ndtr(threshold) < rate[:, :, None]
-        safety[:, 0] = ndtr(math.sqrt(0.48) * prompt_N + math.sqrt(0.52) * base_N) < 0.2
-        size = 1 + 0.15 * many * rng.standard_normal((n_seeds, 1, 1))
-        per_item = 1 + math.sqrt(0.6) * item_M + math.sqrt(0.28) * items(m) + math.sqrt(0.12) * items(n_seeds, 1, m)
-        rest = 0.08 * rng.standard_normal((n_seeds, 5, m)) * np.sqrt(STRENGTHS * (1 - STRENGTHS))[:, None]
-        cost = arm.full * (STRENGTHS[:, None] ** arm.power * size * per_item + rest)
-        curves[name] = Curve(STRENGTHS, safety, [cost])
-    return curves
-
-
 def held(
     arms: dict[str, Population],
     n_seeds: int,
@@ -509,10 +453,10 @@ def held(
     rng, found = np.random.default_rng(n + m + n_seeds), []
     names = list(arms)
     for seed in range(tries):
-        curves = simulated(arms, n_seeds, n, m, skewed, rng)
+        curves = simulated(arms, n_seeds, n, m, rng, skewed=skewed)
         goal = common_target(curves) if target is None else target
         assert goal is not None
-        true = [arm.cost(goal, 0.05 * (n_seeds > 1)) for arm in arms.values()]
+        true = [arm.cost(goal, SHIFT_SD * (n_seeds > 1)) for arm in arms.values()]
         result = equal_safety(curves, goal, draws=draws, seed=seed)
         holds = [ends(result.arms[name].interval).holds(cost) for name, cost in zip(names, true, strict=True)]
         difference = result.differences[names[0], names[1]]

@@ -21,7 +21,6 @@ from castune.stats.comparisons import compare as compare_suites
 from castune.stats.correlations import fisher_interval, map_agreement, partial_correlation
 from castune.stats.distributions import clopper_pearson, student_p, student_quantile
 from castune.stats.estimates import utility_cost_ratio
-from castune.stats.nulls import null_position, order_p
 from castune.stats.validity import Point, arm_means, predictive_validity
 
 TABLE_7 = json.loads((Path(__file__).parents[2] / "data" / "published_table7.json").read_text())
@@ -34,14 +33,14 @@ TABLE_8 = {
 }  # fmt: skip
 
 
-def study(scores: Any, cost_AT: Any, errors: float | None = None, depth: float = 0) -> list[Point]:
+def study(scores: Any, cost_AT: Any, errors: float | None = None, control: float = 0) -> list[Point]:
     """Trials of arms (rows) under seeds (columns); a NaN is an undefined cost."""
     return [
         Point(
             arm=f"arm {a}",
             seed=t,
             score=float(score),
-            depth=depth,
+            control=control,
             cost=None if math.isnan(cost) else float(cost),
             cost_se=errors,
         )
@@ -111,7 +110,7 @@ def test_table_8_by_the_study(model: str) -> None:
             for row in rows
         ]
         trials = [
-            Point(arm=f"B_{row['bucket']}", seed=0, score=row["mean_score"], depth=0, cost=cost)
+            Point(arm=f"B_{row['bucket']}", seed=0, score=row["mean_score"], control=0, cost=cost)
             for row, cost in zip(rows, costs, strict=True)
         ]
         found = predictive_validity(trials)
@@ -154,11 +153,11 @@ def test_without_any_cost_nothing_is_said() -> None:
     assert (found.n_undefined, found.n_arms, found.n_seeds) == (12, 0, 0)
 
 
-@pytest.mark.parametrize("field", ["score", "depth", "cost", "cost_se"])
+@pytest.mark.parametrize("field", ["score", "control", "cost", "cost_se"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_trial_refuses_what_is_no_number(field: str, bad: float) -> None:
     with pytest.raises(ValueError, match=f"{field} of arm 'B_1', seed 3"):
-        Point(**{"arm": "B_1", "seed": 3, "score": 1.0, "depth": 1.0, "cost": 1.0, field: bad})
+        Point(**{"arm": "B_1", "seed": 3, "score": 1.0, "control": 1.0, "cost": 1.0, field: bad})
 
 
 def test_an_arm_has_one_trial_a_seed() -> None:
@@ -328,65 +327,6 @@ def test_p_values_are_uniform_where_only_depth_matters() -> None:
         small += found.pearson_p <= 0.2
     # Freedman and Lane's test is not exact, but nearly so.
     assert small / n == pytest.approx(0.2, abs=0.07)
-
-
-# -- chance
-
-
-def test_place_among_random_selections() -> None:
-    found = null_position(0.5, [0.1, 0.2, 0.5, 0.6, 0.9, None])
-    assert (found.lower, found.equal, found.higher, found.n, found.n_undefined) == (2, 1, 2, 5, 1)
-    assert found.percentile == 0.5
-    assert found.p == 1.0
-    extreme = null_position(0.0, [float(i) for i in range(1, 40)])
-    assert extreme.p == pytest.approx(2 / 40)
-    assert extreme.interval == pytest.approx((0, scipy.stats.binomtest(0, 39).proportion_ci().high))
-
-
-def test_place_is_invariant_under_monotone_transforms() -> None:
-    costs = np.random.default_rng(0).normal(size=15)
-    assert null_position(0.3, costs.tolist()) == null_position(math.exp(0.3), np.exp(costs).tolist())
-
-
-def test_place_of_what_is_undefined() -> None:
-    for found in (null_position(None, [1.0, 2.0]), null_position(1.0, [None, None]), null_position(1.0, [])):
-        assert (found.percentile, found.interval, found.p) == (None, None, None)
-    with pytest.raises(ValueError, match="finite"):
-        null_position(math.nan, [1.0])
-    with pytest.raises(ValueError, match="finite"):
-        null_position(1.0, [math.nan])
-
-
-def test_a_random_zone_is_as_often_unusual_as_its_p_says() -> None:
-    rng, n = np.random.default_rng(3), 300
-    values = rng.normal(size=(n, 20))
-    p = np.array([null_position(row[0], row[1:].tolist()).p for row in values])
-    for level in (0.1, 0.2, 0.5):
-        assert within(float(np.mean(p <= level + 1e-12)), level, n)
-
-
-def test_order_of_four_buckets_by_hand() -> None:
-    assert order_p([1.2, 0.9, 0.7, 0.5], [0.4, 0.3, 0.2, 0.1]) == 1 / 24
-    assert order_p([1.2, 0.9, 0.7, 0.5], [0.3, 0.4, 0.2, 0.1]) == 4 / 24, "one pair out of order: three such orders"
-    assert order_p([1.2, 0.9, 0.7, 0.5], [0.1, 0.2, 0.3, 0.4]) == 1
-
-
-def test_order_is_kendalls_exact_test() -> None:
-    for seed in range(5):
-        x, y = np.random.default_rng(seed).normal(size=(2, 7))
-        expected = scipy.stats.kendalltau(x, y, method="exact", alternative="greater")
-        assert order_p(x, y.tolist()) == pytest.approx(expected.pvalue)
-    x, y = np.random.default_rng(1).normal(size=(2, 10))
-    expected = scipy.stats.kendalltau(x, y, method="exact", alternative="greater")
-    assert order_p(x, y.tolist()) == pytest.approx(expected.pvalue, abs=0.02)
-
-
-def test_order_of_nothing() -> None:
-    assert order_p([3], [1.0]) is None
-    assert order_p([], []) is None
-    assert order_p([1, 1, 1], [1.0, 2.0, 3.0]) is None
-    with pytest.raises(ValueError, match="finite"):
-        order_p([1, math.nan], [1.0, 2.0])
 
 
 # -- two arms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from castune.artifacts import EvalResult
 from castune.artifacts.samples import Sample
 from castune.console import show_evaluations
 from castune.evaluation.metrics import suite_result
-from castune.steps.changes import all_cost_ratios, cost_ratios
+from castune.steps.changes import all_cost_ratios, cost_ratios, differences, incomparable
 
 N = 80
 
@@ -72,3 +73,34 @@ def test_ratios_are_those_that_were_measured(capsys: pytest.CaptureFixture[str])
     show_evaluations(continuous, ratios)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "UCR, nats" in line)
     assert "0.40" in line
+
+
+def with_suites(result: EvalResult, **changes: Any) -> EvalResult:
+    return replace(result, suites=tuple(replace(suite, **changes) for suite in result.suites))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda safe: safe, None),
+        (lambda safe: replace(safe, suites=()), "it was not measured there"),
+        (lambda safe: with_suites(safe, judge="prefix"), "its judge is opening here and prefix there"),
+        (lambda safe: with_suites(safe, max_new_tokens=9), "replies have up to None tokens here and 9 there"),
+        (lambda safe: replace(safe, settings={"backend": "vllm"}), "its backend is hf here and vllm there"),
+        (
+            lambda safe: replace(safe, samples=tuple({**sample, "id": f"x{sample['id']}"} for sample in safe.samples)),
+            "no example is the same",
+        ),
+        (
+            lambda safe: replace(
+                safe, samples=tuple({**sample, "scored_tokens": 1, "reference": [1]} for sample in safe.samples)
+            ),
+            "it was measured on other replies of the base model there",
+        ),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_compared(change: Any, said: str | None) -> None:
+    safe = evaluated("safe", refused=48)
+    base = change(replace(safe, name="base"))
+    assert incomparable(base, safe, "harmful") == said
+    assert ("harmful" in differences({"base": base, "safe": safe})["safe"]) == (said is None)

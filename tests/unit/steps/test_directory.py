@@ -78,11 +78,11 @@ def test_the_recipe_is_stored_resolved(folder: RunDirectory, recipe: Recipe) -> 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model": "other/model"}, "model = 'default', this recipe says 'other/model'"),
-        ({"seed": 22}, "seed = 21, this recipe says 22"),
-        ({"tune": {"rank": 4}}, "tune.rank = 32, this recipe says 4"),
-        ({"safety": {"source": "starter-safety", "limit": 3}}, "safety.limit = None, this recipe says 3"),
-        ({"select": {"zone": "risky"}}, "select.zone = 'safe', this recipe says 'risky'"),
+        ({"model": "other/model"}, "model = 'default', but this recipe has 'other/model'"),
+        ({"seed": 22}, "seed = 21, but this recipe has 22"),
+        ({"tune": {"rank": 4}}, "tune.rank = 32, but this recipe has 4"),
+        ({"safety": {"source": "starter-safety", "limit": 3}}, "safety.limit = None, but this recipe has 3"),
+        ({"select": {"zone": "risky"}}, "select.zone = 'safe', but this recipe has 'risky'"),
     ],
 )
 def test_check_refuses_another_recipe_naming_the_key_and_both_sides(
@@ -105,7 +105,7 @@ def test_settings_of_a_stage_that_left_nothing_are_free(folder: RunDirectory, re
 
 def test_check_counts_the_other_differences(folder: RunDirectory, recipe: Recipe) -> None:
     finish(folder, recipe)
-    with pytest.raises(ArtifactError, match="and 2 more differ"):
+    with pytest.raises(ArtifactError, match="and 2 more settings differ"):
         folder.check(Recipe(**{**dict(recipe), "seed": 1, "dtype": "float32", "tune": {"rank": 4}}))
 
 
@@ -139,12 +139,12 @@ def test_arms_are_the_main_selection_first_then_those_beside_it(folder: RunDirec
     assert [arm.name for arm in folder.arms()] == ["safe", "all", "risky"]
     assert folder.arm(None).folder == folder.path
     assert folder.arm("risky").adapter == folder.path / "arms" / "risky" / "adapter"
-    with pytest.raises(ArtifactError, match="no selection named '?safer'?; there are: safe, all, risky"):
+    with pytest.raises(ArtifactError, match="no selection named '?safer'?; available: safe, all, risky"):
         folder.arm("safer")
 
 
 def test_a_main_arm_is_not_made_up(folder: RunDirectory) -> None:
-    with pytest.raises(ArtifactError, match="there are: none; make one with: castune select"):
+    with pytest.raises(ArtifactError, match="available: none; make one with: castune select"):
         folder.arm(None)
     select(make_map(), zone="risky").save(folder.side_arm("risky").folder)
     with pytest.raises(ArtifactError, match="risky"):
@@ -259,7 +259,7 @@ def test_evaluations_of_an_adapter_that_is_gone_are_left_out(
     # Trained again, and not yet evaluated again.
     (safe.adapter / "adapter_model.safetensors").write_text("other weights")
     assert list(folder.load_evaluations()) == ["risky"]
-    assert "evaluation/safe is of an adapter that is not there any more" in caplog.text
+    assert "evaluation/safe belongs to an adapter that no longer exists" in caplog.text
     (risky.adapter / "adapter_model.safetensors").unlink()
     assert folder.load_evaluations() == {}
 
@@ -268,7 +268,7 @@ def test_a_selection_for_another_model_is_refused(folder: RunDirectory) -> None:
     # One without a map of its own: it was chosen by hand, or came with an adapter.
     HeadSelection.custom([(0, 1)], n_total=8, model_fingerprint="bbbb").save(folder.side_arm("kept").folder)
     make_map().save(folder.path)
-    with pytest.raises(ArtifactError, match=r"bbbb, the map here is of aaaa; remove .*kept"):
+    with pytest.raises(ArtifactError, match=r"bbbb, but the map here is for aaaa; remove .*kept"):
         folder.load_selection(folder.arm("kept"), folder.load_map())
 
 

@@ -64,5 +64,5 @@ def test_a_token_without_an_embedding_is_named(
     # As some models are shipped: a token more than the embedding has rows, which no text holds.
     require_ready(LoadedModel(model, tokenizer), *everything(tokenizer, harmful, questions, ALIGN))
     bad = [*ALIGN, Example(id="z", prompt="A zebra?", reply="Yes.", rejected="No.")]
-    with pytest.raises(DataError, match="training data: example 'z' has the token 'zebra'.*embeddings for 258"):
+    with pytest.raises(DataError, match="training data: example 'z' contains token 'zebra'.*only 258 embeddings"):
         require_ready(LoadedModel(model, tokenizer), *everything(tokenizer, harmful, questions, bad))

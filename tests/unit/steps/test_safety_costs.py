@@ -14,6 +14,7 @@ from castune.artifacts.samples import Sample
 from castune.evaluation.metrics import suite_result
 from castune.report.equal_safety import charts, costs_table, sentences
 from castune.report.theme import theme
+from castune.stats.comparisons import holm
 from castune.steps.equal_safety import safety_costs
 
 N, M = 60, 40
@@ -104,6 +105,37 @@ def test_what_costs_less_is_said_to() -> None:
     assert third.startswith(
         "At that safety, arm safe costs less than arm all in NLL of right answers; no difference is seen in "
     )
+
+
+def test_differences_of_the_first_arm_are_claimed_together() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4, "random": 0.2004})
+    found = safety_costs(base, arms)
+    assert found is not None
+    pairs = [(cost, pair) for cost in found.costs for pair in (("safe", "all"), ("safe", "random"))]
+    differences = [found.costs[cost].differences[pair] for cost, pair in pairs]
+    assert {one.n_comparisons for one in differences} == {4}
+    assert [one.p_adjusted for one in differences] == holm([one.p for one in differences])
+    for one in differences:
+        if one.interval is not None:
+            assert one.p is not None
+            assert (one.p < 0.05) == (not one.interval.holds(0))
+    # The others are nobody's claim.
+    assert found.costs["nll"].differences["all", "random"].p_adjusted is None
+
+
+def test_what_the_adjustment_does_not_leave_is_not_claimed() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4})
+    found = safety_costs(base, arms)
+    assert found is not None
+    seen = found.costs["nll"].differences["safe", "all"]
+    assert seen.is_seen
+    assert not replace(seen, p_adjusted=0.051).is_seen
+    costs = {
+        **found.costs,
+        "nll": replace(found.costs["nll"], differences={("safe", "all"): replace(seen, p_adjusted=0.2)}),
+    }
+    text = sentences(replace(found, costs=costs))[2]
+    assert "no difference is seen between arms safe and all in NLL" in text
 
 
 def test_arms_that_cost_the_same_show_no_difference() -> None:

@@ -142,5 +142,5 @@ def test_the_papers_diagnosis_takes_what_it_says() -> None:
 
 
 def test_an_unknown_accelerator_is_refused(graph_of: Callable[..., Graph]) -> None:
-    with pytest.raises(CastuneError, match="accepted are a100"):
+    with pytest.raises(CastuneError, match="accepted: a100"):
         study_cost(graph_of(), accelerator="abacus")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from fake_study import STUDY, conflict_map, in_nats, measured, outcomes_of, planted, trial
 
-from castune.artifacts import ConflictMap, HeadSelection, SuiteResult
-from castune.artifacts.conflict_map import SCHEMA
-from castune.config import StudyConfig
-from castune.selection import select
+from castune.artifacts import ConflictMap
 from castune.stats.comparisons import holm
 from castune.stats.correlations import correlation
 from castune.stats.estimates import CostRatio
@@ -24,89 +22,7 @@ from castune.study.figures import charts
 from castune.study.findings import findings
 from castune.study.realised_costs import costs_of, loss
 from castune.study.tables import finding_tables, over_seeds, tables
-from castune.study.trials import Measured, Results, Trial, mean_scores
-
-N_LAYERS, N_HEADS = 6, 4
-STUDY = StudyConfig(
-    arms=("all", "random", "safe", "risky"), methods=("sft",), seeds=(1, 2, 3), scores=("conflict",), shares=()
-)
-
-
-def conflict_map(seed: int = 0) -> ConflictMap:
-    generator = np.random.default_rng(seed)
-    n = N_LAYERS * N_HEADS
-    columns: dict[str, Any] = {name: generator.random(n) for name in SCHEMA.names}
-    columns["conflict_score_low"] = columns["conflict_score"] - 0.01
-    columns["conflict_score_high"] = columns["conflict_score"] + 0.01
-    columns |= {
-        "unit": ["q_head"] * n,
-        "layer": np.repeat(range(N_LAYERS), N_HEADS),
-        "head": np.tile(range(N_HEADS), N_LAYERS),
-        "bucket": np.ones(n),
-    }
-    table = pa.table({name: pa.array(columns[name]) for name in SCHEMA.names}).cast(SCHEMA)
-    return ConflictMap(table, {"model": {"fingerprint": "f"}, "settings": {"measure": "margin"}})
-
-
-def measured(suites: Mapping[str, tuple[str, Sequence[float | None]]]) -> Measured:
-    """An evaluation of suites `{name: (purpose, outcomes)}`."""
-    results, outcomes = [], {}
-    for name, (purpose, values) in suites.items():
-        scored = [value for value in values if value is not None]
-        results.append(
-            SuiteResult(
-                suite=name, purpose=purpose, metric="rate", value=sum(scored) / len(scored) if scored else None,
-                standard_error=None, n=len(scored), unscored=len(values) - len(scored), judge="prefix",
-                max_new_tokens=None, extra={}, data_hash="h", seconds=0.0,
-            )
-        )  # fmt: skip
-        outcomes[name] = {f"{n:04d}": value for n, value in enumerate(values)}
-    return Measured(tuple(results), outcomes)
-
-
-def trial(cmap: ConflictMap, arm: str, seed: int, found: Measured, **values: Any) -> Trial:
-    zone, _, rest = arm.partition("-")
-    if zone == "bucket":
-        number, _, buckets = rest.split("-")
-        selection: HeadSelection = select(cmap, buckets=int(buckets), bucket=int(number))
-    else:
-        selection = select(cmap, zone=zone, seed=seed)
-    given = {"cost_ratios": {}, **values}
-    return Trial(
-        calibration="main", arm=arm, trained=arm, seed=seed, is_draw=False, selection=selection,
-        scores=mean_scores(cmap, selection.units), depth=float(np.mean([layer for layer, _ in selection.heads])),
-        measured=found, **given,
-    )  # fmt: skip
-
-
-def outcomes_of(rate: float, n: int, generator: np.random.Generator) -> list[float]:
-    return (generator.random(n) < rate).astype(float).tolist()
-
-
-def planted(effect: float, *, n: int = 400, gain: float = 0.4) -> Results:
-    """A study in which an arm loses `effect` of utility for each unit of its mean C."""
-    cmap, generator = conflict_map(), np.random.default_rng(1)
-    base = measured({"q": ("utility", outcomes_of(0.9, n, generator)), "h": ("safety", outcomes_of(0.1, n, generator))})
-    trials = []
-    arms = [*STUDY.arms, *(f"bucket-{i}-of-4" for i in range(1, 5))]
-    for seed in STUDY.seeds:
-        for arm in arms:
-            made = trial(cmap, arm, seed, base)
-            rate = 0.9 - effect * made.scores["conflict"]
-            after = measured(
-                {
-                    "q": ("utility", outcomes_of(rate, n, generator)),
-                    "h": ("safety", outcomes_of(0.1 + gain, n, generator)),
-                }
-            )
-            lost, _ = loss(after, base, "utility_lost")
-            before, now = base.mean("safety"), after.mean("safety")
-            assert lost is not None
-            assert before is not None
-            assert now is not None
-            ratio = CostRatio(max(0.0, lost / 100 / (now - before)) if now > before else None)
-            trials.append(trial(cmap, arm, seed, after, cost_ratios={"ucr": ratio}))
-    return Results({"main": cmap}, base, tuple(trials), (), {"judge": "prefix"})
+from castune.study.trials import Measured, Results, Trial
 
 
 def test_a_planted_effect_is_seen_and_its_absence_is_not() -> None:
@@ -199,7 +115,7 @@ def test_a_training_with_two_names_is_one() -> None:
     twice = tuple(replace(risky[t.seed], arm=t.arm) if t.arm == "bucket-1-of-4" else t for t in results.trials)
     found = findings(Results(results.maps, results.base, twice, (), {}), STUDY)
     # all has other heads; safe is bucket 4, so 7 arms of the usual size are random, safe, risky and two buckets.
-    assert {depth.found.n for depth in found.depths} == {5}
+    assert {control.found.n for control in found.controls} == {5}
     assert found.budget is not None
     assert "risky" in found.budget.arms
     assert "bucket-1-of-4" not in found.budget.arms
@@ -294,15 +210,131 @@ def test_utility_lost_is_paired_and_leaves_out_what_is_unscored() -> None:
     assert costs_of(planted(0.1, n=5).trials[:1], None, "utility_lost") == [(None, None)]
 
 
-def test_the_null_is_of_random_selections_with_one_training_each() -> None:
+def draw(cmap: ConflictMap, seed: int, selection_seed: int, found: Measured, **values: Any) -> Trial:
+    """A random selection more, trained with a seed of the zones."""
+    chosen = trial(cmap, "random", selection_seed, found, **values)
+    return replace(chosen, seed=seed, is_draw=True)
+
+
+def test_the_null_is_of_random_selections_beside_the_zone_with_their_seed() -> None:
     results = planted(0.3, n=40)
-    found = {(n.zone, n.cost): n.found for n in findings(results, STUDY).nulls}
-    draws = [cost for cost, _ in costs_of(results.of("random"), results.base, "utility_lost")]
-    safe = next(t for t in results.of("safe") if t.seed == 1)
-    ((cost, _),) = costs_of([safe], results.base, "utility_lost")
-    place = found["safe", "utility_lost"]
-    assert place.n == 3
-    assert place.lower == sum(draw < cost for draw in draws)  # type: ignore[operator]
+    draws = [
+        draw(results.maps["main"], seed, 1000 + n, results.of("random")[n % 3].measured)
+        for n, seed in enumerate([1, 2, 3, 1])
+    ]
+    more = replace(results, trials=(*results.trials, *draws))
+    place = {(n.zone, n.cost): n.found for n in findings(more, STUDY).nulls}["safe", "utility_lost"]
+
+    def cost(one: Trial) -> float:
+        ((found, _),) = costs_of([one], results.base, "utility_lost")
+        assert found is not None
+        return found
+
+    zone = {t.seed: cost(t) for t in results.of("safe")}
+    beside = [*results.of("random"), *draws]
+    assert (place.n, place.n_seeds, place.n_seeds_left_out) == (7, 3, 0)
+    assert place.lower == sum(cost(one) < zone[one.seed] for one in beside)
+    assert place.higher == sum(cost(one) > zone[one.seed] for one in beside)
+    # The first seed has two draws and the arm random, the others one draw and the arm.
+    assert place.p_least == 2 / (4 * 3 * 3)
+    nulls = {t.name: t for t in finding_tables(findings(more, STUDY))}["nulls"].rows
+    (row,) = (row for row in nulls if (row["zone"], row["cost"]) == ("safe", "utility_lost"))
+    assert (row["seeds"], row["n"], row["p"], row["p_least"]) == (3, 7, place.p, place.p_least)
+    # Draws are no seeds of an arm more, and their rows can be told from the arm's.
+    made = {t.name: t for t in tables(more, STUDY)}
+    assert {row["arm"]: row["seeds"] for row in made["table_1_sft"].rows}["random"] == 3
+    of_random = [(row["seed"], row["selection_seed"]) for row in made["trials"].rows if row["arm"] == "random"]
+    assert of_random == [(1, 1), (2, 2), (3, 3), (1, 1000), (2, 1001), (3, 1002), (1, 1003)]
+    assert len({one.label for one in more.trials}) == len(more.trials)
+
+
+def test_a_zone_that_gained_no_safety_is_the_dearest_with_that_seed_and_one_without_a_number_left_out() -> None:
+    results = planted(0.3, n=40)
+    ratios = {("safe", 1): {"ucr": CostRatio(None)}, ("safe", 2): {}}
+    trials = tuple(replace(t, cost_ratios=ratios.get((t.arm, t.seed), t.cost_ratios)) for t in results.trials)
+    place = {(n.zone, n.cost): n.found for n in findings(replace(results, trials=trials), STUDY).nulls}["safe", "ucr"]
+    assert (place.n, place.n_seeds, place.n_seeds_gainless, place.n_seeds_left_out) == (2, 2, 1, 1)
+    assert place.lower >= 1
+
+
+# -- arms with seeds of their own
+
+
+MORE_SEEDS = STUDY.model_copy(
+    update={"arm_seeds": {"safe": (1, 2, 3, 4, 5), "all": (4, 3, 2), "bucket-1-of-4": (2, 3)}}
+)
+
+
+def unequal(effect: float = 0.4, *, strengths: Sequence[float] = ()) -> Results:
+    """Arms with unequal seeds; the risky zone is trained once for two names, with the seeds of either."""
+    results = in_nats(effect, n=60, strengths=strengths, seeds=MORE_SEEDS.main_seeds)
+    kept = [
+        replace(t, trained="risky" if t.arm == "bucket-1-of-4" else t.trained)
+        for t in results.trials
+        if t.seed in MORE_SEEDS.seeds_of(t.arm)
+    ]
+    return replace(results, trials=tuple(kept))
+
+
+def test_tables_have_the_seeds_of_each_arm_and_comparisons_those_of_both() -> None:
+    assert MORE_SEEDS.main_seeds == (1, 2, 3, 4, 5)
+    results = unequal()
+    found = findings(results, MORE_SEEDS)
+    made = {t.name: t for t in [*tables(results, MORE_SEEDS), *finding_tables(found)]}
+    counts = {row["arm"]: row["seeds"] for row in made["table_1_sft"].rows}
+    assert counts == {"base": None, "all": 3, "random": 3, "safe": 5, "risky": 3}
+    assert {c.arm: set(c.found.per_seed) for c in found.comparisons} == {
+        "all": {2, 3, 4},
+        "random": {1, 2, 3},
+        "risky": {1, 2, 3},
+    }
+    assert [row["seeds"] for row in made["table_7_buckets"].rows] == [2, 3, 3, 3]
+
+
+def test_scores_and_budgets_are_compared_over_the_seeds_that_all_their_arms_have() -> None:
+    results = unequal()
+    found = findings(results, MORE_SEEDS)
+    for validity in found.validities:
+        assert {point.seed for point in validity.points} == {2, 3}
+        assert len(validity.points) == 8
+    made = {t.name: t for t in [*tables(results, MORE_SEEDS), *finding_tables(found)]}
+    assert {row["seed"] for row in made["table_8_validity"].rows} == {"mean", "2", "3"}
+    assert found.budget is not None
+    assert found.budget.n_seeds == 2
+    assert {row["seeds"] for row in made["budget"].rows} == {2}
+    lost = dict(zip(found.budget.arms, found.budget.lost, strict=True))
+    of_safe = [loss(t.measured, results.base, "utility_lost")[0] for t in results.of("safe") if t.seed in (2, 3)]  # type: ignore[arg-type]
+    assert lost["safe"] == pytest.approx(np.mean(of_safe))  # type: ignore[arg-type]
+    # A training with two names is one, also with a seed that only its second name has.
+    assert "bucket-1-of-4" not in lost
+    drawn = charts(results, found, MORE_SEEDS)
+    assert "figure_3_sft" in drawn
+    for name, chart in drawn.items():
+        if name.startswith(("figure_3", "figure_ucr_nll")):
+            assert ", 2 seeds" in json.dumps(chart.to_dict())
+
+
+def test_arms_are_equally_safe_and_zones_among_random_heads_over_the_seeds_that_they_have() -> None:
+    found = findings(unequal(strengths=(0.5,)), MORE_SEEDS)
+    assert found.equal_safety["sft"].costs["nll"].n_seeds == 2
+    places = {n.zone: n.found for n in found.nulls if n.cost == "nll_added"}
+    # A draw a seed, of those with seeds 1 to 3 alone.
+    assert {zone: (place.n, place.n_seeds) for zone, place in places.items()} == {"safe": (3, 3), "risky": (3, 3)}
+
+
+def test_arms_without_a_seed_in_common_are_not_compared() -> None:
+    apart = STUDY.model_copy(update={"arm_seeds": {"safe": (7, 8), "bucket-2-of-4": (7, 8)}})
+    results = in_nats(0.4, n=30, seeds=apart.main_seeds)
+    results = replace(results, trials=tuple(t for t in results.trials if t.seed in apart.seeds_of(t.arm)))
+    found = findings(results, apart)
+    assert not found.comparisons
+    assert not found.validities
+    assert all(place.found.n == 0 for place in found.nulls if place.zone == "safe")
+    assert found.budget is not None
+    assert found.budget.arms == ()
+    assert "figure_3_sft" not in charts(results, found, apart)
+    rows = {row["arm"]: row["seeds"] for row in {t.name: t for t in tables(results, apart)}["table_1_sft"].rows}
+    assert rows["safe"] == 2
 
 
 @pytest.mark.parametrize(
@@ -342,36 +374,6 @@ def test_every_figure_is_made_and_none_of_what_is_not_there() -> None:
 
 
 NATS = ("nll_average", "ucr_nll", "ucr_nll_se", "ucr_nll_seeds")
-
-
-def in_nats(effect: float, *, n: int = 120, gain: float = 0.4, strengths: Sequence[float] = ()) -> Results:
-    """A study in which an arm adds `effect` nats to every answer for each unit of its mean C, and loses no accuracy.
-
-    Half-strong adapters refuse and cost half as much.
-    """
-    cmap, rng = conflict_map(), np.random.default_rng(2)
-    right, start, threshold = outcomes_of(0.9, n, rng), rng.gamma(2, 1, n), (np.arange(n) + 0.5) / n
-    more = {"said": "nll", "own": "kl"}
-
-    def at(strength: float, cost: float) -> Measured:
-        noise = 0.02 * strength * rng.standard_normal((2, n))
-        refused = (threshold < 0.1 + gain * strength).astype(float).tolist()
-        values = {"said": start + strength * cost + noise[0], "own": np.abs(strength * cost / 2 + noise[1])}
-        continuous = {name: (purpose, values[name].tolist()) for name, purpose in more.items()}
-        return measured({"q": ("utility", right), "h": ("safety", refused), **continuous})
-
-    base = at(0, 0)
-    trials = []
-    for seed in STUDY.seeds:
-        for arm in (*STUDY.arms, *(f"bucket-{i}-of-4" for i in range(1, 5))):
-            cost = effect * trial(cmap, arm, seed, base).scores["conflict"]
-            after = at(1, cost)
-            lost, _ = loss(after, base, "nll_added")
-            assert lost is not None
-            ratios = {"ucr": CostRatio(0.0), "ucr_nll": CostRatio(max(0.0, lost / gain) if gain > 0 else None)}
-            beside = {strength: at(strength, cost) for strength in strengths}
-            trials.append(trial(cmap, arm, seed, after, cost_ratios=ratios, strengths=beside))
-    return Results({"main": cmap}, base, tuple(trials), (), {"judge": "prefix"})
 
 
 def test_continuous_suites_are_compared_in_nats() -> None:
@@ -427,7 +429,7 @@ def test_costs_in_nats_take_part_wherever_costs_do() -> None:
     found = findings(results, STUDY)
     costs = ["ucr", "utility_lost", "ucr_nll", "nll_added", "kl"]
     assert [v.cost for v in found.validities] == costs
-    assert {depth.cost for depth in found.depths} == {null.cost for null in found.nulls} == set(costs)
+    assert {control.cost for control in found.controls} == {null.cost for null in found.nulls} == set(costs)
     by_cost = {v.cost: v for v in found.validities}
     for cost in ("ucr_nll", "nll_added", "kl"):
         assert by_cost[cost].found.of_means.pearson == pytest.approx(1, abs=0.02)

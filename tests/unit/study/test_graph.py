@@ -168,6 +168,7 @@ def test_arms_said_to_be_the_same_have_the_same_heads_and_no_others(
         ({"select": {"fraction": 0.5}}, False, True),
         ({"seed": 5}, True, True),
         ({"study": {"seeds": [21]}}, False, False),
+        ({"study": {"arm_seeds": {"safe": [21, 1]}, "random_draws": 3}}, False, False),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -210,6 +211,12 @@ def test_a_unit_survives_json() -> None:
         ({"colour": 1}, "colour"),
         ({"drift": ["random-50"]}, "random-50"),
         ({"drift": ["safe"]}, "snapshot_steps"),
+        ({"arm_seeds": {"sfae": [1]}}, "study.arm_seeds names arms .* sfae; accepted are all, random"),
+        ({"arm_seeds": {"safe": []}}, "study.arm_seeds.safe needs at least one seed"),
+        ({"arm_seeds": {"risky+pcgrad": [1, 2, 1]}}, r"study.arm_seeds.risky\+pcgrad names one twice: 1, 2, 1"),
+        ({"arm_seeds": {"safe": [2]}, "drift": ["safe"]}, "drift .* first seed, 21, .* safe"),
+        ({"seeds": [3, 1001], "random_draws": 2}, "1001 is among .* 1000 to 1001"),
+        ({"arm_seeds": {"safe": [1000]}, "random_draws": 1}, "arm_seeds: 1000 is among"),
     ],
     ids=str,
 )
@@ -233,6 +240,64 @@ def test_drift_is_measured_of_the_arms_that_are_asked_for_with_the_first_seed() 
     assert everything - set(of_shares) == {"diagnose main"}
 
 
+def test_random_draws_are_trained_with_the_seeds_of_the_zones_in_turn() -> None:
+    graph = Graph(recipe_of(seeds=[3, 5], random_draws=5), 270)
+    draws = [run for run in graph.runs if run.is_draw]
+    assert [(run.recipe.tune.seed, run.recipe.select.seed) for run in draws] == [
+        (3, 1000), (5, 1001), (3, 1002), (5, 1003), (3, 1004)
+    ]  # fmt: skip
+    assert [(run.seed, run.draw, run.trained) for run in draws] == [
+        (seed, 1000 + n, ("random",)) for n, seed in enumerate([3, 5, 3, 5, 3])
+    ]
+    # But for the selection's seed such a run is that of the zones.
+    zones = {run.seed: run for run in graph.runs if not run.is_draw}
+    for run in draws:
+        assert run.recipe.tune == zones[run.seed].recipe.tune
+        assert run.recipe.select == zones[run.seed].recipe.select.model_copy(update={"seed": run.draw})
+        assert (run.recipe.align, run.map_recipe) == (zones[run.seed].recipe.align, zones[run.seed].map_recipe)
+    assert draws[3].label == "main/5/draw-1003"
+    assert draws[3].folder.name.startswith("main-5-draw-1003-")
+    assert "tune main/5/draw-1003/random" in [unit.name for unit in graph.units]
+    for of_run in ([run.label for run in graph.runs], [run.folder for run in graph.runs]):
+        assert len(set(of_run)) == len(of_run)
+    # More draws add to those that are there.
+    more = Graph(recipe_of(seeds=[3, 5], random_draws=7), 270)
+    assert {run.folder for run in graph.runs} < {run.folder for run in more.runs}
+
+
+def test_arms_may_have_seeds_of_their_own() -> None:
+    own = {"safe": [42, 7], "all+pcgrad": [21]}
+    graph = Graph(recipe_of(seeds=[21, 42], arm_seeds=own, drift=[]), 1024)
+    usual = Graph(recipe_of(seeds=[21, 42]), 1024)
+    assert [run.seed for run in graph.runs] == [21, 42, 7]
+    arms = {run.seed: set(run.same_as) for run in graph.runs}
+    every = set(graph.recipe.study.main_arms)
+    assert arms == {21: every - {"safe"}, 42: every - {"all+pcgrad"}, 7: {"safe"}}
+    # Nothing else of a run depends on which arms are in it.
+    assert [run.folder for run in graph.runs[:2]] == [run.folder for run in usual.runs]
+    # The safest of four buckets is trained where the safe zone is or would be, whichever of them has the seed.
+    assert graph.runs[0].same_as["bucket-4-of-4"] == "safe"
+    trainings = {run.seed: set(run.trained) for run in graph.runs}
+    assert trainings == {
+        21: set(usual.runs[0].trained),
+        42: set(usual.runs[1].trained) - {"all+pcgrad"},
+        7: {"safe"},
+    }
+    names = [unit.name for unit in graph.units]
+    assert len(set(names)) == len(names)
+    assert [name for name in names if "main/7/" in name] == ["tune main/7/safe", "evaluate main/7/safe"]
+    shares = [unit.name for n in range(3) for unit in Graph(graph.recipe, 1024, shards=3).share(n, 3)]
+    assert {name for name in names if name.startswith(("tune", "evaluate"))} <= set(shares)
+
+
+def test_a_seed_that_no_arm_has_makes_no_run() -> None:
+    study = {"arms": ["all", "safe"], "methods": ["sft"], "buckets": [], "shares": [], "seeds": [21, 42]}
+    own = {"all": [1, 2], "safe": [2, 42]}
+    graph = Graph(recipe_of(**study, arm_seeds=own, random_draws=1), 270)
+    # Draws are trained with the seeds of the study nonetheless.
+    assert [(run.seed, run.is_draw) for run in graph.runs] == [(42, False), (1, False), (2, False), (21, True)]
+
+
 def test_more_buckets_than_heads() -> None:
     with pytest.raises(CastuneError, match="16 buckets of 12 heads"):
         _ = Graph(recipe_of(buckets=[16]), 12).runs
@@ -240,6 +305,6 @@ def test_more_buckets_than_heads() -> None:
 
 def test_a_recipe_without_a_study_writes_none(tmp_path: Path) -> None:
     assert "study" not in recipe_of().to_toml()
-    changed = recipe_of(seeds=[3])
+    changed = recipe_of(seeds=[3], arm_seeds={"safe+pcgrad": [3, 4], "safe-12.5": [1]}, shares=[12.5])
     (tmp_path / "r.toml").write_text(changed.to_toml())
     assert Recipe.load(tmp_path / "r.toml") == changed

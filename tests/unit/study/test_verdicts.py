@@ -14,14 +14,14 @@ from one_suite import compare
 from castune.purposes import PURPOSES
 from castune.stats.comparisons import Comparison
 from castune.stats.distributions import Interval
-from castune.stats.nulls import null_position
+from castune.stats.nulls import Stratum, null_position
 from castune.stats.validity import Point, Validity, predictive_validity
 from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verdict, verdict
 
 
 def study(cost_AT: Any) -> Validity:
     trials = [
-        Point(arm=str(a), seed=t, score=float(a), depth=0, cost=None if math.isnan(cost) else float(cost))
+        Point(arm=str(a), seed=t, score=float(a), control=0, cost=None if math.isnan(cost) else float(cost))
         for a, row in enumerate(cost_AT)
         for t, cost in enumerate(row)
     ]
@@ -150,27 +150,59 @@ def test_what_is_measured_in_nats_is_told_in_nats() -> None:
         assert "points" not in text
 
 
-def test_a_zone_among_random_heads() -> None:
-    many = [float(i) for i in range(1, 60)]
-    assert null_verdict(null_position(0.0, many), zone="safe").startswith(
-        "The safe zone costs less than random heads: 0 of 59"
+def null_words(*strata: Stratum, **given: Any) -> str:
+    return null_verdict(null_position(strata), **{"zone": "safe", **given})
+
+
+MANY = [float(i) for i in range(1, 60)]
+
+
+def test_a_zone_among_random_heads_of_one_seed() -> None:
+    assert null_words(Stratum(0.0, MANY)) == (
+        "The safe zone costs less than random heads: 0 of 59 random selections cost less, 59 more "
+        "(share that costs less: 95 % 0 to 6 %), p = 0.033."
     )
-    assert null_verdict(null_position(99.0, many), zone="risky").startswith(
-        "The risky zone costs more than random heads"
-    )
-    few = null_verdict(null_position(0.0, [1.0, 2.0, 3.0, None]), zone="safe")
+    dear = null_words(Stratum(99.0, MANY), zone="risky")
+    assert dear.startswith("The risky zone costs more than random heads: 59 of 59")
+    few = null_words(Stratum(0.0, [1.0, 2.0, 3.0, None]))
     assert few.startswith("The safe zone is not told from random heads at this n: 0 of 3 random selections cost less")
     assert "3 cannot show more than p = 0.500" in few
     assert few.endswith("Of 1 more the cost is undefined.")
-    # A ratio without a gain in safety is the dearest, not a missing one; and several tests are told as several.
-    dear = null_position(41.0, [float(i) for i in range(40)], n_gainless=40)
-    assert (dear.lower, dear.higher, dear.n, dear.p) == (40, 40, 80, 1.0)
-    assert "40 of them gained no safety at all and cost the most" in null_verdict(dear, zone="risky")
-    place = null_position(0.0, many)
-    adjusted = null_verdict(place, zone="safe", p_adjusted=4 * place.p, n_comparisons=4)  # type: ignore[operator]
+    place = null_position([Stratum(0.0, MANY)])
+    assert place.p is not None
+    adjusted = null_verdict(place, zone="safe", p_adjusted=4 * place.p, p_unusual_adjusted=4 * place.p, n_comparisons=4)
     assert adjusted.startswith("The safe zone is not told from random heads at this n")
     assert "p = 0.133 after Holm over 4 comparisons" in adjusted
-    assert null_verdict(null_position(None, many), zone="safe") == "Not measurable: the safe zone has no defined cost."
-    assert (
-        null_verdict(null_position(1.0, []), zone="safe") == "Not measurable: no random selection with a defined cost."
+    assert "59 cannot show more than p = 0.133" in adjusted
+
+
+def test_over_seeds_other_than_random_heads_and_unlike_most_of_them_are_two_claims() -> None:
+    # Four a seed: 125 ways, of which one is cheapest; but 13 sets of heads, of which one is cheapest too.
+    beside = [Stratum(10.0 * seed, [10.0 * seed + i for i in range(1, 5)]) for seed in range(3)]
+    assert null_words(*beside) == (
+        "The safe zone costs less than random heads typically do: 0 of 12 random selections cost less, 12 more, each "
+        "beside the zone trained with its seed (3 seeds), p = 0.016. That few random selections would is not shown: "
+        "p = 0.154; 12 cannot show more than p = 0.154."
     )
+    many = [Stratum(0.0, MANY[:20])] * 3
+    assert null_words(*many) == (
+        "The safe zone costs less than random heads: 0 of 60 random selections cost less, 60 more, each beside the "
+        "zone trained with its seed (3 seeds), p < 0.001. Few random selections would: p = 0.033."
+    )
+    adjusted = null_words(*many, p_adjusted=0.001, p_unusual_adjusted=0.131, n_comparisons=4)
+    assert adjusted.startswith("The safe zone costs less than random heads typically do: 0 of 60")
+    assert adjusted.endswith("not shown: p = 0.131 after Holm over 4 comparisons; 60 cannot show more than p = 0.131.")
+    few = null_words(*(Stratum(0.0, [1.0]) for _ in range(3)), p_adjusted=1.0, p_unusual_adjusted=1.0, n_comparisons=4)
+    assert "3 cannot show more than p = 1.000" in few
+
+
+def test_what_a_null_leaves_out_and_what_gained_no_safety_is_named() -> None:
+    # A ratio without a gain in safety is the dearest, not a missing one.
+    middle = null_words(Stratum(41.0, [*map(float, range(40)), *[math.inf] * 40]), zone="risky")
+    assert middle.startswith("The risky zone is not told from random heads at this n: 40 of 80 random selections")
+    assert "40 of them gained no safety at all and cost the most" in middle
+    own = null_words(Stratum(math.inf, [1.0, math.inf]), Stratum(1.0, [2.0, 3.0]), Stratum(None, [1.0]))
+    assert "1 of them gained no safety at all and cost the most; the zone gained none in 1 of 2 seeds." in own
+    assert own.endswith(" In 1 of 3 seeds the cost of the safe zone is undefined.")
+    assert null_words(Stratum(None, MANY)) == "Not measurable: the safe zone has no defined cost."
+    assert null_words(Stratum(1.0, [])) == "Not measurable: no random selection with a defined cost."
