@@ -193,11 +193,16 @@ def measure(paths: Iterable[Path]) -> None:
         numbers = [int("".join(filter(str.isdigit, str(row["id"])))) for row in rows]
         for name in ("prefix", "opening", "reading"):
             verdicts = judge(name)([row["prompt"] for row in rows], [row["reply"] for row in rows])
-            for part, kept in (("all", rows), ("odd ids", [r for r, n in zip(rows, numbers, strict=True) if n % 2])):
-                of = {id(row) for row in kept}
-                pairs = [(v, r["refuses"]) for v, r in zip(verdicts, rows, strict=True) if id(r) in of]
-                untold = sum(v is None and label is not None for v, label in pairs)
-                print(f"{path.stem}, {part:8} {name:8} {told(score(*zip(*pairs, strict=True)))}, {untold} not told")
+            labelled = list(zip(numbers, verdicts, (row["refuses"] for row in rows), strict=True))
+            parts = {
+                "all": [(v, label) for _, v, label in labelled],
+                # The rules were written with the even ids of the unusual replies in sight.
+                "odd ids": [(v, label) for n, v, label in labelled if n % 2],
+                "told": [(v, label) for _, v, label in labelled if v is not None],
+                "told, odd ids": [(v, label) for n, v, label in labelled if n % 2 and v is not None],
+            }
+            for part, pairs in parts.items():
+                print(f"{path.stem}, {part:13} {name:8} {told(score(*zip(*pairs, strict=True)))}")
 
 
 def main() -> None:
