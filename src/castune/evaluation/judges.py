@@ -3,6 +3,7 @@
 | name | who decides |
 |---|---|
 | `prefix`, `opening` | rules, on the first 64 or 300 characters of the reply (`core/refusals.py`) |
+| `reading` | a linear head on a small sentence encoder, which runs here (`reading_judge.py`) |
 | `wildguard` | the classifier of Han et al. (2024), which runs here |
 | `openai=MODEL` | a model behind any OpenAI-compatible server |
 | `a+b+c` | a panel: what most of its members say; unscored for a tie, or where half of them could not tell |
@@ -13,10 +14,8 @@ A judgement that fails is unscored, and never a refusal or a compliance.
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, final
 
 from castune.core.generation import generate_replies
@@ -27,38 +26,9 @@ from castune.core.refusals import read_by
 from castune.data.said import said
 from castune.data.template import SpelledTokens, Text
 from castune.evaluation.endpoint import Endpoint
+from castune.evaluation.reading_judge import ReadingJudge
+from castune.evaluation.verdict import Judge, Verdict
 from castune.names import JudgeName
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a judge says of a reply; None where it could not tell.
-
-    Attributes:
-        refuses: whether the reply refuses.
-        harmful: whether the reply does harm, where the judge tells that (`Judge.tells_harm`).
-        members: of a panel, what each of its judges says of `refuses`.
-    """
-
-    refuses: bool | None
-    harmful: bool | None = None
-    members: Mapping[str, bool | None] = field(default_factory=dict)
-
-
-class Judge(ABC):
-    """From prompts and replies to verdicts. Called, it gives `refuses` alone: True, False or None each."""
-
-    name: str
-    tells_harm = False
-
-    @abstractmethod
-    def verdicts(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
-        """A verdict a reply, in order."""
-
-    @final
-    def __call__(self, prompts: Sequence[str], replies: Sequence[str]) -> list[bool | None]:
-        """Whether each reply refuses."""
-        return [verdict.refuses for verdict in self.verdicts(prompts, replies)]
 
 
 def judge(name: str) -> Judge:
@@ -67,7 +37,7 @@ def judge(name: str) -> Judge:
     Models are loaded, and servers asked whether they are there, now.
 
     Args:
-        name: see this module, for example `opening`, `wildguard`, `openai=gpt-5-mini`, `prefix+opening`.
+        name: see this module, for example `opening`, `reading`, `openai=gpt-5-mini`, `prefix+opening`.
 
     Raises:
         CastuneError: no such judge, or it cannot be had: no such model, no key, no server.
@@ -78,6 +48,8 @@ def judge(name: str) -> Judge:
             members.append(WildGuard(part))
         elif part.kind == "openai":
             members.append(EndpointJudge(part))
+        elif part.kind == "reading":
+            members.append(ReadingJudge(part))
         else:
             members.append(RuleJudge(part))
     return members[0] if len(members) == 1 else Panel(members)
@@ -87,7 +59,7 @@ def judge(name: str) -> Judge:
 class NotJudged(Judge):
     """Says nothing of any reply: for replies that are judged later, when their model is no longer in memory."""
 
-    name = "not judged"
+    name = signature = "not judged"
 
     def verdicts(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
         """No verdict a reply."""
@@ -99,7 +71,7 @@ class RuleJudge(Judge):
     """Rules on the beginning of a reply."""
 
     def __init__(self, name: JudgeName) -> None:
-        self.name = str(name)
+        self.name = self.signature = str(name)
         self._read = read_by(name.kind)
 
     def verdicts(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
@@ -116,6 +88,7 @@ class Panel(Judge):
 
     def __init__(self, members: Sequence[Judge]) -> None:
         self.name = "+".join(member.name for member in members)
+        self.signature = "+".join(member.signature for member in members)
         self.members = tuple(members)
         self.tells_harm = any(member.tells_harm for member in members)
 
@@ -171,7 +144,7 @@ class WildGuard(Judge):
     tells_harm = True
 
     def __init__(self, name: JudgeName) -> None:
-        self.name = str(name)
+        self.name = self.signature = str(name)
         self.model, self.tokenizer = load(name.model)
         self._spelled = SpelledTokens.special(self.tokenizer)
 
@@ -237,7 +210,7 @@ class EndpointJudge(Judge):
     """A model behind an OpenAI-compatible server; what it answers is kept in the user's cache."""
 
     def __init__(self, name: JudgeName, *, endpoint: Endpoint | None = None) -> None:
-        self.name = str(name)
+        self.name = self.signature = str(name)
         self.endpoint = endpoint or Endpoint(name.model, cache=cache_home() / "judgements")
         self.endpoint.check()
 

@@ -10,9 +10,10 @@ from castune.artifacts import EvalResult
 from castune.artifacts.rules import RULES
 from castune.artifacts.samples import ReplySample, Sample, is_choice, is_letter, is_number, is_problem
 from castune.data.said import said
-from castune.evaluation.judges import Judge, judge
+from castune.evaluation.judges import judge
 from castune.evaluation.metrics import suite_result
 from castune.evaluation.reading import read
+from castune.evaluation.verdict import Judge
 
 # What a judge leaves in a sample, and takes out again when another one judges.
 _OF_A_JUDGE = ("harmful", "verdicts")
@@ -41,7 +42,7 @@ def judge_of(samples: Sequence[Sample], by: Judge) -> str:
     """Who decides the outcomes of a suite's samples: the judge, or the way answers are compared."""
     first = samples[0]
     if _is_judged(samples):
-        return by.name
+        return by.signature
     if is_choice(first):
         return "argmax"
     if is_number(first):

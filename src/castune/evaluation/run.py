@@ -25,12 +25,13 @@ from castune.core.provenance import model_record, provenance
 from castune.core.scoring import answer_margin, is_correct
 from castune.data.example import Example, content_hash
 from castune.evaluation.backend import Answer, Backend, PlainReply, Scored, Scores, TransformersHost
-from castune.evaluation.judges import Judge, judge
+from castune.evaluation.judges import judge
 from castune.evaluation.judging import judge_of, judged
 from castune.evaluation.measure import answers, finite, with_references
 from castune.evaluation.metrics import suite_result
 from castune.evaluation.reading import read
 from castune.evaluation.suites import Suite, check_names, load_suite
+from castune.evaluation.verdict import Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

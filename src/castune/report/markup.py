@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 # Elements that have no end tag.
 _VOID = frozenset({"input", "meta"})
+# Of what a model said; the run directory has it in full.
+_CHARACTERS = 1500
 
 
 class Markup(str):
@@ -51,6 +53,13 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, label: st
         class_=class_ or False,
     )
     return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex="0")
+
+
+def short(said: str) -> str:
+    """What a model said, cut where it is too long for a page."""
+    if len(said) <= _CHARACTERS:
+        return said
+    return f"{said[:_CHARACTERS]} … (cut here, {len(said):,} characters in all)"
 
 
 def script_json(value: object) -> str:

@@ -9,6 +9,7 @@ from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdap
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
 from castune.artifacts.lm_eval_result import LmEvalResult
+from castune.report.agreement import JudgePair
 from castune.report.diagnosis import conflict_map
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_section
@@ -36,6 +37,7 @@ def write_report(
     lm_eval: Mapping[str, LmEvalResult] | None = None,
     drifts: Mapping[str, DriftResult] | None = None,
     safety_costs: SafetyCosts | None = None,
+    judge_pairs: Sequence[JudgePair] = (),
     recipe_text: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -53,6 +55,7 @@ def write_report(
         lm_eval: by arm, what lm-eval measured by its own protocol.
         drifts: by arm, how the map changed while it was trained.
         safety_costs: what arms cost at equal safety, where they were evaluated at several strengths.
+        judge_pairs: what two judges say of the same replies.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.
 
@@ -66,7 +69,7 @@ def write_report(
         "main",
         opening(cmap, evaluations, differences, cost_ratios.get("ucr", {}), notes, safety_costs),
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
-        results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, safety_costs),
+        results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, safety_costs, judge_pairs),
         conflict_map(cmap, selections, drawn),
         training(tunings, masked or {}, selections, drawn),
         drift_section(drifts or {}, drawn),

@@ -11,14 +11,14 @@ from itertools import zip_longest
 from castune.artifacts import EvalResult
 from castune.artifacts.samples import Sample, is_choice, is_letter, is_number, is_problem, is_reply
 from castune.core.numbers import number
-from castune.report.markup import Markup, join, tag
+from castune.report.markup import Markup, join, short, tag
 from castune.report.sections import section
 from castune.report.summary import BASE, NOT_MEASURED, in_order
 
 # A page is for reading; the run directory has all samples in full. A suite has as many rows as its share of the
 # section's characters allows, in these bounds.
 _FEWEST_ROWS, _MOST_ROWS = 6, 24
-_CHARACTERS, _CHARACTERS_IN_ALL = 1500, 600_000
+_CHARACTERS_IN_ALL = 600_000
 
 _OUTCOMES = {
     "utility": {True: "right", False: "wrong"},
@@ -141,7 +141,7 @@ def _differing_first(identifiers: Iterable[str], by_arm: Mapping[str, Mapping[st
 
 
 def _question(sample: Sample) -> Markup:
-    parts = [tag("div", _short(sample["prompt"]), class_="said", dir="auto")]
+    parts = [tag("div", short(sample["prompt"]), class_="said", dir="auto")]
     if is_choice(sample) or is_letter(sample):
         choices = [
             tag("li", choice, tag("small", " right answer") if i == sample["answer"] else "")
@@ -178,11 +178,5 @@ def _answer(sample: Sample | None, fate: str) -> Markup:
         parts.append(tag("ol", *lines, class_="choices"))
     if is_reply(sample):
         reply, nothing = sample["reply"], "no reply" if sample.get("missing") else "empty reply"
-        parts.append(tag("div", _short(reply), class_="said", dir="auto") if reply else tag("small", nothing))
+        parts.append(tag("div", short(reply), class_="said", dir="auto") if reply else tag("small", nothing))
     return join(parts)
-
-
-def _short(said: str) -> str:
-    if len(said) <= _CHARACTERS:
-        return said
-    return f"{said[:_CHARACTERS]} … (cut here, {len(said):,} characters in all)"

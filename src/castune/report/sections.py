@@ -11,6 +11,7 @@ from castune.artifacts.records import DataRecord
 from castune.core.numbers import p_value
 from castune.names import kind_words
 from castune.purposes import COSTS, PURPOSES, RATIOS, UnitOfMeasure
+from castune.report.agreement import JudgePair, two_judges
 from castune.report.equal_safety import chart_names, costs_of, costs_table, sentences
 from castune.report.markup import Markup, join, table, tag
 from castune.report.outcomes import by_lm_eval, fates, losses
@@ -109,6 +110,7 @@ def results(
     drawn: Collection[str],
     lm_eval: Mapping[str, LmEvalResult],
     safety_costs: SafetyCosts | None,
+    judge_pairs: Sequence[JudgePair],
 ) -> Markup:
     """Before and after: a row an arm, a column a suite; then the trade-off charts, and the counts behind the rates."""
     if not evaluations:
@@ -153,6 +155,7 @@ def results(
         tag("div", *charts, class_="figures"),
         tag("p", bars + missing, class_="small") if charts else "",
         fates(evaluations),
+        two_judges(judge_pairs),
         losses(evaluations),
         by_lm_eval(lm_eval),
         _further_numbers(evaluations),

@@ -19,6 +19,7 @@ from castune.data.example import content_hash
 from castune.errors import ArtifactError, NothingScored
 from castune.evaluation.address import require_openai, server_address
 from castune.evaluation.backend import Host, TransformersHost, require_log_probs
+from castune.evaluation.encoder import require_encoder
 from castune.evaluation.endpoint import Endpoint
 from castune.evaluation.judges import NotJudged, judge
 from castune.evaluation.judging import judge_again
@@ -44,6 +45,8 @@ def require_evaluation(config: EvaluateConfig, suites: Sequence[Suite]) -> None:
             Endpoint(name.model).check()
         elif name.kind == "wildguard":
             load_config(name.model)
+        elif name.kind == "reading":
+            require_encoder()
     if config.backend != "hf":
         require_log_probs(suites, config)
     if config.backend == "vllm":
@@ -66,7 +69,7 @@ def evaluate_step(
 
     Those at other strengths (`evaluate.strengths`) are made beside them (`RunDirectory.load_strengths`).
 
-    What is stored is judged again where its judge is another one, or its rules have changed.
+    What is stored is judged again where its judge is another one, or its rules or its head have changed.
 
     Args:
         folder: the run.
@@ -136,9 +139,16 @@ def judge_where_needed(folder: RunDirectory, config: EvaluateConfig) -> dict[str
     # Rules cost nothing, and those of another version may have said something else.
     is_rule = all(part.is_rule for part in JudgeName.parse(config.judge))
     every = [*stored.values(), *(one for of_arm in folder.load_strengths().values() for one in of_arm.values())]
-    if is_rule or any(result.settings["judge"] != config.judge for result in every):
+    if is_rule or not all(_is_judged_by(config.judge, result) for result in every):
         return judge_step(folder, config.judge)
     return stored
+
+
+def _is_judged_by(name: str, result: EvalResult) -> bool:
+    """Whether an evaluation has the outcomes of this judge, as it is now."""
+    signature = "+".join(part.signature for part in JudgeName.parse(name))
+    of_judge = {suite.judge for suite in result.suites if suite.purpose in ("safety", "over-refusal")}
+    return result.settings["judge"] == name and of_judge <= {signature}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from castune.report.page import write_figures, write_report
 from castune.steps.changes import all_cost_ratios, differences
 from castune.steps.directory import RunDirectory
 from castune.steps.equal_safety import costs_at_equal_safety
+from castune.steps.second_opinions import second_opinions
 
 
 def report_step(folder: RunDirectory) -> Path:
@@ -46,5 +47,6 @@ def report_step(folder: RunDirectory) -> Path:
         differences=differences(evaluations),
         drifts=drifts,
         safety_costs=at_equal_safety,
+        judge_pairs=second_opinions(evaluations),
         recipe_text=folder.recipe_file.read_text(encoding="utf-8") if folder.recipe_file.is_file() else "",
     )

@@ -17,11 +17,12 @@ from castune.config import EvaluateConfig
 from castune.data.example import LETTERS, Example, content_hash
 from castune.errors import DataError
 from castune.evaluation.backend import Backend, TransformersBackend, Work
-from castune.evaluation.judges import Judge, Panel, Verdict, judge
+from castune.evaluation.judges import Panel, judge
 from castune.evaluation.judging import judge_again
 from castune.evaluation.reading import read
 from castune.evaluation.run import evaluate, evaluate_on
 from castune.evaluation.suites import Suite
+from castune.evaluation.verdict import Judge, Verdict
 from castune.stats.estimates import paired_difference, wilson_interval
 
 CONFIG = EvaluateConfig(max_new_tokens=6, batch_tokens=300, max_length=600)
@@ -118,7 +119,7 @@ def test_a_shipped_repetition_penalty_does_not_bend_greedy_decoding(
 class Saying(Judge):
     """A judge that says what it is told to."""
 
-    name = "saying"
+    name = signature = "saying"
 
     def __init__(self, *verdicts: Verdict | bool | None) -> None:
         self.said = [v if isinstance(v, Verdict) else Verdict(v) for v in verdicts]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import castune as ct
-from castune.evaluation.judges import RuleJudge, Verdict, WildGuard, judge, majority, wildguard_verdict
+from castune.evaluation.judges import RuleJudge, WildGuard, judge, majority, wildguard_verdict
+from castune.evaluation.verdict import Verdict
 from castune.names import JudgeName
 
 
@@ -21,14 +22,18 @@ def test_a_name_stands_for_one_judge_or_a_panel() -> None:
     assert JudgeName.parse("prefix + openai=m=1/x") == [JudgeName("prefix"), JudgeName("openai", "m=1/x")]
 
 
-@pytest.mark.parametrize("text", ["prefix", "opening", "wildguard", "wildguard=a/b", "openai=m", "prefix+openai=m"])
+@pytest.mark.parametrize(
+    "text", ["prefix", "opening", "reading", "wildguard", "wildguard=a/b", "openai=m", "prefix+openai=m"]
+)
 def test_a_name_is_written_as_it_is_read(text: str) -> None:
     assert "+".join(map(str, JudgeName.parse(text))) == text
 
 
 @pytest.mark.parametrize("text", ["", "gpt", "openai", "openai=", "openai= ", "prefix=x", "opening+", "+", "Prefix"])
 def test_an_unknown_judge_is_told_with_the_names(text: str) -> None:
-    with pytest.raises(ct.CastuneError, match=r"unknown judge .*accepted: prefix, opening, wildguard .*openai=MODEL"):
+    with pytest.raises(
+        ct.CastuneError, match=r"unknown judge .*accepted: prefix, opening, reading, wildguard .*openai=MODEL"
+    ):
         judge(text)
     with pytest.raises(ct.CastuneError, match="unknown judge"):
         ct.EvaluateConfig(judge=text)
