@@ -58,7 +58,7 @@ def command(*arguments: object) -> str:
 class OtherWords(Judge):
     """Takes every reply for a refusal that is not what the base model said, which it is asked about first."""
 
-    name = "other-words"
+    name = signature = "other-words"
 
     def __init__(self) -> None:
         self.said: dict[str, str] = {}
@@ -209,7 +209,7 @@ def test_what_repair_refuses(finished: Path, adapter: Path, tmp_path: Path, own_
     assert "with --out DIR" in refused("repair", adapter, "--base", tmp_path / "model")
     assert "--as NAME instead of --out" in refused("repair", finished, "--out", tmp_path / "out")
     assert "no selection named x" in refused("repair", finished, "--arm", "x")
-    assert "has an arm 'safe' already" in refused("repair", finished, "--arm", "all", "--as", "safe")
+    assert "already has an arm 'safe'" in refused("repair", finished, "--arm", "all", "--as", "safe")
     assert "measure no refusals" in refused("repair", adapter, *place, "--suites", own_data["utility"])
     safety_alone = ["--suites", f"safety:{own_data['held-out']}"]
     assert "measure no cost" in refused("repair", adapter, *place, *safety_alone)

@@ -43,8 +43,13 @@ def test_several_domains_are_planned_together(models: Models, data: list[object]
 
 
 def test_reply_domains_are_counted_apart(
-    models: Models, data: list[object], own_data: dict[str, Path], tmp_path: Path
+    models: Models,
+    data: list[object],
+    own_data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # wide enough for a row a line
     options = ["--utility", own_data["align"], "--reply-domains", "align", "--accelerator", "h100"]
     done = castune("plan", models(), *data, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ from castune.stats.kept_gain import KeptGain, kept_gain
 from castune.steps.candidates import Candidate, changed_units
 from castune.steps.changes import differences
 from castune.steps.directory import BASE
-from castune.steps.evaluate import at_strength, stored_evaluation
+from castune.steps.evaluate import at_strength, is_judged_by, stored_evaluation
 from castune.steps.subject import Subject
 from castune.tuning.mask import mask_adapter
 
@@ -153,7 +153,8 @@ class Bench:
         for place in self._places(name):
             found = stored_evaluation(place, model, self.config, self.suites, references)
             if found is not None:
-                return found if found.settings["judge"] == self._judge.name else judge_again(found, self._judge)
+                by = self._judge
+                return found if is_judged_by(by.name, by.signature, found) else judge_again(found, by)
         logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in self.suites))
         with TransformersHost(*self.subject.loaded).backend(name, adapter, strength) as backend:
             return evaluate_on(
