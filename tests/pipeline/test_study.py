@@ -500,7 +500,8 @@ def test_a_study_in_nats(continuous: Path, tmp_path: Path) -> None:
     every = EvalResult.load(run.folder / "evaluation" / "all")
     assert float(against_safe["nll"]["minus_safe"]) == pytest.approx(every.mean("nll") - safe.mean("nll"))  # type: ignore[operator]
     # No refusals were counted, so nothing is divided by them.
-    assert {row["cost"] for row in rows(folder, "validity")} == {"utility_lost", "nll_added", "kl"}
+    in_nats = {"nll_added", "kl", "nll_at_safety", "kl_at_safety"}
+    assert {row["cost"] for row in rows(folder, "validity")} == {"utility_lost", *in_nats}
     # Half an adapter lies between none and all of it.
     half = EvalResult.load(run.folder / "evaluation" / "all" / "strengths" / "0.5")
     assert 0 < half.mean("kl") < every.mean("kl")  # type: ignore[operator]
