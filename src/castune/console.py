@@ -226,16 +226,18 @@ def show_masked(masked: MaskedAdapter) -> None:
     """What was made of existing adapters, what was left out, and the proof."""
     kept = masked.certificate
     made = "" if masked.combination is None else f"{len(masked.sources)} adapters, {masked.combination}; "
-    say(f"{made}{masked.zone}: {len(kept.units)} of {masked.n_total} heads kept, in {len(kept.layers)} layers")
+    what = "head" if kept.only_heads else "unit"
+    say(f"{made}{masked.zone}: {len(kept.units)} of {masked.n_total} {what}s kept, in {len(kept.layers)} layers")
     if masked.dropped:
         counts = ", ".join(f"{count} {name}" for name, count in masked.dropped.items())
-        say(f"dropped: {counts} (modules of the source adapters that hold no selected head)")
+        say(f"dropped: {counts} (modules of the source adapters that hold no selected {what})")
     if masked.unadapted_layers:
         missing = ", ".join(map(str, masked.unadapted_layers))
-        say(f"note: no source adapts the queries of layer {missing}, which stay unchanged")
+        of_what = "the queries" if kept.only_heads else "anything selected"
+        say(f"note: no source adapts {of_what} of layer {missing}, which stay unchanged")
     show_certificate(masked.certificate)
-    if not masked.certificate.changed_rows:
-        say("note: no source changes a selected head, so with this adapter the model is the base model")
+    if not (kept.changed_rows or kept.changed_columns):
+        say(f"note: no source changes a selected {what}, so with this adapter the model is the base model")
 
 
 def show_evaluations(

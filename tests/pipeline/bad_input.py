@@ -237,6 +237,10 @@ CASES = [
             ("more accelerators than there are", lambda place: [recipe()(place), ["study", "recipe.toml", "--gpus", "64"]][1]),
             ("a launcher that is not there", lambda place: [recipe()(place), ["study", "recipe.toml", "--launch", "nosuchrun -n 2"]][1]),
             ("a status of nothing", command("watch", ".")),
+            ("a target that the run does not measure", broken_run(lambda run: None, "dial", "run", "--target", "nll=0.1")),
+            ("a target that is no share", broken_run(lambda run: None, "dial", "run", "--target", "refused=90")),
+            ("a strength that is too high", broken_run(lambda run: None, "dial", "run", "--strengths", "1,3")),
+            ("an adapter without a strength", broken_run(lambda run: None, "dial", "run", "--export", "adapter")),
         )
     ),
     *(

@@ -123,5 +123,9 @@ def test_an_evaluation_of_another_adapter_is_left_out(folder: RunDirectory, capl
     record["model"]["adapter"] = "0" * 16
     del record["digest"]
     file.write_text(json.dumps(record))
-    assert list(folder.load_strengths()) == ["risky"]
-    assert "belongs to an adapter that no longer exists" in caplog.text
+    assert {arm: list(of_arm) for arm, of_arm in folder.load_strengths().items()} == {
+        "safe": [0.75],
+        "risky": [0.5, 0.75],
+    }
+    assert "strengths/0.5 belongs to an adapter that no longer exists" in caplog.text
+    assert f"castune dial {folder.path} --arm safe --strengths 0.5" in caplog.text

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -67,6 +67,7 @@ def test_words_that_are_longer_than_the_terminal_are_continued() -> None:
 CELLS = st.text("ab ±-,.", max_size=40)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 5).flatmap(
         lambda n: st.tuples(

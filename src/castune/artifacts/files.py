@@ -195,14 +195,19 @@ def _as_readable_as_any(file: Path) -> None:
     file.chmod(0o666 & ~umask)
 
 
-def check_vacant(path: Path) -> None:
-    """Refuse a place to write to where something is already; an empty directory is none."""
+def check_vacant(path: Path, option: str = "--out") -> None:
+    """Refuse a place to write to where something is already; an empty directory is none.
+
+    Args:
+        path: the place.
+        option: by which another one is given.
+    """
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists() or path.is_symlink():
         raise ArtifactError(
-            f"{path}: exists already; give another directory with --out, remove this one, or use --overwrite where the "
-            "command has it"
+            f"{path}: exists already; give another directory with {option}, remove this one, or use --overwrite where "
+            "the command has it"
         )
 
 

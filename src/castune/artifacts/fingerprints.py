@@ -1,4 +1,4 @@
-"""Comparing the fingerprints that artifacts carry; `castune.core.provenance` makes them."""
+"""Comparing the identities of models that artifacts carry; `castune.core.provenance` makes them."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def same_model(one: str, other: str) -> bool:
 def same_model_identity(one: ModelRecord, other: ModelRecord) -> bool:
     """Whether two records are of one model with one adapter, in one precision, behind one template."""
     return all(one.get(key) == other.get(key) for key in _IDENTITY)
+
+
+def at_strength(model: ModelRecord, strength: float) -> ModelRecord:
+    """Identity of a model whose adapter is at a strength."""
+    return model if strength == 1 else {**model, "strength": strength}

@@ -16,18 +16,18 @@ MASK_FILE = "mask.json"
 
 @dataclass(frozen=True)
 class MaskedAdapter:
-    """Plain LoRA adapters, combined where there are several, and cut down to the selected heads' query rows.
+    """Plain LoRA adapters, combined where there are several, and cut down to what the selected units own.
 
     Attributes:
         certificate: the proof that nothing else is changed.
         zone: zone of the selection.
-        n_total: number of heads the selection was made from.
+        n_total: number of heads, and units of other kinds, the selection was made from.
         sources: of each adapter: `name`, `hash` (`adapter_hash`), `r`, `alpha`.
         combination: linear | ties; None for one adapter.
         weights: weight of each adapter; None for one adapter.
         density: share of the values TIES keeps; None where there is none.
         dropped: how many modules of each name the sources adapt and the result does not.
-        unadapted_layers: layers with a selected head that no source adapts; their rows are the base's.
+        unadapted_layers: layers with a part of a selected unit that no source adapts; that part is the base's.
         model: identity of the base model.
         provenance: versions, machine, command, time.
     """

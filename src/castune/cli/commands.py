@@ -10,9 +10,11 @@ from typer.completion import Shells, get_completion_script
 from castune import __version__
 from castune.cli.adapters import export, mask
 from castune.cli.diagnosis import diagnose, drift, group, plan, select
+from castune.cli.dial import dial
 from castune.cli.evaluation import evaluate, judge, lm_eval
 from castune.cli.gate import gate
 from castune.cli.help import HelpfulCommand, HelpfulGroup, text_and_examples
+from castune.cli.inspection import inspect, repair
 from castune.cli.machine import doctor
 from castune.cli.runs import budget, report, reproduce, run
 from castune.cli.settings import with_settings
@@ -36,7 +38,7 @@ app = typer.Typer(
 GROUPS = {
     "Core commands": (run, plan, diagnose, select, tune, evaluate, report),
     "Studies": (study, watch, budget, group, drift),
-    "Adapters": (mask, export),
+    "Adapters": (inspect, repair, dial, mask, export),
     "Tools": (judge, lm_eval, gate, reproduce, doctor),
 }
 for panel, commands in GROUPS.items():

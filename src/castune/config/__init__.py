@@ -7,6 +7,7 @@ from castune.config.data import DataConfig, check_domain_names
 from castune.config.diagnosis import DiagnoseConfig, Measure, SensitivityRank
 from castune.config.evaluation import EvaluateConfig
 from castune.config.recipe import TEMPLATE_DATE, Recipe
+from castune.config.repair import RepairConfig
 from castune.config.selection import SelectConfig
 from castune.config.study import CalibrationConfig, PrimaryContrast, StudyConfig, method_suffix
 from castune.config.toml import to_toml
@@ -21,6 +22,7 @@ __all__ = [
     "Measure",
     "PrimaryContrast",
     "Recipe",
+    "RepairConfig",
     "SelectConfig",
     "SensitivityRank",
     "StudyConfig",

@@ -29,6 +29,7 @@ from castune.artifacts.unit import QUERY_HEAD, Unit
 from castune.core.heads import HeadLayout
 from castune.core.key_values import KeyValueLayer, key_value_layers
 from castune.core.mlps import MlpLayer, mlp_layers
+from castune.errors import UnsupportedArchitecture
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,26 @@ class UnitLayout:
             key_values=key_value_layers(model, heads, with_heads, prove=prove) if of_groups else {},
             mlps=mlp_layers(model, heads, list(wanted), n_groups, prove=prove) if of_mlps else {},
         )
+
+    @classmethod
+    def locatable(cls, model: nn.Module, heads: HeadLayout, *, n_mlp_groups: int = 0) -> tuple[UnitLayout, list[str]]:
+        """All kinds of unit that can be located in a model, and for each of the others the reason why not.
+
+        Args:
+            model: the model.
+            heads: its head layout.
+            n_mlp_groups: groups that the neurons of a layer are cut into; 0: MLPs are whole.
+        """
+        found, reasons = cls(heads, ("q_head",)), []
+        for kinds in (("k_group", "v_group"), ("o_head",), ("mlp_group" if n_mlp_groups else "mlp_block",)):
+            try:
+                one = cls.of(model, heads, kinds, n_mlp_groups=n_mlp_groups)
+            except UnsupportedArchitecture as error:
+                reasons.append(str(error))
+                continue
+            key_values, mlps = one.key_values or found.key_values, one.mlps or found.mlps
+            found = cls(heads, (*found.kinds, *kinds), n_mlp_groups, key_values, mlps)
+        return found, reasons
 
     def n_units(self, kind: str, layer: int) -> int:
         """Number of units of a kind in a layer."""

@@ -5,7 +5,7 @@ Shape letters: H unit (all units of the model in one axis), C gradient chunk, P 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,22 +119,28 @@ def gram_matrices(layout: UnitLayout, units: Sequence[Unit], chunks: Sequence[di
 def gradient_passes(
     model: nn.Module, layout: UnitLayout, units: Sequence[Unit], *, n_chunks: int, limit: float
 ) -> list[list[str]]:
-    """Module paths of all projections that units own slices of, in passes whose gradient sums stay within a limit.
+    """`passes_over` all projections that units own slices of."""
+    paths = dict.fromkeys(part.path for one in units for part in layout.parts(one))
+    return passes_over(model, paths, n_chunks=n_chunks, limit=limit)
+
+
+def passes_over(model: nn.Module, paths: Iterable[str], *, n_chunks: int, limit: float) -> list[list[str]]:
+    """Module paths of some projections, in passes whose gradient sums stay within a limit.
 
     Each pass runs all examples again, forwards and backwards (the latter down to its first layer only). A projection
     whose sums alone are more than the limit is a pass of its own.
 
     Args:
         model: the model.
-        layout: where the units are.
-        units: the units.
-        n_chunks: gradient chunks that are held at once, those of both losses.
+        paths: of the projections.
+        n_chunks: gradient chunks that are held at once, those of both losses of a diagnosis.
         limit: bytes.
     """
     passes: list[list[str]] = []
     room = 0.0
-    for path in dict.fromkeys(part.path for one in units for part in layout.parts(one)):
-        size = 4 * n_chunks * layout.weight(model, path).numel()
+    for path in paths:
+        weight: Any = model.get_submodule(path).weight
+        size = 4 * n_chunks * weight.numel()
         if not passes or size > room:
             passes.append([])
             room = limit

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, SuiteResult, TuneResult
+from castune.artifacts import (
+    Certificate,
+    ConflictMap,
+    EvalResult,
+    MaskedAdapter,
+    ScaledAdapter,
+    SuiteResult,
+    TuneResult,
+)
 from castune.artifacts.records import DataRecord, ModelRecord
 from castune.core import numbers
 from castune.names import kind_words
@@ -54,6 +62,7 @@ class CardFacts:
         cmap: the conflict map.
         tuning: how the adapter was trained.
         masked: what it was made from instead, without training.
+        scaled: which adapter it is at another strength.
         evaluations: by name, of the base model and of this adapter alone.
         arm: name of this adapter among the evaluations.
         differences: paired differences against the base model, by suite.
@@ -68,6 +77,7 @@ class CardFacts:
     cmap: ConflictMap | None = None
     tuning: TuneResult | None = None
     masked: MaskedAdapter | None = None
+    scaled: ScaledAdapter | None = None
     evaluations: Mapping[str, EvalResult] | None = None
     arm: str | None = None
     differences: Mapping[str, PairedDifference] | None = None
@@ -86,6 +96,8 @@ def model_card(facts: CardFacts) -> str:
     if not facts.certificate.only_heads:
         owned = f"the rows and columns of {heads} units (query heads or other parts of a layer)"
     how = "cut down from existing adapters" if facts.masked else "trained"
+    if facts.scaled is not None:
+        how = f"set to {facts.scaled.strength:g} times the update of another adapter"
     parts = [
         _front_matter(facts),
         f"# {_text(name)}, head-sparse {kind}",
@@ -95,6 +107,7 @@ def model_card(facts: CardFacts) -> str:
         _section("Conflict map", _diagnosis(facts.cmap)),
         _section("Training", _training(facts.tuning)),
         _section("Adapters it was made from", _sources(facts.masked)),
+        _section("Strength", _strength(facts.scaled)),
         _section("Evaluation", _evaluation(facts)),
         _section("Certificate", _certificate(facts)),
         _section("Use", _use(facts)),
@@ -193,6 +206,20 @@ def _sources(masked: MaskedAdapter | None) -> str:
     return _table(head, rows) + (f"\n\n{facts}" if facts else "")
 
 
+def _strength(scaled: ScaledAdapter | None) -> str:
+    if scaled is None:
+        return ""
+    target = scaled.target
+    return _pairs(
+        [
+            ("Its update is that of", scaled.source["name"]),
+            ("with the hash", scaled.source["hash"]),
+            ("times", scaled.strength),
+            ("Chosen for", None if target is None else f"{target['purpose']} = {target['value']:g}"),
+        ]
+    )
+
+
 def _evaluation(facts: CardFacts) -> str:
     evaluations = facts.evaluations or {}
     tuned = evaluations.get(facts.arm or "")
@@ -277,7 +304,7 @@ def _use(facts: CardFacts) -> str:
 
 
 def _versions(facts: CardFacts) -> str:
-    source = facts.tuning or facts.masked
+    source = facts.tuning or facts.masked or facts.scaled
     if source is None:
         return ""
     record = source.provenance

@@ -49,13 +49,30 @@ def sentences(found: SafetyCosts) -> list[str]:
     first = f"Training took {label} from {level(base, about.unit)} to {_listed(gains)}."
     if found.target is None:
         second = "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared."
-        return [first, second, "So it cannot be said whether the selection of heads pays."]
+        return [first, second, "So it cannot be said whether the selection of heads pays.", *_left_out(found)]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
-        f"With each adapter turned down to the same safety, {level(found.target, about.unit)}, the cost in "
+        f"With each adapter {_turned(found)} to the same safety, {level(found.target, about.unit)}, the cost in "
         f"{PAID[cost]} ({_unit(cost)}) is {_listed(paid)}."
     )
-    return [first, second, _verdict(found)]
+    return [first, second, _verdict(found), *_left_out(found)]
+
+
+def _turned(found: SafetyCosts) -> str:
+    """Which way adapters were turned, as far as they were measured."""
+    points = next(iter(found.points.values())).values()
+    return "turned up or down" if any(one.strength > 1 for of_arm in points for one in of_arm) else "turned down"
+
+
+def _left_out(found: SafetyCosts) -> list[str]:
+    """What of the run is not compared, and how it would be."""
+    if not found.left_out:
+        return []
+    one = len(found.left_out) == 1
+    return [
+        f"Arm{'' if one else 's'} {_listed(found.left_out)} {'is' if one else 'are'} not compared, because "
+        f"{'it was' if one else 'they were'} not measured at other strengths; castune dial RUN --arm NAME does that."
+    ]
 
 
 def _verdict(found: SafetyCosts) -> str:
@@ -113,12 +130,12 @@ def costs_table(found: SafetyCosts) -> Markup:
     assert found.target is not None
     unit = PURPOSES[found.safety].unit
     rule = (
-        f"Every adapter is turned down (its update multiplied by the strength) until {level(found.target, unit)} of "
-        "safety is left: the base model's, and 80 % of the gain that the least safe arm reaches. Costs are above base, "
-        "interpolated between the measured strengths. Intervals of 95 % come from a bootstrap over prompts and items, "
-        "the same for all arms; with one seed they are for other examples and these trainings. A difference is claimed "
-        "where its interval excludes 0 and p, adjusted for the number of costs and arms (Holm), is below 0.05. An end "
-        "without a bound: more than 2.5 % of the draws do not reach that safety."
+        f"Every adapter is {_turned(found)} (its update multiplied by the strength) until {level(found.target, unit)} "
+        "of safety is left: the base model's, and 80 % of the gain that the least safe arm reaches. Costs are above "
+        "base, interpolated between the measured strengths. Intervals of 95 % come from a bootstrap over prompts and "
+        "items, the same for all arms; with one seed they are for other examples and these trainings. A difference is "
+        "claimed where its interval excludes 0 and p, adjusted for the number of costs and arms (Holm), is below 0.05. "
+        "An end without a bound: more than 2.5 % of the draws do not reach that safety."
     )
     return tag(
         "div",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import altair as alt
@@ -32,7 +32,7 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
     of heads: a head that does not exist is left empty. Where a head has no value its cell is empty too. Of a map with
     several kinds of unit one is shown at a time, by a switch: scores are made of ranks within a kind.
     """
-    grid = _Grid.of(cmap, width=360, height=540, largest=(36, 18), smallest=(9, 7))
+    grid = Grid.of(cmap.units, width=360, height=540, largest=(36, 18), smallest=(9, 7))
     records = _records(cmap, selections)
     if cmap.domains:
         maps: list[tuple[str | None, ConflictMap]] = [(None, cmap), *cmap.domains.items()]
@@ -86,7 +86,7 @@ def conflict_heatmap(cmap: ConflictMap, selections: Mapping[str, HeadSelection])
 
 def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Chart:
     """Which heads every arm trains: one small layer x head grid an arm."""
-    grid = _Grid.of(cmap, width=230, height=360, largest=(24, 13), smallest=(4, 4))
+    grid = Grid.of(cmap.units, width=230, height=360, largest=(24, 13), smallest=(4, 4))
     colours = arm_colours(list(selections))
     grids = []
     for arm, kind in ((arm, kind) for arm in selections for kind in cmap.kinds):
@@ -118,7 +118,7 @@ def zones(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Chart:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
     """Layers downwards and heads to the right, in cells that fill the room there is."""
 
     layers: list[int]
@@ -130,27 +130,30 @@ class _Grid:
     @classmethod
     def of(
         cls,
-        cmap: ConflictMap,
+        units: Sequence[Unit],
         *,
         width: int,
         height: int,
         largest: tuple[int, int],
         smallest: tuple[int, int],
-    ) -> _Grid:
-        layers, heads = (sorted(set(indices)) for indices in zip(*cmap.heads, strict=True))
+    ) -> Grid:
+        """Cells for some units, as large as the room in pixels and the limits of a cell's width and height allow."""
+        layers, heads = (sorted({getattr(one, name) for one in units}) for name in ("layer", "index"))
         return cls(
             layers,
             heads,
-            "Head" if only_heads(cmap.units) else "Unit",
+            "Head" if only_heads(units) else "Unit",
             max(smallest[0], min(largest[0], width // len(heads))),
             max(smallest[1], min(largest[1], height // len(layers))),
         )
 
     @property
     def height(self) -> int:
+        """Of all cells, in pixels."""
         return self.cell_height * len(self.layers)
 
     def cells(self) -> alt.Chart:
+        """A chart of rectangles by `layer` and `head`, without data."""
         return (
             alt.Chart()
             .mark_rect(aria=False)

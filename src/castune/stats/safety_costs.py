@@ -37,6 +37,7 @@ class SafetyCosts:
             their rise.
         bands: cost over safety, by purpose and arm.
         points: every arm at every strength, the base at 0, by purpose and arm.
+        left_out: arms that were measured at full strength alone, or at other strengths by other settings.
     """
 
     safety: str
@@ -45,6 +46,7 @@ class SafetyCosts:
     costs: Mapping[str, EqualSafety]
     bands: Mapping[str, Mapping[str, CostBand]]
     points: Mapping[str, Mapping[str, list[Point]]]
+    left_out: tuple[str, ...] = ()
 
     @property
     def arms(self) -> list[str]:

@@ -6,6 +6,7 @@ selection.json  adapter/                     the main arm
 arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison: trained, or made of other adapters
 evaluation/NAME/  figures/  report.html
 evaluation/NAME/strengths/0.5/               the same with the adapter at another strength
+dial/NAME.csv                                all strengths of an arm side by side
 drift/ARM/drift.json  drift/ARM/STEP/        maps of the model on its way through the training of an arm
 """
 
@@ -108,6 +109,10 @@ class RunDirectory:
     def is_evaluated(self, arm: str, strength: float = 1.0) -> bool:
         """Whether there is an evaluation of an arm, at a strength of its adapter, or of the base model."""
         return (self.at_strength(arm, strength) / METRICS_FILE).is_file()
+
+    def dial(self, arm: str) -> Path:
+        """Where what was measured of an arm at all strengths is side by side."""
+        return self.path / "dial" / f"{arm}.csv"
 
     def drift(self, arm: Arm) -> Path:
         """Where the drift of an arm is, and the maps it was made from."""
@@ -283,7 +288,11 @@ class RunDirectory:
     def load_evaluations(self) -> dict[str, EvalResult]:
         """All evaluations, the base model first, then in the order of `arms`; not those of adapters that are gone."""
         found = self._measured(METRICS_FILE, EvalResult.load)
-        return {name: result for name, result in found.items() if self._is_of_adapter(name, result.model, "evaluate")}
+        return {
+            name: result
+            for name, result in found.items()
+            if self._is_of_adapter(name, result.model, f"evaluate {self.path}")
+        }
 
     def load_strengths(self) -> dict[str, dict[float, EvalResult]]:
         """Evaluations of every arm at strengths other than 1, by strength; not those of adapters that are gone."""
@@ -291,20 +300,28 @@ class RunDirectory:
         for arm in self.arms():
             files = (self.evaluation(arm.name) / "strengths").glob(f"*/{METRICS_FILE}")
             made = {float(file.parent.name): EvalResult.load(file.parent) for file in files}
-            if made and all(self._is_of_adapter(arm.name, result.model, "evaluate") for result in made.values()):
-                found[arm.name] = dict(sorted(made.items()))
+            again = f"dial {self.path} --arm {arm.name} --strengths"
+            # Where it was trained again since, some may be of the adapter before.
+            here = {
+                strength: result
+                for strength, result in sorted(made.items())
+                if self._is_of_adapter(arm.name, result.model, f"{again} {strength:g}", strength)
+            }
+            if here:
+                found[arm.name] = here
         return found
 
     def load_lm_eval(self) -> dict[str, LmEvalResult]:
         """What lm-eval measured, in the order of `load_evaluations`; not of adapters that are gone."""
         found = self._measured(LM_EVAL_FILE, LmEvalResult.load)
-        return {name: result for name, result in found.items() if self._is_of_adapter(name, result.model, "lm-eval")}
+        again = f"lm-eval {self.path}"
+        return {name: result for name, result in found.items() if self._is_of_adapter(name, result.model, again)}
 
     def _measured(self, file: str, load: Callable[[Path], Measured]) -> dict[str, Measured]:
         names = [BASE, *(arm.name for arm in self.arms())]
         return {name: load(self.evaluation(name)) for name in names if (self.evaluation(name) / file).is_file()}
 
-    def _is_of_adapter(self, name: str, model: ModelRecord, command: str) -> bool:
+    def _is_of_adapter(self, name: str, model: ModelRecord, again: str, strength: float = 1.0) -> bool:
         """Whether what was measured of an arm is of the adapter that is there; a warning where it is not."""
         arm = None if name == BASE else self.arm(name)
         has_adapter = arm is not None and (arm.is_trained or arm.is_masked)
@@ -315,10 +332,9 @@ class RunDirectory:
         if name == BASE or (there is not None and model.get("adapter") == there):
             return True
         logger.warning(
-            "%s belongs to an adapter that no longer exists and is skipped; run: castune %s %s",
-            self.evaluation(name),
-            command,
-            self.path,
+            "%s belongs to an adapter that no longer exists and is skipped; run: castune %s",
+            self.at_strength(name, strength),
+            again,
         )
         return False
 

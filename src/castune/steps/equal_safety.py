@@ -12,7 +12,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from castune.artifacts import SuiteResult
+from castune.artifacts import EvalResult, SuiteResult
+from castune.artifacts.fingerprints import at_strength, same_model_identity
+from castune.artifacts.records import ModelRecord
+from castune.artifacts.samples import references_of
+from castune.config import EvaluateConfig
 from castune.purposes import PAID, PURPOSES, SAFETY
 from castune.stats.distributions import Interval, student_quantile
 from castune.stats.equal_safety import Curve, adjusted, common_target, cost_bands, equal_safety
@@ -40,10 +44,30 @@ AtStrengths = Mapping[float, Evaluated]
 def costs_at_equal_safety(folder: RunDirectory) -> SafetyCosts | None:
     """Costs of a run's arms at one safety, where they were evaluated at several strengths."""
     evaluations, strengths = folder.load_evaluations(), folder.load_strengths()
-    if BASE not in evaluations:
+    base = evaluations.get(BASE)
+    if base is None:
         return None
-    arms = {name: [{**strengths[name], 1.0: evaluations[name]}] for name in evaluations if name in strengths}
-    return safety_costs(evaluations[BASE], arms)
+    arms = {
+        name: [{**{s: one for s, one in strengths.get(name, {}).items() if _is_beside(base, one)}, 1.0: full}]
+        for name, full in evaluations.items()
+        if name != BASE
+    }
+    found = safety_costs(base, arms)
+    return found and replace(found, left_out=tuple(name for name in arms if name not in found.arms))
+
+
+def _is_beside(base: EvalResult, result: EvalResult) -> bool:
+    """Whether a strength was measured by the settings of the base model's evaluation, and on its replies.
+
+    Not all are measured again by each `castune evaluate`.
+    """
+    settings = [EvaluateConfig(**{**one.settings, "judge": "prefix", "strengths": (1.0,)}) for one in (base, result)]
+    adapted: ModelRecord = {**base.model, "adapter": result.model.get("adapter")}
+    return (
+        settings[0] == settings[1]
+        and same_model_identity(at_strength(adapted, result.model.get("strength", 1.0)), result.model)
+        and references_of(base.samples) == references_of(result.samples)
+    )
 
 
 def safety_costs(
@@ -53,7 +77,10 @@ def safety_costs(
 
     Args:
         base: of the base model.
-        arms: of every arm its trainings, one a seed: evaluations at each strength above 0, the same for all.
+        arms: of every arm its trainings, one a seed: evaluations at each strength above 0. Arms may have other
+            strengths than each other; of the trainings of one those that all of them have are used, and none above
+            full strength behind its safest: there an adapter breaks the model, and safety would seem to level off
+            before.
         target: safety at which arms are compared; `common_target` when absent.
 
     Returns:
@@ -87,11 +114,13 @@ def cost_curves(
     base: Evaluated, arms: Mapping[str, Sequence[AtStrengths]]
 ) -> tuple[str, dict[str, dict[str, Curve]]] | None:
     """What is read as safety, and the curves of all arms by cost; None as for `safety_costs`."""
-    comparable = {name: seeds for name, seeds in arms.items() if _is_comparable(base, seeds)}
+    alike = {name: _comparable(base, seeds) for name, seeds in arms.items()}
+    comparable = {name: seeds for name, seeds in alike.items() if seeds}
     purposes = {suite.purpose for suite in base.suites}
     safety = next((purpose for purpose in SAFETY if purpose in purposes), None)
     if safety is None or not comparable:
         return None
+    comparable = {name: _until_safest(base, seeds, safety) for name, seeds in comparable.items()}
     curves = {
         cost: {name: _curve(base, seeds, safety, cost) for name, seeds in comparable.items()}
         for cost in PAID
@@ -101,11 +130,24 @@ def cost_curves(
     return (safety, curves) if curves else None
 
 
-def _is_comparable(base: Evaluated, seeds: Sequence[AtStrengths]) -> bool:
-    """Whether there is a curve, and every point of it was measured as the base was."""
-    if not seeds or any(len(points) < 2 or 1 not in points or points.keys() != seeds[0].keys() for points in seeds):
-        return False
-    return all(_measured_as(result) == _measured_as(base) for points in seeds for result in points.values())
+def _comparable(base: Evaluated, seeds: Sequence[AtStrengths]) -> list[AtStrengths]:
+    """Of every training the strengths that were measured as the base was, the same for all; empty without a curve."""
+    alike = [{s: one for s, one in points.items() if _measured_as(one) == _measured_as(base)} for points in seeds]
+    common = [strength for strength in (alike[0] if alike else ()) if all(strength in points for points in alike)]
+    return [{s: points[s] for s in common} for points in alike] if 1 in common and len(common) > 1 else []
+
+
+def _until_safest(base: Evaluated, seeds: Sequence[AtStrengths], safety: str) -> list[AtStrengths]:
+    """The strengths up to full strength, and above it up to the one with the highest mean safety."""
+    suites = [suite.suite for suite in base.suites if suite.purpose == safety]
+
+    def mean(strength: float) -> float:
+        results = [points[strength] for points in seeds]
+        outcomes = np.concatenate([outcomes_of(results, suite).ravel() for suite in suites])
+        return float(np.mean(outcomes[np.isfinite(outcomes)])) if np.isfinite(outcomes).any() else -np.inf
+
+    last = max(1.0, max(sorted(seeds[0]), key=mean))
+    return [{strength: one for strength, one in points.items() if strength <= last} for points in seeds]
 
 
 def _is_scored(curves: Iterable[Curve]) -> bool:
@@ -125,7 +167,7 @@ def _curve(base: Evaluated, seeds: Sequence[AtStrengths], safety: str, cost: str
     suites = {purpose: [s.suite for s in base.suites if s.purpose == purpose] for purpose in (safety, cost)}
 
     def outcomes(suite: str) -> Floats:
-        return np.array([[_outcomes(result, suite) for result in of_seed] for of_seed in results])
+        return np.array([outcomes_of(of_seed, suite) for of_seed in results])
 
     # What is good is a cost where it is lost.
     sign = -1.0 if PURPOSES[cost].higher_is_better else 1.0
@@ -136,8 +178,11 @@ def _curve(base: Evaluated, seeds: Sequence[AtStrengths], safety: str, cost: str
     )
 
 
-def _outcomes(result: Evaluated, suite: str) -> list[float]:
-    return [np.nan if outcome is None else float(outcome) for outcome in result.outcomes_of(suite)]
+def outcomes_of(results: Iterable[Evaluated], suite: str) -> Floats:
+    """Outcomes [evaluations, examples] of a suite; NaN = unscored."""
+    return np.array(
+        [[np.nan if one is None else float(one) for one in result.outcomes_of(suite)] for result in results]
+    )
 
 
 def _points(curve: Curve) -> list[Point]:

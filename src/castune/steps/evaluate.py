@@ -9,7 +9,7 @@ from pathlib import Path
 
 from castune.artifacts import EvalResult
 from castune.artifacts.eval_result import METRICS_FILE
-from castune.artifacts.fingerprints import same_model_identity
+from castune.artifacts.fingerprints import at_strength, same_model_identity
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import is_reply, references_of
 from castune.config import EvaluateConfig, Recipe
@@ -63,6 +63,7 @@ def evaluate_step(
     loaded: LoadedModel | None = None,
     *,
     only: str | None = None,
+    strengths: Sequence[float] | None = None,
 ) -> dict[str, EvalResult]:
     """Evaluations of the base model and every arm with an adapter, made where missing or older than the adapter.
 
@@ -76,6 +77,7 @@ def evaluate_step(
         suites: what is measured.
         loaded: the recipe's model and tokenizer, if they are loaded already; for the backend `hf`.
         only: evaluate this arm, and leave its replies to be judged by `judge_step`: other processes evaluate others.
+        strengths: at which adapters are measured; `evaluate.strengths` when absent.
     """
     config = recipe.evaluate
     require_evaluation(config, suites)
@@ -88,7 +90,7 @@ def evaluate_step(
     asked = [
         _Asked(name, adapters[name], strength, at_strength(records[name], strength))
         for name in adapters
-        for strength in (config.strengths if name != BASE else (1.0,))
+        for strength in ((strengths or config.strengths) if name != BASE else (1.0,))
     ]
     base = stored_evaluation(folder.evaluation(BASE), records[BASE], config, suites)
     # Replies that the base model is to give again may be others.
@@ -128,6 +130,11 @@ def evaluate_step(
     del loaded
     if only is not None:  # others may be writing theirs
         return {name: EvalResult.load(folder.evaluation(name)) for name in adapters if name in (BASE, only)}
+    return judge_where_needed(folder, config)
+
+
+def judge_where_needed(folder: RunDirectory, config: EvaluateConfig) -> dict[str, EvalResult]:
+    """All evaluations of the run by its judge: asked where another one judged, or its rules may have changed."""
     stored = folder.load_evaluations()
     # Rules cost nothing, and those of another version may have said something else.
     is_rule = all(part.is_rule for part in JudgeName.parse(config.judge))
@@ -164,11 +171,6 @@ class _Asked:
 def _base_replies(folder: RunDirectory) -> dict[str, list[list[int]]] | None:
     """What the base model replied where suites are measured on it; None where it is not evaluated yet."""
     return references_of(EvalResult.load(folder.evaluation(BASE)).samples) if folder.is_evaluated(BASE) else None
-
-
-def at_strength(model: ModelRecord, strength: float) -> ModelRecord:
-    """Identity of a model whose adapter is at a strength."""
-    return model if strength == 1 else {**model, "strength": strength}
 
 
 def identity_by_map(folder: RunDirectory, recipe: Recipe) -> ModelRecord:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, ScaledAdapter, TuneResult
 from castune.artifacts.files import check_vacant, new_directory, write_text
 from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.masked_adapter import MASK_FILE
+from castune.artifacts.scaled_adapter import SCALE_FILE
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, TUNE_FILE, adapter_hash
 from castune.core.gguf import display_name
 from castune.core.loading import load, load_config
@@ -26,7 +27,7 @@ from castune.tuning.merge import write_merged
 
 # What an exported adapter consists of; the model card is written beside. Other files of the directory stay behind.
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE)
-_RECORDS = (TUNE_FILE, MASK_FILE, SELECTION_FILE)
+_RECORDS = (TUNE_FILE, MASK_FILE, SCALE_FILE, SELECTION_FILE)
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,20 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
         )
     tuning = TuneResult.load(adapter) if (adapter / TUNE_FILE).is_file() else None
     masked = MaskedAdapter.load(adapter) if (adapter / MASK_FILE).is_file() else None
-    record = tuning or masked
+    scaled = ScaledAdapter.load(adapter) if (adapter / SCALE_FILE).is_file() else None
+    record = tuning or masked or scaled
+    # A training keeps no zone: that is its run's.
+    made_of = masked or scaled
     model = record.model if record else {"name": display_name(_named_base(adapter) or "") or "unknown"}
     selection = HeadSelection(
         units=certificate.units,
-        zone=masked.zone if masked else "custom",
+        zone=made_of.zone if made_of else "custom",
         fraction=None,
         buckets=None,
         bucket=None,
         score="conflict",
         seed=None,
-        n_total=masked.n_total if masked else len(certificate.units),
+        n_total=made_of.n_total if made_of else len(certificate.units),
         model_fingerprint=certificate.model_fingerprint,
         conflict_map_hash=None,
         mlp_groups=certificate.mlp_groups,
@@ -163,10 +167,11 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
     facts = CardFacts(
         model=model,
         certificate=certificate,
-        zone=masked.zone if masked else None,
-        n_total=masked.n_total if masked else None,
+        zone=made_of.zone if made_of else None,
+        n_total=made_of.n_total if made_of else None,
         tuning=tuning,
         masked=masked,
+        scaled=scaled,
     )
     return selection, facts
 

@@ -16,6 +16,7 @@ from castune.artifacts.conflict_map import DOMAINS_FOLDER, MAP_FILE
 from castune.artifacts.drift_result import DRIFT_FILE
 from castune.artifacts.eval_result import METRICS_FILE, SAMPLES_FILE
 from castune.artifacts.files import locked, replacing
+from castune.artifacts.fingerprints import at_strength
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import references_of
 from castune.artifacts.tune_result import adapter_hash
@@ -28,7 +29,7 @@ from castune.names import ArmName
 from castune.steps.diagnose import diagnose_step, rerank_step
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.drift import drift_step
-from castune.steps.evaluate import at_strength, evaluate_step, identity_by_map, judge_step, stored_evaluation
+from castune.steps.evaluate import evaluate_step, identity_by_map, judge_step, stored_evaluation
 from castune.steps.inputs import Calibration, TrainingData, load_calibration, load_training
 from castune.steps.readiness import require_ready, suite_tokens, training_tokens
 from castune.steps.select import select_arm

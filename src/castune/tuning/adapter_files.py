@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,36 +12,47 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from castune.errors import CertificateError
+from castune.artifacts import Certificate
+from castune.artifacts.fingerprints import same_model
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE
+from castune.core.gguf import display_name
+from castune.core.provenance import fingerprint
+from castune.errors import CastuneError, CertificateError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 ADAPTER_NAME = "default"
 # What PEFT puts before the module paths of the base model.
 PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
 
-# Settings of an adapter under which more than the selected rows would change, with what castune accepts.
-_REFUSED = {
+# Settings of an adapter whose tensors do not tell what it adds to the weights, with the reason.
+_UNREADABLE = {
+    "layer_replication": "it repeats layers",
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "use_qalora": "it pools the inputs",
+    "use_bdlora": "its matrices are block diagonal",
+    "arrow_config": "it routes between adapters",
+    "kasa_config": "it cuts singular values off the base weights",
+    "monteclora_config": "it samples its matrices",
+}
+# Settings under which more than the selected rows would change, with the reason.
+_NOT_PLAIN = {
     "use_dora": "DoRA rescales every row",
-    "use_rslora": "rank-stabilised LoRA scales by another factor",
     "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "it trains embeddings",
     "rank_pattern": "ranks must be equal",
     "alpha_pattern": "alphas must be equal",
     "target_parameters": "it adapts parameters outside the query projections",
     "lora_bias": "it trains biases",
-    "layer_replication": "it repeats layers",
-    "alora_invocation_tokens": "it acts on some tokens only",
-    "use_qalora": "it pools the inputs",
-    "use_bdlora": "its matrices are block diagonal",
-    "arrow_config": "it routes between adapters",
 }
 # Settings that say which modules an adapter is for.
 _ADDRESSES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _PLAIN_INITS = (True, False, "gaussian")
+# Others that leave the base weights as they are too; what is trained from them need not begin at zero.
+_OTHER_INITS = ("eva", "orthogonal")
 
 
 def save_adapter(peft_model: PeftModel, weights: dict[str, Tensor] | None, folder: str | Path) -> None:
@@ -84,7 +95,7 @@ def _sort_modules(folder: Path) -> None:
 
 
 def plain_lora_config(adapter: Path) -> dict[str, Any]:
-    """The settings of a plain LoRA adapter, `r` an int and `lora_alpha` a float; updates are scaled by alpha / r.
+    """The settings of a plain LoRA adapter, `r` an int and `lora_alpha` a float; its update is `scaling_of` B A.
 
     Args:
         adapter: directory of a PEFT adapter.
@@ -92,6 +103,22 @@ def plain_lora_config(adapter: Path) -> dict[str, Any]:
     Raises:
         CertificateError: missing, damaged, or an adapter that changes more than its tensors A and B say.
     """
+    config = _lora_config(adapter, {**_NOT_PLAIN, **_UNREADABLE}, _PLAIN_INITS, "plain LoRA")
+    if config.get("bias", "none") != "none":
+        raise CertificateError(f"{adapter / ADAPTER_CONFIG}: bias is {config['bias']!r}, accepted: none")
+    return config
+
+
+def any_lora_config(adapter: Path) -> dict[str, Any]:
+    """The settings of a LoRA adapter whose tensors say what it adds to the weights, plain or not.
+
+    Raises:
+        CertificateError: missing, damaged, or an adapter whose tensors do not say it.
+    """
+    return _lora_config(adapter, _UNREADABLE, (*_PLAIN_INITS, *_OTHER_INITS), "LoRA and DoRA, of all modules or some")
+
+
+def _lora_config(adapter: Path, refused: Mapping[str, str], inits: Sequence[object], accepted: str) -> dict[str, Any]:
     path = adapter / ADAPTER_CONFIG
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -106,24 +133,55 @@ def plain_lora_config(adapter: Path) -> dict[str, Any]:
         if not math.isfinite(alpha):
             raise ValueError(f"lora_alpha is {alpha}")
     except (FileNotFoundError, NotADirectoryError):
-        raise CertificateError(f"{path}: no such file; give the directory of a PEFT adapter") from None
+        raise CertificateError(f"{path}: no such file; {_what_else(adapter)}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CertificateError(f"{path}: damaged: {error!r}") from None
     if peft_type != "LORA":
         raise CertificateError(f"{path}: peft_type is {peft_type}, accepted: LORA")
     if rank < 1:
         raise CertificateError(f"{path}: r is {rank}, accepted: at least 1")
-    for key, reason in _REFUSED.items():
+    for key, reason in refused.items():
         if config.get(key):
-            raise CertificateError(f"{path}: {key} is set: {reason}; accepted: plain LoRA")
-    if config.get("bias", "none") != "none":
-        raise CertificateError(f"{path}: bias is {config['bias']!r}, accepted: none")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+            raise CertificateError(f"{path}: {key} is set: {reason}; accepted: {accepted}")
+    if config.get("init_lora_weights", True) not in inits:
         raise CertificateError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}: it changes the base weights; "
-            f"accepted: {', '.join(map(str, _PLAIN_INITS))}"
+            f"accepted: {', '.join(map(str, inits))}"
         )
     return {**config, "r": rank, "lora_alpha": alpha}
+
+
+def _what_else(adapter: Path) -> str:
+    """What to give instead of a directory without an adapter; PEFT puts several of one model into directories below."""
+    names = sorted(path.parent.name for path in adapter.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(names) > 1:
+        return f"it holds several adapters ({', '.join(names)}): give the directory of one"
+    return "give the directory of a PEFT adapter"
+
+
+def scaling_of(config: Mapping[str, Any]) -> float:
+    """What PEFT multiplies B A by: alpha / r, of rank-stabilised LoRA alpha / sqrt(r)."""
+    rank, alpha = config["r"], config["lora_alpha"]
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def adapter_tensors(weights: Path) -> dict[str, Tensor]:
+    """All tensors of an adapter's weights file.
+
+    Raises:
+        CertificateError: no readable safetensors file. Pickled weights are never read.
+    """
+    try:
+        return load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise CertificateError(f"{weights}: no readable safetensors file ({error})") from None
+
+
+def misnamed(key: str) -> str | None:
+    """Why PEFT would not load a tensor of this name, in words; None where its name is one that PEFT writes."""
+    if _COMPILED in key:
+        return f"has the prefix {_COMPILED!r} of torch.compile"
+    return None if key.startswith(PREFIX) else f"does not begin with {PREFIX!r}"
 
 
 def lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -132,20 +190,10 @@ def lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     Raises:
         CertificateError: no readable safetensors file, or it holds anything but pairs of A and B.
     """
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise CertificateError(f"{weights}: no readable safetensors file ({error})") from None
+    tensors = adapter_tensors(weights)
     for key in tensors:
-        if not key.startswith(PREFIX) or _COMPILED in key:
-            found = (
-                f"has the prefix {_COMPILED!r} of torch.compile"
-                if _COMPILED in key
-                else f"does not begin with {PREFIX!r}"
-            )
-            raise CertificateError(
-                f"{weights}: {key} {found}: PEFT would not load it, and the model would stay as it is"
-            )
+        if (why := misnamed(key)) is not None:
+            raise CertificateError(f"{weights}: {key} {why}: PEFT would not load it, and the model would stay as it is")
     paths = sorted({key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in tensors})
     known = {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}
     if known != tensors.keys():
@@ -184,3 +232,25 @@ def check_loaded(adapter: Path, config: Mapping[str, Any], paths: Collection[str
             raise CertificateError(
                 f"{adapter / ADAPTER_CONFIG}: by {told} PEFT would not load the tensors of {PREFIX}{path}"
             )
+
+
+def check_base(adapter: Path, config: Mapping[str, Any], base: PreTrainedModel) -> None:
+    """Refuse an adapter of another base model: by its certificate where it has one, else by the name it gives."""
+    if (adapter / CERTIFICATE_FILE).is_file():
+        certified, loaded = Certificate.load(adapter).model_fingerprint, fingerprint(base)
+        if not same_model(certified, loaded):
+            raise CastuneError(f"{adapter} was made for model {certified}, this model is {loaded}")
+        return
+    wanted, found = config.get("base_model_name_or_path"), getattr(base.config, "_name_or_path", "")
+    # Directories may lie elsewhere and hub ids may be mirrored: only the model's own name counts.
+    if wanted and found and _model_name(str(wanted)) != _model_name(str(found)):
+        raise CastuneError(
+            f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path is {wanted!r}, the base model here is "
+            f"{display_name(str(found))!r}; if they are one model under two names, change it in that file"
+        )
+
+
+def _model_name(path: str) -> str:
+    # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+    cached = [part.rpartition("--")[2] for part in Path(path).parts if part.startswith("models--")]
+    return (cached[0] if cached else display_name(path).rstrip("/").rpartition("/")[2]).lower()

@@ -1,8 +1,9 @@
-"""Existing LoRA adapters, cut down to the query rows of chosen heads: no training.
+"""Existing LoRA adapters, cut down to the rows and columns of chosen heads and other units: no training.
 
-The update of a LoRA adapter is B @ A, and row i of it is row i of B times A. Zeroing rows of B therefore removes
-exactly the update of these rows and leaves the others as they were trained. Several adapters are combined first, by
-PEFT's own `add_weighted_adapter`, and then cut down.
+The update of a LoRA adapter is B @ A: row i of it is row i of B times A, and column j is B times column j of A. Zeroing
+rows of B therefore removes exactly the update of these rows and leaves the others as they were trained; so do columns
+of A where units own columns. Several adapters are combined first, by PEFT's own `add_weighted_adapter`, and then cut
+down.
 
 Shape letters: R LoRA rank, D model width.
 """
@@ -19,19 +20,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from castune.artifacts import Certificate, HeadSelection, MaskedAdapter
+from castune.artifacts import HeadSelection, MaskedAdapter
 from castune.artifacts.files import check_vacant, new_directory
-from castune.artifacts.fingerprints import same_model
 from castune.artifacts.masked_adapter import MASK_FILE
-from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, adapter_hash
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_hash
 from castune.core.gguf import display_name
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint, model_record, provenance
 from castune.core.quantisation import dense_weight
-from castune.core.units import UnitLayout
 from castune.errors import CastuneError, CertificateError
 from castune.tuning.adapter_files import (
     PREFIX,
+    check_base,
     check_loaded,
     lora_pairs,
     plain_lora_config,
@@ -39,7 +39,7 @@ from castune.tuning.adapter_files import (
 )
 from castune.tuning.combining import Combining, Pair
 from castune.tuning.row_lora import lora_config
-from castune.tuning.targets import Target, check_selection, targets
+from castune.tuning.targets import Target, targets, units_for
 from castune.tuning.verify import certify
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ def mask_adapter(
     density: float | None = None,
     overwrite: bool = False,
 ) -> MaskedAdapter:
-    """Keep the query rows of the selected heads of an adapter, or of several combined, and nothing else.
+    """Keep what the selected heads and other units own of an adapter, or of several combined, and nothing else.
 
-    Layers without a selected head and all other projections carry no adapter in the result.
+    Projections that hold no part of a selected unit carry no adapter in the result.
 
     Args:
         base: the base model of the adapters; it is left as it was.
         adapter: directory of a plain PEFT LoRA adapter, or several.
-        selection: the heads whose rows are kept.
+        selection: the heads, and units of other kinds, whose rows and columns are kept.
         out: the adapter directory to write. It is complete or absent, never half-written.
         combination: how several adapters become one: `linear`, or `ties` (TIES-Merging, arXiv 2306.01708). PEFT
             combines the matrices A and B each, not their products.
@@ -129,13 +129,13 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Masking:
-    """Adapters of a base model, of which the rows of the selected heads are kept.
+    """Adapters of a base model, of which what the selected units own is kept.
 
     Attributes:
         base: the base model.
         layout: its heads.
-        selection: the selected heads.
-        wanted: the query projections that hold one, by module path.
+        selection: the selected units.
+        wanted: the projections that hold a part of one, by module path.
     """
 
     base: PreTrainedModel
@@ -146,13 +146,7 @@ class _Masking:
     @classmethod
     def of(cls, base: PreTrainedModel, selection: HeadSelection) -> _Masking:
         layout = HeadLayout.of(base)
-        check_selection(base, layout, selection)
-        if not selection.only_heads:
-            raise CastuneError(
-                f"the selection has {selection.counted}; castune mask cuts adapters down to "
-                "query heads alone: select from a map of query heads"
-            )
-        return cls(base, layout, selection, targets(UnitLayout(layout), selection))
+        return cls(base, layout, selection, targets(units_for(base, layout, selection), selection))
 
     def read(self, adapters: Sequence[Path]) -> list[_Source]:
         """What is used of some adapters, which can be combined."""
@@ -161,14 +155,15 @@ class _Masking:
         if len(set(ranks.values())) > 1:
             raise CastuneError(f"adapters of equal rank can be combined, these have {_listed(ranks)}")
         if not any(source.pairs for source in sources):
-            raise CertificateError(f"{adapters[0]}: adapts no query projection of a layer with a selected head")
+            what = "query projection of a layer with a selected head"
+            what = what if self.selection.only_heads else "projection that holds a part of a selected unit"
+            raise CertificateError(f"{adapters[0]}: adapts no {what}")
         return sources
 
     def unadapted(self, sources: Sequence[_Source]) -> tuple[int, ...]:
-        """Layers with a selected head that no source adapts."""
-        return tuple(
-            target.layer for path, target in self.wanted.items() if not any(path in source.pairs for source in sources)
-        )
+        """Layers with a part of a selected unit that no source adapts."""
+        adapted = {path for source in sources for path in source.pairs}
+        return tuple(sorted({target.layer for path, target in self.wanted.items() if path not in adapted}))
 
     def write(self, sources: Sequence[_Source], combining: Combining, folder: Path) -> None:
         """Write the adapter that the sources become."""
@@ -187,7 +182,12 @@ class _Masking:
 
     def _read(self, adapter: Path) -> _Source:
         config = plain_lora_config(adapter)
-        _check_base(adapter, config, self.base)
+        if config.get("use_rslora"):
+            raise CertificateError(
+                f"{adapter / ADAPTER_CONFIG}: use_rslora is set: rank-stabilised LoRA scales by another factor; "
+                "accepted: plain LoRA"
+            )
+        check_base(adapter, config, self.base)
         weights, rank = adapter / ADAPTER_WEIGHTS, config["r"]
         pairs: dict[str, Pair] = {}
         dropped: Counter[str] = Counter()
@@ -209,7 +209,7 @@ class _Masking:
         return _Source(adapter, rank, config["lora_alpha"], config.get("base_model_name_or_path"), pairs, dropped)
 
     def _shape(self, path: str) -> tuple[int, int]:
-        """(rows, D) of a query projection, whatever way it is stored."""
+        """(rows, D) of a projection, whatever way it is stored."""
         n_rows, width = self.wanted[path].rows_of(dense_weight(self.base.get_submodule(path))).shape
         return n_rows, width
 
@@ -217,40 +217,20 @@ class _Masking:
         return lora_config(self.base, self.layout, self.selection, self.wanted, r=rank, alpha=alpha)
 
     def _masked(self, pairs: dict[str, Pair], rank: int) -> dict[str, Tensor]:
-        """The tensors of the adapter file: A as it is, B with zeros outside the selected rows."""
+        """The tensors of the adapter file, with zeros outside what is selected: rows of B, or columns of A."""
         tensors = {}
         some_a, some_b = next(iter(pairs.values()))
         for path, target in self.wanted.items():
             n_rows, width = self._shape(path)
             # A layer that nothing adapts has an update of zero; the certificate asks for every selected layer.
             a, b = pairs.get(path, (some_a.new_zeros(rank, width), some_b.new_zeros(n_rows, rank)))
+            if target.axis == 0:
+                b = torch.where(target.mask[:, None], b, torch.zeros_like(b))
+            else:
+                a = torch.where(target.mask, a, torch.zeros_like(a))
             tensors[f"{PREFIX}{path}.lora_A.weight"] = a.contiguous()
-            tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.where(
-                target.mask[:, None], b, torch.zeros_like(b)
-            ).contiguous()
+            tensors[f"{PREFIX}{path}.lora_B.weight"] = b.contiguous()
         return tensors
-
-
-def _check_base(adapter: Path, config: dict[str, Any], base: PreTrainedModel) -> None:
-    """Refuse an adapter of another base model: by its certificate where it has one, else by the name it gives."""
-    if (adapter / CERTIFICATE_FILE).is_file():
-        certified, loaded = Certificate.load(adapter).model_fingerprint, fingerprint(base)
-        if not same_model(certified, loaded):
-            raise CastuneError(f"{adapter} was made for model {certified}, this model is {loaded}")
-        return
-    wanted, found = config.get("base_model_name_or_path"), getattr(base.config, "_name_or_path", "")
-    # Directories may lie elsewhere and hub ids may be mirrored: only the model's own name counts.
-    if wanted and found and _model_name(str(wanted)) != _model_name(str(found)):
-        raise CastuneError(
-            f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path is {wanted!r}, the base model here is "
-            f"{display_name(str(found))!r}; if they are one model under two names, change it in that file"
-        )
-
-
-def _model_name(path: str) -> str:
-    # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
-    cached = [part.rpartition("--")[2] for part in Path(path).parts if part.startswith("models--")]
-    return (cached[0] if cached else display_name(path).rstrip("/").rpartition("/")[2]).lower()
 
 
 def _listed(ranks: dict[str, int]) -> str:

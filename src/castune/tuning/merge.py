@@ -21,7 +21,7 @@ from castune.artifacts.tune_result import ADAPTER_WEIGHTS
 from castune.core.heads import HeadLayout
 from castune.core.quantisation import is_quantised
 from castune.errors import CastuneError, CertificateError
-from castune.tuning.adapter_files import lora_pairs, plain_lora_config
+from castune.tuning.adapter_files import lora_pairs, plain_lora_config, scaling_of
 from castune.tuning.targets import Target, targets, units_for
 from castune.tuning.verify import bits, certify, merged_rows
 
@@ -103,7 +103,7 @@ def merged_into(base: nn.Module, adapter: Path, selection: HeadSelection) -> Ite
     """
     selected = targets(units_for(base, HeadLayout.of(base), selection), selection)
     config = plain_lora_config(adapter)
-    scaling = config["lora_alpha"] / config["r"]
+    scaling = scaling_of(config)
     before: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         for path, a, b in lora_pairs(adapter / ADAPTER_WEIGHTS):

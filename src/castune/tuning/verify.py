@@ -23,6 +23,7 @@ from castune.tuning.adapter_files import (
     addressed_modules,
     lora_pairs,
     plain_lora_config,
+    scaling_of,
 )
 from castune.tuning.targets import Target, targets, units_for
 
@@ -159,7 +160,7 @@ class _Merging:
                 f"{name} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected "
                 f"{(rank, before.shape[1])} and {(before.shape[0], rank)} for r = {rank}"
             )
-        return cls(target, before, merged_rows(before, a, b, config["lora_alpha"] / rank), name)
+        return cls(target, before, merged_rows(before, a, b, scaling_of(config)), name)
 
     @cached_property
     def changed(self) -> Tensor:
@@ -208,7 +209,7 @@ def merged_rows(rows: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         rows: weight of the projection, `[rows, D]`.
         a: LoRA's A, `[R, D]`.
         b: LoRA's B, `[rows, R]`.
-        scaling: alpha / r.
+        scaling: of the adapter (`adapter_files.scaling_of`).
     """
     if a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()

@@ -15,7 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, SuiteResult, TuneResult
+from castune.artifacts import (
+    Certificate,
+    ConflictMap,
+    EvalResult,
+    HeadSelection,
+    ScaledAdapter,
+    SuiteResult,
+    TuneResult,
+)
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.files import new_directory, replacing, write_text
 from castune.artifacts.formats import SCHEMA_VERSION, write_json
@@ -71,6 +79,10 @@ RESELECTED = dataclasses.replace(
         {"step": 1, "units": [["q_head", 1, 2]], "map_hash": "dc"},
     ),
 )
+SCALED = ScaledAdapter(
+    certificate=CERTIFICATE, zone="safe", n_total=6, source={"name": "safe of run", "hash": "0a-0b", "r": 4, "alpha": 8.0},
+    strength=0.625, target={"purpose": "safety", "value": 0.9}, model=MODEL, provenance={"seed": None},
+)  # fmt: skip
 SUITE = SuiteResult(
     suite="own", purpose="safety", metric="refusal_rate", value=2 / 3, standard_error=1 / 3, n=3, unscored=1,
     judge="prefix", max_new_tokens=32, extra={"answer_margin": None}, data_hash="h", seconds=0.1,
@@ -91,6 +103,7 @@ ARTIFACTS = {
     "mixed certificate": (MIXED_CERTIFICATE, "certificate.json"),
     "tuning": (TUNING, "tune.json"),
     "reselected tuning": (RESELECTED, "tune.json"),
+    "scaled adapter": (SCALED, "scale.json"),
     "evaluation": (EVALUATION, "metrics.json"),
 }
 JSON_ARTIFACTS = [name for name, (_, file) in ARTIFACTS.items() if file.endswith(".json")]

@@ -169,8 +169,9 @@ def castune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("words", "completed"),
     [
-        ("castune di", ["diagnose"]),
-        ("castune r", ["run", "report", "reproduce"]),
+        ("castune diag", ["diagnose"]),
+        ("castune di", ["diagnose", "dial"]),
+        ("castune re", ["report", "repair", "reproduce"]),
         ("castune diagnose default --meas", ["--measure"]),
         ("castune diagnose default --measure ma", ["margin"]),
         ("castune select runs/x --zone r", ["risky", "random"]),
@@ -190,7 +191,7 @@ def test_the_script_for_bash_completes_in_bash(tmp_path: Path) -> None:
     program.write_text(f"#!{sys.executable}\nfrom castune.cli import main\nmain()\n", encoding="utf-8")
     program.chmod(0o755)
     script = """eval "$(castune --show-completion bash)" && complete -p castune >&2
-        COMP_WORDS=(castune di) COMP_CWORD=1
+        COMP_WORDS=(castune diag) COMP_CWORD=1
         _castune_completion castune && echo "${COMPREPLY[@]}" """
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 
 from castune.cli import app, options
 from castune.cli.settings import Settings, Values, all_of, with_settings
-from castune.config import DataConfig, DiagnoseConfig, EvaluateConfig, Recipe, SelectConfig, TuneConfig
+from castune.config import (
+    DataConfig,
+    DiagnoseConfig,
+    EvaluateConfig,
+    Recipe,
+    RepairConfig,
+    SelectConfig,
+    TuneConfig,
+)
 from castune.config.base import Config, Count
 from castune.errors import CastuneError
 
@@ -26,6 +34,7 @@ WHOLE: dict[str, list[tuple[type[BaseModel], Mapping[str, str]]]] = {
     "select": [(SelectConfig, options.NOT_SELECTED)],
     "tune": [(TuneConfig, {})],
     "evaluate": [(EvaluateConfig, options.NOT_EVALUATED)],
+    "repair": [(RepairConfig, {})],
 }
 CALIBRATION = {
     "safety": (Recipe, "safety"), "safety_limit": (DataConfig, "limit"), "safety_balance": (DataConfig, "balance"),
@@ -43,6 +52,8 @@ FURTHER: dict[str, dict[str, tuple[type[BaseModel], str]]] = {
         "utility_limit": (DataConfig, "limit"), "utility_balance": (DataConfig, "balance"),
         "utility_shares": (DataConfig, "shares"),
     },
+    "inspect": {"dtype": (Recipe, "dtype"), "device": (Recipe, "device")},
+    "repair": {"dtype": (Recipe, "dtype"), "device": (Recipe, "device")},
     "mask": {"dtype": (Recipe, "dtype"), "device": (Recipe, "device")},
     "judge": {"judge": (EvaluateConfig, "judge")},
 }  # fmt: skip
@@ -53,6 +64,33 @@ NO_SETTINGS = {
     "select": {"run_directory", "random", "beside"},
     # Its utility data are its own: nothing is taken unless surgery or replay asks for it.
     "tune": {"run_directory", "held_out", "arm", "utility", "overwrite"},
+    # Sources of an inspection are the run's unless others are given, and one limit is for all of them.
+    "inspect": {
+        "adapter",
+        "base",
+        "run",
+        "arm",
+        "safety",
+        "utility",
+        "over_refusal",
+        "limit",
+        "out",
+        "as_json",
+    },
+    "repair": {
+        "source",
+        "arm",
+        "base",
+        "suites",
+        "confirm",
+        "safety",
+        "utility",
+        "over_refusal",
+        "limit",
+        "beside",
+        "out",
+        "as_json",
+    },
     "mask": {"adapters", "out", "run", "arm", "beside", "base", "combination", "weights", "density", "overwrite"},
     "evaluate": {"run_directory", "allow_overlap"},
     "judge": {"run_directory"},

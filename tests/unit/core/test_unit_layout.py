@@ -282,3 +282,28 @@ def test_a_norm_over_all_kv_groups_is_told(tiny_model: Callable[..., Any]) -> No
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert len(layout.units) == 6
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds", "reasons"),
+    [
+        ("llama", ("q_head", "k_group", "v_group", "o_head", "mlp_block"), []),
+        ("qwen3_moe", ("q_head", "k_group", "v_group", "o_head"), ["mixture of experts"]),
+        ("deepseek_v3", ("q_head", "o_head"), ["no projection of keys and of values", "mixture of experts"]),
+    ],
+)
+def test_all_kinds_that_can_be_located(
+    tiny_model: Callable[..., Any], family: str, kinds: tuple[str, ...], reasons: list[str]
+) -> None:
+    model = tiny_model(family)
+    heads = HeadLayout.of(model)
+    layout, found = UnitLayout.locatable(model, heads)
+    assert layout.kinds == kinds
+    assert all(reason in said for reason, said in zip(reasons, found, strict=True))
+    for kind in kinds:
+        one = UnitLayout.of(model, heads, (kind,))
+        assert [unit for unit in layout.units if unit.kind == kind] == list(one.units)
+        assert all(layout.parts(unit) == one.parts(unit) for unit in one.units)
+    if not reasons:
+        groups, _ = UnitLayout.locatable(model, heads, n_mlp_groups=4)
+        assert sum(unit.kind == "mlp_group" for unit in groups.units) == 12

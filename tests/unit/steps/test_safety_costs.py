@@ -224,6 +224,68 @@ def test_what_cannot_be_compared_is_not(spoil: Callable[[EvalResult, Any], tuple
     assert safety_costs(*spoil(*run({"safe": 0.2, "all": 0.4}))) is None
 
 
+def test_arms_may_have_been_measured_at_other_strengths_than_each_other() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4})
+    fewer = {"safe": arms["safe"], "all": [{s: arms["all"][0][s] for s in (0.5, 1.0)}]}
+    found = safety_costs(base, fewer)
+    assert found is not None
+    assert found.arms == ["safe", "all"]
+    assert [point.strength for point in found.points["nll"]["safe"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert [point.strength for point in found.points["nll"]["all"]] == [0, 0.5, 1]
+    # Costs and refusals rise in proportion to strength, however many of them were measured.
+    assert found.costs["nll"].arms["all"].value == pytest.approx(0.4 * 0.8, abs=0.02)
+    assert "arm safe costs less than arm all in NLL" in sentences(found)[2]
+    assert set(charts(found)) == {"equal_safety_nll", "equal_safety_utility"}
+
+
+def test_of_an_arms_trainings_the_strengths_of_all_are_used() -> None:
+    base, arms = run({"safe": 0.2})
+    [points] = arms["safe"]
+    found = safety_costs(base, {"safe": [points, {s: points[s] for s in (1.0, 0.5)}]})
+    assert found is not None
+    assert [point.strength for point in found.points["nll"]["safe"]] == [0, 0.5, 1]
+    assert safety_costs(base, {"safe": [points, {0.5: points[0.5]}]}) is None, "no full strength"
+
+
+def test_a_strength_that_was_measured_otherwise_is_left_out_and_its_arm_is_not() -> None:
+    base, arms = run({"safe": 0.2})
+    [points] = arms["safe"]
+    judged = tuple(replace(suite, judge="wildguard") for suite in points[0.5].suites)
+    found = safety_costs(base, {"safe": [{**points, 0.5: replace(points[0.5], suites=judged)}]})
+    assert found is not None
+    assert [point.strength for point in found.points["nll"]["safe"]] == [0, 0.25, 0.75, 1]
+
+
+def test_an_adapter_that_breaks_above_full_strength_is_compared_below() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.4})
+    plain = safety_costs(base, arms)
+    broken = evaluated("arm", [0.0] * N, [9.0] * M, [0.0] * M)
+    stronger = evaluated("arm", [1.0] * N, [2.0] * M, [0.0] * M)
+    [points] = arms["safe"]
+    found = safety_costs(base, {**arms, "safe": [{**points, 1.5: broken}]})
+    assert plain is not None
+    assert found is not None
+    assert found.target == plain.target
+    assert found.costs["nll"].arms["safe"] == plain.costs["nll"].arms["safe"]
+    # One that is safer still belongs to the curve, and the words know of it.
+    more = safety_costs(base, {**arms, "safe": [{**points, 1.25: stronger, 1.5: broken}]})
+    assert more is not None
+    assert [point.strength for point in more.points["nll"]["safe"]] == [0, 0.25, 0.5, 0.75, 1, 1.25]
+    assert "With each adapter turned up or down to the same safety" in sentences(more)[1]
+    assert "With each adapter turned down to the same safety" in sentences(plain)[1]
+
+
+@pytest.mark.parametrize(("names", "said"), [(("all",), "Arm all is"), (("all", "risky"), "Arms all and risky are")])
+def test_arms_that_are_not_compared_are_named(names: tuple[str, ...], said: str) -> None:
+    base, arms = run({"safe": 0.2})
+    found = safety_costs(base, arms)
+    assert found is not None
+    assert len(sentences(found)) == 3
+    [*_, last] = sentences(replace(found, left_out=names))
+    assert last.startswith(f"{said} not compared")
+    assert "castune dial RUN --arm NAME" in last
+
+
 def test_every_cost_is_drawn_with_its_band_and_the_target() -> None:
     base, arms = run({"safe": 0.2, "all": 0.4})
     found = safety_costs(base, arms)

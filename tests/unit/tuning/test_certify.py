@@ -91,7 +91,6 @@ def test_certifying_leaves_the_model_alone(
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "loftq"},
         {"init_lora_weights": "corda"},
-        {"use_rslora": True},
         {"rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"q_proj": 99}},
         {"trainable_token_indices": [1, 2]},

@@ -416,11 +416,44 @@ def test_training_with_surgery_by_unit_keeps_the_certificate(
         assert not (tmp_path / "b").exists()
 
 
-def test_masks_are_for_query_heads(tiny_model: Callable[..., Any], adapter: Path, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(CastuneError, match="query heads alone"):
-        mask_adapter(model, adapter, mixed(model), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+# Of the families in FAMILIES, linear modules of every kind that castune knows.
+LINEAR = {
+    "llama": "all-linear",
+    "phi3": "all-linear",
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mask_keeps_the_lines_of_units_and_nothing_else(
+    tiny_model: Callable[..., Any], tmp_path: Path, family: str
+) -> None:
+    settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "fan_in_fan_out": family == "gpt2"}
+    torch.manual_seed(3)
+    config = LoraConfig(target_modules=LINEAR[family], task_type="CAUSAL_LM", **settings)
+    get_peft_model(tiny_model(family), config).save_pretrained(tmp_path / "source")
+    model, selection = tiny_model(family), mixed(tiny_model(family))
+    result = mask_adapter(model, tmp_path / "source", selection, tmp_path / "out")
+    assert result.certificate == certify(model, tmp_path / "out", selection)
+    assert result.certificate.changed_rows == result.certificate.selected_rows > 0
+    assert result.certificate.changed_columns == result.certificate.selected_columns > 0
+    assert not result.unadapted_layers
+
+    base = tiny_model(family).state_dict()
+    whole, kept = (
+        PeftModel.from_pretrained(tiny_model(family), tmp_path / name).merge_and_unload().state_dict()
+        for name in ("source", "out")
+    )
+    chosen = chosen_lines(family)
+    for name, before in base.items():
+        if name not in chosen:
+            assert torch.equal(kept[name], before), name
+            continue
+        axis, lines = chosen[name]
+        was, is_kept, is_whole = (as_lines(tensor, family, axis) for tensor in (before, kept[name], whole[name]))
+        for line in range(len(was)):
+            torch.testing.assert_close(is_kept[line], (is_whole if line in lines else was)[line])
 
 
 @pytest.mark.parametrize("unit", [("k_group", 0, 2), ("mlp_group", 0, 4), ("o_head", 3, 0), ("mlp_block", 0, 1)])

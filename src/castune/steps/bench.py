@@ -1,0 +1,193 @@
+"""Adapters cut down and evaluated beside the one they come from, each on the same suites; what is there stays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from castune.artifacts import EvalResult, HeadSelection
+from castune.artifacts.adapter_inspection import AdapterInspection
+from castune.artifacts.records import ModelRecord
+from castune.artifacts.repair_result import Tried
+from castune.artifacts.samples import references_of
+from castune.artifacts.tune_result import adapter_hash
+from castune.config import EvaluateConfig
+from castune.core.provenance import fingerprint, model_record
+from castune.errors import NothingScored
+from castune.evaluation.backend import TransformersHost
+from castune.evaluation.judges import Judge, judge
+from castune.evaluation.judging import judge_again
+from castune.evaluation.run import evaluate_on
+from castune.evaluation.suites import Suite
+from castune.purposes import PURPOSES
+from castune.report.summary import mean_change, mean_rate
+from castune.stats.kept_gain import KeptGain, kept_gain
+from castune.steps.candidates import Candidate, changed_units
+from castune.steps.changes import differences
+from castune.steps.directory import BASE
+from castune.steps.evaluate import at_strength, stored_evaluation
+from castune.steps.subject import Subject
+from castune.tuning.mask import mask_adapter
+
+logger = logging.getLogger(__name__)
+
+# What an adapter may cost, the most telling first: numbers in nats tell smaller differences than rates of as many
+# examples, and those of right answers more than those of any text.
+COSTS = ("nll", "utility", "over-refusal-margin", "over-refusal", "kl")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An adapter and what is made of it, evaluated on suites.
+
+    Attributes:
+        subject: the adapter.
+        inspection: of it.
+        out: where candidates and evaluations go.
+        suites: what is measured.
+        config: settings of the evaluation.
+    """
+
+    subject: Subject
+    inspection: AdapterInspection
+    out: Path
+    suites: Sequence[Suite]
+    config: EvaluateConfig
+
+    def selection(self, candidate: Candidate) -> HeadSelection:
+        """What a candidate keeps, of the units that the adapter changes."""
+        dropped = set(candidate.dropped)
+        kept = [one for one in changed_units(self.inspection) if one not in dropped]
+        n_groups = self.subject.recipe.diagnose.mlp_groups if any(one.kind == "mlp_group" for one in kept) else None
+        return HeadSelection.custom(
+            [(one.layer, one.index) for one in kept if one.is_head],
+            n_total=len(self.inspection),
+            model_fingerprint=fingerprint(self.subject.loaded.model),
+            units=[one for one in kept if not one.is_head],
+            mlp_groups=n_groups,
+        )
+
+    def cut(self, candidate: Candidate, place: Path) -> None:
+        """Write a candidate as an adapter with its certificate."""
+        selection = self.selection(candidate)
+        mask_adapter(self.subject.loaded.model, self.subject.adapter, selection, place, overwrite=True)
+
+    def evaluations(self, candidates: Iterable[Candidate]) -> dict[str, EvalResult]:
+        """Evaluations of the base model and some candidates, made where they are not there yet."""
+        base = self._evaluated(BASE, None, 1.0, None)
+        found, references = {BASE: base}, references_of(base.samples)
+        for one in candidates:
+            found[one.name] = self._evaluated(one.name, self._adapter(one), one.strength, references)
+        return found
+
+    def tried(self, candidates: Sequence[Candidate], cost: str) -> list[Tried]:
+        """Some candidates, the first of which is the adapter as it is, by what they keep and cost.
+
+        Raises:
+            NothingScored: no prompt of a safety suite could be scored under all of them.
+        """
+        evaluations = self.evaluations(candidates)
+        source, changes = evaluations[candidates[0].name], differences(evaluations)
+        found = []
+        for one in candidates:
+            result = evaluations[one.name]
+            kept, saved = self._kept(evaluations[BASE], source, result), None
+            if one is not candidates[0]:
+                of_source = differences({BASE: source, one.name: result})[one.name]
+                saved = _cost(result, of_source, cost, sign=-1.0)
+            costs = {purpose: _cost(result, changes[one.name], purpose) for purpose in COSTS}
+            found.append(
+                Tried(
+                    name=one.name,
+                    kind=one.kind,
+                    dropped=len(one.dropped),
+                    strength=one.strength,
+                    predicted=one.predicted(self.inspection),
+                    safety=_rate(result),
+                    kept=kept.value,
+                    kept_interval=None if kept.interval is None else (kept.interval.low, kept.interval.high),
+                    costs={purpose: value for purpose, value in costs.items() if value is not None},
+                    saved=saved,
+                )
+            )
+        return found
+
+    @property
+    def base_safety(self) -> float:
+        """Refusal rate of the base model."""
+        return _rate(self.evaluations([])[BASE])
+
+    def _kept(self, *results: EvalResult) -> KeptGain:
+        names = [suite.suite for suite in results[0].suites if suite.purpose == "safety"]
+        base, source, other = ([result.outcomes_of(name) for name in names] for result in results)
+        try:
+            return kept_gain(list(zip(base, source, other, strict=True)))
+        except ValueError:
+            raise NothingScored(
+                f"no prompt of {', '.join(names)} could be scored under all adapters by {self.config.judge}"
+            ) from None
+
+    def _adapter(self, candidate: Candidate) -> Path:
+        if not candidate.dropped:
+            return self.subject.adapter
+        place = self.out / "candidates" / candidate.name
+        self.cut(candidate, place)
+        return place
+
+    @cached_property
+    def _identity(self) -> ModelRecord:
+        return model_record(*self.subject.loaded)
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return judge(self.config.judge)
+
+    def _evaluated(
+        self, name: str, adapter: Path | None, strength: float, references: Mapping[str, list[list[int]]] | None
+    ) -> EvalResult:
+        model: ModelRecord = {**self._identity, "adapter": None if adapter is None else adapter_hash(adapter)}
+        model = at_strength(model, strength)
+        for place in self._places(name):
+            found = stored_evaluation(place, model, self.config, self.suites, references)
+            if found is not None:
+                return found if found.settings["judge"] == self._judge.name else judge_again(found, self._judge)
+        logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in self.suites))
+        with TransformersHost(*self.subject.loaded).backend(name, adapter, strength) as backend:
+            return evaluate_on(
+                backend,
+                suites=self.suites,
+                config=self.config,
+                by=self._judge,
+                name=name,
+                out=self.out / "evaluation" / name,
+                model_info=model,
+                references=references,
+            )
+
+    def _places(self, name: str) -> Iterator[Path]:
+        """Where an evaluation may be: the run has those of the base model and the adapter itself."""
+        folder = self.subject.folder
+        if folder is not None and name in (BASE, self.subject.name):
+            yield folder.evaluation(name)
+        yield self.out / "evaluation" / name
+
+
+def _rate(result: EvalResult) -> float:
+    """Refusal rate, of suites that are all scored in part (`Bench.tried`)."""
+    rate = mean_rate(result, "safety")
+    assert rate is not None
+    assert rate.value is not None
+    return rate.value
+
+
+def _cost(
+    result: EvalResult, changes: Mapping[str, object], purpose: str, *, sign: float = 1.0
+) -> tuple[float, float | None] | None:
+    """What an evaluation costs more than another, or less for a negative sign; None where it was not measured."""
+    change = mean_change(result, changes, purpose)  # type: ignore[arg-type]
+    if change is None or change.value is None:
+        return None
+    return sign * (-1.0 if PURPOSES[purpose].higher_is_better else 1.0) * change.value, change.standard_error
