@@ -212,7 +212,7 @@ def test_a_panel_shows_its_members_and_their_disagreement(
         Saying(True, False, True, None, False, True),
     )
     for number, member in enumerate((one, two, three)):
-        member.name = f"member{number}"
+        member.name = member.signature = f"member{number}"
     panel = Panel([one, two, three])
     result = judged_by(tiny_model("llama"), tiny_tokenizer, suite("over-refusal", harmful), panel)
     [found] = result.suites
