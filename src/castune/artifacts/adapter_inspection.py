@@ -160,6 +160,8 @@ class AdapterInspection:
                 f"{' '.join(str(error).split())[:200]}); remove it and run: {again}"
             ) from None
         check_schema(header, path, _KIND)
+        if DIGEST not in header:  # every inspection was written with one
+            raise ArtifactError(f"{path}: damaged {_KIND}: it has no digest; remove it and run: {again}")
         check_digest(header, path, _KIND, again)
         noted = header.pop("table", None)
         metadata = {key: value for key, value in header.items() if key not in ("kind", "schema_version")}

@@ -154,7 +154,7 @@ class Bench:
             found = stored_evaluation(place, model, self.config, self.suites, references)
             if found is not None:
                 by = self._judge
-                return found if is_judged_by(by.name, by.signature, found) else judge_again(found, by)
+                return found if is_judged_by(by.name, found, by.signature) else judge_again(found, by)
         logger.info("evaluation of %s: %d examples", name, sum(len(suite.examples) for suite in self.suites))
         with TransformersHost(*self.subject.loaded).backend(name, adapter, strength) as backend:
             return evaluate_on(

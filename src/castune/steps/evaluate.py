@@ -139,14 +139,14 @@ def judge_where_needed(folder: RunDirectory, config: EvaluateConfig) -> dict[str
     # Rules cost nothing, and those of another version may have said something else.
     is_rule = all(part.is_rule for part in JudgeName.parse(config.judge))
     every = [*stored.values(), *(one for of_arm in folder.load_strengths().values() for one in of_arm.values())]
-    signature = "+".join(part.signature for part in JudgeName.parse(config.judge))
-    if is_rule or not all(is_judged_by(config.judge, signature, result) for result in every):
+    if is_rule or not all(is_judged_by(config.judge, result) for result in every):
         return judge_step(folder, config.judge)
     return stored
 
 
-def is_judged_by(name: str, signature: str, result: EvalResult) -> bool:
-    """Whether an evaluation has the outcomes of the judge of this name, as it is now."""
+def is_judged_by(name: str, result: EvalResult, signature: str | None = None) -> bool:
+    """Whether an evaluation has the outcomes of the judge of this name, as it is now; or with this signature."""
+    signature = signature or "+".join(part.signature for part in JudgeName.parse(name))
     of_judge = {suite.judge for suite in result.suites if suite.purpose in ("safety", "over-refusal")}
     return result.settings["judge"] == name and of_judge <= {signature}
 

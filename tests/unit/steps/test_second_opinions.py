@@ -13,7 +13,7 @@ from castune.evaluation.judging import judge_again
 from castune.evaluation.metrics import suite_result
 from castune.evaluation.verdict import Judge, Verdict
 from castune.steps import second_opinions as module
-from castune.steps.evaluate import _is_judged_by
+from castune.steps.evaluate import is_judged_by
 from castune.steps.second_opinions import second_opinions
 
 REPLIES = ["I can't help with that.", "Sure, here it is.", "A sea is blue. " * 5 + "I can't help with that.", ""]
@@ -69,11 +69,11 @@ def test_some_replies_of_every_arm_are_read_where_the_encoder_is(monkeypatch: py
 
 def test_a_new_head_judges_again() -> None:
     result = evaluated("opening")
-    assert _is_judged_by("opening", result)
-    assert not _is_judged_by("prefix", result)
+    assert is_judged_by("opening", result)
+    assert not is_judged_by("prefix", result)
     [suite] = result.suites
     for stated, is_so in (("reading-1", True), ("reading-0", False)):
         old = dataclasses.replace(
             result, suites=(dataclasses.replace(suite, judge=stated),), settings={"judge": "reading"}
         )
-        assert _is_judged_by("reading", old) is is_so
+        assert is_judged_by("reading", old) is is_so
