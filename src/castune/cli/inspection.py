@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from castune.cli.help import READS, WRITES
 from castune.cli.options import PLACE, REPAIR
 from castune.cli.settings import Values
 from castune.cli.values import names
@@ -16,19 +17,31 @@ from castune.console import say
 
 AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a PEFT LoRA adapter of any kind.")]
 Base = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Base model. By default the run's, or the one the adapter names.")
+    str | None,
+    typer.Option(
+        metavar="MODEL", rich_help_panel=READS, help="Base model. By default the run's, or the one the adapter names."
+    ),
 ]
 Safety = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="Harmful prompts with refusals. By default the run's.")
+    str | None,
+    typer.Option(metavar="SOURCE", rich_help_panel=READS, help="Harmful prompts with refusals. By default the run's."),
 ]
 Utility = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="Questions or solved problems. By default the run's.")
+    str | None,
+    typer.Option(metavar="SOURCE", rich_help_panel=READS, help="Questions or solved problems. By default the run's."),
 ]
 OverRefusal = Annotated[
     str | None,
-    typer.Option(metavar="SOURCE", help="Harmless prompts with helpful replies. By default the run's, if any."),
+    typer.Option(
+        metavar="SOURCE",
+        rich_help_panel=READS,
+        help="Harmless prompts with helpful replies. By default the run's, if any.",
+    ),
 ]
-Limit = Annotated[int | None, typer.Option(min=2, metavar="N", help="Examples per set. By default the run's, or 64.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=2, metavar="N", rich_help_panel=READS, help="Examples per set. By default the run's, or 64."),
+]
 
 
 def inspect(
@@ -36,10 +49,14 @@ def inspect(
     *,
     base: Base = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Run whose model, data and conflict map to use.")
+        Path | None,
+        typer.Option(metavar="RUN", rich_help_panel=READS, help="Run whose model, data and conflict map to use."),
     ] = None,
     arm: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Arm of the run whose heads the training was to touch.")
+        str | None,
+        typer.Option(
+            metavar="NAME", rich_help_panel=READS, help="Arm of the run whose heads the training was to touch."
+        ),
     ] = None,
     safety: Safety = None,
     utility: Utility = None,
@@ -48,9 +65,15 @@ def inspect(
     of_model: Annotated[Values, PLACE],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Directory to write. By default RUN/inspection/NAME, or inspection-NAME."),
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=WRITES,
+            help="Directory to write. By default RUN/inspection/NAME, or inspection-NAME.",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of a summary.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=WRITES, help="Print everything as JSON instead of a summary.")
+    ] = False,
 ) -> None:
     """Show what a LoRA adapter does to each head, KV group and MLP.
 
@@ -80,18 +103,23 @@ def repair(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run, or a plain LoRA adapter.")],
     *,
     arm: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Arm of the run to repair. The main arm by default.")
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=READS, help="Arm of the run to repair. The main arm by default."),
     ] = None,
     base: Base = None,
     settings: Annotated[Values, REPAIR],
     suites: Annotated[
         str | None,
-        typer.Option(metavar="SUITES", help="Suites to choose by, comma-separated. By default the run's."),
+        typer.Option(
+            metavar="SUITES", rich_help_panel=READS, help="Suites to choose by, comma-separated. By default the run's."
+        ),
     ] = None,
     confirm: Annotated[
         str | None,
         typer.Option(
-            metavar="SUITES", help="Suites to measure the result on. By default those of the run not in --suites."
+            metavar="SUITES",
+            rich_help_panel=READS,
+            help="Suites to measure the result on. By default those of the run not in --suites.",
         ),
     ] = None,
     safety: Safety = None,
@@ -100,12 +128,18 @@ def repair(
     limit: Limit = None,
     of_model: Annotated[Values, PLACE],
     beside: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="Arm to add to the run. By default ARM-repaired.")
+        str | None,
+        typer.Option(
+            "--as", metavar="NAME", rich_help_panel=WRITES, help="Arm to add to the run. By default ARM-repaired."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory to write, for an adapter without a run.")
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=WRITES, help="Directory to write, for an adapter without a run."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of a summary.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=WRITES, help="Print everything as JSON instead of a summary.")
+    ] = False,
 ) -> None:
     """Drop the units of an adapter that cost most per refusal gained.
 

@@ -74,7 +74,7 @@ SELECTION = all_of(SelectConfig, but=NOT_SELECTED)
 TUNING = in_panel(TRAINS, all_of(TuneConfig, but={}), _OF_A_TRAINING)
 EVALUATION = in_panel(MEASURES, all_of(EvaluateConfig, but=NOT_EVALUATED), _OF_AN_EVALUATION)
 JUDGE = only(EvaluateConfig, "judge")
-REPAIR = all_of(RepairConfig, but={})
+REPAIR = in_panel(MEASURES, all_of(RepairConfig, but={}))
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=only(Recipe, "model")[0].help())]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]

@@ -143,11 +143,11 @@ def _whole(whole: Mapping[str, Mapping[str, float | None]], names: Sequence[str]
 
 
 def _groups(title: str, groups: Iterable[Group], names: Sequence[str]) -> list[str]:
-    lines = [_row(title, ["share", *(_short(name) for name in names)], cell=12)]
+    lines = [_row(title, ["share", *(_short(name) for name in names)], cell=11)]
     for one in groups:
         share = "–" if one.share is None else percent(one.share, 0)
         cells = [share, *(number(one.effects[name], "+.4f") for name in names)]
-        lines.append(_row(f"{one.changed:,} of {one.n:,} {one.label}", cells, cell=12))
+        lines.append(_row(f"{one.changed:,} of {one.n:,} {one.label}", cells, cell=11))
     return lines
 
 
@@ -160,11 +160,11 @@ def _units(inspection: AdapterInspection, names: Sequence[str]) -> list[str]:
         rows = named(inspection, value_H)
         if not rows:
             continue
-        lines.append(_row(title, ["size", *(_short(name) for name in names)], cell=12))
+        lines.append(_row(title, ["size", *(_short(name) for name in names)], cell=11))
         for row in rows:
             effects = [number(float(inspection.effect(name)[row]), "+.4f") for name in names]
             size = f"{inspection.column('norm')[row]:.3g}"
-            lines.append(_row(f"  {inspection.units[row]}", [size, *effects], cell=12))
+            lines.append(_row(f"  {inspection.units[row]}", [size, *effects], cell=11))
     return lines
 
 
