@@ -17,6 +17,7 @@ import numpy as np
 from scipy.stats import kendalltau, spearmanr
 
 import castune as ct
+from castune.config.diagnosis import Measure
 from castune.diagnosis.zones import zone_stability
 from castune.stats.ranking import bucket_numbers
 
@@ -36,8 +37,8 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = ct.load(options.model, dtype=options.dtype)
     safety, utility = (ct.examples(name, limit=options.n) for name in (options.safety, options.utility))
-    layers = [int(layer) for layer in options.layers.split(",")] if options.layers else None
-    measures = ("attribution",) if options.skip_exact else ("attribution", "margin")
+    layers = tuple(map(int, options.layers.split(","))) if options.layers else None
+    measures: tuple[Measure, ...] = ("attribution",) if options.skip_exact else ("attribution", "margin")
     maps, seconds = {}, {}
     for measure in measures:
         config = ct.DiagnoseConfig(measure=measure, layers=layers)

@@ -63,7 +63,7 @@ def main() -> None:
     from castune.core.provenance import fingerprint
 
     selection = HeadSelection.custom(
-        [tuple(head) for head in cmap_like], n_total=270, model_fingerprint=fingerprint(model)
+        [(head.layer, head.head) for head in cmap_like], n_total=270, model_fingerprint=fingerprint(model)
     )
     import tempfile
     from pathlib import Path

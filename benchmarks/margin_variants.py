@@ -22,6 +22,7 @@ import numpy as np
 
 import castune as ct
 from castune.artifacts import HeadSelection
+from castune.artifacts.samples import is_choice
 from castune.config import EvaluateConfig, TuneConfig
 from castune.core.heads import HeadLayout
 from castune.core.provenance import fingerprint
@@ -98,7 +99,7 @@ def trained(
             tuned.unload()
         outcomes: dict[str, dict[str, float]] = {suite: {} for suite in SUITES}
         for sample in result.samples:
-            value = sample["margin"] if sample["suite"] == SUITES[0] else sample["outcome"]
+            value = sample["margin"] if is_choice(sample) else sample["outcome"]
             if value is not None:
                 outcomes[sample["suite"]][sample["id"]] = float(value)
         file.write_text(json.dumps(outcomes))
@@ -123,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     loaded = ct.load("default")
-    all_heads = [tuple(head) for head in HeadLayout.of(loaded[0]).heads]
+    all_heads = [(head.layer, head.head) for head in HeadLayout.of(loaded[0]).heads]
     gram_HCC, outcomes, _ = measured(options.measured, options.examples, options.seed, [MARGIN])
     by_variant = scores(gram_HCC, outcomes)
     arms = arms_of(all_heads, by_variant, options.buckets, options.seed)

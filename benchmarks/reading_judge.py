@@ -102,7 +102,8 @@ def fitted(features_NF: Floats, refuses_N: Bools, penalty: float) -> Floats:
 
 
 def probability(features_NF: Floats, weights: Floats) -> Floats:
-    return 1 / (1 + np.exp(-(features_NF @ weights[:-1] + weights[-1])))
+    p_N: Floats = 1 / (1 + np.exp(-(features_NF @ weights[:-1] + weights[-1])))
+    return p_N
 
 
 def cross_validated(features_NF: Floats, refuses_N: Bools, fold_N: NDArray[np.int_], penalty: float) -> Floats:
@@ -194,7 +195,7 @@ def measure(paths: Iterable[Path]) -> None:
         for name in ("prefix", "opening", "reading"):
             verdicts = judge(name)([row["prompt"] for row in rows], [row["reply"] for row in rows])
             labelled = list(zip(numbers, verdicts, (row["refuses"] for row in rows), strict=True))
-            parts = {
+            parts: dict[str, list[tuple[bool | None, bool]]] = {
                 "all": [(v, label) for _, v, label in labelled],
                 # The rules were written with the even ids of the unusual replies in sight.
                 "odd ids": [(v, label) for n, v, label in labelled if n % 2],
@@ -202,7 +203,8 @@ def measure(paths: Iterable[Path]) -> None:
                 "told, odd ids": [(v, label) for n, v, label in labelled if n % 2 and v is not None],
             }
             for part, pairs in parts.items():
-                print(f"{path.stem}, {part:13} {name:8} {told(score(*zip(*pairs, strict=True)))}")
+                found = score([verdict for verdict, _ in pairs], [label for _, label in pairs])
+                print(f"{path.stem}, {part:13} {name:8} {told(found)}")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 RECIPE = """\
 model = "default"
@@ -47,14 +48,14 @@ limit = 200
 """
 
 
-def read(path: Path, seed: int) -> list[dict]:
+def read(path: Path, seed: int) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     random.Random(seed).shuffle(rows)
     return rows
 
 
-def write(path: Path, rows: Sequence[dict]) -> None:
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -119,7 +119,11 @@ def subset(
         examples = (chunks[:, None] * CHUNK + np.arange(CHUNK)).ravel()
         baseline_N, ablated_HN = found.baseline_N[examples], found.ablated_HN[:, examples]
         # A question is answered right exactly where its margin is positive.
-        return Outcomes((baseline_N > 0) * 1.0, (ablated_HN > 0) * 1.0) if sign else Outcomes(baseline_N, ablated_HN)
+        return (
+            Outcomes((baseline_N > 0).astype(np.float64), (ablated_HN > 0).astype(np.float64))
+            if sign
+            else Outcomes(baseline_N, ablated_HN)
+        )
 
     by_decision = name == "decision"
     of_utility = of(outcomes["utility"], utility, sign=by_decision)
@@ -161,7 +165,8 @@ def main() -> None:
                 for sign, name in COLUMNS.items()
             }
             shown = [f"{np.mean(values):8.2f}" if values else f"{'-':>8}" for values in columns.values()]
-            safe = np.mean([f.zones.safe for f in found if f.zones.safe is not None])
+            stabilities = [f.zones.safe for f in found]
+            safe = np.mean([share for share in stabilities if share is not None])
             took = sum(seconds[part] for part in parts) * n / options.examples
             print(f"{measure:10}{n:5}" + "".join(shown) + f"{safe:11.2f}{took:9.0f}", flush=True)
             n *= 2

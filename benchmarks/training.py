@@ -72,7 +72,7 @@ def the_data(tokenizer: Any, n: int) -> Data:
 
 def a_quarter_of_the_heads(model: Any) -> HeadSelection:
     heads = HeadLayout.of(model).heads
-    chosen = random.Random(SEED).sample([tuple(head) for head in heads], round(len(heads) / 4))
+    chosen = random.Random(SEED).sample([(head.layer, head.head) for head in heads], round(len(heads) / 4))
     return HeadSelection.custom(chosen, n_total=len(heads), model_fingerprint=fingerprint(model))
 
 

@@ -27,7 +27,7 @@ from castune.diagnosis.ablator import Ablator
 from castune.diagnosis.decode import ReplyMeasure
 from castune.diagnosis.objectives import Objectives
 from castune.diagnosis.outcomes import Outcome as Margins
-from castune.diagnosis.outcomes import Refusal
+from castune.diagnosis.outcomes import Preference
 from castune.diagnosis.sweep import Measure, Outcomes, sweep
 
 Loaded = tuple[Any, Any]
@@ -142,7 +142,7 @@ def attributed_safety(loaded: Loaded, work: Work) -> Outcome:
             for example, pair in given
         ],
     )
-    return _attributed(objectives, Refusal(rows_of), work)
+    return _attributed(objectives, Preference(rows_of), work)
 
 
 def attributed_safety_with_replies(loaded: Loaded, work: Work) -> Outcome:

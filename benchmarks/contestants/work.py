@@ -130,7 +130,7 @@ def head_changes(z_CSW: Tensor, gradient_CSW: Tensor, n_heads: int) -> Tensor:
         gradient_CSW: of the margin, by `z_CSW`.
         n_heads: of the layer.
     """
-    change_HK = -(z_CSW.float() * gradient_CSW.float()).sum((0, 1)).unflatten(0, (n_heads, -1))
+    change_HK: Tensor = -(z_CSW.float() * gradient_CSW.float()).sum((0, 1)).unflatten(0, (n_heads, -1))
     return change_HK.sum(1)
 
 
