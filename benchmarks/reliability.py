@@ -161,12 +161,11 @@ def main() -> None:
                 halves = (rng.permutation(options.examples // CHUNK)[: n // CHUNK] for _ in range(2))
                 found.append(split_half(subset(gram_HCC, outcomes, measure, *halves), n_splits=20, seed=draw))
             columns = {
-                sign: [f.columns[name].full for f in found if f.columns[name].full is not None]
+                sign: [full for f in found if (full := f.columns[name].full) is not None]
                 for sign, name in COLUMNS.items()
             }
             shown = [f"{np.mean(values):8.2f}" if values else f"{'-':>8}" for values in columns.values()]
-            stabilities = [f.zones.safe for f in found]
-            safe = np.mean([share for share in stabilities if share is not None])
+            safe = np.mean([share for f in found if (share := f.zones.safe) is not None])
             took = sum(seconds[part] for part in parts) * n / options.examples
             print(f"{measure:10}{n:5}" + "".join(shown) + f"{safe:11.2f}{took:9.0f}", flush=True)
             n *= 2
