@@ -24,7 +24,7 @@ from castune.cli.options import (
 )
 from castune.cli.settings import Values
 from castune.config import Recipe
-from castune.console import say, show_diagnosis, show_drift, show_plan
+from castune.console import say, show_diagnosis, show_drift, show_plan, show_power
 from castune.errors import CastuneError, MapUnfinished
 
 
@@ -62,15 +62,19 @@ def plan(
     """Estimate the time and memory of a diagnosis in advance.
 
     Needs only the model's config, and half a minute to measure this machine; no weights are downloaded. A recipe is
-    planned with its own settings and those of --set. Data on a hub that cannot be reached are replaced by stand-ins.
+    planned with its own settings and those of --set, and with the smallest differences that its suites can show. Data
+    on a hub that cannot be reached are replaced by stand-ins.
 
     Examples:
         castune plan default --accelerator h100
         castune plan recipe.toml --set diagnose.measure=margin
     """
+    from castune.evaluation.suites import load_suites
     from castune.plan.planner import Planner
+    from castune.plan.power import visible_differences
     from castune.plan.stand_ins import DataOrStandIns
     from castune.steps.inputs import load_calibration
+    from castune.study.primary import expected_words
 
     if model.endswith(".toml"):
         recipe = Recipe.load(Path(model), list(overrides or []))
@@ -84,10 +88,18 @@ def plan(
         recipe = recipe.model_copy(update={"dtype": "bfloat16"})
     read = DataOrStandIns()
     calibration = load_calibration(recipe, read)
+    evaluated = recipe.evaluate
+    # A model alone is planned for its map; what is evaluated, and on how many examples, a recipe says.
+    names = evaluated.suites if model.endswith(".toml") else ()
+    suites = load_suites(names, limit=evaluated.limit, seed=evaluated.seed, read=read)
     planner = Planner.of(recipe, accelerator=accelerator)
     planner = replace(planner, notes=[*planner.notes, *read.notes])
     found = planner.diagnosis(*calibration, recipe.diagnose, decoded_share=decoded_share)
     show_plan(planner, found, accelerator)
+    show_power(visible_differences(suites))
+    if recipe.study.primary is not None:
+        for words in expected_words(recipe.study):
+            say(words)
 
 
 def diagnose(

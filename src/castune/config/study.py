@@ -95,7 +95,8 @@ class StudyConfig(Config):
     """Seeds of random selections and of the training; every arm is trained with each, unless it has its own."""
     arm_seeds: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     """Seeds of single arms of the main map in the place of `seeds`, by their names or by patterns such as `bucket-*`:
-    more for what matters most. Arms are compared over the seeds that they have in common."""
+    more for what matters most, and none for an arm that is not to be trained. Arms are compared over the seeds that
+    they have in common."""
     buckets: tuple[Count, ...] = (4,)
     """Numbers M of equal buckets, each of which is trained (Table 7)."""
     scores: tuple[Score, ...] = ("conflict", "gradient", "sensitivity")
@@ -124,7 +125,7 @@ class StudyConfig(Config):
         if "main" in self.calibrations:
             raise ValueError("study.calibrations: main is the name of the recipe's own map")
         check_domain_names(self.calibrations)
-        _checked_arms(self.main_arms)
+        _checked_arms(self._arm_names)
         named = {"drift": self.drift, "primary.arms": () if self.primary is None else self.primary.arms}
         for key, arms in named.items():
             if unknown := set(arms) - set(self.main_arms):
@@ -133,14 +134,12 @@ class StudyConfig(Config):
         return self
 
     def _check_seeds(self) -> None:
-        if unknown := [name for name in self.arm_seeds if not fnmatch.filter(self.main_arms, name)]:
+        if unknown := [name for name in self.arm_seeds if not fnmatch.filter(self._arm_names, name)]:
             raise ValueError(
                 f"study.arm_seeds names arms that the study does not train: {', '.join(sorted(unknown))}; "
-                f"accepted are {', '.join(self.main_arms)}, and patterns of them such as bucket-*"
+                f"accepted are {', '.join(self._arm_names)}, and patterns of them such as bucket-*"
             )
         for arm, seeds in self.arm_seeds.items():
-            if not seeds:
-                raise ValueError(f"study.arm_seeds.{arm} needs at least one seed, for example 21")
             if len(set(seeds)) != len(seeds):
                 raise ValueError(f"study.arm_seeds.{arm} names one twice: {', '.join(map(str, seeds))}")
         drawn = [selection for _, selection in self.draws]
@@ -157,13 +156,18 @@ class StudyConfig(Config):
             )
 
     @property
-    def main_arms(self) -> tuple[str, ...]:
-        """Names of the arms of the main map: tables 1 and 2, buckets, shares; each once."""
+    def _arm_names(self) -> tuple[str, ...]:
+        """Names of all arms of the main map: tables 1 and 2, buckets, shares; each once."""
         names = [f"{arm}{method_suffix(method)}" for method in self.methods for arm in self.arms]
         for buckets in self.buckets:
             names += [self.bucket(n, buckets, score) for score in self.scores for n in range(1, buckets + 1)]
         names += [f"{zone}-{share:g}" for zone in ("risky", "safe") for share in self.shares]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def main_arms(self) -> tuple[str, ...]:
+        """Names of the arms of the main map that have a seed to be trained with."""
+        return tuple(name for name in self._arm_names if self.seeds_of(name))
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """The seeds that an arm of the main map is trained with: its own, those of the first pattern it matches, or

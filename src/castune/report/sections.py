@@ -15,6 +15,7 @@ from castune.report.agreement import JudgePair, two_judges
 from castune.report.equal_safety import chart_names, costs_of, costs_table, sentences
 from castune.report.markup import Markup, join, table, tag
 from castune.report.outcomes import by_lm_eval, fates, losses
+from castune.report.power import visible_differences
 from castune.report.summary import (
     BASE,
     NOT_MEASURED,
@@ -158,6 +159,7 @@ def results(
         two_judges(judge_pairs),
         losses(evaluations),
         by_lm_eval(lm_eval),
+        visible_differences(evaluations, differences),
         _further_numbers(evaluations),
     )
 

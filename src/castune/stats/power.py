@@ -126,6 +126,75 @@ def seeds_needed(
     return None
 
 
+def smallest_paired_difference(
+    standard_error: float, n_pairs: int, *, power: float = 0.8, level: float = LEVEL
+) -> float:
+    """The true mean difference of so many paired examples that is found with this power; no other training is meant.
+
+    Args:
+        standard_error: of the mean difference, above 0, in any unit.
+        n_pairs: 2 or more.
+        power: chance to find it, above the level.
+        level: of the test.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+    _check_pairs(n_pairs)
+    return smallest_difference(
+        seeds_sd=0.0, n_seeds=2, items_se=standard_error, items_df=n_pairs - 1, power=power, level=level
+    )
+
+
+def pairs_needed(
+    difference: float, *, sd: float, power: float = 0.8, level: float = LEVEL, at_most: int = 10_000_000
+) -> int | None:
+    """The fewest pairs, 2 or more, that find a true mean difference with this power.
+
+    Args:
+        difference: in the unit of `sd`; its sign does not matter.
+        sd: standard deviation of the differences of single pairs, above 0.
+        power: chance to find it, above the level.
+        level: of the test.
+        at_most: the most pairs to think of.
+
+    Returns:
+        None where `at_most` are not enough.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+    _check_difference(difference)
+    _check_power(power, _checked_level(level))
+    _check_pairs(at_most)
+    if not 0 < sd < math.inf:
+        raise ValueError(f"sd is {sd}, accepted: a finite number above 0")
+
+    def finds(n_pairs: int) -> bool:
+        return _power_of_t(abs(difference) / sd * math.sqrt(n_pairs), n_pairs - 1, level) >= power
+
+    if not finds(at_most):
+        return None
+    few, enough = 1, at_most
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if finds(middle) else (middle, enough)
+    return enough
+
+
+def sd_of_changes(changed_share: float) -> float:
+    """At most how far paired outcomes, right or wrong, spread where so large a share of them changes.
+
+    A change is +1 or -1, so the variance is the share minus the squared mean difference.
+
+    Raises:
+        ValueError: no share.
+    """
+    if not 0 <= changed_share <= 1:
+        raise ValueError(f"changed_share is {changed_share}, accepted: 0 to 1")
+    return math.sqrt(changed_share)
+
+
 def equivalent(value: float, se: float, df: float, bound: float) -> Equivalence:
     """Whether a difference is smaller than a bound on either side: more than that no difference was seen.
 
@@ -178,6 +247,11 @@ def _power_of_t(errors: float, df: float, level: float) -> float:
     below, beyond = (float(nctdtr(df, errors, end)) for end in (-quantile, quantile))
     # Where a probability is next to nothing, scipy may say NaN.
     return 1.0 - (0.0 if math.isnan(beyond) else beyond) + (0.0 if math.isnan(below) else below)
+
+
+def _check_pairs(n_pairs: int) -> None:
+    if n_pairs < 2:
+        raise ValueError(f"{n_pairs} pairs, accepted: 2 or more")
 
 
 def _check_difference(difference: float) -> None:

@@ -182,7 +182,7 @@ def _comparisons(results: Results, study: StudyConfig) -> list[ArmComparison]:
         for purpose in next((trial.measured.purposes for trial in safe.values()), []):
             if not any(outcomes(list(safe.values()), purpose).values()):
                 continue
-            for arm in study.arms:
+            for arm in (arm for arm in study.arms if f"{arm}{suffix}" in study.main_arms):
                 trials = [trial for trial in results.of(f"{arm}{suffix}") if trial.seed in safe]
                 beside = [safe[trial.seed] for trial in trials]
                 found = compare(outcomes(trials, purpose), outcomes(beside, purpose)) if trials else None

@@ -212,7 +212,7 @@ def test_a_unit_survives_json() -> None:
         ({"drift": ["random-50"]}, "random-50"),
         ({"drift": ["safe"]}, "snapshot_steps"),
         ({"arm_seeds": {"sfae": [1]}}, "study.arm_seeds names arms .* sfae; accepted are all, random"),
-        ({"arm_seeds": {"safe": []}}, "study.arm_seeds.safe needs at least one seed"),
+        ({"arm_seeds": {"safe": []}, "primary": {}}, "study.primary.arms names arms .* not train: safe"),
         ({"arm_seeds": {"risky+pcgrad": [1, 2, 1]}}, r"study.arm_seeds.risky\+pcgrad names one twice: 1, 2, 1"),
         ({"arm_seeds": {"safe": [2]}, "drift": ["safe"]}, "drift .* first seed, 21, .* safe"),
         ({"seeds": [3, 1001], "random_draws": 2}, "1001 is among .* 1000 to 1001"),
@@ -263,6 +263,16 @@ def test_random_draws_are_trained_with_the_seeds_of_the_zones_in_turn() -> None:
     # More draws add to those that are there.
     more = Graph(recipe_of(seeds=[3, 5], random_draws=7), 270)
     assert {run.folder for run in graph.runs} < {run.folder for run in more.runs}
+
+
+def test_an_arm_without_seeds_is_left_out_of_the_graph_and_of_the_family_of_tests() -> None:
+    own = {"safe+pcgrad": [21], "risky+pcgrad": [21], "*+pcgrad": []}
+    made = recipe_of(seeds=[21, 42], arm_seeds=own, drift=[])
+    others = {f"{arm}+pcgrad" for arm in made.study.arms} - own.keys()
+    assert others
+    assert not others & set(made.study.main_arms)
+    trained = {(arm, run.seed) for run in Graph(made, 1024).runs for arm in run.same_as if arm.endswith("+pcgrad")}
+    assert trained == {("safe+pcgrad", 21), ("risky+pcgrad", 21)}
 
 
 def test_arms_may_have_seeds_of_their_own() -> None:
