@@ -13,7 +13,15 @@ from scipy.integrate import quad
 from scipy.special import ndtr, stdtr, stdtrit
 from scipy.stats import chi, ttest_1samp
 
-from castune.stats.power import equivalent, power, seeds_needed, smallest_difference
+from castune.stats.power import (
+    equivalent,
+    pairs_needed,
+    power,
+    sd_of_changes,
+    seeds_needed,
+    smallest_difference,
+    smallest_paired_difference,
+)
 
 SEEDS_SD = st.floats(0.01, 10)
 ITEMS_SE = st.one_of(st.just(0.0), st.floats(0.01, 10))
@@ -143,6 +151,41 @@ def test_no_number_of_seeds_makes_up_for_few_items() -> None:
     assert seeds_needed(-1, seeds_sd=1) == seeds_needed(1, seeds_sd=1) == 10, "as R's power.t.test: n = 9.94"
     limit = smallest_difference(seeds_sd=1, n_seeds=10**9, items_se=0.5)
     assert limit == pytest.approx(0.5 * (1.959964 + 0.841621), rel=1e-4)
+
+
+# -- what can be seen, and with how many pairs of examples
+
+
+@pytest.mark.parametrize(("n", "sd"), [(8, 1.0), (40, 0.3), (120, 2.0)])
+def test_simulated_pairs_show_the_smallest_visible_difference_as_often(n: int, sd: float) -> None:
+    difference = smallest_paired_difference(sd / math.sqrt(n), n, power=0.8)
+    pairs_RN = np.random.default_rng(n).normal(difference, sd, (20_000, n))
+    assert (ttest_1samp(pairs_RN, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.012)
+
+
+@given(st.floats(0.01, 3), st.floats(0.05, 3), st.sampled_from([0.5, 0.8, 0.9]))
+def test_the_pairs_needed_are_the_fewest(d: float, sd: float, asked: float) -> None:
+    found = pairs_needed(d, sd=sd, power=asked)
+    assert found is not None
+    assert smallest_paired_difference(sd / math.sqrt(found), found, power=asked) <= d * (1 + 1e-9)
+    if found > 2:
+        fewer = smallest_paired_difference(sd / math.sqrt(found - 1), found - 1, power=asked)
+        assert fewer > d * (1 - 1e-9)
+
+
+def test_what_pairs_cannot_show() -> None:
+    assert pairs_needed(0, sd=1) is None
+    assert pairs_needed(1e-9, sd=1) is None
+    for call in (lambda: smallest_paired_difference(0.1, 1), lambda: pairs_needed(1, sd=1, at_most=1)):
+        with pytest.raises(ValueError, match="1 pairs"):
+            call()
+    with pytest.raises(ValueError, match="sd is 0"):
+        pairs_needed(1, sd=0)
+
+
+@given(st.lists(st.sampled_from([-1, 0, 1]), min_size=2, max_size=60))
+def test_paired_outcomes_spread_no_further_than_their_changes_allow(changes: list[int]) -> None:
+    assert np.std(changes) <= sd_of_changes(float(np.mean(np.abs(changes)))) + 1e-12
 
 
 # -- equivalence
