@@ -18,7 +18,7 @@ from torch import Tensor
 
 from castune.core.flops import ForwardFlops
 from castune.core.heads import HeadLayout
-from castune.core.losses import SCORED_MULTIPLE, batches_by_length
+from castune.core.losses import SCORED_MULTIPLE, batches_by_length, room_with_gradients
 from castune.core.scoring import can_share_prompts
 from castune.data.rows import Row, shared_prefix
 from castune.errors import CastuneError
@@ -88,6 +88,7 @@ def example_batches(
     batch_tokens: int,
     *,
     packed: bool = True,
+    differentiated: bool = False,
 ) -> list[ExampleBatch]:
     """Batches of at most `batch_tokens` rows x tokens, longest examples first; the rows of an example stay together.
 
@@ -97,6 +98,7 @@ def example_batches(
         rows_of: the rows of each example.
         batch_tokens: limit of a batch; an example beyond it is a batch of its own.
         packed: let examples share a row where that saves work. Not where a row must be one example's.
+        differentiated: leave room for the gradients of what is scored (`room_with_gradients`).
     """
     # A unit is what must stay together: one example, or several that share a row.
     alone = [[n] for n in range(len(rows_of))]
@@ -112,7 +114,10 @@ def example_batches(
             unit_rows.append([row for _, row in originals])
             unit_parts.append([[(n, len(row.tokens))] for n, row in originals])
     # A unit of several rows takes as much room as one row of all their padded lengths.
-    room = [len(rows) * max(len(row.ids) for row in rows) for rows in unit_rows]
+    room = [
+        len(rows) * max(room_with_gradients(row) if differentiated else len(row.ids) for row in rows)
+        for rows in unit_rows
+    ]
     return [
         ExampleBatch(
             [n for i in batch for n in units[i]],

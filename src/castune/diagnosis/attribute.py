@@ -37,7 +37,9 @@ class AttributedMeasure:
 
     def __init__(self, ablator: Ablator, outcome: Outcome, *, batch_tokens: int) -> None:
         self.ablator, self.outcome, self.batch_tokens = ablator, outcome, batch_tokens
-        self.batches = example_batches(ablator.model, ablator.layout, outcome.rows_of, batch_tokens, packed=False)
+        self.batches = example_batches(
+            ablator.model, ablator.layout, outcome.rows_of, batch_tokens, packed=False, differentiated=True
+        )
         self._row_of = {head: number for number, head in enumerate(ablator.heads)}
         self._sites = {head.place: ablator.units.site(*head.place) for head in ablator.heads}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from castune.artifacts import Unit
-from castune.core.losses import RowBatch, batches_by_length, reply_nll, run_batches
+from castune.core.losses import RowBatch, loss_batches, reply_nll, run_batches
 from castune.core.memory import return_freed_memory
 from castune.core.progress import Advance, no_progress
 from castune.core.units import Part, UnitLayout
@@ -46,7 +46,7 @@ def partial_gradients(
         paths: module paths of the projections whose gradients are wanted.
         rows: one row an example; its scored tokens are the reply.
         n_chunks: into how many parts the examples are cut (at most one a row).
-        batch_tokens: rows x tokens of one forward and backward.
+        batch_tokens: rows x tokens of one forward and backward (`loss_batches`).
         advance: called with the number of rows done.
 
     Returns:
@@ -69,7 +69,7 @@ def partial_gradients(
                 loss = reply_nll(model, RowBatch.of([chunk[i] for i in indices], weights[0].device)).sum() / len(rows)
                 return loss, torch.autograd.grad(loss, weights)
 
-            batches = batches_by_length([len(row.ids) for row in chunk], batch_tokens)
+            batches = loss_batches(chunk, batch_tokens)
             for indices, (loss, gradients) in run_batches(batches, backward):
                 if not torch.isfinite(loss):
                     raise CastuneError(

@@ -22,7 +22,7 @@ from castune.core.batching import ExampleBatch
 from castune.core.continuation import can_continue
 from castune.core.flops import ForwardFlops
 from castune.core.generation import ROUND, Reply
-from castune.core.losses import batches_by_length
+from castune.core.losses import loss_batches
 from castune.core.units import UnitLayout
 from castune.data.chat import ChatFormat
 from castune.data.example import Example
@@ -157,9 +157,14 @@ class DiagnosisWork:
 
     @property
     def gradient_sample(self) -> Sample:
-        """What gradients are timed on: the largest batch of the largest chunk."""
+        """What gradients are timed on, and their memory is measured with: the largest batch of the largest chunk."""
         chunk = max(self.loss_chunks, key=lambda rows: sum(len(row.ids) for row in rows))
-        largest = next(batches_by_length([len(row.ids) for row in chunk], self.batch_tokens))
+
+        def room(indices: list[int]) -> int:
+            size = Size.of([chunk[i] for i in indices])
+            return size.n_tokens + size.n_scored
+
+        largest = max(loss_batches(chunk, self.batch_tokens), key=room)
         return Sample(batch_tokens=self.batch_tokens, rows=[chunk[i] for i in largest])
 
     @property
@@ -261,7 +266,7 @@ class DiagnosisWork:
     def _gradient_sizes(self) -> Iterator[Size]:
         """Of all batches of a pass."""
         for chunk in self.loss_chunks:
-            for indices in batches_by_length([len(row.ids) for row in chunk], self.batch_tokens):
+            for indices in loss_batches(chunk, self.batch_tokens):
                 yield Size.of([chunk[i] for i in indices])
 
     def _attributed(self) -> Work:

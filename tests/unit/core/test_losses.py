@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from castune.core.losses import RowBatch, batches_by_length, reply_nll, token_log_probs
+from castune.core.losses import RowBatch, batches_by_length, loss_batches, reply_nll, token_log_probs
 from castune.data.rows import Row
 
 # Prompts and replies of different lengths, some beyond the sliding windows of 16; token 0 is also the padding.
@@ -100,6 +100,19 @@ def test_batches_are_not_smaller_than_needed(lengths: list[int], batch_tokens: i
     batches = list(batches_by_length(lengths, batch_tokens))
     for batch in batches[:-1]:
         assert (len(batch) + 1) * max(lengths[i] for i in batch) > batch_tokens
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 200)), min_size=1, max_size=60), st.integers(2, 1000))
+def test_batches_of_a_loss_leave_room_for_gradients_of_logits(sizes: list[tuple[int, int]], batch_tokens: int) -> None:
+    rows = [Row((0,) * (prompt + reply), (0,) * reply, (0,) * reply) for prompt, reply in sizes]
+    batches = list(loss_batches(rows, batch_tokens))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
+    for batch in batches:
+        if len(batch) > 1:
+            assert len(batch) * max(len(rows[i].ids) for i in batch) <= batch_tokens
+            assert len(batch) * max(len(rows[i].tokens) for i in batch) <= batch_tokens / 2
+    if all(reply <= prompt for prompt, reply in sizes):
+        assert batches == list(batches_by_length([len(row.ids) for row in rows], batch_tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

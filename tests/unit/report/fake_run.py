@@ -24,6 +24,7 @@ from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.config import TuneConfig
+from castune.purposes import PURPOSES
 from castune.report.page import write_report
 from castune.stats.estimates import CostRatio, PairedDifference
 
@@ -251,7 +252,7 @@ def make_masked(selection: HeadSelection, name: str) -> MaskedAdapter:
 
 
 def make_suite(purpose: str, value: float | None, error: float | None, **changes: Any) -> SuiteResult:
-    metric = {"utility": "accuracy", "safety": "refusal_rate", "over-refusal": "over_refusal_rate"}[purpose]
+    metric = PURPOSES[purpose].metric
     plain: dict[str, Any] = {
         "suite": f"starter-{purpose}-eval",
         "purpose": purpose,
