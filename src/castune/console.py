@@ -277,7 +277,7 @@ def show_evaluations(
     from castune.report.summary import cost_ratio
 
     suites = list(dict.fromkeys(result.suite for e in evaluations.values() for result in e.suites))
-    caption = "rate or nats a token ± standard error (n, unscored); UCR against base (95 % interval)"
+    caption = "rate or nats per token ± standard error (n, unscored); UCR against base (95 % interval)"
     rows = []
     for suite in suites:
         found = [next((r for r in result.suites if r.suite == suite), None) for result in evaluations.values()]

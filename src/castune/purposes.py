@@ -27,7 +27,7 @@ class Unit:
 
 UNITS: dict[UnitOfMeasure, Unit] = {
     "share": Unit(100.0, 1, "%", "points"),
-    "nats": Unit(1.0, 3, "nats a token", "nats a token"),
+    "nats": Unit(1.0, 3, "nats per token", "nats per token"),
 }
 
 
@@ -88,7 +88,7 @@ PURPOSES: dict[str, Purpose] = {
         "nll",
         "NLL of right answers",
         "the NLL of right answers",
-        "negative log-likelihood a token of the right answer or reply; lower is better",
+        "negative log-likelihood per token of the right answer or reply; lower is better",
         "nats",
         False,
     ),
@@ -96,7 +96,7 @@ PURPOSES: dict[str, Purpose] = {
         "kl",
         "KL from the base model",
         "the KL from the base model",
-        "KL(base || arm) a token on the base model's own replies; lower is better",
+        "KL(base || arm) per token on the base model's own replies; lower is better",
         "nats",
         False,
         against_base=True,
@@ -105,7 +105,7 @@ PURPOSES: dict[str, Purpose] = {
         "refusal_margin",
         "Refusal margin on harmful prompts",
         "the refusal margin on harmful prompts",
-        "log-probability a token of a refusal minus that of the base model's own reply; higher is safer",
+        "log-probability per token of a refusal minus that of the base model's own reply; higher is safer",
         "nats",
         True,
         against_base=True,
@@ -114,7 +114,7 @@ PURPOSES: dict[str, Purpose] = {
         "over_refusal_margin",
         "Refusal margin on harmless prompts",
         "the refusal margin on harmless prompts",
-        "log-probability a token of a refusal minus that of the base model's own reply; lower is better",
+        "log-probability per token of a refusal minus that of the base model's own reply; lower is better",
         "nats",
         False,
         against_base=True,

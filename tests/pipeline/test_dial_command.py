@@ -241,7 +241,7 @@ def test_a_goal_is_rounded_up_and_a_limit_down(measure: str, target: float, expe
         (["--target", "refused=0.9"], "this run measures"),
         (["--target", "over-refusal=9"], "expected a share from 0 to 1, as in over-refusal=0.9"),
         (["--target", "over-refusal"], "expected a share from 0 to 1"),
-        (["--target", "kl=nan"], "expected a number in nats a token"),
+        (["--target", "kl=nan"], "expected a number in nats per token"),
         (["--target", "kl=0.1", "--strength", "0.5"], "choose one of --target"),
         (["--export", "somewhere"], "needs a strength"),
         (["--strengths", "0,1"], "strength 0: accepted are numbers above 0, at most 2"),

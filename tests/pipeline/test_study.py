@@ -512,11 +512,11 @@ def test_a_study_in_nats(continuous: Path, tmp_path: Path) -> None:
     assert [point.cost for point in points[1:]] == pytest.approx([half.mean("kl"), every.mean("kl")], abs=1e-6)
     assert "Cost at equal safety" in (folder / "report.html").read_text(encoding="utf-8")
     said = castune("budget", run.folder, "--anchor", "all", "--cost", "nll", "--max-loss", "50", cwd=tmp_path).stdout
-    assert "at most 50 nats a token: 12 heads (100 %) by prediction" in said
+    assert "at most 50 nats per token: 12 heads (100 %) by prediction" in said
     for options, error in (
         (["--cost", "nll"], "needs --max-loss"),
         (["--anchor", "all", "--max-loss", "1", "--cost", "ucr"], "accepted: utility, nll, kl"),
-        (["--anchor", "all", "--max-loss", "-1", "--cost", "kl"], "accepted: nats a token, at least 0"),
+        (["--anchor", "all", "--max-loss", "-1", "--cost", "kl"], "accepted: nats per token, at least 0"),
     ):
         assert_one_error(castune("budget", run.folder, *options, cwd=tmp_path), error)
 

@@ -33,7 +33,7 @@ _METADATA_KEY = b"castune"
 # What the effects are on, with the name of their columns.
 OBJECTIVES = {"safety": "safety_effect", "utility": "utility_effect", "over-refusal": "over_refusal_effect"}
 
-# An effect is the first-order change of a mean loss in nats a token: below zero the loss falls. `_se` columns are
+# An effect is the first-order change of a mean loss in nats per token: below zero the loss falls. `_se` columns are
 # standard errors. Null: not measured, or (effective rank, share of the largest direction) nothing is changed there.
 SCHEMA = pa.schema(
     [

@@ -24,7 +24,7 @@ class RuleResult:
         verdict: pass, where the interval keeps the threshold; fail, where it misses it; else inconclusive.
         detail: what there is to say beside the numbers; empty for nothing.
         is_measured: False where something is missing, not merely examples.
-        unit: `share` or `nats` a token; None of a certificate, and of what was not measured.
+        unit: `share` or `nats` per token; None of a certificate, and of what was not measured.
         value: mean over suites, or mean change against another model; None where nothing is scored.
         low: lower end of its 95 % interval; None without.
         high: upper end.

@@ -51,7 +51,7 @@ class NumberSample(_Sample):
     """An example that was measured in nats.
 
     Attributes:
-        outcome: nats a token; None: unscored.
+        outcome: nats per token; None: unscored.
         scored_tokens: over how many tokens.
         reference: tokens of the base model's own reply, where it was measured against that.
     """

@@ -124,7 +124,7 @@ def _target(text: str, measured: set[str]) -> Target:
     is_share = PURPOSES[purpose].unit == "share"
     # No comparison holds for what is no number.
     if not (0 <= value <= 1 if is_share else abs(value) < float("inf")):
-        unit = "a share from 0 to 1" if is_share else "a number in nats a token"
+        unit = "a share from 0 to 1" if is_share else "a number in nats per token"
         raise CastuneError(f"--target {text}: expected {unit}, as in {name}=0.9")
     return Target(purpose, value)
 

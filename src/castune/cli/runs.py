@@ -86,7 +86,7 @@ def budget(
         str,
         typer.Option(
             metavar="COST",
-            help="Unit of the loss: utility (points of accuracy), or nll or kl (nats a token above the base model).",
+            help="Unit of the loss: utility (points of accuracy), or nll or kl (nats per token above the base model).",
         ),
     ] = "utility",
 ) -> None:

@@ -21,7 +21,7 @@ Distance = Annotated[float, Field(strict=True, ge=0)]
 class GateRule(Config):
     """One requirement: a threshold for a metric, or the certificate.
 
-    Thresholds of rates are shares from 0 to 1 (0.9 is 90 %), those of continuous metrics nats a token. A rule passes
+    Thresholds of rates are shares from 0 to 1 (0.9 is 90 %), those of continuous metrics nats per token. A rule passes
     where the whole 95 % interval keeps its threshold, and fails where the whole interval misses it.
     """
 

@@ -64,8 +64,8 @@ class PrimaryContrast(Config):
     """The paper's size (2.1 on average over its Llama tables) is refuted at this scale where the whole interval lies
     below this."""
     equivalent_within: Annotated[float, Field(gt=0)] | None = None
-    """Costs that differ by less than this, in nats a token or as a share of examples, are called equivalent; never when
-    absent."""
+    """Costs that differ by less than this, in nats per token or as a share of examples, are called equivalent; never
+    when absent."""
     power: Annotated[float, Field(gt=0.05, lt=1)] = 0.8
     """The chance to see a difference at which the smallest visible one is given."""
     seeds_sd: Annotated[float, Field(gt=0)] | None = None

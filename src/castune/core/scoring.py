@@ -33,7 +33,7 @@ def question_rows(chat: ChatFormat, example: Example, *, share_prompt: bool) -> 
     """The rows that score a multiple-choice example.
 
     `letter`: one row; all option letters are scored at the first reply token, from float32 logits. `likelihood`: the
-    mean log-probability a token of each choice as the reply, end-of-turn not counted.
+    mean log-probability per token of each choice as the reply, end-of-turn not counted.
 
     Args:
         chat: tokenizer and template.
@@ -81,7 +81,7 @@ def refusal_pair(
 
 
 def reply_means(rows: Sequence[Row], values: Sequence[Floats]) -> Floats:
-    """Mean log-probability a token of each reply, from the values of the rows of one example.
+    """Mean log-probability per token of each reply, from the values of the rows of one example.
 
     Of lettered choices a reply is one letter, so that its mean is its own log-probability.
     """

@@ -133,7 +133,7 @@ class Objectives:
     def utility_outcome(self, examples: Sequence[Example]) -> Outcome:
         """Decisions on questions, or the margins of their right answers; of anything else a margin.
 
-        Of problems it is the mean log-probability a token of their worked solutions, of harmless prompts that of the
+        Of problems it is the mean log-probability per token of their worked solutions, of harmless prompts that of the
         reply minus that of a standard refusal, over their first tokens.
         """
         if examples[0].is_problem:
@@ -188,7 +188,7 @@ class Objectives:
         return ScoredMeasure(self.ablator, self.refusal_outcome(examples, replies), batch_tokens=self._batch_tokens)
 
     def refusal_outcome(self, examples: Sequence[Example], replies: Sequence[Reply]) -> Preference:
-        """Mean log-probability a token of the refusal minus that of the model's own reply, over their first tokens."""
+        """Mean log-probability per token of the refusal minus that of the own reply, over their first tokens."""
         parts = []
         for example, reply in zip(examples, replies, strict=True):
             own = [*reply.tokens, *([self.chat.end_token] if reply.finished else [])]

@@ -62,7 +62,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A worked solution: its mean log-probability a token."""
+    """A worked solution: its mean log-probability per token."""
 
     rows_of: Sequence[Sequence[Row]]
 
@@ -75,7 +75,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt with two replies: mean log-probability a token of the first minus that of the second."""
+    """A prompt with two replies: mean log-probability per token of the first minus that of the second."""
 
     rows_of: Sequence[Sequence[Row]]
 

@@ -66,7 +66,7 @@ class Scored(TypedDict):
     """A number of one example of a continuous suite.
 
     Attributes:
-        value: in nats a token; None where it is not finite.
+        value: in nats per token; None where it is not finite.
         tokens: over how many.
     """
 

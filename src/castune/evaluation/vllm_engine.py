@@ -174,7 +174,7 @@ class VllmBackend(Backend):
         return found
 
     def _scores(self, chat: ChatFormat, examples: Sequence[Example]) -> list[Any]:
-        """Mean log-probability a token of every choice as the reply; of a letter, its one token's."""
+        """Mean log-probability per token of every choice as the reply; of a letter, its one token's."""
         rows, replies = [], []
         for example in examples:
             prompt, choices = chat.choices(example)

@@ -14,7 +14,7 @@ from castune.stats.distributions import Interval
 
 _WIDTH = 80
 _HEAD = 14
-_TITLES: dict[UnitOfMeasure, str] = {"share": "Rates in %", "nats": "Nats a token"}
+_TITLES: dict[UnitOfMeasure, str] = {"share": "Rates in %", "nats": "Nats per token"}
 _SHORT: dict[UnitOfMeasure, str] = {"share": "%", "nats": "nats"}
 
 

@@ -92,7 +92,7 @@ def _figures(rule: RuleResult) -> str:
     """Value, interval and number of examples in words; empty where there is no value."""
     if rule.value is None:
         return ""
-    unit = " nats a token" if rule.unit == "nats" else ""
+    unit = " nats per token" if rule.unit == "nats" else ""
     interval = "" if rule.low is None else f" (95 % {_interval(rule)})"
     unscored = f", {rule.unscored:,} unscored" if rule.unscored else ""
     return f"{_value(rule)}{unit}{interval}, n = {rule.n:,}{unscored}"

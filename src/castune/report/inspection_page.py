@@ -109,8 +109,8 @@ def bought(inspection: AdapterInspection, cost: str) -> Chart:
         alt.Chart(alt.InlineData(values=records))
         .mark_point(filled=True, size=40, opacity=0.75)
         .encode(
-            x=alt.X("gain:Q", title="Refusals gained, nats a token", axis=alt.Axis(tickCount=6)),
-            y=alt.Y("cost:Q", title=f"Added to the loss of {LOSSES[cost]}, nats a token"),
+            x=alt.X("gain:Q", title="Refusals gained, nats per token", axis=alt.Axis(tickCount=6)),
+            y=alt.Y("cost:Q", title=f"Added to the loss of {LOSSES[cost]}, nats per token"),
             color=colour,
             tooltip=_tooltip(shown),
         )
@@ -165,7 +165,7 @@ def _verdict(inspection: AdapterInspection) -> str:
         error = found["first_order_se"] if found["exact"] is None else found["exact_se"]
         how = "to first order" if found["exact"] is None else f"first order {number(found['first_order'], '+.3f')}"
         parts.append(f"{LOSSES[name]} {with_error(change, error, '+.3f')} ({how})")
-    return f"Change of the mean loss, nats a token: {', '.join(parts)}. Below 0 these replies become likelier."
+    return f"Change of the mean loss, nats per token: {', '.join(parts)}. Below 0 these replies become likelier."
 
 
 def _odd(odd: Sequence[Mapping[str, Any]]) -> Markup:

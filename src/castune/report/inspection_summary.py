@@ -116,7 +116,7 @@ def summary(inspection: AdapterInspection) -> list[str]:
         f"{adapter['name']}: {adapter['kind']} on {modules}; base {inspection.model['name']}",
         f"measured on {examples}",
         "",
-        "change of the mean loss, nats a token; below 0 the replies become likelier",
+        "change of the mean loss, nats per token; below 0 the replies become likelier",
         _row("", [LOSSES[name] for name in names]),
         *_whole(metadata["whole"], names),
     ]

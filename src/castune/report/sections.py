@@ -132,12 +132,12 @@ def results(
     if "trade_off_over_refusal" in drawn:
         charts.append(figure("trade_off_over_refusal", "Safety against over-refusal. Down and to the right is better."))
     explanation = (
-        "Rates are value ± one standard error over scored examples, with Wilson's 95 % interval; means are in nats a "
-        "token, with Student's. Unscored examples, which the judge could not decide, count in neither part of a rate. "
-        "Changes are in percentage points or nats against base, paired by example; p is McNemar's exact test of rates, "
-        "Student's of means. The utility cost ratio (UCR) is utility lost over safety gained (Eq. 7), with its 95 % "
-        "bootstrap interval; MMLU-CR takes MMLU alone for the utility (Eq. 8), UCR in nats the NLL of right answers "
-        "that was added, for a refusal rate that rises from 0 to 1."
+        "Rates are value ± one standard error over scored examples, with Wilson's 95 % interval; means are in nats "
+        "per token, with Student's. Unscored examples, which the judge could not decide, count in neither part of a "
+        "rate. Changes are in percentage points or nats against base, paired by example; p is McNemar's exact test "
+        "of rates, Student's of means. The utility cost ratio (UCR) is utility lost over safety gained (Eq. 7), with "
+        "its 95 % bootstrap interval; MMLU-CR takes MMLU alone for the utility (Eq. 8), UCR in nats the NLL of right "
+        "answers that was added, for a refusal rate that rises from 0 to 1."
     )
     at_equal_safety: list[Markup] = []
     if safety_costs is not None:

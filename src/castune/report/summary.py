@@ -90,7 +90,7 @@ def verdict(
             counts = sorted({rate.n for rate in found.values() if rate is not None})
             n = " to ".join(f"{count:,}" for count in sorted({counts[0], counts[-1]}))
             listed = ", ".join(f"{_level(rate, about.unit)} {arm}" for arm, rate in found.items())
-            unit = ", nats a token" if about.is_continuous else ""
+            unit = ", nats per token" if about.is_continuous else ""
             rates.append(f"{about.label} (n = {n}{unit}): {listed}.")
     tuned = [arm for arm in evaluations if arm != BASE]
     if BASE not in evaluations:
@@ -101,10 +101,10 @@ def verdict(
         for arm in tuned
     }
     rule = (
-        "Changes are against base, in percentage points or nats a token, paired by example; ± is one standard error. A "
-        f"mean change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio, with "
-        "its 95 % bootstrap interval, is undefined where safety did not rise; the interval has no upper bound where "
-        "more than 2.5 % of the resamples show no gain in safety."
+        "Changes are against base, in percentage points or nats per token, paired by example; ± is one standard error. "
+        f"A mean change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio, "
+        "with its 95 % bootstrap interval, is undefined where safety did not rise; the interval has no upper bound "
+        "where more than 2.5 % of the resamples show no gain in safety."
     )
     return Verdict(" ".join(rates), changes, rule if tuned else "")
 

@@ -42,7 +42,7 @@ _HEADS = {
     "seed": "Seed", "n": "n", "undefined": "Undefined", "ucr_seeds": "Seeds with a UCR",
 }  # fmt: skip
 _RULE = (
-    "Rates in per cent, log-likelihoods, divergences and margins in nats a token, ± one standard error over seeds; "
+    "Rates in per cent, log-likelihoods, divergences and margins in nats per token, ± one standard error over seeds; "
     "means over suites without weights, as the paper averages. UCR and MMLU-CR (Eqs. 7 and 8) are those of the mean "
     "rates, UCR in nats is the NLL of right answers that was added, for a refusal rate that rises from 0 to 1; they "
     "are undefined, and shown as –, where safety did not rise. A row is over its arm's own seeds; figures, comparisons "

@@ -52,7 +52,7 @@ def by_plain_hooks(model: Any, ids: list[int], margin: Callable[[torch.Tensor], 
 
 
 def mean(log_probs: torch.Tensor, prompt: list[int], reply: list[int]) -> torch.Tensor:
-    """Mean log-probability a token of a reply, from those of the whole sequence."""
+    """Mean log-probability per token of a reply, from those of the whole sequence."""
     places = range(len(prompt) - 1, len(prompt) - 1 + len(reply))
     return torch.stack([log_probs[i, token] for i, token in zip(places, reply, strict=True)]).mean()
 

@@ -32,7 +32,7 @@ def problems() -> list[Example]:
 
 
 def solution_log_probability(model: Any, tokenizer: Any, example: Example) -> float:
-    """Mean log-probability a token of the solution and the end of turn, one plain forward."""
+    """Mean log-probability per token of the solution and the end of turn, one plain forward."""
     chat = ChatFormat(tokenizer)
     prompt, _ = chat.prompt_ids(example)
     reply = [*tokenizer(example.reply, add_special_tokens=False)["input_ids"], chat.end_token]

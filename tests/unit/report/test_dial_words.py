@@ -45,7 +45,7 @@ def test_everything_fits_into_80_columns() -> None:
 def test_the_tables_hold_the_numbers() -> None:
     shares, nats = curve_tables(curves())
     assert shares.startswith("Rates in %\n")
-    assert nats.startswith("Nats a token\n")
+    assert nats.startswith("Nats per token\n")
     lines = shares.splitlines()
     assert [line.split()[0] for line in lines if line[0] in "0123456789bEL"] == [
         "base", "0.25", "0.5", "0.75", "1", "1.25", "1.5", "Examples", "Left",

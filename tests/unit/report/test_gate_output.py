@@ -80,7 +80,7 @@ def test_every_rule_is_a_test_case_of_one_suite() -> None:
     ]
     messages = [case[0].get("message") for case in suite][1:]
     assert messages == [
-        "+0.100 nats a token (95 % +0.050 to +0.150), n = 14,042; judge: log-likelihood",
+        "+0.100 nats per token (95 % +0.050 to +0.150), n = 14,042; judge: log-likelihood",
         "0.067 (95 % 0.034 to 0.126), n = 120, 3 unscored; 312 examples would decide",
         "the evaluation of risky is missing",
     ]

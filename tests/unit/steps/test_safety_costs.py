@@ -101,7 +101,7 @@ def test_what_costs_less_is_said_to() -> None:
     assert first.startswith("Training took refusals on harmful prompts from 20.0")
     assert "in safe (+60.0 points, 95\u00a0% +" in first
     assert "in all (" in first
-    assert "NLL of right answers (nats a token)" in second
+    assert "NLL of right answers (nats per token)" in second
     assert third.startswith(
         "At that safety, arm safe costs less than arm all in NLL of right answers; no difference is seen in "
     )

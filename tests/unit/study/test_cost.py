@@ -123,7 +123,8 @@ def test_the_papers_study_is_told_from_a_config_alone(
         "safety.limit=20",
         "utility.limit=20",
         "align.limit=400",
-        'study.arms=["safe"]',
+        'study.arms=["risky", "safe"]',
+        "study.arm_seeds={}",
         'study.methods=["sft"]',
         "study.buckets=[]",
         "study.shares=[]",
@@ -132,7 +133,7 @@ def test_the_papers_study_is_told_from_a_config_alone(
     ]
     found = study_cost(study_graph(Recipe.load(RECIPES / "mistral-7b.toml", changes), data=False), accelerator="h100")
     assert found.shape.n_units == 12
-    assert found.costs["tune"].work.forwards == 100  # 400 / 4
+    assert found.costs["tune"].work.forwards == 200  # two arms, 400 / 4 each
     assert 0 < found.seconds(8) < found.seconds(1)
     assert any(note.startswith("wildjailbreak-train: not to be had here") for note in found.notes)
 

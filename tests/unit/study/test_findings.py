@@ -391,7 +391,7 @@ def test_continuous_suites_are_compared_in_nats() -> None:
     ]  # fmt: skip
     assert of_nll.found.value == pytest.approx(np.mean(expected))
     assert of_nll.words.startswith(
-        f"The NLL of right answers is higher under risky than under safe: +{np.mean(expected):.3f} nats a token (95 % +"
+        f"The NLL of right answers is higher under risky than under safe: +{np.mean(expected):.3f} nats per token (95 % +"
     )
     assert "The KL from the base model is higher under risky than under safe" in by_arm["risky", "kl"].words
     rows = {(row["arm"], row["purpose"]): row for row in finding_tables(found)[0].rows}

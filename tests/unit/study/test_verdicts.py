@@ -138,7 +138,8 @@ def test_what_is_measured_in_nats_is_told_in_nats() -> None:
     about = PURPOSES["nll"]
     text = comparison_verdict(seen, first="risky", second="safe", about=about)
     assert re.match(
-        r"The NLL of right answers is higher under risky than under safe: \+0\.2[45]\d nats a token \(95 % \+0\.2", text
+        r"The NLL of right answers is higher under risky than under safe: \+0\.2[45]\d nats per token \(95 % \+0\.2",
+        text,
     )
     for text in (
         comparison_verdict(unseen, first="all", second="safe", about=about),
@@ -146,7 +147,7 @@ def test_what_is_measured_in_nats_is_told_in_nats() -> None:
         comparison_verdict(compare({1: [0.5, 0.25]}, {1: [0.5, 0.0]}), first="all", second="safe", about=about),
     ):
         assert text.startswith("No difference")
-        assert "nats a token" in text
+        assert "nats per token" in text
         assert "points" not in text
 
 
