@@ -87,10 +87,11 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Commands broken on purpose, more often than in the tests: so many faults of every kind on every stage.
+# Commands broken on purpose, more often than in the tests: signals and a full disk at every file operation of every
+# stage, so many faults of every other kind, and every artifact damaged.
 PER_CELL ?= 3
 faults: setup
-	$(BIN)/python tests/faults/harness.py build/faults --per-cell $(PER_CELL)
+	$(BIN)/python tests/faults/harness.py build/faults --every-point --per-cell $(PER_CELL)
 
 # Signs of the structure, of commits beside the working tree: lines, long functions, arrows between rooms.
 structure:

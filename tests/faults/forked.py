@@ -17,9 +17,11 @@ from typing import NamedTuple
 import castune.cli
 import castune.pipeline
 import castune.report.page
+import castune.steps.dial
 import castune.steps.drift
 import castune.steps.evaluate
 import castune.steps.export
+import castune.steps.inspect
 import castune.tuning.mask
 
 Before = Callable[[], None]

@@ -1,9 +1,11 @@
 """Commands broken on purpose: in forked processes, on a tiny model, and compared with commands that were not broken.
 
+    python tests/faults/harness.py WORK --every-point
     python tests/faults/harness.py WORK --per-cell 5 --seed 0
 
-A fault strikes either at a file operation below the work directory or at a random moment (`strikes`). After each the
-same command is run unbroken, and everything it leaves (`outcome`) is compared with a clean run.
+A fault strikes either at a file operation below the work directory, at every one or at a random one, or at a random
+moment (`strikes`). After each the same command is run unbroken, and everything it leaves (`outcome`) is compared with
+a clean run.
 """
 
 from __future__ import annotations
@@ -136,6 +138,8 @@ def prepare(root: Path, wanted: Collection[str] = ()) -> Work:
         Stage("judge", "evaluate", ["judge", run, "--judge", "prefix"]),
         Stage("mask", "tune", ["mask", f"{run}/adapter", "--run", run, "--as", "kept"]),
         Stage("export", "evaluate", ["export", run, "--out", f"{run}/exported", "--merged"]),
+        Stage("dial", "evaluate", ["dial", run, "--strength", "0.5", "--export", f"{run}/half"]),
+        Stage("inspect", "tune", ["inspect", f"{run}/adapter", "--run", run, "--limit", "4"]),
         Stage("report", "evaluate", ["report", run]),
         Stage("run", "nothing", ["run", str(recipe)]),
     ]  # fmt: skip
@@ -174,27 +178,40 @@ def again(work: Work, stage: Stage, *, tidy: bool = False) -> str | None:
     return None
 
 
+# At a file operation: a signal and the exit code it gives.
+SIGNALS = (
+    ("SIGKILL at a file operation", signal.SIGKILL, -9),
+    ("SIGTERM at a file operation", signal.SIGTERM, 143),
+    ("Ctrl-C at a file operation", signal.SIGINT, 130),
+)
+
+
+def at_point(work: Work, stage: Stage, k: int) -> Iterator[Attempt]:
+    """Every signal at the k-th file operation of a stage, and a disk that is full from it on."""
+    for name, number, code in SIGNALS:
+        yield _signalled(work, stage, k, name, number, code)
+    yield _filled(work, stage, k)
+
+
+def _signalled(work: Work, stage: Stage, k: int, name: str, number: int, code: int) -> Attempt:
+    ended = _broken(work, stage, at_operation(k, work.root, send(number)))
+    where, tidy = f"{k} of {work.operations[stage.name]}", number != signal.SIGKILL
+    # A signal at the very last operation may come when all is done.
+    return _judged(work, stage, name, where, ended, (code, 0), tidy=tidy)
+
+
+def _filled(work: Work, stage: Stage, k: int) -> Attempt:
+    ended = _broken(work, stage, at_operation(k, work.root, full, from_then_on=True))
+    where = f"from operation {k} of {work.operations[stage.name]} on"
+    return _judged(work, stage, "disk full", where, ended, (2, 0), tidy=True)
+
+
 def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) -> Iterator[Attempt]:
     """`per_cell` faults of every kind on a stage."""
     n, seconds = work.operations[stage.name], work.seconds[stage.name]
     for _ in range(per_cell):
-        for name, number, code in (
-            ("SIGKILL", signal.SIGKILL, -9),
-            ("SIGTERM", signal.SIGTERM, 143),
-            ("Ctrl-C", signal.SIGINT, 130),
-        ):
-            k = generator.randint(1, n)
-            ended = _broken(work, stage, at_operation(k, work.root, send(number)))
-            # A signal at the very last operation may come when all is done.
-            yield _judged(
-                work,
-                stage,
-                f"{name} at a file operation",
-                f"{k} of {n}",
-                ended,
-                (code, 0),
-                tidy=number != signal.SIGKILL,
-            )
+        for name, number, code in SIGNALS:
+            yield _signalled(work, stage, generator.randint(1, n), name, number, code)
         moment = generator.uniform(0.05, 0.95) * seconds
         number, code = generator.choice([(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
         work.begin(stage)
@@ -209,9 +226,7 @@ def attempts(work: Work, stage: Stage, per_cell: int, generator: random.Random) 
             (code, 0, -number),
             tidy=number != signal.SIGKILL,
         )
-        k = generator.randint(1, n)
-        ended = _broken(work, stage, at_operation(k, work.root, full, from_then_on=True))
-        yield _judged(work, stage, "disk full", f"from operation {k} of {n} on", ended, (2, 0), tidy=True)
+        yield _filled(work, stage, generator.randint(1, n))
         limit = int(2 ** generator.uniform(4, 17))
         ended = _broken(work, stage, small_files(limit))
         yield _judged(work, stage, "files cannot grow", f"{limit} bytes", ended, (2, 0), tidy=True)
@@ -313,17 +328,17 @@ def _noticed(work: Work, stage: Stage, attempt: Attempt) -> str | None:
     return f"it never ends: {line}"
 
 
-def matrix(found: list[Attempt]) -> str:
-    """A table of stage by fault: survived of tries."""
+def matrix(found: list[Attempt], operations: dict[str, int]) -> str:
+    """A table of stage by fault: survived of tries, and how many file operations a stage has."""
     stages, faults = list(dict.fromkeys(a.stage for a in found)), list(dict.fromkeys(a.fault for a in found))
-    lines = [f"| stage | {' | '.join(faults)} |", f"|---|{'---|' * len(faults)}"]
+    lines = [f"| stage | file operations | {' | '.join(faults)} |", f"|---|---|{'---|' * len(faults)}"]
     tries, survived = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for attempt in found:
         tries[attempt.stage, attempt.fault] += 1
         survived[attempt.stage, attempt.fault] += attempt.problem is None
     for stage in stages:
         cells = [f"{survived[stage, f]} of {tries[stage, f]}" if tries[stage, f] else "" for f in faults]
-        lines.append(f"| {stage} | {' | '.join(cells)} |")
+        lines.append(f"| {stage} | {operations.get(stage, '')} | {' | '.join(cells)} |")
     total = f"{sum(survived.values())} of {len(found)} survived; the fault struck in {sum(a.struck for a in found)}"
     return "\n".join([*lines, "", total])
 
@@ -333,6 +348,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--per-cell", type=int, default=2)
+    parser.add_argument("--every-point", action="store_true", help="signals and a full disk at every file operation")
+    parser.add_argument("--share", default="1/1", help="I/N: of the points, every N-th from the I-th on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="")
     parser.add_argument("--damages", action=argparse.BooleanOptionalAction, default=True)
@@ -353,13 +370,18 @@ def main() -> None:
             with options.record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(attempt)) + "\n")
 
+    first, step = map(int, options.share.split("/"))
     for name in (name for name in names or list(work.stages) if name != "none"):
-        for attempt in attempts(work, work.stages[name], options.per_cell, generator):
+        stage = work.stages[name]
+        for k in range(first, work.operations[name] + 1, step) if options.every_point else ():
+            for attempt in at_point(work, stage, k):
+                note(attempt)
+        for attempt in attempts(work, stage, options.per_cell, generator) if options.per_cell else ():
             note(attempt)
     if options.damages:
         for attempt in damages(work, generator, options.every):
             note(attempt)
-    print(matrix(found))
+    print(matrix(found, work.operations))
     sys.exit(any(attempt.problem is not None for attempt in found))
 
 
