@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +23,7 @@ SCHEMA_VERSION = 1
 
 # Key of a JSON artifact's digest of everything else in it.
 DIGEST = "digest"
+_IS_DIGEST = re.compile(r"[0-9a-f]{16}")
 
 T = TypeVar("T")
 
@@ -71,10 +74,14 @@ def read_json(path: str | Path, kind: str, made_by: str) -> dict[str, Any]:
 def check_digest(record: dict[str, Any], path: Path, kind: str, made_by: str) -> None:
     """Take the digest out of a record, and refuse one whose content is not what was written.
 
-    Records from before there were digests, and those made by hand, have none.
+    Records from before there were digests, and those made by hand, have none. One whose key is damaged has one still.
     """
     noted = record.pop(DIGEST, None)
     if noted is None:
+        if (misnamed := _misnamed_digest(record)) is not None:
+            raise ArtifactError(
+                f"{path}: damaged {kind}: the key of its digest reads {misnamed!r}; remove it and run: {made_by}"
+            )
         return
     try:
         found = json_digest(record)
@@ -85,6 +92,16 @@ def check_digest(record: dict[str, Any], path: Path, kind: str, made_by: str) ->
             f"{path}: damaged {kind}: its content has digest {found}, noted is {noted}; remove it and run: {made_by}. "
             f"Where it was edited on purpose, take the key {DIGEST!r} out"
         )
+
+
+def _misnamed_digest(record: dict[str, Any]) -> str | None:
+    """The key of what is the digest of everything else in a record; None without one."""
+    for key, value in record.items():
+        if isinstance(value, str) and _IS_DIGEST.fullmatch(value):
+            with suppress(ValueError):  # NaN has no digest
+                if json_digest({name: other for name, other in record.items() if name != key}) == value:
+                    return key
+    return None
 
 
 def check_schema(record: object, path: Path, kind: str) -> None:
