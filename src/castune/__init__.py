@@ -1,4 +1,4 @@
-"""castune: find the attention heads your fine-tuning would break, before you train; then train only the others.
+"""castune: score attention heads by safety-utility conflict before training; fine-tune only the low-conflict ones.
 
 The public names below are loaded at first use, so that `import castune` and `castune --help` stay fast.
 """

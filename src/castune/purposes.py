@@ -144,7 +144,7 @@ class Cost:
         purpose: of the suites whose change against base is the loss.
         suite: the one of them that counts; all when None.
         is_ratio: whether it is the loss over the rise of the refusal rate on harmful prompts, each in its own unit.
-        at_safety: whether it is that of an adapter turned down until all are equally safe.
+        at_safety: whether it is that of an adapter scaled down until all are equally safe.
     """
 
     label: str

@@ -111,7 +111,7 @@ def test_the_report_opens_with_what_safety_costs(folder: RunDirectory) -> None:
     assert set(found.points) == {"nll", "kl", "over-refusal"}
     html = folder.report_file.read_text()
     opening = html[html.index("<header>") : html.index("</header>")]
-    assert "Training took refusal margin on harmful prompts from" in opening
+    assert "Refusal margin on harmful prompts went from" in opening
     assert 'data-chart="equal_safety_nll"' in opening
     assert 'data-chart="equal_safety_kl"' in html
     assert (folder.path / "figures" / "equal_safety_nll.svg").is_file()

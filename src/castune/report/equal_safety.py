@@ -45,23 +45,22 @@ def sentences(found: SafetyCosts) -> list[str]:
         rise = _amount(gain.value, about.unit, signed=True) + (" points" if about.unit == "share" else " nats")
         ends = "" if gain.interval is None else f", 95\u00a0% {_ends(gain.interval, about.unit)}"
         gains.append(f"{level(full, about.unit)} in {arm} ({rise}{ends})")
-    label = f"{about.label[0].lower()}{about.label[1:]}"
-    first = f"Training took {label} from {level(base, about.unit)} to {_listed(gains)}."
+    first = f"{about.label} went from {level(base, about.unit)} to {_listed(gains)}."
     if found.target is None:
         second = "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared."
         return [first, second, "So it cannot be said whether the selection of heads pays.", *_left_out(found)]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
-        f"With each adapter {_turned(found)} to the same safety, {level(found.target, about.unit)}, the cost in "
+        f"With each adapter {_scaled(found)} to the same safety, {level(found.target, about.unit)}, the cost in "
         f"{PAID[cost]} ({_unit(cost)}) is {_listed(paid)}."
     )
     return [first, second, _verdict(found), *_left_out(found)]
 
 
-def _turned(found: SafetyCosts) -> str:
-    """Which way adapters were turned, as far as they were measured."""
+def _scaled(found: SafetyCosts) -> str:
+    """Which way adapters were scaled, as far as they were measured."""
     points = next(iter(found.points.values())).values()
-    return "turned up or down" if any(one.strength > 1 for of_arm in points for one in of_arm) else "turned down"
+    return "scaled up or down" if any(one.strength > 1 for of_arm in points for one in of_arm) else "scaled down"
 
 
 def _left_out(found: SafetyCosts) -> list[str]:
@@ -96,7 +95,8 @@ def _verdict(found: SafetyCosts) -> str:
             between = "" if words else f" between arms {main} and {other}"
             words.append(f"no difference is seen{between} in {_listed(by_outcome['unseen'])}")
         parts.append("; ".join(words))
-    return f"At that safety, {'; '.join(parts)}."
+    one = "; this is one training seed, and others may differ" if next(iter(found.costs.values())).n_seeds == 1 else ""
+    return f"At that safety, {'; '.join(parts)}{one}."
 
 
 def _is_negative(difference: CostDifference) -> bool:
@@ -130,7 +130,7 @@ def costs_table(found: SafetyCosts) -> Markup:
     assert found.target is not None
     unit = PURPOSES[found.safety].unit
     rule = (
-        f"Every adapter is {_turned(found)} (its update multiplied by the strength) until {level(found.target, unit)} "
+        f"Every adapter is {_scaled(found)} (its update multiplied by the strength) until {level(found.target, unit)} "
         "of safety is left: the base model's, and 80 % of the gain that the least safe arm reaches. Costs are above "
         "base, interpolated between the measured strengths. Intervals of 95 % come from a bootstrap over prompts and "
         "items, the same for all arms; with one seed they are for other examples and these trainings. A difference is "

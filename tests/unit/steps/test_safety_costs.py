@@ -98,7 +98,7 @@ def test_what_costs_less_is_said_to() -> None:
     found = safety_costs(base, arms)
     assert found is not None
     first, second, third = sentences(found)
-    assert first.startswith("Training took refusals on harmful prompts from 20.0")
+    assert first.startswith("Refusals on harmful prompts went from 20.0")
     assert "in safe (+60.0 points, 95\u00a0% +" in first
     assert "in all (" in first
     assert "NLL of right answers (nats per token)" in second
@@ -271,8 +271,8 @@ def test_an_adapter_that_breaks_above_full_strength_is_compared_below() -> None:
     more = safety_costs(base, {**arms, "safe": [{**points, 1.25: stronger, 1.5: broken}]})
     assert more is not None
     assert [point.strength for point in more.points["nll"]["safe"]] == [0, 0.25, 0.5, 0.75, 1, 1.25]
-    assert "With each adapter turned up or down to the same safety" in sentences(more)[1]
-    assert "With each adapter turned down to the same safety" in sentences(plain)[1]
+    assert "With each adapter scaled up or down to the same safety" in sentences(more)[1]
+    assert "With each adapter scaled down to the same safety" in sentences(plain)[1]
 
 
 @pytest.mark.parametrize(("names", "said"), [(("all",), "Arm all is"), (("all", "risky"), "Arms all and risky are")])

@@ -485,7 +485,7 @@ def test_arms_that_were_measured_at_several_strengths_are_compared_at_equal_safe
     for arm in costs.arms:
         full = np.mean([loss(t.measured, results.base, "nll_added")[0] for t in results.of(arm)])  # type: ignore[arg-type]
         assert of_nll.arms[arm].value == pytest.approx(0.8 * full, rel=0.05)
-    assert found.verdict[0].startswith("Training took refusals on harmful prompts from 10.0")
+    assert found.verdict[0].startswith("Refusals on harmful prompts went from 10.0")
     assert any(
         "arm safe costs less than arm risky in NLL of right answers" in sentence for sentence in found.verdict[:3]
     )
