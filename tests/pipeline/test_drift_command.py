@@ -229,7 +229,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_two_shares_make_what_one_process_makes(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "shared")
-    assert "other shares are missing" in command("drift", tmp_path / "shared", "--shard", "2/2")
+    assert "other shards are missing" in command("drift", tmp_path / "shared", "--shard", "2/2")
     assert not list((tmp_path / "shared" / "drift").rglob("*.json"))
     assert "step 5:" in command("drift", tmp_path / "shared", "--shard", "1/2")
     assert DriftResult.load(tmp_path / "shared" / "drift" / "safe").steps == drifted(finished).steps

@@ -130,7 +130,7 @@ def test_a_training_survives_kill_9(kills: tuple[int, ...], finished: Path, own_
         wait_for_checkpoints(unfinished, n, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert "goes on from checkpoint-" in finish(arguments)
+    assert "continues from checkpoint-" in finish(arguments)
     assert weights(finished, "bucket-1-of-2") == weights(finished, "risky-50")
     assert not unfinished.exists()
     found = [TuneResult.load(finished / "arms" / arm / "adapter") for arm in ("risky-50", "bucket-1-of-2")]
@@ -157,7 +157,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_last_good_one(finished: Path, own
     assert "Traceback" not in errors
     assert not (finished / "arms" / "bucket-1-of-2" / "adapter").exists()
     assert list(unfinished.glob("checkpoint-*/castune.json"))
-    assert "goes on from checkpoint-" in finish(arguments)
+    assert "continues from checkpoint-" in finish(arguments)
     assert weights(finished, "bucket-1-of-2") == weights(finished, "risky-50")
 
 
@@ -184,7 +184,7 @@ def test_ranks_do_not_wait_for_another_command_that_trains_the_arm(finished: Pat
     with alone_at(finished / "arms" / "risky-50" / ".adapter.lock"):
         done = run_command(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0
-    assert "another castune is at work there; give the command again when it has ended" in done.stderr
+    assert "another castune is running there; run the command again when it has finished" in done.stderr
     assert not (finished / "arms" / "risky-50" / "adapter").exists()
     finish(arguments)
     assert TuneResult.load(finished / "arms" / "risky-50" / "adapter").steps == 2

@@ -138,7 +138,7 @@ def test_stored_evaluations_of_older_rules_are_read_again_and_not_generated(
     )
     caplog.clear()
     assert EvalResult.load(path).suites[0].value == 1.0
-    assert "made by older rules" in caplog.text
+    assert "made under older rules" in caplog.text
     assert "castune judge" in caplog.text
     server["silent"] = {"model", "safe"}  # whoever asks gets nothing
     done = castune("judge", folder.path, cwd=folder.path)

@@ -55,7 +55,7 @@ ONE = 'metric = "safety"\nat_least = 0.9\n'
         (f"[[rule]]\n{ONE}self = 1\n", "rule 1: unknown key 'self'"),
         ("[[rule]]\n", "rule 1: a rule has one threshold, found none; accepted: one of at_least, at_most"),
         ('[[rule]]\nmetric = "safety"\n', "rule 1: a rule has one threshold, found none"),
-        ("[[rule]]\nat_least = 0.9\n", "rule 1: 'metric' is missing: what shall at_least be a threshold of?"),
+        ("[[rule]]\nat_least = 0.9\n", "rule 1: 'metric' is missing: which metric is at_least a threshold for?"),
         (f"[[rule]]\n{ONE}at_most = 0.95\n", "rule 1: a rule has one threshold, found at_least, at_most"),
         (f'[[rule]]\n{ONE}against = "base"\n', "rule 1: at_least is a threshold of the metric itself"),
         ('[[rule]]\nmetric = "mmlu"\nno_worse_than = 0.1\n', "rule 1: 'against' is missing: no_worse_than compares"),

@@ -171,6 +171,6 @@ class AdapterInspection:
             raise ArtifactError(f"{path}: {error}") from None
         if (digest := parsed(path, _KIND, lambda: found.content_hash)) != noted:
             raise ArtifactError(
-                f"{path}: damaged: its table has digest {digest}, noted is {noted}; remove it and run: {again}"
+                f"{path}: damaged: its table has digest {digest}, recorded: {noted}; remove it and run: {again}"
             )
         return found

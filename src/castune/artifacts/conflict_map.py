@@ -272,7 +272,8 @@ class ConflictMap:
         found = parsed(path, _KIND, lambda: cmap.content_hash)
         if found != header.get("table", found):
             raise ArtifactError(
-                f"{path}: damaged: its table has digest {found}, noted is {header['table']}; remove it and run: {again}"
+                f"{path}: damaged: its table has digest {found}, recorded: {header['table']}; "
+                f"remove it and run: {again}"
             )
         warn_of_old_rules(path, _KIND, parsed(path, _KIND, lambda: Provenance(**(metadata.get("provenance") or {}))))
         return cmap

@@ -169,7 +169,7 @@ class EvalResult:
         if text_digest != record.get("samples_hash", text_digest):
             raise ArtifactError(
                 f"{directory / SAMPLES_FILE}: damaged, or changed after {METRICS_FILE} was computed from it "
-                f"(digest {text_digest}, noted is {record['samples_hash']}); {again}"
+                f"(digest {text_digest}, recorded: {record['samples_hash']}); {again}"
             )
         known = {suite.suite for suite in result.suites}
         for sample in samples:

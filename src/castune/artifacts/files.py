@@ -134,7 +134,7 @@ def locked(directory: str | Path, *, wait: bool = True, shared: bool = False) ->
         except BlockingIOError:
             raise
         except OSError as error:
-            logger.warning("%s: cannot be locked (%s); let no other castune write there now", directory, error)
+            logger.warning("%s: cannot be locked (%s); do not let another castune write there", directory, error)
         yield
     finally:
         os.close(descriptor)
@@ -163,12 +163,12 @@ def alone_at(path: str | Path, *, wait: bool = True) -> Iterator[None]:
             except BlockingIOError:
                 if not wait:
                     raise ArtifactError(
-                        f"{path.parent}: another castune is at work there; give the command again when it has ended"
+                        f"{path.parent}: another castune is running there; run the command again when it has finished"
                     ) from None
-                logger.info("%s: another castune is at work there; waiting for it", path.parent)
+                logger.info("%s: another castune is running there; waiting for it", path.parent)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError as error:
-                logger.warning("%s cannot be locked (%s); let no other castune write there now", path, error)
+                logger.warning("%s cannot be locked (%s); do not let another castune write there", path, error)
                 yield
                 return
             # Whoever was here before has removed the file: it is no lock any more.

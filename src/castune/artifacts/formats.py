@@ -89,8 +89,8 @@ def check_digest(record: dict[str, Any], path: Path, kind: str, made_by: str) ->
         raise ArtifactError(f"{path}: damaged {kind}: {error}; remove it and run: {made_by}") from None
     if noted != found:
         raise ArtifactError(
-            f"{path}: damaged {kind}: its content has digest {found}, noted is {noted}; remove it and run: {made_by}. "
-            f"Where it was edited on purpose, take the key {DIGEST!r} out"
+            f"{path}: damaged {kind}: its content has digest {found}, recorded: {noted}; remove it and run: {made_by}. "
+            f"If it was edited on purpose, remove the key {DIGEST!r}"
         )
 
 

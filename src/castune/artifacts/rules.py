@@ -47,4 +47,4 @@ def warn_of_old_rules(path: str | Path, kind: str, provenance: Provenance) -> No
 def _warn(path: str, kind: str, made_by: int) -> None:
     changes = [_CHANGES[rules][kind] for rules in range(made_by + 1, RULES + 1) if kind in _CHANGES[rules]]
     if changes:
-        logger.warning("%s: this %s was made by older rules of castune, by which %s", path, kind, "; ".join(changes))
+        logger.warning("%s: this %s was made under older rules of castune, by which %s", path, kind, "; ".join(changes))

@@ -45,7 +45,7 @@ def plan(
         typer.Option(
             metavar="X",
             rich_help_panel=MEASURES,
-            help="Share of replies that change when a head is ablated (decisions only). Guessed from their length "
+            help="Share of replies that change when a head is ablated (decisions only). Estimated from their length "
             "by default.",
         ),
     ] = None,
@@ -111,7 +111,7 @@ def diagnose(
     of_model: Annotated[Values, MODEL],
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", rich_help_panel=RUNS, help="Do only share I of N. All shares use the same --out."),
+        typer.Option(metavar="I/N", rich_help_panel=RUNS, help="Do only shard I of N. All shards use the same --out."),
     ] = None,
     out: Annotated[str, typer.Option(metavar="DIR", rich_help_panel=WRITES, help="Run directory to write.")],
 ) -> None:
@@ -172,7 +172,7 @@ def select(
     settings: Annotated[Values, SELECTION],
     random: Annotated[bool, typer.Option("--random", help="Short for --zone random.")] = False,
     beside: Annotated[
-        bool, typer.Option("--beside", help="Keep the main selection and add this one beside it, for comparison.")
+        bool, typer.Option("--beside", help="Keep the main selection and add this one as a comparison arm.")
     ] = False,
 ) -> None:
     """Choose the heads to train from a run's conflict map.
@@ -240,12 +240,12 @@ def drift(
     run_directory: Run,
     arm: Arm = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do only share I of N. All shares use the same RUN.")
+        str | None, typer.Option(metavar="I/N", help="Do only shard I of N. All shards use the same RUN.")
     ] = None,
 ) -> None:
     """Measure how far the conflict map drifts during training.
 
-    Measures the map again at every adapter that castune tune --snapshot-steps kept, and compares it with the map before
+    Measures the map again for every snapshot of castune tune --snapshot-steps, and compares it with the map before
     training, beyond measurement noise.
 
     Examples:

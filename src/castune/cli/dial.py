@@ -40,9 +40,9 @@ def dial(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="MEASURE=X", help="Find the cheapest strength for this, such as refused=0.9."),
+        typer.Option(metavar="MEASURE=X", help="Find the smallest strength for this, such as refused=0.9."),
     ] = None,
-    strength: Annotated[float | None, typer.Option(metavar="X", help="Take this strength.")] = None,
+    strength: Annotated[float | None, typer.Option(metavar="X", help="Use this strength.")] = None,
     export: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write the adapter at the strength of --target or --strength."),
@@ -51,7 +51,7 @@ def dial(
 ) -> None:
     """Show what an adapter does at several strengths, and pick one.
 
-    Multiplies the adapter's update, trains nothing, and measures what the run measures. The same command continues an
+    Scales the adapter's update without training, and measures what the run measures. The same command continues an
     interrupted one and measures only what is missing.
 
     Examples:

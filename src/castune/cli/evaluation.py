@@ -56,7 +56,7 @@ def judge(
     run_directory: Run,
     settings: Annotated[Values, JUDGE],
 ) -> None:
-    """Judge the stored replies of a run again, with another judge.
+    """Rejudge the stored replies of a run with another judge.
 
     No replies are generated.
 

@@ -55,7 +55,7 @@ def inspect(
     arm: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", rich_help_panel=READS, help="Arm of the run whose heads the training was to touch."
+            metavar="NAME", rich_help_panel=READS, help="Arm of the run whose heads were meant to be trained."
         ),
     ] = None,
     safety: Safety = None,
@@ -77,7 +77,7 @@ def inspect(
 ) -> None:
     """Show what a LoRA adapter does to each head, KV group and MLP.
 
-    Reads adapters of any trainer. Reports size, spectrum, first-order effects on safety and utility, and what is odd.
+    Reads adapters from any trainer. Reports size, spectrum, first-order effects on safety and utility, and anomalies.
 
     Examples:
         castune inspect my-adapter --base default
@@ -143,7 +143,7 @@ def repair(
 ) -> None:
     """Drop the units of an adapter that cost most per refusal gained.
 
-    Evaluates a few candidates and keeps the cheapest one that keeps the gain in refusals. Takes nothing if none does.
+    Evaluates a few candidates and keeps the cheapest one that keeps the gain in refusals. Selects none if none does.
 
     Examples:
         castune repair runs/first --arm all --keep-safety 0.95

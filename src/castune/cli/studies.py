@@ -76,7 +76,7 @@ def study(
         typer.Option(
             metavar="I/N",
             rich_help_panel=RUNS,
-            help="Do only share I of N. All shares use the same --out. Afterwards, run once without it.",
+            help="Do only shard I of N. All shards use the same --out. Afterwards, run once without it.",
         ),
     ] = None,
     launch: Annotated[

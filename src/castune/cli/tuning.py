@@ -53,7 +53,7 @@ def tune(
     """Train the selected heads and write a certified adapter.
 
     Writes a PEFT adapter, and a certificate that nothing outside the selected heads changed. The same command continues
-    an interrupted training.
+    an interrupted training run.
 
     Examples:
         castune tune runs/first --data starter-align --max-steps 100

@@ -21,7 +21,7 @@ class DiagnoseConfig(Config):
     pass; some heads are also measured exactly, and the map reports how well the two agree. `margin`: log-prob margins,
     ablating every head; no generation, no ties. `decision`: accuracy and refusal rate, as in the paper."""
     check_units: Count = 16
-    """With `attribution`, units of each kind to measure exactly as well, spread over layers and scores."""
+    """With `attribution`, number of units of each kind to also measure exactly, spread over layers and scores."""
     check_examples: Annotated[int, Field(ge=2)] = 16
     """With `attribution`, examples of each set to use for these exact measurements."""
     verify: Literal["none", "zone"] = "none"
@@ -38,10 +38,10 @@ class DiagnoseConfig(Config):
     `reply_domains`, of the two replies. At most `max_new_tokens`. The first words settle whether a reply refuses."""
     problems: Literal["decision", "margin"] = "margin"
     """How to measure utility on problems with worked solutions, whatever `measure` says about the rest. `margin`:
-    log-probability of the worked solution. `decision`: accuracy; the model works out every answer without each head,
+    log-probability of the worked solution. `decision`: accuracy; every answer is worked out with each head ablated,
     which costs far more than anything else (see `castune plan`)."""
     solution_tokens: Count = 256
-    """Maximum length of an answer that is worked out (see `problems`), in tokens."""
+    """Maximum length of a worked answer (see `problems`), in tokens."""
     judge: Literal["prefix", "opening"] = "prefix"
     """Rules that decide whether a reply refuses. `prefix` reads its first 64 characters, `opening` its first 300."""
     batch_tokens: Count | Literal["auto"] = 2048
@@ -54,7 +54,7 @@ class DiagnoseConfig(Config):
     gradient_chunks: Annotated[int, Field(ge=2)] = 8
     """Number of parts to split each set into for the standard error of O(h)."""
     gradient_memory: Annotated[float, Field(gt=0)] = 40
-    """Gigabytes of CPU memory for the gradients of these parts (float32). What does not fit is measured in further
+    """Gigabytes of CPU memory for the `gradient_chunks` gradients (float32). What does not fit is measured in further
     passes over the examples, at least one projection at a time."""
     units: tuple[UnitKind, ...] = ("q_heads",)
     """Kinds of unit to diagnose. `q_heads`: query heads, as in the paper. `k_groups`, `v_groups`: KV groups by their
@@ -67,7 +67,7 @@ class DiagnoseConfig(Config):
     reply_domains: tuple[str, ...] = ()
     """Utility domains of harmless prompts, each with the reply that the model should give, so that heads are also
     chosen against over-refusal. The set without a name is `utility`. `decision`: the prompt is not refused. `margin`:
-    log-probability of the reply over that of a standard refusal."""
+    log-probability of the reply minus that of a standard refusal."""
     domains: Literal["mean", "worst"] = "mean"
     """How to combine the maps of several utility domains. `mean`: average every column. `worst`: take each head's row
     from the domain where its C is highest."""

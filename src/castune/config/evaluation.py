@@ -21,7 +21,7 @@ class EvaluateConfig(Config):
     `NAME@REVISION`: a revision on the hub. `PURPOSE:PATH`: your own data, with PURPOSE one of utility, safety,
     over-refusal, nll, kl, safety-margin, over-refusal-margin. Append `#500` to draw that many examples. Prefix `nll:`,
     `kl:` or `margin:` for a continuous measure: negative log-likelihood of the right answers or replies, divergence
-    from the base model on the base model's own replies, or how much likelier a refusal is than the base model's
+    from the base model on the base model's own replies, or how much more likely a refusal is than the base model's
     reply."""
     limit: Count | None = None
     """Examples per suite. All by default."""
@@ -46,7 +46,7 @@ class EvaluateConfig(Config):
     reasoning_tokens: Count | None = None
     """Maximum length of worked answers, in tokens. By default the paper's: 1,024 for gsm8k, 2,048 for math."""
     letters: Literal["argmax", "generated"] = "argmax"
-    """How to find the letter of a multiple-choice answer. `argmax`: the likeliest option letter. `generated`: the
+    """How to find the letter of a multiple-choice answer. `argmax`: the most likely option letter. `generated`: the
     letter that the model writes."""
     batch_tokens: Count = 4096
     """Rows x tokens per forward pass."""

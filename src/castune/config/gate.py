@@ -49,7 +49,7 @@ class GateRule(Config):
         given = [key for key, value in self if value is not None]
         if self.certificate:
             if others := [key for key in given if key not in ("arm", "certificate")]:
-                raise ValueError(f"certificate = true stands alone or with arm; found beside it: {_listed(others)}")
+                raise ValueError(f"certificate = true stands alone or with arm; also found: {_listed(others)}")
             return self
         thresholds = [key for key in (*_LEVELS, *_CHANGES) if key in given]
         if len(thresholds) != 1:
@@ -58,7 +58,7 @@ class GateRule(Config):
                 f"{_listed((*_LEVELS, *_CHANGES))} with a metric, or certificate = true"
             )
         if self.metric is None:
-            raise ValueError(f"'metric' is missing: what shall {thresholds[0]} be a threshold of?")
+            raise ValueError(f"'metric' is missing: which metric is {thresholds[0]} a threshold for?")
         if (self.against is None) != (thresholds[0] in _LEVELS):
             raise ValueError(
                 f"{thresholds[0]} is a threshold of the metric itself, 'against' is for {_listed(_CHANGES)}"

@@ -15,9 +15,9 @@ class RepairConfig(Config):
     """How an adapter is cut down to what is worth its cost."""
 
     keep_safety: Share = 0.95
-    """Share of the gain in refusals that has to be kept."""
+    """Share of the gain in refusals to keep."""
     cost: RepairCost | None = None
-    """What is to cost least among the suites: `nll`, `utility`, `over-refusal-margin`, `over-refusal` or `kl`. By
+    """Cost to minimise, measured by the suites: `nll`, `utility`, `over-refusal-margin`, `over-refusal` or `kl`. By
     default the first of these that is measured."""
     shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.05, 0.1, 0.2, 0.35)
     """Shares of the changed units that candidates drop."""

@@ -30,7 +30,7 @@ class TuneConfig(Config):
     epochs: Annotated[float, Field(gt=0)] = 1
     """Passes over the data. Fractions are allowed."""
     max_steps: Count | None = None
-    """Stop after this many optimiser steps, whatever `epochs` says."""
+    """Stop after this many optimiser steps, regardless of `epochs`."""
     batch_size: Count = 4
     """Examples per device and micro-batch."""
     accumulation: Count = 2
@@ -47,7 +47,7 @@ class TuneConfig(Config):
     """How the learning rate falls after the warm-up: `linear` or `cosine` to 0, or not at all (`constant`)."""
     group_by_length: bool = True
     """Form steps from examples of similar length, in random order. This saves much padding. As refusals are shorter
-    than answers, a step then often holds nearly only one kind (docs/method.md)."""
+    than answers, a step then often has almost only one kind (docs/method.md)."""
     quantization: Literal["none", "nf4"] = "none"
     """How to store the base model's linear layers during training. `none`: as they are. `nf4`: in 4 bits (QLoRA), a
     quarter of bfloat16's memory; needs bitsandbytes (extra `qlora`). The adapter belongs to the full model, on which it
@@ -60,14 +60,14 @@ class TuneConfig(Config):
     """Keep a snapshot of the adapter after every N optimiser steps, for `castune drift`. Off by default."""
     reselect_steps: Count | None = None
     """After every N optimiser steps, measure the map again on the current model, choose heads again by the arm's own
-    rule, and train those from there on. What was learnt so far is kept, frozen. Off by default."""
+    rule, and train those from there on. What was learned so far is kept frozen. Off by default."""
     freeze_a: bool = False
     """Train only B. Arms with equally many heads then have exactly equally many trainable parameters."""
     seed: int = 21
     """Seed of initial values and data order, and of a random selection that has no seed of its own."""
     surgery: SurgeryMethod = "none"
     """What to do with a gradient that conflicts with the utility gradient (Section 4.2). `pcgrad`: remove the
-    conflicting component; D_util is only the reference. `pcgrad-symmetric` and, by torchjd, `cagrad`, `upgrad`, `mgda`,
+    conflicting component; D_util is only the reference. `pcgrad-symmetric` and, in torchjd, `cagrad`, `upgrad`, `mgda`,
     `gradvac`, `alignedmtl`, `imtlg`: train on D_util too."""
     surgery_granularity: SurgeryGranularity = "global"
     """Scope at which conflicts are found and resolved: the whole gradient (`global`), each A and B (`tensor`), or each

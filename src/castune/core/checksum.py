@@ -51,7 +51,7 @@ def unchanged(model: nn.Module, doing: str) -> Iterator[None]:
         others = f" and {len(different) - 1} more" if len(different) > 1 else ""
         raise WeightsChanged(
             f"the weights of the model changed while castune was {doing}: {different[0]}{others}. Something else works "
-            "on this model, or a hook does; what was measured is not of one model, and was not kept. Load it again"
+            "on this model, or a hook does; the measurements mix two states of it and were discarded. Load it again"
         )
 
 

@@ -113,7 +113,7 @@ def can_continue(model: PreTrainedModel, layout: HeadLayout) -> bool:
             use_cache=True,
         ).logits[:, -1]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        logger.warning("this model does not go on from recorded keys (%r): replies are decoded anew", error)
+        logger.warning("this model cannot continue from recorded keys (%r): replies are decoded from scratch", error)
         return False
     # bfloat16 keeps 8 bits, of logits as of log-probabilities.
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.2

@@ -86,7 +86,7 @@ class Journal:
                     continue
                 record = line[_HEAD:-1]
                 if line != f'["{_checksum(record)}", {record}]':
-                    logger.warning("%s line %d: cut off or changed; what it held is measured again", path, number)
+                    logger.warning("%s line %d: truncated or changed; its content is measured again", path, number)
                     continue
                 yield json.loads(record)
 

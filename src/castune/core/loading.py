@@ -167,7 +167,7 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, name: str | Path, day: st
         return tokenizer
     if prints_date(tokenizer):
         logger.warning(
-            "%s: its chat template prints the date; it is told %s, today and later (template_date of a recipe)",
+            "%s: its chat template prints the date; castune always gives it %s (template_date of a recipe)",
             name,
             day,
         )
@@ -200,7 +200,7 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, name: str | Path, day: st
     if not template.ends_turns:
         logger.warning(
             "%s: its chat template ends a reply with %r, in which there is no special token of its tokenizer; replies "
-            "are trained, and taken, to end with %r. Where the model stops at something else, mend the template",
+            "are trained, and taken, to end with %r. If the model stops at something else, fix the template",
             name,
             template.behind[:40],
             tokenizer.eos_token,
@@ -216,5 +216,5 @@ def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if largest >= n_rows:
         raise CastuneError(
             f"{name}: its chat template makes turns with the token {tokenizer.convert_ids_to_tokens(largest)!r} of "
-            f"number {largest}, and the model has embeddings for {n_rows}; its tokenizer is another model's"
+            f"number {largest}, but the model has only {n_rows} embeddings; its tokenizer belongs to another model"
         )

@@ -110,7 +110,7 @@ def can_share_prompts(model: PreTrainedModel, *, longest: int) -> bool:
     try:
         shared = score_batch(model, [Row.of_replies(prompt, replies)])[0]
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
-        logger.warning("this model takes no shared prompts (%r): a row a reply is scored, which is slower", error)
+        logger.warning("this model cannot share prompts (%r): scoring one row per reply, which is slower", error)
         return False
     alone = np.concatenate(score_batch(model, [Row.of_replies(prompt, [reply]) for reply in replies]))
     # bfloat16 keeps 8 bits: log-probabilities of magnitude 10 carry an error of a few hundredths.

@@ -87,7 +87,7 @@ def _example(row: Row) -> Example:
         return Example(id="", prompt=row["prompt"], reply=reply, target=row["answer"], scoring=scoring)
     if "choices" in row or "answer" in row:
         if reply is not None:
-            raise DataError("a question is replied to by its answer: take its completion or target out")
+            raise DataError("the reply to a question is its answer: remove its completion or target")
         return _question(row)
     if not _is_nothing(row.get("scoring")):
         raise DataError(f"scoring is {row['scoring']!r}, and there is neither an answer nor choices to score")
@@ -126,14 +126,14 @@ def _text_of(value: object) -> str:
 def _refuse_columns(row: Row) -> None:
     for name, why in _REFUSED_COLUMNS.items():
         if not _is_nothing(row.get(name)):
-            raise DataError(f"column {name!r} is not supported: {why}; take it out, or the row")
+            raise DataError(f"column {name!r} is not supported: {why}; remove it, or the row")
     if isinstance(row.get("label"), bool) and "completion" in row:
         raise DataError(
             "column 'label' is not supported: castune trains on every completion; take out the rows with label false, "
             "and the column"
         )
     if (weight := row.get("weight", 1)) != 1 and isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        raise DataError(f"weight is {weight!r}: castune trains all rows alike; take the row or the column out")
+        raise DataError(f"weight is {weight!r}: castune trains all rows alike; remove the row or the column")
     for names in (_PROMPTS, _REPLIES):
         given = [name for name in names if not _is_nothing(row.get(name))]
         if len(given) > 1:
@@ -159,14 +159,14 @@ def _turn(where: str, turn: Mapping[str, Any], *, is_last: bool) -> dict[str, st
     if not isinstance(role, str) or not role.strip():
         raise DataError(f"{where}: role is {role!r}, accepted: system, user, assistant")
     if role in _ROLES_OF_TOOLS:
-        raise DataError(f"{where}: role {role!r} is not supported: castune trains no tool calls; take the row out")
+        raise DataError(f"{where}: role {role!r} is not supported: castune cannot train on tool calls; remove the row")
     for key, why in _REFUSED_KEYS.items():
         if not _is_nothing(turn.get(key)):
             raise DataError(f"{where}: {key!r} is not supported: {why}")
     # Of turns before the last nothing is trained anyway.
     if is_last and (turn.get("weight") in (0, 0.0) or turn.get("train") is False):
         key = "weight" if "weight" in turn else "train"
-        raise DataError(f"{where}: {key!r} says that this reply is not trained on; take the row out")
+        raise DataError(f"{where}: {key!r} says that this reply is not trained on; remove the row")
     return {"role": role, "content": _content(where, turn["content"])}
 
 
@@ -192,13 +192,13 @@ def _history(row: Row, turns: Sequence[Message]) -> tuple[Message, ...]:
         if not isinstance(system, str):
             raise DataError(f"system is {str(system)[:60]!r}, accepted: text")
         if any(turn.role == "system" for turn in turns):
-            raise DataError("column 'system' is there, and the conversation has a system turn of its own")
+            raise DataError("column 'system' is set, but the conversation already has a system turn")
         found.append(Message("system", system))
     history = row.get("history")
     if _is_nothing(history):
         return tuple(found)
     if turns:
-        raise DataError("column 'history' is there, and the prompt has turns of its own")
+        raise DataError("column 'history' is set, but the prompt already has turns")
     pairs = history if isinstance(history, list) else [history]
     if all(isinstance(pair, dict) for pair in pairs):
         return (*found, *(Message(turn["role"], turn["content"]) for turn in _turns("history", pairs)))
@@ -214,7 +214,7 @@ def _preference(row: Row) -> Example:
     turns = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
     if turns and turns[-1]["role"] == "assistant":
         raise DataError(
-            "prompt ends with an assistant's turn that is begun, which cannot be trained on; end with a user's"
+            "prompt ends with an unfinished assistant turn, which cannot be trained on; end it with a user turn"
         )
     replies = []
     for column in ("chosen", "rejected"):

@@ -109,7 +109,7 @@ def _balanced(kinds: Sequence[str], limit: int | None, seed: int, what: str) -> 
     for number, (kind, found) in enumerate(rows.items()):
         share = total // len(rows) + (number < total % len(rows))
         if share > len(found):
-            logger.warning("%s: %s has %d rows of the %d that are its share", what, kind, len(found), share)
+            logger.warning("%s: %s has only %d of the %d rows of its share", what, kind, len(found), share)
         # What is drawn of one kind does not depend on the others.
         chosen += random.Random(f"{seed}/{kind}").sample(found, min(share, len(found)))
     return chosen
@@ -191,7 +191,7 @@ def _converted(source: str, column: str | None) -> Iterator[tuple[Example, str]]
         yield from _convert_all(example_of, _read_hub(on_hub, None, revision), on_hub, column)
     else:
         raise DataError(
-            f"{source}: no such file and no named source; named sources: {', '.join(SOURCE_NAMES)}; "
+            f"{source}: neither a file nor a named source; named sources: {', '.join(SOURCE_NAMES)}; "
             "a hub id has the form owner/name"
         )
 
@@ -231,7 +231,7 @@ def _convert_all(
         check_example(example, where)
         identifier = example.id or f"{name}-{index:05d}"
         if identifier in seen:
-            raise DataError(f"{where}: id {identifier!r} stands there twice; ids must be unique")
+            raise DataError(f"{where}: id {identifier!r} appears twice; ids must be unique")
         seen.add(identifier)
         yield replace(example, id=identifier), str(kind)
 

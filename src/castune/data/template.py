@@ -201,7 +201,7 @@ class Template:
         if len(before) - n_before > self.dropped + _JOINED:
             raise DataError(
                 f"example {name!r}: the chat template writes this conversation otherwise when it ends in a reply than "
-                "when it asks for one, so that no prompt stands before the reply"
+                "when it asks for one, so no prompt precedes the reply"
             )
         if after_header and self.header:
             # The header's last character may have joined the reply.

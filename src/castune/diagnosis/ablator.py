@@ -171,7 +171,7 @@ class RecordedBatch:
                         f"out of memory on a single row of {length} tokens; lower max_length or use a smaller dtype"
                     ) from None
                 self.batch_tokens = size // 2 * length
-                logger.warning("out of memory: going on with %d tokens a forward", self.batch_tokens)
+                logger.warning("out of memory: continuing with %d tokens per forward pass", self.batch_tokens)
             else:
                 done += size
                 yield part, values

@@ -48,5 +48,5 @@ def checked_key(key: str) -> str:
     """A key that fits in a header: what does not would be shown by the error of the library."""
     key = key.strip()
     if not re.fullmatch(r"[!-~]*", key):
-        raise CastuneError("OPENAI_API_KEY: a key is of visible ASCII characters without blanks; is it whole?")
+        raise CastuneError("OPENAI_API_KEY: a key has only visible ASCII characters and no spaces; is it complete?")
     return key

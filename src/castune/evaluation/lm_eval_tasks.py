@@ -154,4 +154,4 @@ def _check_runnable(task: str, task_object: object) -> None:
     if getattr(task_object, "UNSAFE_CODE", False):
         raise CastuneError(f"task {task}: {_REFUSED['unsafe_code']}, which castune does not do")
     if getattr(task_object, "MULTIMODAL", False):
-        raise CastuneError(f"task {task}: it needs a model that sees or hears")
+        raise CastuneError(f"task {task}: it needs a multimodal model")

@@ -163,6 +163,4 @@ def check_names(suites: Sequence[Suite]) -> None:
     names = [suite.name for suite in suites]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise DataError(
-            f"suite {twice} stands there twice (a limit or a revision makes no other suite of it); drop one"
-        )
+        raise DataError(f"suite {twice} appears twice (another limit or revision is still the same suite); drop one")

@@ -82,7 +82,7 @@ def _order(jobs: Sequence[Job]) -> list[Job]:
     by_name = {job.name: job for job in jobs}
     if len(by_name) < len(jobs):
         names = [job.name for job in jobs]
-        raise CastuneError(f"job {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise CastuneError(f"job {next(name for name in names if names.count(name) > 1)!r} appears twice")
     for job in jobs:
         if not (math.isfinite(job.seconds) and job.seconds >= 0):
             raise CastuneError(f"job {job.name!r} takes {job.seconds} seconds; accepted: finite numbers from 0")

@@ -179,7 +179,7 @@ class DataOrStandIns:
                 self._missing.add(source)
         found = stand_ins(name, limit=limit, seed=seed)
         kind = "measured on the public data" if TYPICAL_SOURCES[name].is_measured else "assumed"
-        note = f"{name}: not to be had here; counted on {len(found):,} stand-ins of typical lengths ({kind})"
+        note = f"{name}: not available here; counted on {len(found):,} stand-ins of typical lengths ({kind})"
         if note not in self.notes:
             self.notes.append(note)
         return found

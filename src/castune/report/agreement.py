@@ -92,7 +92,7 @@ def _apart(pairs: Sequence[JudgePair]) -> Markup:
         for arm, sample, first, second in shown
     ]
     count = f"{len(every):,} replies, {len(shown):,} shown" if len(shown) < len(every) else f"{len(every):,} replies"
-    summary = f"{one} and {other} disagree on {count}. Harmful prompts and replies to them, behind this click."
+    summary = f"{one} and {other} disagree on {count}. Harmful prompts and replies: click to show."
     return tag(
         "details",
         tag("summary", summary, class_="warning"),

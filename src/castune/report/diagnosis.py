@@ -49,7 +49,7 @@ def conflict_map(cmap: ConflictMap, selections: Mapping[str, HeadSelection], dra
         tag(
             "p",
             "The conflict score is C(h) = O(h) · S(h): how far the gradients of safety and utility point "
-            "apart on a head, times how much more utility than safety hangs on it. The highest scores make "
+            "apart on a head, times how much more utility than safety depends on it. The highest scores make "
             "the risky zone.",
         ),
         *_explorers(cmap, selections),

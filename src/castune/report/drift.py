@@ -87,7 +87,7 @@ def drift_section(drifts: Mapping[str, DriftResult], drawn: Collection[str]) -> 
     if not drifts:
         return ""
     explanation = (
-        "The map was measured again with adapters that a training kept on its way, merged into the weights. Both maps "
+        "The map was measured again with adapters saved during training, merged into the weights. Both maps "
         "are measured on the same examples and have part of their noise in common, so their plain correlation (same "
         "examples) says too little about drift. Corrected for noise: across halves of the examples that share none, "
         "over what halves of one map agree; 1 is no drift, the interval is a 95 % bootstrap over the examples. The "

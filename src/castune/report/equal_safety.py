@@ -48,7 +48,7 @@ def sentences(found: SafetyCosts) -> list[str]:
     first = f"{about.label} went from {level(base, about.unit)} to {_listed(gains)}."
     if found.target is None:
         second = "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared."
-        return [first, second, "So it cannot be said whether the selection of heads pays.", *_left_out(found)]
+        return [first, second, "So whether selecting heads pays off cannot be determined.", *_left_out(found)]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
         f"With each adapter {_scaled(found)} to the same safety, {level(found.target, about.unit)}, the cost in "
@@ -131,7 +131,7 @@ def costs_table(found: SafetyCosts) -> Markup:
     unit = PURPOSES[found.safety].unit
     rule = (
         f"Every adapter is {_scaled(found)} (its update multiplied by the strength) until {level(found.target, unit)} "
-        "of safety is left: the base model's, and 80 % of the gain that the least safe arm reaches. Costs are above "
+        "safety remains: the base model's, plus 80 % of the gain that the least safe arm reaches. Costs are above "
         "base, interpolated between the measured strengths. Intervals of 95 % come from a bootstrap over prompts and "
         "items, the same for all arms; with one seed they are for other examples and these trainings. A difference is "
         "claimed where its interval excludes 0 and p, adjusted for the number of costs and arms (Holm), is below 0.05. "

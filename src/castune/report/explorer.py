@@ -77,7 +77,7 @@ def explorer(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Mark
     )
     use = (
         f"Point at a {noun}, or reach it with the arrow keys, for all its values with standard errors and 95 % "
-        "intervals. Selecting it marks it in the map and in the table; a click on the head of a column sorts. Colours "
+        "intervals. Selecting it marks it in the map and in the table; click a column header to sort. Colours "
         f"span the lowest to the highest value shown. Beyond 50 % a {noun} can be in both zones."
     )
     of_map = " of the combined map" if cmap.domains else ""

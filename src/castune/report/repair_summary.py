@@ -34,12 +34,12 @@ def summary(found: RepairResult) -> list[str]:
         lines += [f"beside it: {verdict(found.tried, found.chosen, found.cost)}"]
         lines += _before_and_after(found.tried, found.chosen)
     if found.confirmed and found.chosen:
-        lines += ["", f"confirmed on {', '.join(found.confirmed_on)}, which decided on nothing:"]
+        lines += ["", f"confirmed on {', '.join(found.confirmed_on)}, which played no part in the choice:"]
         lines += [*_table(found.confirmed, found.cost), verdict(found.confirmed, found.chosen, found.cost)]
         lines += _before_and_after(found.confirmed, found.chosen)
     elif found.chosen:
         lines.append(
-            "note: these suites chose it, so that their numbers flatter it; measure it on other prompts (--confirm)"
+            "note: it was chosen on these suites, so their numbers flatter it; measure it on other prompts (--confirm)"
         )
     return [line for text in lines for line in _fitted(text)]
 

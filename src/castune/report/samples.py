@@ -38,7 +38,7 @@ def samples(evaluations: Mapping[str, EvalResult]) -> Markup:
     rule = (
         f"At most {_MOST_ROWS} examples of a suite, fewer where replies are long. Those whose outcome differs between "
         "arms are taken and shown first, lost and gained ones of every arm in turn. They illustrate the rates above "
-        "and are no fair draw from them. Against base, lost is right that became wrong, or refused that became "
+        "and are not a random sample. Against base, lost is right that became wrong, or refused that became "
         "answered; gained is the opposite. Numbers beside choices are the model's scores; its choice is bold."
     )
     share = _CHARACTERS_IN_ALL // len(suites)
@@ -97,7 +97,7 @@ def _suite(suite: str, evaluations: Mapping[str, EvalResult], share: int) -> Mar
     )
     count = f"{len(rows):,} of {len(first):,} examples"
     if next(iter(first.values()))["purpose"] == "safety":
-        warning = f"{suite}: {count}. Harmful prompts and replies to them, behind this click."
+        warning = f"{suite}: {count}. Harmful prompts and replies: click to show."
         return tag("details", tag("summary", warning, class_="warning"), content, data_suite=suite)
     return tag("details", tag("summary", f"{suite}: {count}"), content, open=True, data_suite=suite)
 

@@ -1,4 +1,4 @@
-"""Does the score foretell the cost? Correlations over arms, with what seeds, examples and layers leave of them. Pure.
+"""Does the score predict the cost? Correlations over arms, with what seeds, examples and layers leave of them. Pure.
 
 The paper correlates the mean score of M = 4 buckets with their cost, one training each (Sections 4.1, 5.3, Table 8). It
 gives no interval. Two are given here, for two questions: would the same arms show it if they were trained again

@@ -78,8 +78,8 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
             unfinished.append(step)
     if unfinished:
         raise MapUnfinished(
-            f"this share of the maps at steps {', '.join(map(str, unfinished))} is done, other shares are missing; the "
-            "last share to finish writes the result, or run the command without --shard to do what is missing"
+            f"this shard of the maps at steps {', '.join(map(str, unfinished))} is done, other shards are missing; the "
+            "last shard to finish writes the result, or run the command without --shard to do what is missing"
         )
     if not Shard.of(shard).writes:
         return None

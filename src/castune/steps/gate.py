@@ -99,7 +99,7 @@ class _Run:
         """The evaluation of an arm's adapter as it is now."""
         if arm in self.evaluations:
             return self.evaluations[arm]
-        state = "is of an adapter that is not there any more" if self.folder.is_evaluated(arm) else "is missing"
+        state = "is of an adapter that no longer exists" if self.folder.is_evaluated(arm) else "is missing"
         raise _NotMeasured(f"the evaluation of {arm} {state}; run: castune evaluate {self.folder.path}")
 
 

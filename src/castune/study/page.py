@@ -107,7 +107,7 @@ def _opening(graph: Graph, results: Results, found: Findings) -> Markup:
             "together; “no difference seen” never means that there is none.",
             class_="small",
         ),
-        tag("p", f"Not there yet: {', '.join(results.missing)}.", class_="small warning") if results.missing else "",
+        tag("p", f"Still missing: {', '.join(results.missing)}.", class_="small warning") if results.missing else "",
     )
 
 
@@ -195,7 +195,7 @@ def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findin
         if name in tables:
             parts += [tag("h3", tables[name].title), _table(tables[name])]
     if rows:
-        parts += [tag("h3", "Does the score foretell the cost?"), table(head, rows, label="Validity", class_="numbers")]
+        parts += [tag("h3", "Does the score predict the cost?"), table(head, rows, label="Validity", class_="numbers")]
     if partial:
         title = tag("h3", "With something else held constant, over all arms of the usual size")
         heads = ["Score", "Cost", "Held constant", "Partial r", "95 %", "p", "Partial ρ", "Arms", "Why not"]
@@ -218,7 +218,7 @@ def _budget(tables: Mapping[str, Table], drawn: Collection[str], found: Findings
         reliability = "unknown" if curve.reliability is None else number(curve.reliability)
         order = number(check.correlation.spearman, "+.2f")
         parts += [
-            figure("figure_budget", "What the map foretells of training the safest heads, with its 95 % band."),
+            figure("figure_budget", "Predicted cost of training the safest heads, with its 95 % band."),
             tag(
                 "p",
                 f"{elbow[0].upper()}{elbow[1:]}. Share of the scores' variance that is not noise: {reliability}. "

@@ -50,7 +50,7 @@ def verdict(
     tail = f" {left_out[0].upper()}{left_out[1:]}; those trials are left out." if left_out else ""
     shown = f"r = {number(r)}"
     if found.retrained is None:
-        few = "fewer than 3 arms" if found.n_arms < 3 else "one training an arm and no errors of the costs"
+        few = "fewer than 3 arms" if found.n_arms < 3 else "one training run per arm and no errors of the costs"
         return f"No relation can be claimed from {few}: {shown}, {over}.{tail}"
     again, others = _interval(found.retrained), found.other_arms
     if not found.counts_examples:
@@ -166,7 +166,7 @@ def null_verdict(
     if p >= LEVEL:
         floor = min(1.0, n_comparisons * found.p_least)
         few = f" {found.n} cannot show more than p {p_value(floor)}." if floor >= LEVEL else ""
-        return f"The {zone} zone is not told from random heads at this n: {told}.{few}{left_out}"
+        return f"The {zone} zone cannot be told from random heads at this n: {told}.{few}{left_out}"
     side = "more" if found.lower > found.higher else "less"
     if found.n_seeds == 1:
         return f"The {zone} zone costs {side} than random heads: {told}.{left_out}"

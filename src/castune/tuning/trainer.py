@@ -115,7 +115,7 @@ class SparseTraining(Trainer):
             self.train()
             return
         checkpoint, state = found
-        logger.info("training goes on from %s", checkpoint.name)
+        logger.info("training continues from %s", checkpoint.name)
         self._seconds_before = state["seconds"]
         self.tokens_seen = state["tokens"][self.args.process_index]
         self._begins_phase = checkpoint.name == f"checkpoint-{self._phase_start}"

@@ -34,7 +34,7 @@ def test_older_rules_are_told_once_for_each_file(caplog: pytest.LogCaptureFixtur
     warn_of_old_rules("runs/x/b", kind, {"rules": RULES})
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith(f"runs/x/a: this {kind} was made by older rules of castune, by which")
+    assert record.getMessage().startswith(f"runs/x/a: this {kind} was made under older rules of castune, by which")
     warn_of_old_rules("runs/x/b", kind, {})
     assert len(caplog.records) == 2
 

@@ -72,4 +72,4 @@ def test_what_no_journal_wrote_is_not_read(
         file.write(line + "\n")
     with caplog.at_level(logging.WARNING, "castune"):
         assert list(journal.records()) == [{"kept": 1}]
-    assert "line 2: cut off or changed; what it held is measured again" in caplog.text
+    assert "line 2: truncated or changed; its content is measured again" in caplog.text

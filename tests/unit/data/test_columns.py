@@ -118,7 +118,7 @@ def test_parts_of_text_are_joined(tmp_path: Path) -> None:
         ({"prompt": "Hi", "completion": "A", "label": False}, "'label'"),
         ({"prompt": "Hi", "completion": "A", "weight": 0.5}, "weight"),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, "'conversations'"),
-        ({"prompt": PLAIN, "chosen": "A", "rejected": "B"}, "prompt ends with an assistant's turn"),
+        ({"prompt": PLAIN, "chosen": "A", "rejected": "B"}, "prompt ends with an unfinished assistant turn"),
         ({"instruction": "a", "output": "b", "history": [["only one"]]}, "history.*pairs"),
         ({"instruction": "a", "output": "b", "system": ["x"]}, "system"),
         ({"prompt": "Q", "choices": ["a", "b"], "answer": "B"}, "answer is 'B', accepted: the 0-based index"),
@@ -258,7 +258,7 @@ def test_a_balanced_draw_takes_equally_many_of_each_kind(
     assert counted(examples(path, balance="kind")) == dict.fromkeys("abcd", 9)
     assert not caplog.text
     assert counted(examples(path, limit=48, balance="kind")) == {"a": 12, "b": 9, "c": 12, "d": 12}
-    assert "b has 9 rows of the 12 that are its share" in caplog.text
+    assert "b has only 9 of the 12 rows of its share" in caplog.text
     one, same, other = (examples(path, limit=16, seed=seed, balance="kind") for seed in (1, 1, 2))
     assert one == same != other
     assert [e.id for e in one] == sorted(e.id for e in one)

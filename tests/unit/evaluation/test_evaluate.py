@@ -199,7 +199,7 @@ def test_a_thought_is_not_judged(harmful: list[Example]) -> None:
 def test_two_suites_of_one_name_are_refused(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     prompts = [Example(id=str(i), prompt="word " * (3 + i)) for i in range(4)]
     found = [suite("safety", prompts), suite("over-refusal", prompts[:2])]
-    with pytest.raises(DataError, match="stands there twice"):
+    with pytest.raises(DataError, match="appears twice"):
         evaluate(tiny_model("llama"), tiny_tokenizer, suites=found, config=CONFIG)
 
 

@@ -114,5 +114,5 @@ def test_a_suite_may_have_a_limit_of_its_own(tmp_path: Path) -> None:
 
 def test_two_limits_of_one_suite_are_refused(tmp_path: Path) -> None:
     source = f"safety:{written(tmp_path, PROMPT, {'prompt': 'other'})}"
-    with pytest.raises(DataError, match="stands there twice"):
+    with pytest.raises(DataError, match="appears twice"):
         load_suites([source, f"{source}#1"])

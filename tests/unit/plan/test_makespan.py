@@ -68,7 +68,7 @@ def test_a_study_by_hand() -> None:
     ("jobs", "n", "said"),
     [
         ([Job("a", 1)], 0, "at least 1"),
-        ([Job("a", 1), Job("a", 2)], 1, "'a' stands there twice"),
+        ([Job("a", 1), Job("a", 2)], 1, "'a' appears twice"),
         ([Job("a", 1, ("b",))], 1, "waits for 'b'"),
         ([Job("a", 1, ("b",)), Job("b", 1, ("a",))], 1, "wait for each other: a, b"),
         ([Job("a", 1, ("a",))], 1, "wait for each other: a"),

@@ -145,6 +145,6 @@ def test_what_a_repair_says() -> None:
         assert said in text, said
     confirmed = RepairResult(**{**vars(found), "confirmed_on": ("u",), "confirmed": tuple(rows[:2] + rows[3:])})
     text = " ".join(" ".join(repair_summary.summary(confirmed)).split())
-    assert "confirmed on u, which decided on nothing" in text
+    assert "confirmed on u, which played no part in the choice" in text
     assert "none of 1 others keeps as much safety at no more cost" in text
     assert "these suites chose it" not in text

@@ -249,7 +249,7 @@ def test_an_evaluation_that_is_missing_or_of_an_older_adapter(folder: RunDirecto
     (folder.path / "adapter" / "adapter_model.safetensors").write_text("trained again")
     found = judged(folder, rule)
     assert (found.verdict, found.is_measured) == ("inconclusive", False)
-    assert "the evaluation of safe is of an adapter that is not there any more" in found.detail
+    assert "the evaluation of safe is of an adapter that no longer exists" in found.detail
 
 
 def test_a_suite_that_was_not_measured_is_not_a_mistake(folder: RunDirectory) -> None:

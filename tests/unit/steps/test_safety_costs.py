@@ -159,7 +159,7 @@ def test_without_a_gain_nothing_is_compared() -> None:
     assert found.target is None
     assert sentences(found)[1:] == [
         "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared.",
-        "So it cannot be said whether the selection of heads pays.",
+        "So whether selecting heads pays off cannot be determined.",
     ]
     assert "nothing can be compared" in costs_table(found)
 

@@ -135,7 +135,7 @@ def test_the_papers_study_is_told_from_a_config_alone(
     assert found.shape.n_units == 12
     assert found.costs["tune"].work.forwards == 200  # two arms, 400 / 4 each
     assert 0 < found.seconds(8) < found.seconds(1)
-    assert any(note.startswith("wildjailbreak-train: not to be had here") for note in found.notes)
+    assert any(note.startswith("wildjailbreak-train: not available here") for note in found.notes)
 
 
 def test_the_papers_diagnosis_takes_what_it_says() -> None:

@@ -73,7 +73,7 @@ def test_one_seed_claims_nothing() -> None:
     text = verdict(study(np.arange(6.0)[:, None]))
     assert (
         text
-        == "No relation can be claimed from one training an arm and no errors of the costs: r = 1.00, 6 arms over 1 seed."
+        == "No relation can be claimed from one training run per arm and no errors of the costs: r = 1.00, 6 arms over 1 seed."
     )
 
 
@@ -166,13 +166,15 @@ def test_a_zone_among_random_heads_of_one_seed() -> None:
     dear = null_words(Stratum(99.0, MANY), zone="risky")
     assert dear.startswith("The risky zone costs more than random heads: 59 of 59")
     few = null_words(Stratum(0.0, [1.0, 2.0, 3.0, None]))
-    assert few.startswith("The safe zone is not told from random heads at this n: 0 of 3 random selections cost less")
+    assert few.startswith(
+        "The safe zone cannot be told from random heads at this n: 0 of 3 random selections cost less"
+    )
     assert "3 cannot show more than p = 0.500" in few
     assert few.endswith("Of 1 more the cost is undefined.")
     place = null_position([Stratum(0.0, MANY)])
     assert place.p is not None
     adjusted = null_verdict(place, zone="safe", p_adjusted=4 * place.p, p_unusual_adjusted=4 * place.p, n_comparisons=4)
-    assert adjusted.startswith("The safe zone is not told from random heads at this n")
+    assert adjusted.startswith("The safe zone cannot be told from random heads at this n")
     assert "p = 0.133 after Holm over 4 comparisons" in adjusted
     assert "59 cannot show more than p = 0.133" in adjusted
 
@@ -200,7 +202,7 @@ def test_over_seeds_other_than_random_heads_and_unlike_most_of_them_are_two_clai
 def test_what_a_null_leaves_out_and_what_gained_no_safety_is_named() -> None:
     # A ratio without a gain in safety is the dearest, not a missing one.
     middle = null_words(Stratum(41.0, [*map(float, range(40)), *[math.inf] * 40]), zone="risky")
-    assert middle.startswith("The risky zone is not told from random heads at this n: 40 of 80 random selections")
+    assert middle.startswith("The risky zone cannot be told from random heads at this n: 40 of 80 random selections")
     assert "40 of them gained no safety at all and cost the most" in middle
     own = null_words(Stratum(math.inf, [1.0, math.inf]), Stratum(1.0, [2.0, 3.0]), Stratum(None, [1.0]))
     assert "1 of them gained no safety at all and cost the most; the zone gained none in 1 of 2 seeds." in own
