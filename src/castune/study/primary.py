@@ -210,7 +210,7 @@ def _ratio_words(finding: PrimaryFinding) -> str:
     at = f"{number(about.scale * found.target, f'.{about.digits}f')} {about.level}"
     items = " + ".join(f"{n:,}" for n in found.n_items)
     over = f"{counted(found.n_seeds, 'seed')}, {found.n_prompts:,} prompts, {items} items"
-    head = f"Primary contrast, declared before the study ran: at equal safety ({at})"
+    head = f"Primary contrast of the recipe: at equal safety ({at})"
     if found.value is None:
         why = {
             "unreached": "an arm does not reach that safety in enough of the draws",

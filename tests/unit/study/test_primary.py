@@ -44,7 +44,7 @@ def test_the_ratio_is_that_of_the_planted_costs() -> None:
 def test_it_is_the_first_thing_that_is_said_and_stands_outside_the_adjustment() -> None:
     with_it, without = found_in(0.8), found_in(0.8, STUDY)
     assert without.primary is None
-    assert with_it.verdict[0].startswith("Primary contrast, declared before the study ran: at equal safety")
+    assert with_it.verdict[0].startswith("Primary contrast of the recipe: at equal safety")
     assert with_it.verdict[len(with_it.primary.words if with_it.primary else []) :] == without.verdict
     assert [c.found.p_adjusted for c in with_it.comparisons] == [c.found.p_adjusted for c in without.comparisons]
     rows = {table.name: table.rows for table in finding_tables(with_it)}["primary"]
