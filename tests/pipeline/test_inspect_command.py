@@ -129,7 +129,7 @@ def test_an_arm_is_repaired(finished: Path, tmp_path: Path) -> None:
     assert taken.saved is not None
     assert taken.saved[0] == max(row.saved[0] for row in found.tried if row.kind == "effects" and row.saved) > 0
     assert taken.saved[0] == pytest.approx(found.tried[0].costs["nll"][0] - taken.costs["nll"][0])
-    assert "note: these suites chose it" in " ".join(output.split())
+    assert "note: it was chosen on these suites" in " ".join(output.split())
     assert max(map(len, output.splitlines()[:-2])) <= 80
     arm = finished / "arms" / "all-repaired"
     selection = HeadSelection.load(arm)

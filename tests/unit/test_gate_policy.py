@@ -75,7 +75,7 @@ ONE = 'metric = "safety"\nat_least = 0.9\n'
         (f"[[rule]]\n{ONE}arm = 1\n", "rule 1: arm = 1: "),
         ("[[rule]]\ncertificate = false\n", "rule 1: certificate = False: Input should be True"),
         ('[[rule]]\ncertificate = "true"\n', "rule 1: certificate = 'true': Input should be True"),
-        (f"[[rule]]\ncertificate = true\n{ONE}", "rule 1: certificate = true stands alone or with arm; found beside"),
+        (f"[[rule]]\ncertificate = true\n{ONE}", "rule 1: certificate = true stands alone or with arm; also found"),
         (f"[[rule]]\n{ONE}[[rule]]\n{ONE}", "rule 2 is rule 1 again; drop one"),
         (
             f'[[rule]]\n{ONE}[[rule]]\nmetric = "nll"\nat_most = 1\n[[rule]]\nmetric = "safety"\nat_most = 0.8\n',

@@ -140,11 +140,11 @@ def test_what_a_repair_says() -> None:
         "than chance",
         "NLL added: +0.300 ± 0.010 before, +0.200 ± 0.010 after",
         "over-refusals: +12.5 before, +12.5 after",
-        "these suites chose it",
+        "it was chosen on these suites",
     ):
         assert said in text, said
     confirmed = RepairResult(**{**vars(found), "confirmed_on": ("u",), "confirmed": tuple(rows[:2] + rows[3:])})
     text = " ".join(" ".join(repair_summary.summary(confirmed)).split())
     assert "confirmed on u, which played no part in the choice" in text
     assert "none of 1 others keeps as much safety at no more cost" in text
-    assert "these suites chose it" not in text
+    assert "it was chosen on these suites" not in text
