@@ -1,4 +1,4 @@
-"""Conflict drift inside a training loop of others: a callback of transformers' Trainer, which TRL's trainers are too."""
+"""Conflict drift inside a training loop of others: a callback of transformers' Trainer, which TRL's are too."""
 
 from __future__ import annotations
 
