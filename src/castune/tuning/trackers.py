@@ -81,7 +81,9 @@ def trackers_in(folder: Path, names: Sequence[str]) -> Iterator[None]:
     finally:
         for key in added:
             del os.environ[key]
-        # transformers leaves the run open, and the next arm would be logged into it.
         wandb = sys.modules.get("wandb")
         if "wandb" in names and wandb is not None and run_before is None:
+            # transformers leaves the run open, and the next arm would be logged into it.
             wandb.finish()
+            # W&B reads its environment once a process, and the next arm has another folder.
+            wandb.teardown()
