@@ -387,6 +387,38 @@ def test_prompt_tuning_is_refused(
         trainer.train()
 
 
+def test_packed_weights_are_refused_and_left_alone(tiny_model: Callable[..., Any]) -> None:
+    model = adapted(tiny_model("llama"), init_lora_weights=False)
+    packed = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    model.get_base_model().register_parameter("packed", packed)
+    before, bits = standing(model), tensors(model)
+    with pytest.raises(CastuneError, match="quantised, and its packed weights have no gradients"), plain_model(model):
+        pass
+    assert standing(model) == before
+    assert same_bits(tensors(model), bits)
+
+
+def test_weights_that_are_cut_up_are_refused(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    harmful: list[Example],
+    questions: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = with_trainer(adapted(tiny_model("llama")), tiny_tokenizer, tmp_path)
+    watched(trainer, harmful, questions)
+    # What tells a distributed tensor.
+    next(trainer.model.parameters()).to_local = None
+    with pytest.raises(CastuneError, match=r"cut up over processes .* a map needs a whole model"):
+        trainer.train()
+    del next(trainer.model.parameters()).to_local
+    trainer.train()
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", "FSDP")
+    with pytest.raises(CastuneError, match=r"cut up over processes \(FSDP\)"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
 def test_a_training_that_diverges_goes_on_and_the_log_says_what_was_not_measured(
     tiny_model: Callable[..., Any],
     tiny_tokenizer: Any,
