@@ -183,6 +183,30 @@ def test_what_is_measured_reaches_the_logs(
     ]
 
 
+@pytest.mark.parametrize("trainer_of", [with_trl, with_trainer])
+def test_tensorboard_reads_what_was_measured(
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    harmful: list[Example],
+    questions: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trainer_of: Callable[..., Any],
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = trainer_of(adapted(tiny_model("llama")), tiny_tokenizer, tmp_path, report_to=["tensorboard"])
+    callback = watched(trainer, harmful, questions)
+    trainer.train()
+    read = EventAccumulator(str(tmp_path / "events"))
+    read.Reload()
+    margins = [(event.step, event.value) for event in read.Scalars("train/conflict/refusal_margin")]
+    assert margins == [(record.step, pytest.approx(record.refusal_margin)) for record in callback.history]
+    assert [event.step for event in read.Scalars("train/loss")] == [2, 4]
+
+
 # -- the numbers
 
 
