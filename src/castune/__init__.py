@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from castune.selection import select as select
     from castune.stats.correlations import correlation as correlation
     from castune.stats.estimates import utility_cost_ratio as utility_cost_ratio
+    from castune.steps.conflict_callback import ConflictCallback as ConflictCallback
     from castune.steps.export import export as export
     from castune.tuning.mask import mask_adapter as mask_adapter
     from castune.tuning.row_lora import sparse_lora as sparse_lora
@@ -63,6 +64,7 @@ _PUBLIC = {
     "evaluate": "castune.evaluation.run",
     "correlation": "castune.stats.correlations",
     "utility_cost_ratio": "castune.stats.estimates",
+    "ConflictCallback": "castune.steps.conflict_callback",
     "export": "castune.steps.export",
     "run": "castune.pipeline",
     "select": "castune.selection",

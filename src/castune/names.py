@@ -21,6 +21,7 @@ TuneMethod = Literal["sft", "dpo"]
 SurgeryMethod = Literal[
     "none", "pcgrad", "pcgrad-symmetric", "cagrad", "upgrad", "mgda", "gradvac", "alignedmtl", "imtlg"
 ]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 UnitKind = Literal["q_heads", "k_groups", "v_groups", "o_heads", "mlp_blocks", "mlp_groups"]
 ZONES: tuple[str, ...] = get_args(Zone)
 SCORES: tuple[str, ...] = get_args(Score)

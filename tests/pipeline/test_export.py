@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,35 @@ def test_a_combination_stands_beside_the_trained_arms(
         done = castune("mask", plain("one"), "--run", finished, "--as", name, cwd=tmp_path)
         assert_one_error(done, said)
     assert sorted(path.name for path in (finished / "arms").iterdir()) == ["risky", "ties"]
+
+
+# -- GGUF
+
+
+@pytest.mark.parametrize("arm", [None, "risky"])
+def test_gguf_is_refused_with_the_commands_that_make_it(finished: Path, tmp_path: Path, arm: str | None) -> None:
+    out, of_arm = tmp_path / "my export", () if arm is None else ("--arm", arm)
+    said = refused("export", finished, "--gguf", *of_arm, "--out", out)
+    assert not out.exists()
+    base = Path(Recipe.load(finished / "recipe.toml").model)
+    assert (base / "config.json").is_file()
+    steps = re.findall(r"(?:castune|python) [^;]*?(?=, then |\. The whole |$)", said)
+    exported, of_adapter, merged, of_model = map(shlex.split, steps)
+    assert of_adapter[1:] == [
+        "convert_lora_to_gguf.py", "--base", str(base), "--outfile", str(out / "adapter.gguf"), str(out),
+    ]  # fmt: skip
+    assert of_model[1:] == ["convert_hf_to_gguf.py", "--outfile", str(out / "model.gguf"), str(out)]
+    # The commands of castune that it names make what those of llama.cpp take.
+    for words, made in ((exported, "adapter_config.json"), (merged, "config.json")):
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, done.output
+        assert (out / made).is_file()
+        shutil.rmtree(out)
+
+
+def test_gguf_of_an_adapter_whose_base_is_on_the_hub(finished: Path, tmp_path: Path) -> None:
+    said = refused("export", finished / "adapter", "--base", "owner/model", "--gguf", "--out", tmp_path / "out")
+    assert "convert_lora_to_gguf.py --base-model-id owner/model --outfile" in said
 
 
 # -- the card

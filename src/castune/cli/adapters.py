@@ -147,6 +147,9 @@ def export(
         bool,
         typer.Option("--merged", help="Write the whole merged model in transformers format, not just the adapter."),
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Only say which commands of llama.cpp make a GGUF file; castune makes none.")
+    ] = False,
     arm: Arm = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Base model, if it has moved.")] = None,
     dtype: Annotated[
@@ -165,7 +168,10 @@ def export(
         castune export runs/first --merged --out published/model
     """
     from castune.steps.export import export as write
+    from castune.steps.export import refuse_gguf
 
+    if gguf:
+        refuse_gguf(source, out, arm=arm, base=base)
     done = write(source, out, merged=merged, arm=arm, base=base, dtype=dtype)
     if done.merging is not None:
         say(

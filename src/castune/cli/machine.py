@@ -44,6 +44,7 @@ def doctor() -> None:
         ("vllm", "vllm"),
         ("lm_eval", "lm-eval"),
         ("ray", "ray"),
+        ("tensorboard", "tensorboard"),
     ):
         try:
             say(f"  {package:18} {importlib.metadata.version(package)}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from castune.config.base import Config, Count
-from castune.names import SurgeryMethod, TuneMethod
+from castune.names import SurgeryMethod, Tracker, TuneMethod
 
 SurgeryGranularity = Literal["global", "tensor", "head"]
 
@@ -61,6 +61,9 @@ class TuneConfig(Config):
     reselect_steps: Count | None = None
     """After every N optimiser steps, measure the map again on the current model, choose heads again by the arm's own
     rule, and train those from there on. What was learned so far is kept frozen. Off by default."""
+    report_to: tuple[Tracker, ...] = ()
+    """Where to log loss and learning rate while training: `tensorboard`, `wandb` or `trackio`, each of which has to be
+    installed. Changes no result: a run that logs elsewhere is the same run."""
     freeze_a: bool = False
     """Train only B. Arms with equally many heads then have exactly equally many trainable parameters."""
     seed: int = 21
@@ -74,6 +77,11 @@ class TuneConfig(Config):
     head's rows of B and A (`head`)."""
     surgery_batch_size: Count | None = None
     """Utility examples per optimiser step, over all processes. By default as many as alignment examples."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _goes_together(self) -> TuneConfig:
@@ -99,6 +107,10 @@ class TuneConfig(Config):
     def trains_on_utility(self) -> bool:
         """Whether weights follow utility data too; of one-way PCGrad they are the reference alone."""
         return self.replay > 0 or self.surgery not in ("none", "pcgrad")
+
+    def record(self) -> dict[str, Any]:
+        """The settings that decide the adapter, as plain JSON: all but where its training is logged."""
+        return self.model_dump(mode="json", exclude={"report_to"})
 
     def changed(self, **values: object) -> TuneConfig:
         """These settings with some others, checked."""

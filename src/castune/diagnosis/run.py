@@ -98,6 +98,18 @@ def diagnose(
     return place.keep(cmap, results, task.examples, journal)
 
 
+def current_map(task: Task) -> ConflictMap:
+    """The map of the model as it is now, by this process alone, whatever others of a torchrun job do.
+
+    For a model in training, which is measured again and again: nothing is written or warned of, and no unit of an
+    attribution is measured exactly as well.
+    """
+    origin = _Origin.of(task, {}, None, None)
+    place = _Place(None, Shard(), was_there=False, started=time.perf_counter())
+    results, metadata = _measured(task, origin, place, Journal.of(None, None), check=False)
+    return conflict_map(results, task.config, metadata)
+
+
 def measure_gradients(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -195,8 +207,17 @@ class _Place:
         return cmap
 
 
-def _measured(task: Task, origin: _Origin, place: _Place, journal: Journal) -> tuple[Results, dict[str, Any]]:
+def _measured(
+    task: Task, origin: _Origin, place: _Place, journal: Journal, *, check: bool = True
+) -> tuple[Results, dict[str, Any]]:
     """Gradients, then the ablations of every objective; and the metadata of the map.
+
+    Args:
+        task: what is measured.
+        origin: what the map is made from.
+        place: where results go, and this process's share.
+        journal: of the diagnosis.
+        check: measure some units of an attribution exactly as well.
 
     Raises:
         MapUnfinished: other shares are missing.
@@ -217,7 +238,7 @@ def _measured(task: Task, origin: _Origin, place: _Place, journal: Journal) -> t
         grams = grams or journaled_grams(journal)
         measured = _all_there({**of_utility, "safety": of_safety}, grams, share)
         checked = None
-        if task.config.measure == "attribution":
+        if check and task.config.measure == "attribution":
             checked = check_units(task, objectives, measured, grams, replies, journal, share)
         of_units = {name: one.of(twins) for name, one in measured.items()}
         safety = of_units.pop("safety")

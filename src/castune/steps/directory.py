@@ -3,6 +3,7 @@
 recipe.toml  provenance.json  conflict_map.parquet  ablation.parquet  gradients.parquet
 domains/NAME.parquet                         the map of each utility domain, where there are several
 selection.json  adapter/                     the main arm
+adapter-logs/1/                              what trackers wrote while it was trained
 arms/NAME/selection.json  arms/NAME/adapter/  arms beside it, for comparison: trained, or made of other adapters
 evaluation/NAME/  figures/  report.html
 evaluation/NAME/strengths/0.5/               the same with the adapter at another strength
@@ -189,7 +190,8 @@ class RunDirectory:
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe under which artifacts that are already here would have come out differently.
 
-        Evaluation settings are free: evaluations are made again where they differ. Settings of a stage that has left
+        Evaluation settings are free: evaluations are made again where they differ. So is where a training is logged,
+        which changes nothing. Settings of a stage that has left
         nothing yet are free too, so that a failed training can be tried again with another learning rate.
         """
         if self.path.exists() and not self.path.is_dir():
@@ -204,6 +206,7 @@ class RunDirectory:
             key
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
+            and key != "tune.report_to"
             and (has_adapter if key.startswith(("select.", "tune.", "align.")) else has_map)
         ]
         if different:

@@ -6,10 +6,11 @@ Like `pipeline.py` this sees all stages: the card is made from everything a run 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, ScaledAdapter, TuneResult
 from castune.artifacts.files import check_vacant, new_directory, write_text
@@ -18,8 +19,8 @@ from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.scaled_adapter import SCALE_FILE
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, TUNE_FILE, adapter_hash
 from castune.core.gguf import display_name
-from castune.core.loading import load, load_config
-from castune.errors import ArtifactError
+from castune.core.loading import load, load_config, model_source
+from castune.errors import ArtifactError, CastuneError
 from castune.report.card import CardFacts, Merging, model_card
 from castune.steps.changes import cost_ratios, differences
 from castune.steps.directory import BASE, RunDirectory
@@ -90,6 +91,43 @@ def export(
         # The record of what the certificate in the card says, in the dtype of the merged model.
         done.certificate.save(aside)
     return Exported(out, done.certificate, merging)
+
+
+def refuse_gguf(source: str | Path, out: str | Path, *, arm: str | None = None, base: str | None = None) -> NoReturn:
+    """Say how llama.cpp makes GGUF files of an export: castune has no converter, and no package that is kept up has.
+
+    Args:
+        source: a run directory, or an adapter directory.
+        out: the directory that would be written.
+        arm: the arm of a run.
+        base: the base model; the run's, or the one the adapter names, when absent.
+
+    Raises:
+        CastuneError: always; the message has the commands for an adapter and for a merged model, with these paths.
+    """
+    source, place = Path(source), Path(out).absolute()
+    is_adapter = (source / ADAPTER_CONFIG).is_file()
+    model = base or (_named_base(source) if is_adapter else RunDirectory(source).load_recipe().model)
+    options = ["--base", "BASE"] if model is None else _llama_cpp_base(model)
+
+    def command(*words: object) -> str:
+        return shlex.join(map(str, words))
+
+    of_arm = [] if arm is None else ["--arm", arm]
+    adapter = command("castune", "export", source, *of_arm, "--out", out)
+    merged = command("castune", "export", source, *of_arm, "--merged", "--out", out)
+    of_adapter = command("python", "convert_lora_to_gguf.py", *options, "--outfile", place / "adapter.gguf", place)
+    of_model = command("python", "convert_hf_to_gguf.py", "--outfile", place / "model.gguf", place)
+    raise CastuneError(
+        "castune writes no GGUF files; the converters are scripts of https://github.com/ggml-org/llama.cpp, to be run "
+        f"in a clone of it. The adapter: {adapter}, then {of_adapter}. The whole model: {merged}, then {of_model}"
+    )
+
+
+def _llama_cpp_base(model: str) -> list[str]:
+    """The base model as options of llama.cpp's converter of adapters: it reads a config from a directory or the hub."""
+    place = Path(model_source(model))
+    return ["--base", str(place.absolute())] if place.is_dir() else ["--base-model-id", model]
 
 
 def _run_facts(path: Path, name: str | None) -> tuple[Path, HeadSelection, CardFacts, Any]:

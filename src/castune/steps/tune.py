@@ -75,6 +75,7 @@ def tune_step(
             utility=data.utility,
             utility_source=data.utility_source,
             reselect=reselect,
+            run_name=f"{folder.path.absolute().name}/{arm.name}",
         )
         if Shard.is_main_process():
             folder.record_step(f"tune {arm.name}", result.provenance)
@@ -92,8 +93,7 @@ def _stored_training(
     """The training that is there; refused where it was another one."""
     result = folder.load_tuning(arm, selection)
     # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
-    found = TuneConfig(**result.settings).model_dump(mode="json")
-    check_same(f"{arm.adapter}", found, config.model_dump(mode="json"), folder)
+    check_same(f"{arm.adapter}", TuneConfig(**result.settings).record(), config.record(), folder)
     check_same(f"{arm.adapter}'s data", result.data["hash"], content_hash(data.align), folder)
     if result.utility is not None and data.utility is not None:
         check_same(f"{arm.adapter}'s utility data", result.utility["hash"], content_hash(data.utility), folder)

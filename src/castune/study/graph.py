@@ -238,9 +238,9 @@ class Graph:
         recipe = map_recipe.model_copy(
             update={"select": select, "tune": self.recipe.tune.model_copy(update={"seed": seed})}
         )
-        # How often a training is saved changes nothing.
-        usual = TuneConfig.model_fields["checkpoint_steps"].default
-        tune = recipe.tune.model_copy(update={"checkpoint_steps": usual})
+        # How often a training is saved, and where it is logged, changes nothing.
+        usual = {name: TuneConfig.model_fields[name].default for name in ("checkpoint_steps", "report_to")}
+        tune = recipe.tune.model_copy(update=usual)
         made_from = _made_from(recipe.model_copy(update={"tune": tune}), {"select", "tune", "align"})
         key = _digest([Path(map_recipe.out).name, made_from, self.data.get("align")])
         out = self.folder.runs / f"{run_label(calibration, seed, draw).replace('/', '-')}-{key}"

@@ -89,7 +89,7 @@ def _is_done(unit: WorkUnit, suites: Sequence[Suite]) -> bool:
             return False
         wanted = unit.recipe.tune.changed(**dict(ArmName.parse(unit.arm).changes))
         # If not, the unit says what differs.
-        return TuneConfig(**TuneResult.load(arm.adapter).settings) == wanted
+        return TuneConfig(**TuneResult.load(arm.adapter).settings).record() == wanted.record()
     if unit.stage == "base":
         found = _stored(folder, unit.recipe, BASE, suites, None)
         # It may have been killed before its replies were judged.

@@ -18,6 +18,7 @@ from castune.data.rows import Row
 from castune.errors import CastuneError, DataError
 from castune.tuning.preferences import Pair, preference_pairs, require_trl
 from castune.tuning.surgery import require_method
+from castune.tuning.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def require_extras(config: TuneConfig) -> None:
             "leave out torchrun, or reselect_steps"
         )
     require_method(config.surgery)
+    require_trackers(config.report_to)
     if config.method == "dpo":
         require_trl()
     if config.quantization != "none":

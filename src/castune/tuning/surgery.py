@@ -271,6 +271,12 @@ class Operation:
             "mean_cosine": sum(known) / len(known) if known else None,
         }
 
+    def logs(self) -> dict[str, float]:
+        """Of the last step the cosine of g and u, if it has one, and how many of the steps so far had a conflict."""
+        cosine = self.cosines[-1]
+        found = {} if cosine is None else {"surgery/cosine": cosine}
+        return {**found, "surgery/conflicting_share": self.conflicts / len(self.cosines)}
+
     def state(self) -> dict[str, Any]:
         """Plain JSON from which `restore` continues."""
         memories = [surgery.memory for surgery in self._surgeries]

@@ -25,6 +25,7 @@ from castune.tuning.phases import Phases, Reselect, require_reselection
 from castune.tuning.rows import TrainingRows
 from castune.tuning.run import Training, trained
 from castune.tuning.snapshots import snapshot_steps
+from castune.tuning.trackers import log_folder, trackers_in
 from castune.tuning.trainer import trainer_settings
 from castune.tuning.workspace import Workspace
 
@@ -49,6 +50,7 @@ def tune(
     utility: Sequence[Example] | None = None,
     utility_source: str | None = None,
     reselect: Reselect | None = None,
+    run_name: str | None = None,
 ) -> TuneResult:
     """Train the selected heads and write adapter, certificate and record.
 
@@ -70,6 +72,7 @@ def tune(
         utility: D_util, for gradient surgery and data replay: questions, or prompts with replies.
         utility_source: name of its source, for the record.
         reselect: how heads are chosen again, with `config.reselect_steps`.
+        run_name: what the trackers of `config.report_to` call the training; they have names of their own for None.
 
     Raises:
         CastuneError: surgery without utility data, or by a method not installed; heads that cannot be selected again.
@@ -85,9 +88,10 @@ def tune(
     record = rows.data_record(data, source, balance=balance, shares=shares, left_out=left_out)
     records = _Records(model_record(model, tokenizer), record, rows.utility_record(utility, utility_source))
     workspace = Workspace.beside(out)
-    settings = trainer_settings(config, workspace, next(model.parameters()).device)
+    settings = trainer_settings(config, workspace, next(model.parameters()).device, run_name=run_name)
     _open(workspace, selection, config, records, TrainingArguments(**settings))
-    with workspace.kept_for_later():
+    logs = log_folder(out, goes_on=workspace.last_checkpoint() is not None)
+    with workspace.kept_for_later(), trackers_in(logs, config.report_to):
         phases = Phases(workspace, config.reselect_steps, (selection,))
         run = trained(model, tokenizer, phases, rows, config, settings, reselect)
         if Shard.is_main_process():
@@ -126,7 +130,7 @@ def _open(
                 "mlp_groups": selection.mlp_groups,
                 # Later selections depend on the settings and the data of the map.
                 **({"map": selection.conflict_map_hash} if config.reselect_steps else {}),
-                "settings": config.model_dump(mode="json"),
+                "settings": config.record(),
                 "data": records.data,
                 "utility": records.utility,
                 "processes": processes.world_size,
@@ -152,7 +156,7 @@ def _write(out: Path, run: Training, config: TuneConfig, records: _Records) -> N
             adapter=out.name,
             certificate=run.base.certificate(folder, run.phases.union),
             budget=run.budget,
-            settings=config.model_dump(mode="json"),
+            settings=config.record(),
             data=records.data,
             losses=run.losses,
             steps=run.steps,

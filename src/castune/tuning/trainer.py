@@ -19,6 +19,7 @@ from castune.data.rows import Row
 from castune.errors import TrainingError
 from castune.tuning.adapter_files import save_adapter
 from castune.tuning.surgery import Operation
+from castune.tuning.trackers import PROJECT
 from castune.tuning.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def trainer_settings(config: TuneConfig, workspace: Workspace, device: torch.device) -> dict[str, Any]:
+def trainer_settings(
+    config: TuneConfig, workspace: Workspace, device: torch.device, *, run_name: str | None = None
+) -> dict[str, Any]:
     """The arguments of a Trainer, of whatever kind. Making them lets processes under torchrun find each other."""
     return {
         "output_dir": str(workspace.folder),
@@ -52,7 +55,9 @@ def trainer_settings(config: TuneConfig, workspace: Workspace, device: torch.dev
         "save_strategy": "steps",
         "save_steps": config.checkpoint_steps,
         "save_total_limit": 2,
-        "report_to": [],
+        "report_to": list(config.report_to),
+        "project": PROJECT,
+        "run_name": run_name,
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -135,6 +140,12 @@ class SparseTraining(Trainer):
             bare = self.accelerator.unwrap_model(model)
             self.operation(bare, self.accelerator, self.compute_loss_context_manager)
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What a Trainer logs, and with a loss how the gradients of the step went together before surgery."""
+        if self.operation is not None and "loss" in logs:
+            logs |= self.operation.logs()
+        super().log(logs, start_time)
 
     def finite(self, loss: Tensor) -> Tensor:
         """The loss of a micro-batch, if it is a number.

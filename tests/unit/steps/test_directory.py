@@ -103,6 +103,11 @@ def test_settings_of_a_stage_that_left_nothing_are_free(folder: RunDirectory, re
         folder.check(Recipe(**{**dict(recipe), "seed": 22}))
 
 
+def test_where_a_training_is_logged_is_free(folder: RunDirectory, recipe: Recipe) -> None:
+    finish(folder, recipe)
+    folder.check(Recipe(**{**dict(recipe), "tune": {"report_to": ["tensorboard"]}}))
+
+
 def test_check_counts_the_other_differences(folder: RunDirectory, recipe: Recipe) -> None:
     finish(folder, recipe)
     with pytest.raises(ArtifactError, match="and 2 more settings differ"):

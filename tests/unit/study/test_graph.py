@@ -160,6 +160,7 @@ def test_arms_said_to_be_the_same_have_the_same_heads_and_no_others(
     [
         ({"tune": {"learning_rate": 0.5}}, False, True),
         ({"tune": {"checkpoint_steps": 7}}, False, False),
+        ({"tune": {"report_to": "tensorboard"}}, False, False),
         ({"evaluate": {"limit": 3}}, False, False),
         ({"device": "cpu"}, False, False),
         ({"diagnose": {"margin_tokens": 3}}, True, True),

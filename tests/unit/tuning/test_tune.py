@@ -173,7 +173,7 @@ def test_the_record_tells_what_happened(
     cut = sum(row.cut for row in rows)
     assert cut > 0
     assert result.data == {"source": "own", "n": 8, "hash": content_hash(aligned), "cut": cut, "replies_cut": 0}
-    assert result.settings == config.model_dump(mode="json")
+    assert result.settings == config.record()
     assert result.model["fingerprint"] == selection.model_fingerprint
     assert result.provenance["seed"] == config.seed
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
