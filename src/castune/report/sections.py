@@ -76,8 +76,12 @@ def opening(
     cost_ratios: CostRatios,
     notes: Sequence[str],
     safety_costs: SafetyCosts | None,
+    under_attack: str = "",
 ) -> Markup:
-    """Title, what this is about, and what the numbers say: what safety costs first, where that was measured."""
+    """Title, what this is about, and what the numbers say: what safety costs first, where that was measured.
+
+    What attacks leave of it (`under_attack`) stands beside the gain.
+    """
     model = cmap.metadata.get("model", {})
     kinds = {kind: len(cmap.rows_of(kind)) for kind in cmap.kinds}
     units = ", ".join(f"{n:,} {kind_words(kind, n)}" for kind, n in kinds.items())
@@ -98,6 +102,7 @@ def opening(
         tag("p", f"{known(model.get('type'))}, {size}", class_="quiet"),
         *first,
         tag("p", said.rates, class_="verdict" if not first else "small"),
+        tag("p", under_attack, class_="verdict") if under_attack else "",
         tag("ul", *changes, class_="changes") if changes else "",
         tag("p", said.rule, class_="small") if said.rule else "",
         tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else "",
