@@ -138,8 +138,9 @@ def resume_from(model: nn.Module, layout: HeadLayout, layer: int, residual_BSD: 
 
 @contextmanager
 def project_out(model: nn.Module, layout: HeadLayout, direction_D: Tensor) -> Iterator[None]:
-    """Take a direction out of the residual stream inside the `with` block: x - r r^T x (Arditi et al. 2024, Section 2.4).
+    """Take a direction out of the residual stream inside the `with` block: x - r r^T x.
 
+    This is the directional ablation of Arditi et al. (2024, Section 2.4).
     It is taken out of whatever a part of a layer writes to the stream, and of the stream wherever it is read. Where
     nothing but linear maps write to it, the model computes what it would with r projected out of every matrix that
     writes to the stream (Appendix E there); a norm behind such a matrix (gemma2) would bring r back, and does not here.

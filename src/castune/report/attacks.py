@@ -52,7 +52,8 @@ def headline(result: AttackResult) -> str:
     if not parts:
         largest = max((one.smallest for one in result.comparisons if one.smallest is not None), default=None)
         could = "" if largest is None else f"; a difference of {_size(largest)} points could have been missed"
-        others = _listed([arm.name for arm in result.arms[1:]])
+        names = _listed([arm.name for arm in (*result.arms[1:], reference)])
+        return f"Under {tested} no difference is seen in how easily the safety of arms {names} breaks{could}."
     return f"{_capital('; '.join(parts))} ({tested}, adjusted for their number)."
 
 

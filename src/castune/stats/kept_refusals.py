@@ -86,8 +86,9 @@ def kept_difference(first: tuple[Refused, Refused], second: tuple[Refused, Refus
     So it has a width, too, where an arm keeps all or nothing. p is one minus the level at which the interval would end
     at 0.
 
-    In simulations (40, 120 and 300 prompts of which 30 to 90 % were refused before, arms alike in none to most of them,
-    50 to 95 % kept; 2,000 tries each) it held the true difference in %(coverage)s of cases.
+    In simulations (40, 120 and 300 prompts of which 30 to 90 % were refused before, arms alike in none to 90 % of them,
+    50 to 95 % kept; 2,000 tries each) it held the true difference in 92 to 100 % of cases, 96 % on average: fewest with
+    a dozen refusals an arm, most where both arms keep 95 %.
 
     Args:
         first: outcomes of the prompts under the first arm before and after.
