@@ -214,18 +214,23 @@ class AttackResult:
         """What is compared under an attack."""
         return [one for one in self.comparisons if one.attack == attack]
 
-    def save(self, directory: str | Path) -> Path:
-        """Write `attacks.json` into a directory, atomically. Returns the file."""
-        path = Path(directory) / ATTACKS_FILE
+    def save(self, path: str | Path) -> Path:
+        """Write `attacks.json` into a directory (or to the given file), atomically. Returns the file."""
+        path = _file(path)
         write_json(path, _KIND, asdict(self))
         return path
 
     @classmethod
-    def load(cls, directory: str | Path) -> AttackResult:
-        """Read what `save` wrote.
+    def load(cls, path: str | Path) -> AttackResult:
+        """Read a result from its file or its directory.
 
         Raises:
             ArtifactError: missing, damaged, of another kind or schema version.
         """
-        path = Path(directory) / ATTACKS_FILE
+        path = _file(path)
         return typed(path, _KIND, cls, read_json(path, _KIND, "castune attack RUN"))
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" else path / ATTACKS_FILE
