@@ -59,6 +59,8 @@ def headline(result: AttackResult) -> str:
 
 def basis(result: AttackResult) -> str:
     """At which strengths arms are compared, and why."""
+    if len(result.arms) == 1:
+        return f"Arm {result.arms[0].name} is attacked at the strength it was trained to, and compared with no arm."
     strengths = _listed([f"{arm.name} at {numbers.number(arm.strength, '.3g')}" for arm in result.arms])
     if result.target is None:
         return f"Arms are compared at full strength, not at equal safety, because {result.why_full}."

@@ -85,7 +85,7 @@ def attack(
 
 def attack_step(folder: RunDirectory, recipe: Recipe, config: AttackConfig, inputs: AttackInputs) -> AttackResult:
     """`attack` with loaded inputs."""
-    if inputs.equal.why_full:
+    if inputs.equal.why_full and len(inputs.arms) > 1:
         logger.warning("arms are compared at full strength, not at equal safety: %s", inputs.equal.why_full)
     for kind, reason in inputs.left_out.items():
         logger.warning("%s is left out: %s", kind, reason)
@@ -150,7 +150,7 @@ class _Bench:
         suites = [suite.name for suite in self.inputs.suites]
         measured = {(one.arm.name, one.attack): self._judged(one) for one in self._asked()}
         require_refusals(measured, suites)
-        arms = [self._arm(arm) for arm in self.inputs.arms]
+        arms = [self._arms[arm.name] for arm in self.inputs.arms]
         rows = [
             row_of(arm.name, attack, measured[arm.name, None], measured[arm.name, attack], suites)
             for attack in self.inputs.attacks
@@ -185,7 +185,7 @@ class _Bench:
         if attack is not None and attack.kind == "dial":
             assert attack.amount is not None
             strength = float(f"{strength * attack.amount:g}")
-        identity: ModelRecord = {**self.identity, "adapter": self._arm(arm).adapter_hash}
+        identity: ModelRecord = {**self.identity, "adapter": self._arms[arm.name].adapter_hash}
         model = at_strength(identity, strength)
         if attack is not None and attack.kind == "quantise":
             model = {**model, "fingerprint": model["fingerprint"][:8] + QUANTISED, "quantised": True}
@@ -216,6 +216,10 @@ class _Bench:
     def _rows(self, attack: Attack) -> Sequence[Example]:
         assert attack.amount is not None
         return self.inputs.rows[: int(attack.amount)]
+
+    @cached_property
+    def _arms(self) -> dict[str, AttackedArm]:
+        return {arm.name: self._arm(arm) for arm in self.inputs.arms}
 
     def _arm(self, arm: Arm) -> AttackedArm:
         selection = self.folder.load_selection(arm, self.folder.load_map())

@@ -69,6 +69,7 @@ def test_one_arm_is_told_alone() -> None:
     assert list(map(plain, sentences(alone))) == [
         "After 100 benign rows, all keeps 80.0 % of its refusals (95 % 70.0 to 90.0)."
     ]
+    assert basis(alone) == "Arm all is attacked at the strength it was trained to, and compared with no arm."
 
 
 @pytest.mark.parametrize(("share", "said"), [(67, "a quarter"), (135, "half"), (27, "10 %"), (202, "three quarters")])
