@@ -61,6 +61,29 @@ def test_the_headline_stands_for_all_attacks() -> None:
     assert "One arm was attacked" in headline(alone)
 
 
+@pytest.mark.parametrize(
+    ("interval", "p", "said"),
+    [
+        ((0.0, 0.08), 0.9, "Both arms keep hardly a refusal, so this attack cannot tell them apart: a weaker one"),
+        ((0.92, 1.0), 0.9, "Both arms keep nearly all refusals, so this attack cannot tell them apart"),
+        ((0.0, 0.12), 0.9, None),
+        ((0.0, 0.08), 0.001, None),  # seen all the same
+    ],
+)
+def test_an_attack_that_breaks_all_or_nothing_is_said_to_tell_nothing(
+    interval: tuple[float, float], p: float, said: str | None
+) -> None:
+    found = make_attacks(-0.2, p)
+    rows = [replace(row, kept_interval=interval) if row.attack == RELEARN else row for row in found.rows]
+    extreme = AttackResult(**{**vars(found), "rows": tuple(rows)})
+    relearnt, direction = sentences(extreme)
+    assert said is None or said in relearnt
+    assert ("cannot tell them apart" in relearnt) == (said is not None)
+    assert "cannot tell them apart" not in direction
+    named = "Too strong or too weak to tell them apart: relearning on 100 benign rows." in headline(extreme)
+    assert named == (said is not None)
+
+
 def test_one_arm_is_told_alone() -> None:
     found = make_attacks(-0.2)
     alone = AttackResult(
