@@ -19,9 +19,11 @@ class AttackConfig(Config):
     in 4 bits. `dial`: turn the adapter down. By default all of them that this machine can do."""
     n_rows: tuple[Count, ...] = (10, 100)
     """How many benign rows to relearn on: an attack for each number."""
-    steps: Count = 50
+    # Once over a hundred rows.
+    steps: Count = 25
     """Optimiser steps of relearning, of four rows each, however many rows there are."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    # At 1e-3 neither a quarter nor all of the heads of the default model kept a refusal: nothing was left to compare.
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Learning rate of relearning."""
     strengths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.75, 0.5, 0.25)
     """What the adapter's update is multiplied by to turn it down."""

@@ -62,16 +62,25 @@ def headline(result: AttackResult) -> str:
 
 
 def basis(result: AttackResult) -> str:
-    """At which strengths arms are compared, and why."""
+    """At which strengths arms are compared, why, and what they refuse there."""
     if len(result.arms) == 1:
         return f"Arm {result.arms[0].name} is attacked at the strength it was trained to, and compared with no arm."
     strengths = _listed([f"{arm.name} at {numbers.number(arm.strength, '.3g')}" for arm in result.arms])
+    rates = [
+        f"{row.arm} refuses {_percent(row.before.value)}" for row in _before(result) if row.before.value is not None
+    ]
+    measured = f" Before any attack {_listed(rates)}." if rates else ""
     if result.target is None:
-        return f"Arms are compared at full strength, not at equal safety, because {result.why_full}."
+        return f"Arms are compared at full strength, not at equal safety, because {result.why_full}.{measured}"
     return (
         f"Arms are compared at equal safety: {strengths} of their adapters' strength, where by the run's evaluations "
-        "all are equally safe."
+        f"all are equally safe.{measured}"
     )
+
+
+def _before(result: AttackResult) -> list[AttackRow]:
+    """A row of every arm: what it is before is the same under all attacks."""
+    return result.rows_of(result.attacks[0])
 
 
 def sentences(result: AttackResult) -> list[str]:
