@@ -256,7 +256,7 @@ def test_what_is_done_is_not_done_again(folder: RunDirectory, rows: Path, monkey
         without.setattr(step, "load_model", None)
         attacked(folder, *options)
         after = files(folder.attacks)
-        assert {name for name in before if before[name] != after[name]} == {"attacks.json"}, "its date"
+        assert {name for name in before if before[name] != after[name]} <= {"attacks.json"}, "its date"
         # One of the attacks alone is there, too.
         _, result = attacked(folder, "--rows", rows, *QUICK, "--kind", "direction")
         assert result.attacks == [DIRECTION]
