@@ -143,7 +143,7 @@ class _Bench:
         if in_4_bits := [one for one in todo if _in_4_bits(one)]:
             loaded = load_model(self.recipe, quantization="nf4")
             keep_trainable(loaded.model)
-            self._make(loaded, in_4_bits, len(todo))
+            self._make(loaded, in_4_bits, len(in_4_bits))
 
     def result(self) -> AttackResult:
         """The numbers, from what is stored."""
@@ -316,11 +316,11 @@ class _Bench:
             training_tokens(tokenizer, [TuneConfig()], inputs.rows if _asks(inputs, "relearn") else ()),
         )
 
-    def _make(self, loaded: LoadedModel, todo: Sequence[_Asked], n_all: int) -> None:
+    def _make(self, loaded: LoadedModel, todo: Sequence[_Asked], n_left: int) -> None:
         host = TransformersHost(*loaded)
         layout = HeadLayout.of(loaded.model)
-        for one in todo:
-            logger.info("attacks: %s (%d of %d left)", one.label, n_all - todo.index(one), n_all)
+        for number, one in enumerate(todo):
+            logger.info("attacks: %s (%d left)", one.label, n_left - number)
             with host.backend(one.arm.name, one.arm.adapter, one.strength) as backend:
                 assert isinstance(backend, TransformersBackend)
                 with self._attacked(one, backend, layout) as made:
