@@ -13,6 +13,7 @@ from castune.names import KINDS, units_counted
 
 if TYPE_CHECKING:
     from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
+    from castune.artifacts.attack_result import AttackResult
     from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
     from castune.config import Measure
@@ -324,6 +325,18 @@ def _rate(record: dict[str, Any]) -> str:
         return f"unscored ({record['unscored']})"
     unscored = f", {record['unscored']} unscored" if record["unscored"] else ""
     return f"{with_error(record['value'], record['standard_error'])} ({record['n']}{unscored})"
+
+
+def show_attacks(result: AttackResult) -> None:
+    """What attacks left of the refusals of every arm, and what that says."""
+    from castune.report.attacks import HEADS, basis, cells, headline, sentences
+
+    _show(TextTable(HEADS, cells(result), title="Attacks"))
+    for sentence in (basis(result), *sentences(result), headline(result)):
+        say(f"\n{sentence}")
+    for kind, why in result.left_out.items():
+        say(f"\nleft out: {kind}, because {why}")
+    say("")
 
 
 def _show(table: TextTable) -> None:

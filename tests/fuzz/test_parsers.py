@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, TuneResult
+from castune.artifacts.attack_result import AttackResult
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.config import Recipe, to_toml
@@ -228,11 +229,17 @@ def test_artifacts_with_any_value_anywhere(name: str, data: st.DataObject, run: 
     survives(lambda: JSON_ARTIFACTS[name](folder / name))
 
 
-@pytest.mark.parametrize("load", [DriftResult.load, LmEvalResult.load])
+@pytest.mark.parametrize(
+    ("load", "kind"),
+    [
+        (DriftResult.load, "conflict drift"),
+        (LmEvalResult.load, "lm-eval result"),
+        (AttackResult.load, "attack result"),
+    ],
+)
 @given(value=JSON)
 @TRIES
-def test_other_artifacts_of_any_json(load: Callable[[Path], Any], value: Any, tmp_path: Path) -> None:
-    kind = "conflict drift" if load is DriftResult.load else "lm-eval result"
+def test_other_artifacts_of_any_json(load: Callable[[Path], Any], kind: str, value: Any, tmp_path: Path) -> None:
     for content in (value, {"kind": kind, "schema_version": 1, **(value if isinstance(value, dict) else {})}):
         (tmp_path / "a.json").write_text(dump(content), encoding="utf-8", errors="replace")
         survives(lambda: load(tmp_path / "a.json"))

@@ -240,6 +240,10 @@ CASES = [
             ("a target that the run does not measure", broken_run(lambda run: None, "dial", "run", "--target", "nll=0.1")),
             ("a target that is no share", broken_run(lambda run: None, "dial", "run", "--target", "refused=90")),
             ("a strength that is too high", broken_run(lambda run: None, "dial", "run", "--strengths", "1,3")),
+            ("an attack of no known kind", broken_run(lambda run: None, "attack", "run", "--kind", "bribe")),
+            ("an attack on an arm that is not there", broken_run(lambda run: None, "attack", "run", "--arm", "nobody")),
+            ("more rows than there are", broken_run(lambda run: None, "attack", "run", "--kind", "relearn", "--n-rows", "1000")),
+            ("harmless prompts to count refusals on", broken_run(lambda run: None, "attack", "run", "--kind", "dial", "--prompts", "starter-overrefusal-eval")),
             ("an adapter without a strength", broken_run(lambda run: None, "dial", "run", "--export", "adapter")),
         )
     ),

@@ -141,10 +141,9 @@ class EvalResult:
     @classmethod
     def _read(cls, directory: Path) -> EvalResult:
         path = directory / METRICS_FILE
-        # RUN/evaluation/ARM, or RUN/evaluation/ARM/strengths/0.5.
-        run = directory.parents[3 if directory.parent.name == "strengths" else 1]
-        record = read_json(path, _KIND, f"castune evaluate {run}")
-        again = f"remove {directory} and run: castune evaluate {run}"
+        made_by = _command_of(directory)
+        record = read_json(path, _KIND, made_by)
+        again = f"remove {directory} and run: {made_by}"
         try:
             text = (directory / SAMPLES_FILE).read_bytes().decode()
             samples = tuple(json.loads(line) for line in text.split("\n") if line.strip())
@@ -179,6 +178,15 @@ class EvalResult:
         if any(is_letter(sample) or is_problem(sample) for sample in samples):
             warn_of_old_rules(directory, "evaluation", result.provenance)
         return replace(result, samples=samples)
+
+
+def _command_of(directory: Path) -> str:
+    """What makes an evaluation at RUN/evaluation/ARM, RUN/evaluation/ARM/strengths/0.5 or RUN/attacks/ARM/direction."""
+    parents = directory.parents
+    is_attack = directory.parent.name not in ("evaluation", "strengths")
+    if is_attack and len(parents) > 2 and parents[1].name == "attacks":
+        return f"castune attack {parents[2]}"
+    return f"castune evaluate {parents[3 if directory.parent.name == 'strengths' else 1]}"
 
 
 def _json_lines(rows: Sequence[Sample]) -> str:

@@ -48,6 +48,7 @@ class ModelRecord(TypedDict, total=False):
         server: address of the server it runs behind.
         adapter: hash of the adapter that was measured with it, None without; of a map, the adapter merged in.
         strength: what the adapter's update was multiplied by; absent for 1.
+        attack: what was done to it before it was measured (`castune attack`); absent for nothing.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelRecord(TypedDict, total=False):
     server: str
     adapter: str | AdapterRecord | None
     strength: float
+    attack: dict[str, Any]
 
 
 class DataRecord(TypedDict, total=False):

@@ -9,7 +9,7 @@ import typer
 
 from castune.cli.help import ADAPTER, ATTRIBUTION, MEASURES, READS, RUNS, TRAINS, UNITS, USES_UTILITY, WRITES
 from castune.cli.settings import all_of, data_of, drawn_of, in_panel, only
-from castune.config import DiagnoseConfig, EvaluateConfig, Recipe, RepairConfig, SelectConfig, TuneConfig
+from castune.config import AttackConfig, DiagnoseConfig, EvaluateConfig, Recipe, RepairConfig, SelectConfig, TuneConfig
 
 _OTHER_COMMAND = "another command's"
 
@@ -41,6 +41,7 @@ NOT_PLANNED = {
     "domains": "made of the same measurements",
 }
 NOT_SELECTED = {"compare": "one selection a command: others are made with --beside, or by castune tune --arm"}
+NOT_ATTACKED = {"kinds": "--kind, one at a time"}
 NOT_EVALUATED = {"overlap": "--allow-overlap; to drop prompts is for a training: castune tune --held-out"}
 
 # Which settings are not in the usual group of options of their config.
@@ -60,6 +61,7 @@ _OF_AN_EVALUATION = {
     **dict.fromkeys(("suites", "limit", "seed"), READS),
     **dict.fromkeys(("backend", "served_model", "batch_tokens", "max_length"), RUNS),
 }
+_OF_AN_ATTACK = {"limit": READS, "strengths": MEASURES, "seed": RUNS}
 
 MODEL = in_panel(READS, all_of(Recipe, but=NOT_OF_A_MODEL), _OF_A_MODEL)
 PLANNED_MODEL = in_panel(READS, all_of(Recipe, but=NOT_OF_A_PLANNED_MODEL), _OF_A_MODEL)
@@ -74,6 +76,7 @@ SELECTION = all_of(SelectConfig, but=NOT_SELECTED)
 TUNING = in_panel(TRAINS, all_of(TuneConfig, but={}), _OF_A_TRAINING)
 EVALUATION = in_panel(MEASURES, all_of(EvaluateConfig, but=NOT_EVALUATED), _OF_AN_EVALUATION)
 JUDGE = only(EvaluateConfig, "judge")
+ATTACK = in_panel(TRAINS, all_of(AttackConfig, but=NOT_ATTACKED), _OF_AN_ATTACK)
 REPAIR = in_panel(MEASURES, all_of(RepairConfig, but={}))
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=only(Recipe, "model")[0].help())]

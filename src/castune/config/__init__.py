@@ -3,6 +3,7 @@
 Unknown keys are refused. Values are checked where they are built, so a recipe fails before a model is loaded.
 """
 
+from castune.config.attack import AttackConfig, AttackKind
 from castune.config.data import DataConfig, check_domain_names
 from castune.config.diagnosis import DiagnoseConfig, Measure, SensitivityRank
 from castune.config.evaluation import EvaluateConfig
@@ -15,6 +16,8 @@ from castune.config.tuning import SurgeryGranularity, TuneConfig
 
 __all__ = [
     "TEMPLATE_DATE",
+    "AttackConfig",
+    "AttackKind",
     "CalibrationConfig",
     "DataConfig",
     "DiagnoseConfig",

@@ -1,8 +1,9 @@
 """Ablating units and resuming from recorded residuals, without touching weights or model code.
 
-Two hook sites, both context managers: `ablate` changes the input of an output projection (`ablate_at`: a slice of the
+Hook sites, all context managers: `ablate` changes the input of an output projection (`ablate_at`: a slice of the
 input or output of any module, for units of other kinds), `record_residuals`
-and `resume_from` read and replace the residual stream at the input of a decoder layer.
+and `resume_from` read and replace the residual stream at the input of a decoder layer, `project_out` takes a direction
+out of the residual stream everywhere.
 
 `resume_from` lets the model's *own* forward run: layers below the ablated one become the identity and the
 recorded residual is put in. Masks, rotary embeddings, sliding windows, final norm and soft-capping stay the
@@ -16,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,68 @@ def resume_from(model: nn.Module, layout: HeadLayout, layer: int, residual_BSD: 
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+@contextmanager
+def project_out(model: nn.Module, layout: HeadLayout, direction_D: Tensor) -> Iterator[None]:
+    """Take a direction out of the residual stream inside the `with` block: x - r r^T x.
+
+    This is the directional ablation of Arditi et al. (2024, Section 2.4).
+    It is taken out of whatever a part of a layer writes to the stream, and of the stream wherever it is read. Where
+    nothing but linear maps write to it, the model computes what it would with r projected out of every matrix that
+    writes to the stream (Appendix E there); a norm behind such a matrix (gemma2) would bring r back, and does not here.
+
+    Args:
+        model: the model `layout` was taken from, also with adapters injected.
+        layout: its head layout.
+        direction_D: r, of any length but 0; it is not trained through.
+    """
+    layers = layout.decoder_layers(model)
+    # Computed at least in float32: in 16 bits what is left of r would be the rounding of x.
+    unit_D = direction_D.detach().double() / direction_D.detach().double().norm()
+
+    def without(stream: Tensor) -> Tensor:
+        exact = stream.double() if stream.dtype is torch.float64 else stream.float()
+        r_D = unit_D.to(exact)
+        left: Tensor = exact - (exact @ r_D)[..., None] * r_D
+        return left.to(stream.dtype)
+
+    # What the parts of the current layer returned. A part that is given anything else reads the stream.
+    returned: list[object] = []
+
+    def of_stream(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if not _has_width(given, unit_D) or any(given is one for one in returned):
+            return args, kwargs
+        return ((without(given), *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": without(given)})
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        returned.clear()
+        return of_stream(module, args, kwargs)
+
+    def written(module: nn.Module, _args: object, output: Any) -> Any:
+        first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        if _has_width(first, unit_D) and "Norm" not in type(module).__name__:
+            first = without(first)
+        returned.append(first)
+        return first if rest is None else (first, *rest)
+
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(begin, with_kwargs=True))
+            for part in layer.children():
+                handles.append(part.register_forward_pre_hook(of_stream, with_kwargs=True))
+                handles.append(part.register_forward_hook(written))
+        handles.append(layers[-1].register_forward_hook(written))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has_width(given: object, direction_D: Tensor) -> TypeGuard[Tensor]:
+    return isinstance(given, Tensor) and given.shape[-1:] == direction_D.shape
 
 
 @torch.no_grad()

@@ -37,6 +37,21 @@ def bitsandbytes_config(quantization: str, dtype: torch.dtype) -> Any:
     )
 
 
+def why_not_in_4_bits(device: torch.device) -> str | None:
+    """Why linear layers cannot be computed in 4 bits on a device; None where they can."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed (python -m pip install 'castune[qlora]')"
+    try:
+        import bitsandbytes
+
+        layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        with torch.no_grad():
+            found = layer.to(device)(torch.ones(1, 64, device=device))
+    except Exception as error:  # whatever its kernels and their loader do
+        return f"bitsandbytes does not work on {device} ({type(error).__name__})"
+    return None if bool(torch.isfinite(found).all()) else f"bitsandbytes does not work on {device}"
+
+
 def is_quantised(model: nn.Module) -> bool:
     """Whether weights are stored as packed integers."""
     return any(not parameter.is_floating_point() for parameter in model.parameters())

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts.attack_result import AttackResult
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
 from castune.artifacts.lm_eval_result import LmEvalResult
 from castune.report.agreement import JudgePair
+from castune.report.attacks import attack_section, headline
 from castune.report.diagnosis import conflict_map
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_section
@@ -37,6 +39,7 @@ def write_report(
     lm_eval: Mapping[str, LmEvalResult] | None = None,
     drifts: Mapping[str, DriftResult] | None = None,
     safety_costs: SafetyCosts | None = None,
+    attacks: AttackResult | None = None,
     judge_pairs: Sequence[JudgePair] = (),
     recipe_text: str = "",
     notes: Sequence[str] = (),
@@ -55,6 +58,7 @@ def write_report(
         lm_eval: by arm, what lm-eval measured by its own protocol.
         drifts: by arm, how the map changed while it was trained.
         safety_costs: what arms cost at equal safety, where they were evaluated at several strengths.
+        attacks: what attacks leave of the arms' refusals; whether few heads break more easily stands beside the gain.
         judge_pairs: what two judges say of the same replies.
         recipe_text: the resolved recipe.
         notes: sentences below the verdict, for example on what was not done.
@@ -67,9 +71,18 @@ def write_report(
     del drawn["conflict_map"]
     body = tag(
         "main",
-        opening(cmap, evaluations, differences, cost_ratios.get("ucr", {}), notes, safety_costs),
+        opening(
+            cmap,
+            evaluations,
+            differences,
+            cost_ratios.get("ucr", {}),
+            notes,
+            safety_costs,
+            "" if attacks is None else headline(attacks),
+        ),
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
         results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, safety_costs, judge_pairs),
+        attack_section(attacks),
         conflict_map(cmap, selections, drawn),
         training(tunings, masked or {}, selections, drawn),
         drift_section(drifts or {}, drawn),

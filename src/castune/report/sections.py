@@ -76,8 +76,12 @@ def opening(
     cost_ratios: CostRatios,
     notes: Sequence[str],
     safety_costs: SafetyCosts | None,
+    under_attack: str = "",
 ) -> Markup:
-    """Title, what this is about, and what the numbers say: what safety costs first, where that was measured."""
+    """Title, what this is about, and what the numbers say: what safety costs first, where that was measured.
+
+    What attacks leave of it (`under_attack`) stands beside the gain.
+    """
     model = cmap.metadata.get("model", {})
     kinds = {kind: len(cmap.rows_of(kind)) for kind in cmap.kinds}
     units = ", ".join(f"{n:,} {kind_words(kind, n)}" for kind, n in kinds.items())
@@ -90,7 +94,8 @@ def opening(
         caption = (
             "Cost over safety, the adapter from off to full strength, with 95 % bands. Down and to the right is better."
         )
-        first = [*(tag("p", one, class_="verdict") for one in sentences(safety_costs)), figure(chart, caption)]
+        said_first = [*sentences(safety_costs), *([under_attack] if under_attack else [])]
+        first = [*(tag("p", one, class_="verdict") for one in said_first), figure(chart, caption)]
     return tag(
         "header",
         tag("p", "castune report", class_="kicker"),
@@ -98,6 +103,7 @@ def opening(
         tag("p", f"{known(model.get('type'))}, {size}", class_="quiet"),
         *first,
         tag("p", said.rates, class_="verdict" if not first else "small"),
+        tag("p", under_attack, class_="verdict") if under_attack and not first else "",
         tag("ul", *changes, class_="changes") if changes else "",
         tag("p", said.rule, class_="small") if said.rule else "",
         tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else "",

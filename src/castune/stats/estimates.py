@@ -90,17 +90,20 @@ def estimate(values: Sequence[float | bool | None]) -> Estimate:
     )
 
 
-def wilson_interval(successes: float, n: float) -> tuple[float, float] | None:
-    """Wilson's 95 % score interval of a rate (1927); None for n = 0. Unlike value ± error it never leaves [0, 1].
+def wilson_interval(successes: float, n: float, z: float = Z) -> tuple[float, float] | None:
+    """Wilson's score interval of a rate (1927); None for n = 0. Unlike value ± error it never leaves [0, 1].
 
-    Counts need not be whole: what would it be with more examples at the same rate?
+    Args:
+        successes: how many of n. Counts need not be whole: what would it be with more examples at the same rate?
+        n: all.
+        z: half its width in standard errors; by default it is that of 95 %.
     """
     # scipy has it in `scipy.stats` alone, which takes as long to import as a small evaluation.
     if n == 0:
         return None
-    rate, z2 = successes / n, Z**2
+    rate, z2 = successes / n, z**2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
+    half = z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

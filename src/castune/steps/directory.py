@@ -9,6 +9,7 @@ evaluation/NAME/  figures/  report.html
 evaluation/NAME/strengths/0.5/               the same with the adapter at another strength
 dial/NAME.csv                                all strengths of an arm side by side
 drift/ARM/drift.json  drift/ARM/STEP/        maps of the model on its way through the training of an arm
+attacks/attacks.json  attacks/ARM/ATTACK/    refusals under attacks, and the replies
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts.attack_result import ATTACKS_FILE, AttackResult
 from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.drift_result import DRIFT_FILE, DriftResult
 from castune.artifacts.eval_result import METRICS_FILE
@@ -118,6 +120,11 @@ class RunDirectory:
     def drift(self, arm: Arm) -> Path:
         """Where the drift of an arm is, and the maps it was made from."""
         return self.path / "drift" / arm.name
+
+    @property
+    def attacks(self) -> Path:
+        """Where the result of attacks is, and the replies under them."""
+        return self.path / "attacks"
 
     def arms(self) -> list[Arm]:
         """All arms that have a selection, the main one first."""
@@ -340,6 +347,21 @@ class RunDirectory:
             again,
         )
         return False
+
+    def load_attacks(self) -> AttackResult | None:
+        """The result of attacks; None without one, or where an arm has been trained again since."""
+        if not (self.attacks / ATTACKS_FILE).is_file():
+            return None
+        found = AttackResult.load(self.attacks)
+        there = {arm.name: arm.adapter for arm in self.arms() if arm.is_trained or arm.is_masked}
+        if all(one.name in there and adapter_hash(there[one.name]) == one.adapter_hash for one in found.arms):
+            return found
+        logger.warning(
+            "%s belongs to adapters that are no longer there and is skipped; run: castune attack %s",
+            self.attacks / ATTACKS_FILE,
+            self.path,
+        )
+        return None
 
     def load_drifts(self, cmap: ConflictMap) -> dict[str, DriftResult]:
         """The conflict drift of every arm where it was measured, against this map and for the adapter that is there."""

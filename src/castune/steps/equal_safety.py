@@ -5,8 +5,9 @@ Shape letters: T seed of a training, J strength, N example.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -43,17 +44,69 @@ AtStrengths = Mapping[float, Evaluated]
 
 def costs_at_equal_safety(folder: RunDirectory) -> SafetyCosts | None:
     """Costs of a run's arms at one safety, where they were evaluated at several strengths."""
+    base, arms = _of_run(folder)
+    if base is None:
+        return None
+    found = safety_costs(base, {name: [points] for name, points in arms.items()})
+    return found and replace(found, left_out=tuple(name for name in arms if name not in found.arms))
+
+
+@dataclass(frozen=True)
+class EqualStrengths:
+    """Strengths at which the adapters of arms are equally safe.
+
+    Attributes:
+        target: the safety; None where there is none at which they can be compared.
+        strengths: by arm; 1 without a target.
+        why_full: why there is none, in words; empty where there is one.
+    """
+
+    target: float | None
+    strengths: dict[str, float]
+    why_full: str = ""
+
+
+def strengths_at_equal_safety(folder: RunDirectory, names: Sequence[str]) -> EqualStrengths:
+    """The strengths at which some arms of a run come to the safety at which costs are compared (`common_target`).
+
+    They are read off between those that were measured, and rounded up to thousandths.
+    """
+    base, arms = _of_run(folder)
+    full = dict.fromkeys(names, 1.0)
+    if len(names) == 1:
+        return EqualStrengths(None, full, "there is one arm")
+    if base is None:
+        return EqualStrengths(None, full, "the base model was not evaluated")
+    points = {name: _comparable(base, [arms.get(name, {})]) for name in names}
+    if missing := [name for name, found in points.items() if not found]:
+        return EqualStrengths(None, full, f"{', '.join(missing)} was not measured at other strengths")
+    safety = next((purpose for purpose in SAFETY if purpose in {suite.purpose for suite in base.suites}), None)
+    if safety is None:
+        return EqualStrengths(None, full, "the run has no suite that measures safety")
+    # What an adapter costs does not matter here, and a curve has costs: safety lost.
+    curves = {name: _curve(base, _until_safest(base, found, safety), safety, safety) for name, found in points.items()}
+    target = common_target(curves) if _is_scored(curves.values()) else None
+    if target is None:
+        return EqualStrengths(None, full, "an arm is nowhere safer than the base model")
+    at = {name: found.strength for name, found in equal_safety(curves, target, draws=1).arms.items()}
+    reached = {name: strength for name, strength in at.items() if strength is not None}
+    assert reached.keys() == full.keys(), "every arm reaches a share of what the weakest reaches"
+    return EqualStrengths(
+        target, {name: math.ceil(1000 * strength - 1e-4) / 1000 for name, strength in reached.items()}
+    )
+
+
+def _of_run(folder: RunDirectory) -> tuple[EvalResult | None, dict[str, AtStrengths]]:
+    """The base model's evaluation, and those of every arm by strength, as far as they were made alike."""
     evaluations, strengths = folder.load_evaluations(), folder.load_strengths()
     base = evaluations.get(BASE)
     if base is None:
-        return None
-    arms = {
-        name: [{**{s: one for s, one in strengths.get(name, {}).items() if _is_beside(base, one)}, 1.0: full}]
+        return None, {}
+    return base, {
+        name: {**{s: one for s, one in strengths.get(name, {}).items() if _is_beside(base, one)}, 1.0: full}
         for name, full in evaluations.items()
         if name != BASE
     }
-    found = safety_costs(base, arms)
-    return found and replace(found, left_out=tuple(name for name in arms if name not in found.arms))
 
 
 def _is_beside(base: EvalResult, result: EvalResult) -> bool:

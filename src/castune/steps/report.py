@@ -47,6 +47,7 @@ def report_step(folder: RunDirectory) -> Path:
         differences=differences(evaluations),
         drifts=drifts,
         safety_costs=at_equal_safety,
+        attacks=folder.load_attacks(),
         judge_pairs=second_opinions(evaluations),
         recipe_text=folder.recipe_file.read_text(encoding="utf-8") if folder.recipe_file.is_file() else "",
     )

@@ -84,7 +84,7 @@ def sparse_lora(
     for path, target in wanted.items():
         module = peft_model.base_model.model.get_submodule(path)
         if seed is not None:
-            _draw_a(module.lora_A[ADAPTER_NAME].weight, f"{seed}/{path}")
+            draw_a(module.lora_A[ADAPTER_NAME].weight, f"{seed}/{path}")
         _mask(module, target)
         if freeze_a:
             module.lora_A[ADAPTER_NAME].weight.requires_grad_(False)
@@ -174,8 +174,8 @@ def budget(peft_model: nn.Module, layout: UnitLayout, selection: HeadSelection) 
 
 
 @torch.no_grad()
-def _draw_a(weight: Tensor, key: str) -> None:
-    """PEFT's own distribution of A, from a generator of its own."""
+def draw_a(weight: Tensor, key: str) -> None:
+    """Fill an A with PEFT's own distribution, from a generator that the key alone determines."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6])
     drawn = torch.empty(weight.shape)
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(number))

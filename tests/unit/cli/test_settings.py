@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from castune.cli import app, options
 from castune.cli.settings import Settings, Values, all_of, with_settings
 from castune.config import (
+    AttackConfig,
     DataConfig,
     DiagnoseConfig,
     EvaluateConfig,
@@ -35,6 +36,7 @@ WHOLE: dict[str, list[tuple[type[BaseModel], Mapping[str, str]]]] = {
     "tune": [(TuneConfig, {})],
     "evaluate": [(EvaluateConfig, options.NOT_EVALUATED)],
     "repair": [(RepairConfig, {})],
+    "attack": [(AttackConfig, options.NOT_ATTACKED)],
 }
 CALIBRATION = {
     "safety": (Recipe, "safety"), "safety_limit": (DataConfig, "limit"), "safety_balance": (DataConfig, "balance"),
@@ -94,6 +96,7 @@ NO_SETTINGS = {
     "mask": {"adapters", "out", "run", "arm", "beside", "base", "combination", "weights", "density", "overwrite"},
     "evaluate": {"run_directory", "allow_overlap"},
     "judge": {"run_directory"},
+    "attack": {"run_directory", "arms", "kinds", "rows", "prompts"},
 }
 ADDED = {
     "",

@@ -20,6 +20,7 @@ from castune.artifacts import (
     SuiteResult,
     TuneResult,
 )
+from castune.artifacts.attack_result import AttackResult
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
@@ -58,6 +59,7 @@ class Run:
     masked: dict[str, MaskedAdapter] = field(default_factory=dict)
     lm_eval: dict[str, LmEvalResult] = field(default_factory=dict)
     drifts: dict[str, DriftResult] = field(default_factory=dict)
+    attacks: AttackResult | None = None
     recipe_text: str = 'model = "default"\nout = "runs/quickstart"\n\n[tune]\nlearning_rate = 0.0002\n'
     notes: Sequence[str] = ()
 
