@@ -161,7 +161,7 @@ FAULTS = [
     ),
     Fault(
         "Wilson's interval with n - 1", "stats/estimates.py",
-        "    rate, z2 = successes / n, Z**2\n", "    rate, z2 = successes / n, Z**2\n    n = max(1, n - 1)\n",
+        "    rate, z2 = successes / n, z**2\n", "    rate, z2 = successes / n, z**2\n    n = max(1, n - 1)\n",
         "unit/stats/test_estimates.py",
     ),
     Fault(
