@@ -19,7 +19,7 @@ _LEADS = {
     "relearn": "After {:,.0f} benign rows",
     "direction": "With the refusal direction projected out",
     "quantise": "With the base in 4 bits",
-    "dial": "With the adapter turned down to {:.0%} of its strength",
+    "dial": "With the adapter scaled down to {:.0%} of its strength",
 }
 HEADS = ("Attack", "Arm", "Strength", "Refused before", "Refused after", "Change", "Refusals kept")
 # An attack that leaves a smaller share of both arms' refusals, or costs a smaller one, cannot tell them apart.
