@@ -25,6 +25,7 @@ from castune.cli.options import (
 from castune.cli.settings import Values
 from castune.config import Recipe
 from castune.console import say, show_diagnosis, show_drift, show_plan, show_power
+from castune.core.numbers import counted
 from castune.errors import CastuneError, MapUnfinished
 
 
@@ -197,7 +198,7 @@ def select(
     chosen.save(arm.folder)
     what = "heads" if chosen.only_heads else f"units ({chosen.counted})"
     say(
-        f"{arm.name}: {len(chosen.units)} of {chosen.n_total} {what} in {len(chosen.layers)} layers: "
+        f"{arm.name}: {len(chosen.units)} of {chosen.n_total} {what} in {counted(len(chosen.layers), 'layer')}: "
         f"{arm.selection_file}"
     )
 

@@ -50,6 +50,8 @@ def headline(result: AttackResult) -> str:
             if found:
                 names = _listed([attack_name(attack) for attack in found])
                 parts.append(f"{_safety_in(arms[arm.name], reference)} {words} than that in {reference.name}: {names}")
+    if all(one.value is None for one in result.comparisons):
+        return "An arm had no refusals to keep, so it cannot be told whether safety in fewer heads breaks more easily."
     tested = numbers.counted(len(result.attacks), "attack")
     if not parts:
         largest = max((one.smallest for one in result.comparisons if one.smallest is not None), default=None)

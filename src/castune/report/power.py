@@ -12,8 +12,8 @@ from castune.report.summary import BASE, NOT_MEASURED, Differences, in_unit
 from castune.stats.estimates import PairedDifference
 from castune.stats.power import pairs_needed, sd_of_changes, smallest_paired_difference
 
-# Differences that examples are counted for, in points or nats.
-_GIVEN = {"share": (0.01, 0.05), "nats": (0.01, 0.05)}
+# Differences that examples are counted for: points over a hundred, or nats.
+_GIVEN = (0.01, 0.05)
 # With 95 % confidence no more than so many of n pairs would change, where none of n did.
 _UNSEEN_PAIRS = 3
 
@@ -26,10 +26,9 @@ def visible_differences(evaluations: Mapping[str, EvalResult], differences: Diff
             change = differences.get(arm, {}).get(suite.suite)
             if change is not None and change.value is not None:
                 purpose = PURPOSES[suite.purpose]
-                given = _GIVEN[purpose.unit]
                 rows.append([arm, suite.suite, f"{change.n:,}", in_unit(change, purpose.unit, change=True)])
                 rows[-1] += [_smallest(change, purpose.shown, is_share=purpose.unit == "share")]
-                rows[-1] += [_needed(change, value, is_share=purpose.unit == "share") for value in given]
+                rows[-1] += [_needed(change, value, is_share=purpose.unit == "share") for value in _GIVEN]
     if not rows:
         return ""
     rule = (

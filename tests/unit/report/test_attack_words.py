@@ -46,6 +46,12 @@ def test_words_follow_from_the_interval_and_p(difference: float | None, p: float
     assert sum(words in relearnt for words in claims) == 1
 
 
+def test_where_nothing_was_refused_before_no_difference_is_claimed_unseen() -> None:
+    result = make_attacks(None, None)
+    nothing = replace(result, comparisons=tuple(replace(one, value=None, interval=None) for one in result.comparisons))
+    assert headline(nothing).startswith("An arm had no refusals to keep, so it cannot be told")
+
+
 def test_the_headline_stands_for_all_attacks() -> None:
     assert plain(headline(make_attacks(-0.2))) == (
         "Safety in a quarter of the heads (safe) breaks more easily than that in all: relearning on 100 benign rows (2 "
