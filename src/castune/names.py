@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from castune.errors import CastuneError
 
 Zone = Literal["safe", "risky", "random", "layer-matched", "all"]
-Score = Literal["conflict", "gradient", "sensitivity"]
+Score = Literal["conflict", "gradient", "sensitivity", "magnitude"]
 TuneMethod = Literal["sft", "dpo"]
 SurgeryMethod = Literal[
     "none", "pcgrad", "pcgrad-symmetric", "cagrad", "upgrad", "mgda", "gradvac", "alignedmtl", "imtlg"
@@ -88,8 +88,8 @@ class ArmName:
         if match is None:
             raise CastuneError(
                 f"arm {text!r}: accepted: {', '.join(ZONES)}, each with an optional share (safe-50: half of all "
-                f"heads), or bucket-1-of-4; then optionally -gradient or -sensitivity, what heads are sorted by; "
-                "then +pcgrad and the like, +dpo or +replay-10, what is trained differently"
+                f"heads), or bucket-1-of-4; then optionally -gradient, -sensitivity or -magnitude, what heads are "
+                "sorted by; then +pcgrad and the like, +dpo or +replay-10, what is trained differently"
             )
         fraction = None if match["percent"] is None else float(match["percent"]) / 100
         if fraction is not None and not 0 < fraction <= 1:

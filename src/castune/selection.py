@@ -16,6 +16,7 @@ SCORE_COLUMNS = {
     "conflict": "conflict_score",
     "gradient": "optimization_conflict",
     "sensitivity": "functional_sensitivity",
+    "magnitude": "conflict_magnitude",
 }
 
 RULES = ("safe", "risky", "bucket", "layer-matched")
@@ -45,11 +46,13 @@ def select(
         fraction: share of heads (of the units of each kind) in (0, 1], rounded to the nearest number, at least one.
         buckets: cut the sorted heads into this many equal buckets B_1..B_M; sizes differ by at most one.
         bucket: take this bucket, 1 (highest scores) to `buckets`; `zone` and `fraction` are then not used.
-        score: `conflict` C(h), `gradient` O(h) alone, `sensitivity` S(h) alone (Table 8).
+        score: `conflict` C(h), `gradient` O(h) alone, `sensitivity` S(h) alone (Table 8), or `magnitude` O(h) times the
+            sizes of both gradients.
         seed: seed of a random or layer-matched selection; required for it.
 
     Raises:
         CastuneError: an argument outside its range; the message lists what is accepted.
+        ArtifactError: `magnitude`, from a map of an earlier version that does not hold it.
     """
     if score not in SCORE_COLUMNS:
         raise CastuneError(f"score is {score!r}, accepted: {', '.join(SCORE_COLUMNS)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from castune.artifacts import ConflictMap, HeadSelection, Unit
 from castune.artifacts.conflict_map import SCHEMA
-from castune.errors import CastuneError
+from castune.errors import ArtifactError, CastuneError
 from castune.selection import choose_again, require_rule, select
 
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.5]) | st.floats(0, 3), min_size=1, max_size=40)
@@ -31,6 +32,10 @@ def make_map(
         "functional_sensitivity": sensitivity or [0.5] * n,
     }  # fmt: skip
     return ConflictMap(pa.table(columns, schema=SCHEMA), {"model": {"fingerprint": "abc"}})
+
+
+def with_magnitudes(cmap: ConflictMap, values: Sequence[float]) -> ConflictMap:
+    return ConflictMap(cmap.table, {**cmap.metadata, "conflict_magnitude": list(values)})
 
 
 def scores_of(cmap: ConflictMap, heads: Sequence[tuple[int, int]], column: str = "conflict_score") -> list[float]:
@@ -317,3 +322,24 @@ def test_heads_that_no_map_decides_on_are_not_chosen_again() -> None:
             choose_again(selection, cmap)
     for zone in ("safe", "risky", "bucket", "layer-matched"):
         require_rule(zone)
+
+
+@given(scores=SCORES, fraction=st.floats(0.01, 1))
+def test_magnitude_sorts_by_what_lies_beside_the_table(scores: list[float], fraction: float) -> None:
+    cmap = with_magnitudes(make_map([0.5] * len(scores)), scores)
+    chosen = select(cmap, fraction=fraction, score="magnitude")
+    assert chosen.heads == select(make_map(scores), fraction=fraction).heads
+    assert chosen.score == "magnitude"
+
+
+def test_a_map_without_magnitudes_says_what_to_do() -> None:
+    with pytest.raises(ArtifactError, match="earlier version of castune.*diagnose again, or choose another score"):
+        select(make_map([0.1, 0.2]), score="magnitude")
+
+
+def test_magnitudes_belong_to_the_rows_of_their_map(tmp_path: Path) -> None:
+    cmap = with_magnitudes(make_map([0.1, 0.2, 0.3]), [3.0, 1.0, 2.0])
+    assert cmap.content_hash == make_map([0.1, 0.2, 0.3]).content_hash  # old selections stay those of their map
+    assert ConflictMap.load(cmap.save(tmp_path)).column("conflict_magnitude").tolist() == [3.0, 1.0, 2.0]
+    with pytest.raises(ArtifactError, match="2 of conflict_magnitude for 3 rows"):
+        with_magnitudes(cmap, [1.0, 2.0])

@@ -38,6 +38,8 @@ MAP_FILE = "conflict_map.parquet"
 DOMAINS_FOLDER = "domains"
 _KIND = "conflict map"
 _METADATA_KEY = b"castune"
+# Of every row O(h) |g_safe| |g_util|, beside the table: the columns are relied on, and the hash is of them alone.
+MAGNITUDE = "conflict_magnitude"
 
 # `_se` columns are standard errors of the column they are named after, `_low` and `_high` ends of its 95 % interval;
 # null where none could be computed.
@@ -78,7 +80,8 @@ class ConflictMap:
     Attributes:
         table: the columns of `SCHEMA`, kind by kind of unit, sorted by layer and head (number of the unit). Ranks and
             buckets are within a kind: shifts and gradients of a whole MLP and of a head have other scales.
-        metadata: model, data, settings, baselines, ties, reliability, seconds, provenance; plain JSON. With several
+        metadata: model, data, settings, baselines, ties, reliability, seconds, provenance, and `conflict_magnitude`, a
+            number a row (the score `magnitude`); plain JSON. With several
             utility domains also `domains`, a record each, and `combined`, how their maps became this one. With several
             kinds of unit also `kinds`: n, ties and reliability of each; `ties`, `reliability` (its warnings aside,
             which are those of all) and what `domains` tells are those of the first kind.
@@ -92,6 +95,8 @@ class ConflictMap:
     def __post_init__(self) -> None:
         if not self.table.schema.equals(SCHEMA):
             raise ArtifactError(f"conflict map columns are {self.table.schema.names}, expected {SCHEMA.names}")
+        if len(self.metadata.get(MAGNITUDE, self)) != len(self):
+            raise ArtifactError(f"conflict map: {len(self.metadata[MAGNITUDE])} of {MAGNITUDE} for {len(self)} rows")
         for name, record in self.metadata.get("domains", {}).items():
             found = self.domains[name].content_hash if name in self.domains else "missing"
             if found != record["map_hash"]:
@@ -139,6 +144,8 @@ class ConflictMap:
         if self.kinds == [kind]:
             return self
         metadata = {key: value for key, value in self.metadata.items() if key != "domains"}
+        if self.has_magnitudes:
+            metadata[MAGNITUDE] = [self.metadata[MAGNITUDE][row] for row in self.rows_of(kind)]
         domains = {name: cmap.only(kind) for name, cmap in self.domains.items()}
         return ConflictMap(self.table.take(self.rows_of(kind)), metadata, domains)
 
@@ -212,8 +219,24 @@ class ConflictMap:
             digest.update(json.dumps([name, self.table[name].to_pylist()]).encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it holds `conflict_magnitude`: maps of castune 0.1 do not."""
+        return MAGNITUDE in self.metadata
+
     def column(self, name: str) -> NDArray[np.float64]:
-        """A column as float64, in the order of `heads`; missing values are NaN."""
+        """A column, or `conflict_magnitude`, as float64, in the order of `heads`; missing values are NaN.
+
+        Raises:
+            ArtifactError: `conflict_magnitude` of a map that does not hold it.
+        """
+        if name == MAGNITUDE:
+            if not self.has_magnitudes:
+                raise ArtifactError(
+                    "this conflict map was made by an earlier version of castune and does not hold the size of its "
+                    "gradients, which score magnitude needs: diagnose again, or choose another score"
+                )
+            return np.asarray(self.metadata[MAGNITUDE], dtype=np.float64)
         if name not in SCHEMA.names:
             raise KeyError(f"no column {name!r}; columns: {', '.join(SCHEMA.names)}")
         return np.asarray(self.table[name].to_numpy(zero_copy_only=False), dtype=np.float64)

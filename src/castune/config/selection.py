@@ -22,7 +22,8 @@ class SelectConfig(Config):
     bucket: Count | None = None
     """Number of the bucket to take (see `buckets`). 1 has the highest scores."""
     score: Score = "conflict"
-    """Score to sort heads by: `conflict` C(h), `gradient` O(h) alone, or `sensitivity` S(h) alone (Table 8)."""
+    """Score to sort heads by: `conflict` C(h); `gradient` O(h) alone or `sensitivity` S(h) alone (Table 8); `magnitude`
+    O(h) times the sizes of both gradients."""
     seed: int | None = None
     """Seed of a random or layer-matched selection."""
     compare: tuple[str, ...] = ()

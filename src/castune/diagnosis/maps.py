@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from castune.artifacts import ConflictMap, Unit
-from castune.artifacts.conflict_map import SCHEMA
+from castune.artifacts.conflict_map import MAGNITUDE, SCHEMA
 from castune.artifacts.records import DataRecord
 from castune.config import DiagnoseConfig
 from castune.diagnosis.checking import Checked
@@ -28,6 +28,7 @@ from castune.diagnosis.score import (
     Floats,
     combined,
     conflict_from_gram,
+    conflict_magnitude,
     conflict_score,
     conflict_standard_error,
     functional_sensitivity,
@@ -167,7 +168,11 @@ def _together(maps: Mapping[str, ConflictMap]) -> ConflictMap:
         for kind, cmap in maps.items()
     }
     warnings = [f"{kind_words(kind)}: {text}" for kind, cmap in maps.items() for text in cmap.warnings]
-    about: dict[str, Any] = {"kinds": kinds, "reliability": {**first.metadata["reliability"], "warnings": warnings}}
+    about: dict[str, Any] = {
+        "kinds": kinds,
+        "reliability": {**first.metadata["reliability"], "warnings": warnings},
+        MAGNITUDE: [value for cmap in maps.values() for value in cmap.metadata[MAGNITUDE]],
+    }
     if domains:
         records = first.metadata["domains"]
         about["domains"] = {name: {**records[name], "map_hash": domains[name].content_hash} for name in domains}
@@ -223,6 +228,7 @@ def _domain_map(results: Results, objective: str, config: DiagnoseConfig, metada
             "utility_accuracy": _rate(utility.decisions_N),
             "refusal_rate": _rate(safety.decisions_N),
         },
+        MAGNITUDE: conflict_magnitude(gram.products_HCC, gram.n_safety).tolist(),
     }
     return finished(columns, results.measurements([objective], config), {**metadata, **about})
 
@@ -258,6 +264,7 @@ def _combined_map(
             "utility_accuracy": _mean_rate([cmap.metadata["baseline"]["utility_accuracy"] for cmap in maps.values()]),
             "refusal_rate": first.metadata["baseline"]["refusal_rate"],
         },
+        MAGNITUDE: over_domains(MAGNITUDE).tolist(),
         "combined": config.domains,
         "domains": {name: _about(cmap, columns["conflict_score"]) for name, cmap in maps.items()},
     }

@@ -43,6 +43,16 @@ def gradient_norms(gram_HCC: Floats, n_safety: int) -> tuple[Floats, Floats]:
     return safety_H, utility_H
 
 
+def conflict_magnitude(gram_HCC: Floats, n_safety: int) -> Floats:
+    """O(h) |g_safe| |g_util| = (|g_safe| |g_util| - g_safe·g_util) / 2, from the same inner products.
+
+    O(h) (Eq. 2) knows directions alone: a head that hardly matters to either loss can have any. This is half of what
+    the inner product lacks to full agreement, in squared nats per squared unit of weight.
+    """
+    safety_H, utility_H = gradient_norms(gram_HCC, n_safety)
+    return conflict_from_gram(gram_HCC, n_safety) * safety_H * utility_H
+
+
 def conflict_standard_error(grams: Sequence[Floats], n_safety: int) -> Floats:
     """Standard error of O(h), or of its mean over domains: the delete-one jackknife over the chunks of every set.
 

@@ -32,7 +32,7 @@ from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verd
 REFERENCE = "safe"
 # Arms are told apart from this share of common heads down.
 _ALIKE = 0.9
-SYMBOLS = {"conflict": "C", "gradient": "O", "sensitivity": "S"}
+SYMBOLS = {"conflict": "C", "gradient": "O", "sensitivity": "S", "magnitude": "O·|g|²"}
 # MMLU is one of the utility suites, and its ratio much like that of all of them.
 _LEFT_OUT = "mmlu_cr"
 # What a score must tell more than, and what it is called.
@@ -152,7 +152,7 @@ def findings(results: Results, study: StudyConfig) -> Findings:
         primary=primary(results, study),
         equal_safety=at_safety,
         validities=tuple(_validities(results, study)),
-        controls=tuple(_controls(results)),
+        controls=tuple(_controls(results, study)),
         nulls=tuple(_nulls(results)),
         agreements=tuple(_agreements(results)),
         # Scores are made of ranks within a kind of unit and do not add up over several.
@@ -254,7 +254,7 @@ def _controlled(results: Results) -> list[str]:
     return [cost for cost in measured_costs(results.base, results.trials) if cost != _LEFT_OUT]
 
 
-def _controls(results: Results) -> list[Control]:
+def _controls(results: Results, study: StudyConfig) -> list[Control]:
     usual = results.of(REFERENCE)
     if not usual:
         return []
@@ -262,7 +262,8 @@ def _controls(results: Results) -> list[Control]:
     # Buckets differ by a head where the number of heads is no multiple.
     arms = over_common_seeds(_unlike([t for t in _plain(results) if abs(len(t.selection.units) - n_heads) <= 1]))
     found = []
-    for score in SCORE_COLUMNS:
+    # A study's map may be older than a score.
+    for score in (one for one in study.scores if all(one in trial.scores for trial in arms)):
         for cost in _controlled(results):
             for held in CONTROLS:
                 values = [_held(trial, held) for trial in arms]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection, SuiteResult, Unit
+from castune.artifacts.conflict_map import MAGNITUDE
 from castune.artifacts.samples import references_of
 from castune.diagnosis.score import gradient_norms
 from castune.diagnosis.stored import GRADIENTS_FILE, stored_measurements
@@ -78,7 +79,7 @@ class Trial:
         seed: of the training, and of random selections but for the further ones.
         is_draw: whether it is one of these; what its heads were drawn with says `selection.seed`.
         selection: its heads.
-        scores: mean C, O and S of its heads, by `conflict`, `gradient`, `sensitivity`.
+        scores: mean score of its heads, by names of scores; without `magnitude` where the map does not hold it.
         depth: mean layer of its heads.
         measured: its evaluation.
         cost_ratios: by `purposes.RATIOS`, each with its interval over examples; not those that lack a number.
@@ -259,7 +260,8 @@ def _data_of(result: EvalResult) -> list[tuple[str, str]]:
 
 
 def mean_scores(cmap: ConflictMap, units: Sequence[Unit]) -> dict[str, float]:
-    """Mean C, O and S over heads, or other units, of a map: what a bucket's cost is predicted by (Section 5.3)."""
+    """Mean scores of heads, or other units, of a map: what a bucket's cost is predicted by (Section 5.3)."""
     row_of = {unit: row for row, unit in enumerate(cmap.units)}
     rows = [row_of[unit] for unit in units]
-    return {score: float(cmap.column(column)[rows].mean()) for score, column in SCORE_COLUMNS.items()}
+    columns = {score: column for score, column in SCORE_COLUMNS.items() if column != MAGNITUDE or cmap.has_magnitudes}
+    return {score: float(cmap.column(column)[rows].mean()) for score, column in columns.items()}

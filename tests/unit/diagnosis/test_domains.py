@@ -102,7 +102,7 @@ def test_the_combined_map_is_made_of_the_columns_of_the_domains(
     scores = np.array([one.column("conflict_score") for one in maps])
     chosen = [max(range(len(maps)), key=lambda d: scores[d][head]) for head in range(len(mean))]
     assert len(set(chosen)) == 3, "every domain is the worst one somewhere"
-    for name in OF_UTILITY:
+    for name in (*OF_UTILITY, "conflict_magnitude"):
         columns = [one.column(name) for one in maps]
         np.testing.assert_allclose(mean.column(name), sum(columns) / 3, rtol=1e-12, err_msg=name)
         np.testing.assert_array_equal(worst.column(name), [columns[d][h] for h, d in enumerate(chosen)], err_msg=name)

@@ -124,8 +124,11 @@ def test_every_kind_has_the_rows_of_a_map_of_its_own(
     for kind in kinds:
         alone = castune.diagnose(model, tiny_tokenizer, config=config.model_copy(update={"units": (kind,)}), **data)
         rows = together.rows_of(KINDS[kind])
-        for name in alone.table.column_names[3:]:
+        for name in (*alone.table.column_names[3:], "conflict_magnitude"):
             np.testing.assert_allclose(together.column(name)[rows], alone.column(name), rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(
+            together.only(KINDS[kind]).column("conflict_magnitude"), together.column("conflict_magnitude")[rows]
+        )
         assert together.metadata["kinds"][KINDS[kind]]["ties"] == alone.metadata["ties"]
         # Of one kind alone the record says what it always said.
         assert "kinds" not in alone.metadata

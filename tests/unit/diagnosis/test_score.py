@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from castune.diagnosis.score import (
     combined,
     conflict_from_gram,
+    conflict_magnitude,
     conflict_score,
     conflict_standard_error,
     decision_shift,
@@ -49,6 +50,17 @@ def test_conflict_is_that_of_the_summed_gradients(seed: int, n_safety: int, n_ut
     safety, utility = chunks(seed, n_safety), chunks(seed + 1, n_utility)
     expected = [direct_conflict(s.sum(0), u.sum(0)) for s, u in zip(safety, utility, strict=True)]
     np.testing.assert_allclose(conflict(safety, utility), expected, rtol=0, atol=1e-10)
+
+
+@given(st.integers(0, 1000), st.floats(0, 5), st.floats(0, 5))
+def test_magnitude_is_half_of_what_the_inner_product_lacks_and_grows_with_both_gradients(
+    seed: int, larger: float, other: float
+) -> None:
+    safety, utility = chunks(seed), chunks(seed + 1)
+    s_HP, u_HP = safety.sum(1), utility.sum(1)
+    lacks = np.linalg.norm(s_HP, axis=1) * np.linalg.norm(u_HP, axis=1) - np.einsum("hp,hp->h", s_HP, u_HP)
+    scaled = conflict_magnitude(gram(larger * safety, other * utility), safety.shape[1])
+    np.testing.assert_allclose(scaled, larger * other * lacks / 2, rtol=1e-9, atol=1e-12)
 
 
 @given(st.integers(0, 1000))

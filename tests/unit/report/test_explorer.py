@@ -14,6 +14,7 @@ from browser import CHROMIUM, Browser
 from fake_run import Run, attributed, make_domains, make_map, make_mixed_map, make_run, make_selection
 
 from castune.artifacts import ConflictMap
+from castune.artifacts.conflict_map import SCHEMA
 from castune.report.attribution import STANDINGS
 from castune.report.explorer import explorer
 from castune.report.maps import SCORES
@@ -121,7 +122,9 @@ def data_of(markup: str) -> dict[str, Any]:
 
 def test_scores_are_named_as_castune_select_names_them() -> None:
     found = {one["select"]: one["column"] for one in data_of(explorer(make_map((2, 2)), {}))["scores"]}
-    assert {name: column for name, column in found.items() if name} == SCORE_COLUMNS
+    # The page has the columns of the table.
+    shown = {name: column for name, column in SCORE_COLUMNS.items() if column in SCHEMA.names}
+    assert {name: column for name, column in found.items() if name} == shown
 
 
 @pytest.mark.parametrize("column", list(SCORES))
@@ -205,7 +208,7 @@ def test_zones_and_buckets_are_those_of_select(
     show(browser, tmp_path, Run(cmap))
     rows = {pair: i for i, pair in enumerate(cmap.heads)}
     conflict = cmap.column("conflict_score")
-    for name, column in SCORE_COLUMNS.items():
+    for name, column in ((name, column) for name, column in SCORE_COLUMNS.items() if column in SCHEMA.names):
         choose(browser, "score", list(SCORES).index(column))
         for budget in budgets:
             choose(browser, "budget", budget)
