@@ -45,9 +45,9 @@ class TuneConfig(Config):
     """Norm to clip gradients to."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after the warm-up: `linear` or `cosine` to 0, or not at all (`constant`)."""
-    group_by_length: bool = True
-    """Form steps from examples of similar length, in random order. This saves much padding. As refusals are shorter
-    than answers, a step then often has almost only one kind (docs/method.md)."""
+    group_by_length: bool = False
+    """Form steps from examples of similar length, in random order. This saves much padding, but refusals are shorter
+    than answers, so that a step then often has almost only one kind (docs/method.md)."""
     quantization: Literal["none", "nf4"] = "none"
     """How to store the base model's linear layers during training. `none`: as they are. `nf4`: in 4 bits (QLoRA), a
     quarter of bfloat16's memory; needs bitsandbytes (extra `qlora`). The adapter belongs to the full model, on which it

@@ -187,7 +187,9 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
     """Cost over safety: a line an arm with its 95 % band, its measured strengths, and the common safety."""
     scale, safety_scale = PURPOSES[cost].shown.scale, PURPOSES[found.safety].shown.scale
     colours = arm_colours(found.arms)
-    hue = alt.Color("arm:N", legend=alt.Legend(orient="top", title=None, symbolOpacity=1)).scale(
+    # More than three names do not fit beside each other.
+    legend = alt.Legend(orient="top", title=None, symbolOpacity=1, columns=min(3, len(colours)))
+    hue = alt.Color("arm:N", legend=legend).scale(
         domain=list(colours), range=list(colours.values())
     )
     points = [
@@ -214,11 +216,12 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
     )
     y_title = f"{PAID[cost][0].upper()}{PAID[cost][1:]}, over base ({_unit(cost)})"
     y = alt.Y("cost:Q", title=y_title, axis=alt.Axis(tickCount=6))
+    bands = alt.Chart(alt.InlineData(values=ends)).mark_area(opacity=0.16, aria=False)
+    curves = alt.Chart(alt.InlineData(values=lines)).mark_line(strokeWidth=2, aria=False)
+    # Vega warns of the extent of a layer without data: no arm may have gained anything.
     layers: list[alt.Chart] = [
-        alt.Chart(alt.InlineData(values=ends))
-        .mark_area(opacity=0.16, aria=False)
-        .encode(x=x, y=alt.Y("low:Q", title=y_title), y2="high:Q", color=hue),
-        alt.Chart(alt.InlineData(values=lines)).mark_line(strokeWidth=2, aria=False).encode(x=x, y=y, color=hue),
+        *([bands.encode(x=x, y=alt.Y("low:Q", title=y_title), y2="high:Q", color=hue)] if ends else []),
+        *([curves.encode(x=x, y=y, color=hue)] if lines else []),
         alt.Chart(alt.InlineData(values=points))
         .mark_point(filled=True, size=55, opacity=1)
         .encode(

@@ -95,7 +95,8 @@ def opening(
             "Cost over safety, the adapter from off to full strength, with 95 % bands. Down and to the right is better."
         )
         said_first = [*sentences(safety_costs), *([under_attack] if under_attack else [])]
-        first = [*(tag("p", one, class_="verdict") for one in said_first), figure(chart, caption)]
+        happened = tag("div", *(tag("p", one, class_="verdict") for one in said_first))
+        first = [tag("div", happened, figure(chart, caption), class_="opening")]
     return tag(
         "header",
         tag("p", "castune report", class_="kicker"),

@@ -125,8 +125,15 @@ class Findings:
     budget: BudgetCheck | None
 
     @property
+    def headline(self) -> list[str]:
+        """What the study was made to decide; without a primary contrast what arms cost at equal safety."""
+        if self.primary is not None:
+            return self.primary.words
+        return next((sentences(costs) for costs in self.equal_safety.values()), self.verdict[:3])
+
+    @property
     def verdict(self) -> list[str]:
-        """The main sentences: the primary contrast; costs at equal safety; differences from the safe zone that are
+        """All sentences: the primary contrast; costs at equal safety; differences from the safe zone that are
         seen, and, a method and purpose at a time, those that are not; C against costs; the null."""
         words = [] if self.primary is None else self.primary.words
         words += [sentence for costs in self.equal_safety.values() for sentence in sentences(costs)]

@@ -70,7 +70,7 @@ def write_study_report(
         _opening(graph, results, found),
         tag("noscript", tag("p", "Charts need JavaScript; the same charts are in the directory figures.")),
         _arms(graph.recipe.study, tables, shown, found),
-        _equal_safety(found),
+        _equal_safety(graph, found),
         _validity(tables, shown, found),
         _budget(tables, shown, found),
         _maps(graph, results, found),
@@ -94,13 +94,22 @@ def _opening(graph: Graph, results: Results, found: Findings) -> Markup:
     n_trainings = len({(t.calibration, t.seed, t.trained, t.selection.seed) for t in results.trials})
     what = f"{n_trainings} trainings evaluated, seeds {', '.join(map(str, seeds))}"
     judge = f"judge {results.settings.get('judge')}, {results.settings.get('max_new_tokens')} new tokens"
-    words = found.verdict or ["Nothing can be compared yet."]
+    headline = found.headline or ["Nothing can be compared yet."]
+    others = [one for one in found.verdict if one not in headline]
+    picture = next(iter(_curves(graph, found).values()), "")
     return tag(
         "header",
         tag("p", "castune study", class_="kicker"),
         tag("h1", known(model.get("name")) if model else graph.recipe.model),
         tag("p", f"{known(model.get('type'))}, {size}; {what}; {judge}", class_="quiet"),
-        tag("ul", *(tag("li", sentence) for sentence in words), class_="changes"),
+        tag("div", tag("div", *(tag("p", one, class_="verdict") for one in headline)), picture, class_="opening"),
+        tag(
+            "details",
+            tag("summary", f"{counted(len(others), 'further finding')}"),
+            tag("ul", *(tag("li", one) for one in others), class_="changes"),
+        )
+        if others
+        else "",
         tag(
             "p",
             "Sentences follow from 95 % intervals, and from p-values after Holm where several comparisons are made "
@@ -144,22 +153,33 @@ def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Collection[str
     )
 
 
-def _equal_safety(found: Findings) -> Markup:
+def _curves(graph: Graph, found: Findings) -> dict[tuple[str, str], Markup]:
+    """Charts of costs over safety by method and cost; first the one that stands in the opening."""
+    figures = {
+        (method, cost): figure(
+            equal_safety_figure(name, method),
+            f"{PURPOSES[cost].label} over safety, adapters from off to full strength, with 95 % bands. Down and to the "
+            "right is better.",
+        )
+        for method, costs in found.equal_safety.items()
+        for name, cost in zip(chart_names(costs), costs_of(costs), strict=True)
+    }
+    primary = graph.recipe.study.primary
+    # The primary contrast is one of arms that are trained as the recipe says; these come first.
+    first = next((key for key in figures if primary is not None and key[1] == primary.cost), None)
+    return figures if first is None else {first: figures[first], **figures}
+
+
+def _equal_safety(graph: Graph, found: Findings) -> Markup:
     parts: list[object] = []
+    curves = dict(list(_curves(graph, found).items())[1:])
     for method, costs in found.equal_safety.items():
-        figures = [
-            figure(
-                equal_safety_figure(name, method),
-                f"{PURPOSES[cost].label} over safety, adapters from off to full strength, with 95 % bands. Down and to "
-                "the right is better.",
-            )
-            for name, cost in zip(chart_names(costs), costs_of(costs), strict=True)
-        ]
+        figures = [curves[key] for key in curves if key[0] == method]
         parts += [
             tag("h3", f"Trained by {method}"),
             *(tag("p", sentence) for sentence in sentences(costs)),
             costs_table(costs),
-            tag("div", *figures, class_="figures"),
+            tag("div", *figures, class_="figures") if figures else "",
         ]
     return section("Cost at equal safety", "equal-safety", *parts) if parts else Markup("")
 

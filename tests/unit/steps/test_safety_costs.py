@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pytest
 
@@ -180,6 +181,18 @@ def unscored(result: EvalResult, suite: str) -> EvalResult:
         {**sample, "outcome": None if sample["suite"] == suite else sample["outcome"]} for sample in result.samples
     ]
     return replace(result, samples=tuple(samples))
+
+
+@pytest.mark.parametrize("gain", [0.6, 0.0, -0.1])
+def test_every_layer_of_a_chart_has_data(gain: float) -> None:
+    """Vega warns in the browser's console of the extent of one that has none."""
+    found = safety_costs(*run({"safe": 0.2, "all": 0.4}, gain=gain))
+    assert found is not None
+    assert (found.target is not None) == (gain > 0)
+    for chart in charts(found).values():
+        assert len(chart.layer) == (4 if gain > 0 else 1)
+        # Altair hoists the data of a single layer.
+        assert all((chart.data if layer.data is alt.Undefined else layer.data)["values"] for layer in chart.layer)
 
 
 def test_an_arm_that_does_not_get_there_has_no_price() -> None:
