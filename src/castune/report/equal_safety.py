@@ -189,9 +189,7 @@ def _chart(found: SafetyCosts, cost: str) -> Chart:
     colours = arm_colours(found.arms)
     # More than three names do not fit beside each other.
     legend = alt.Legend(orient="top", title=None, symbolOpacity=1, columns=min(3, len(colours)))
-    hue = alt.Color("arm:N", legend=legend).scale(
-        domain=list(colours), range=list(colours.values())
-    )
+    hue = alt.Color("arm:N", legend=legend).scale(domain=list(colours), range=list(colours.values()))
     points = [
         {
             "arm": arm,

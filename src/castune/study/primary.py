@@ -268,8 +268,8 @@ def _design_words(finding: PrimaryFinding) -> list[str]:
     assert found.seeds_sd is not None
     assert found.items_se is not None
     return [
-        f"The difference, {first} minus {second}, is {_amount(contrast, difference.value, '+')} {unit.change}{ends}. So "
-        f"many seeds and examples show a difference of {_amount(contrast, design.smallest)}{ratio}, with a power of "
+        f"The difference, {first} minus {second}, is {_amount(contrast, difference.value, '+')} {unit.change}{ends}. "
+        f"So many seeds and examples show a difference of {_amount(contrast, design.smallest)}{ratio}, with a power of "
         f"{percent(contrast.power, 0)} (spread over seeds {_amount(contrast, found.seeds_sd)}, over examples "
         f"{_amount(contrast, found.items_se)})."
     ]
