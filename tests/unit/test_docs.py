@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 EVALUATION = DOCS / "evaluation.md"
 # The log is a record: what is in it stays as it was written.
-PAGES = [README, *(page for page in sorted(DOCS.rglob("*.md")) if page.name != "log.md")]
+PAGES = [README, ROOT / "CHANGELOG.md", *(page for page in sorted(DOCS.rglob("*.md")) if page.name != "log.md")]
 # Pages that are read where they lie; links between those of the site are checked when it is built.
 READ_IN_PLACE = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "recipes/README.md"))]
 
