@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -54,3 +58,16 @@ def test_everything_is_there_accepted_and_pinned(group: str) -> None:
                 wrong.append(f"{name} {version} is installed, constraints.txt has {PINNED.get(name)}")
     assert len(seen) > 40
     assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+@pytest.mark.processes
+def test_doctor_says_that_torch_is_missing(tmp_path: Path) -> None:
+    for one in Path(sysconfig.get_path("purelib")).iterdir():
+        if not one.name.startswith("torch"):
+            (tmp_path / one.name).symlink_to(one)
+    command = [sys.executable, "-S", "-m", "castune.cli", "doctor"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"torch +missing; install it with: python -m pip install torch$", done.stdout, re.MULTILINE)
+    assert re.search(r"transformers +\d", done.stdout)

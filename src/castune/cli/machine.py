@@ -13,12 +13,8 @@ def doctor() -> None:
         castune doctor
     """
     import importlib.metadata
+    import importlib.util
     import platform
-
-    import torch
-
-    from castune.core.gguf import DEFAULT_WHEEL, cache_home, find_default_gguf
-    from castune.evaluation.encoder import ENCODER_WHEEL, find_encoder
 
     say(f"castune {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in (
@@ -50,6 +46,17 @@ def doctor() -> None:
             say(f"  {package:18} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             say(f"  {package:18} optional, not installed: python -m pip install 'castune[{purpose}]'")
+    # Where it is missing, so is all that needs it, and what it would say of the machine.
+    if importlib.util.find_spec("torch") is not None:
+        _say_machine()
+
+
+def _say_machine() -> None:
+    import torch
+
+    from castune.core.gguf import DEFAULT_WHEEL, cache_home, find_default_gguf
+    from castune.evaluation.encoder import ENCODER_WHEEL, find_encoder
+
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     say(f"accelerators: {', '.join(accelerators) or 'none'}")
