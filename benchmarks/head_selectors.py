@@ -8,6 +8,7 @@ is believed. Everything lies in one run directory; the same command goes on wher
 Of every head, with g_s the gradient of the refusals' NLL on its rows and g_c that of a set where something may be lost:
 
     safe, risky, gradient, sensitivity   lowest C, highest C, lowest O, lowest S
+    magnitude         lowest O |g_s| |g_c|
     price             lowest -g_s·g_c / |g_s|^2, g_c of right answers: first-order cost per unit of safety
     price-borderline  the same, g_c of answers to harmless prompts that only sound harmful
     curvature         lowest mean (g_s·g_n)^2 / |g_s|^4 over parts n of the model's own replies to harmless prompts:
@@ -44,6 +45,7 @@ from castune.diagnosis.stored import stored_measurements
 from castune.evaluation.suites import load_suites
 from castune.purposes import PURPOSES
 from castune.report.equal_safety import sentences
+from castune.selection import SCORE_COLUMNS
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.equal_safety import safety_costs
 from castune.steps.evaluate import evaluate_step, judge_step
@@ -58,7 +60,6 @@ SUITES = (
     "nll:starter-solutions-eval#40",
     "margin:starter-overrefusal-eval#40",
 )
-SCORES = {"gradient": "optimization_conflict", "sensitivity": "functional_sensitivity"}
 N_PARTS = 16
 SCOUT_STEPS = 40
 
@@ -120,8 +121,8 @@ class Selectors:
             return self.cmap.column("conflict_score")
         if name == "risky":
             return -self.cmap.column("conflict_score")
-        if name in SCORES:
-            return self.cmap.column(SCORES[name])
+        if name in SCORE_COLUMNS:
+            return self.cmap.column(SCORE_COLUMNS[name])
         if name.startswith("price"):
             squares_H, parts_HC = self.products(name.partition("-")[2] or "answers")
             return np.asarray(-parts_HC.sum(1) / squares_H)
@@ -165,7 +166,7 @@ class Selectors:
 
 
 NAMES = (
-    "all", "safe", "risky", "gradient", "sensitivity", "price", "price-borderline", "curvature", "leverage", "update",
+    "all", "safe", "risky", "gradient", "sensitivity", "magnitude", "price", "price-borderline", "curvature", "leverage", "update",
     "random",
 )  # fmt: skip
 
