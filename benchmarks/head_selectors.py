@@ -166,8 +166,8 @@ class Selectors:
 
 
 NAMES = (
-    "all", "safe", "risky", "gradient", "sensitivity", "magnitude", "price", "price-borderline", "curvature", "leverage", "update",
-    "random",
+    "all", "safe", "risky", "gradient", "sensitivity", "magnitude", "price", "price-borderline", "curvature",
+    "leverage", "update", "random",
 )  # fmt: skip
 
 
