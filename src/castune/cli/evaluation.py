@@ -8,16 +8,17 @@ from typing import Annotated
 import typer
 
 from castune.cli.help import READS
+from castune.cli.of_run import settings_of_run
 from castune.cli.options import EVALUATION, JUDGE, Run
-from castune.cli.settings import Values
+from castune.cli.settings import Typed
 from castune.cli.values import names
-from castune.config import EvaluateConfig, Recipe
+from castune.config import Recipe
 from castune.console import show_evaluations, show_lm_eval
 
 
 def evaluate(
     run_directory: Run,
-    settings: Annotated[Values, EVALUATION],
+    settings: Annotated[Typed, EVALUATION],
     allow_overlap: Annotated[
         bool,
         typer.Option(
@@ -27,7 +28,8 @@ def evaluate(
 ) -> None:
     """Evaluate the base model and every arm on the same examples.
 
-    The same command continues an interrupted evaluation.
+    The same command continues an interrupted evaluation. Settings that are not given are those of the run; a new run
+    has the defaults below.
 
     Examples:
         castune evaluate runs/first --limit 20
@@ -42,7 +44,8 @@ def evaluate(
 
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
-    config = EvaluateConfig(**settings, overlap="allow" if allow_overlap else "refuse")
+    overlap = {"overlap": "allow"} if allow_overlap else {}
+    config = settings_of_run(recipe.evaluate, {**settings, **overlap})
     recipe = Recipe(**{**dict(recipe), "evaluate": config})
     loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
     check_held_out(recipe, loaded, folder=folder)
@@ -54,7 +57,7 @@ def evaluate(
 
 def judge(
     run_directory: Run,
-    settings: Annotated[Values, JUDGE],
+    settings: Annotated[Typed, JUDGE],
 ) -> None:
     """Rejudge the stored replies of a run with another judge.
 
@@ -69,7 +72,7 @@ def judge(
     from castune.steps.evaluate import judge_step, require_scored
 
     folder = RunDirectory(run_directory)
-    found = judge_step(folder, settings["judge"])
+    found = judge_step(folder, settings.get("judge", folder.load_recipe().evaluate.judge))
     show_evaluations(found, all_cost_ratios(found), costs_at_equal_safety(folder))
     require_scored(found)
 

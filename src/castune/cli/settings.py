@@ -19,6 +19,21 @@ from castune.config import DataConfig, Recipe
 Values = dict[str, Any]
 """What a command is given of its settings, by their keys, for a config to check."""
 
+_NONE = "none"
+_CONTEXT = "context"
+
+
+class Typed(Values):
+    """Only those of them that were typed: for the others a command has values of its own, those of a run say."""
+
+
+def _number_or_none(text: str) -> int | None:
+    """A whole number, or `none` where a run's own number is to be taken back."""
+    try:
+        return None if text == _NONE else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a valid integer.") from None
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -85,8 +100,14 @@ class Setting:
         kinds = (self._item,) if self._item else self._kinds
         return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
-    def parameter(self, group: Settings) -> inspect.Parameter:
-        """The parameter that typer makes an option of, beside those of its group."""
+    def parameter(self, group: Settings, *, can_be_taken_back: bool = False) -> inspect.Parameter:
+        """The parameter that typer makes an option of, beside those of its group.
+
+        Args:
+            group: all settings of its group.
+            can_be_taken_back: where none is the default of a number, `none` can be typed.
+        """
+        takes_none = can_be_taken_back and self._typed == int | None
         declared = f"{self.option}/--no-{self.option[2:]}" if self.default is True else self.option
         return inspect.Parameter(
             self.name,
@@ -95,7 +116,8 @@ class Setting:
                 self.default,
                 declared,
                 help=self.help(group),
-                metavar=self.metavar,
+                metavar=f"{self.metavar}|{_NONE}" if takes_none else self.metavar,
+                parser=_number_or_none if takes_none else None,
                 rich_help_panel=self.panel,
                 autocompletion=lambda: self.choices,
             ),
@@ -191,24 +213,40 @@ def in_panel(panel: str, settings: Settings, others: Mapping[str, str] | None = 
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes as options what stands for one parameter here: `Annotated[Values, all_of(...)]`."""
+    """A command that takes as options what stands for one parameter here: `Annotated[Values, all_of(...)]`, or
+    `Annotated[Typed, ...]` where it is told only of those that were typed."""
     groups: dict[str, Settings] = {}
+    only_typed: set[str] = set()
     parameters = []
     hints = get_type_hints(command, include_extras=True)
     for parameter in inspect.signature(command).parameters.values():
         metadata = getattr(hints[parameter.name], "__metadata__", ())
         if metadata and isinstance(metadata[0], tuple):
             groups[parameter.name] = metadata[0]
-            parameters += [setting.parameter(metadata[0]) for setting in metadata[0]]
+            if is_of_typed := get_args(hints[parameter.name])[0] is Typed:
+                only_typed.add(parameter.name)
+            parameters += [one.parameter(metadata[0], can_be_taken_back=is_of_typed) for one in metadata[0]]
         else:
             parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
 
+    of_settings = {setting.name for settings in groups.values() for setting in settings}
+    if only_typed:
+        parameters.append(
+            inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        )
+
     @functools.wraps(command)
     def expanded(**given: object) -> None:
+        context: Any = given.pop(_CONTEXT, None)
+
+        def is_told(group: str, setting: Setting) -> bool:
+            return group not in only_typed or context.get_parameter_source(setting.name).name != "DEFAULT"
+
         values = {
-            group: {setting.key: setting.value(given.pop(setting.name)) for setting in settings}
+            group: {setting.key: setting.value(given[setting.name]) for setting in settings if is_told(group, setting)}
             for group, settings in groups.items()
         }
+        given = {name: value for name, value in given.items() if name not in of_settings}
         command(**given, **values)
 
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

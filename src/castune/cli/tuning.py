@@ -7,17 +7,18 @@ from typing import Annotated
 import typer
 
 from castune.cli.help import ADAPTER, READS, USES_UTILITY, WRITES
+from castune.cli.of_run import data_of_run, settings_of_run
 from castune.cli.options import ALIGN, TUNING, UTILITY_DRAWN, Run
-from castune.cli.settings import Values
+from castune.cli.settings import Typed, Values
 from castune.cli.values import names
-from castune.config import DataConfig, TuneConfig
+from castune.config import DataConfig
 from castune.console import say, selected_in, show_certificate, show_selections, show_surgery
 
 
 def tune(
     run_directory: Run,
     *,
-    align: Annotated[Values, ALIGN],
+    align: Annotated[Typed, ALIGN],
     held_out: Annotated[
         str | None,
         typer.Option(
@@ -36,7 +37,7 @@ def tune(
             "selection by default.",
         ),
     ] = None,
-    settings: Annotated[Values, TUNING],
+    settings: Annotated[Typed, TUNING],
     utility: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,21 +54,24 @@ def tune(
     """Train the selected heads and write a certified adapter.
 
     Writes a PEFT adapter, and a certificate that nothing outside the selected heads changed. The same command continues
-    an interrupted training run.
+    an interrupted training run. Data and settings that are not given are those of the run, so that its arms differ in
+    their heads alone; a new run has the defaults below.
 
     Examples:
         castune tune runs/first --data starter-align --max-steps 100
-        castune tune runs/first --data starter-align --max-steps 100 --arm random
+        castune tune runs/first --arm random
     """
     from castune.core.shards import Shard
     from castune.steps.directory import RunDirectory
     from castune.steps.tune import tune_arm
 
+    folder = RunDirectory(run_directory)
+    recipe = folder.load_recipe()
     trained, result = tune_arm(
-        RunDirectory(run_directory),
+        folder,
         arm,
-        TuneConfig(**settings),
-        align=DataConfig(**align),
+        settings_of_run(recipe.tune, settings),
+        align=data_of_run(recipe.align, align),
         held_out=names(held_out or ""),
         utility=[DataConfig(source=source, **of_utility) for source in utility or ()],
         overwrite=overwrite,

@@ -138,7 +138,7 @@ def tune_arm(
     # A selection made by other means may have any name.
     name = ArmName.parse(arm) if arm is not None and (ArmName.is_name(arm) or not is_there) else None
     if name is not None:
-        config = _changed(config, name, str(arm))
+        config = _changed(config, name, str(arm), recipe.tune)
     if utility and not config.needs_utility:
         raise CastuneError(
             "--utility has no effect without gradient surgery or data replay: add --surgery, for example pcgrad, or "
@@ -164,10 +164,10 @@ def tune_arm(
     return target, result
 
 
-def _changed(config: TuneConfig, name: ArmName, text: str) -> TuneConfig:
-    """The settings with what the arm's name changes."""
+def _changed(config: TuneConfig, name: ArmName, text: str, of_run: TuneConfig) -> TuneConfig:
+    """The settings with what the arm's name changes, be it the run's own."""
     for key, value in name.changes:
-        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default):
+        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default, getattr(of_run, key)):
             raise CastuneError(
                 f"--arm {text} and --{key} {getattr(config, key)} contradict each other: use one of them"
             )
