@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from castune.steps.export import export as export
     from castune.tuning.mask import mask_adapter as mask_adapter
     from castune.tuning.row_lora import sparse_lora as sparse_lora
+    from castune.tuning.safe_lora import project_adapter as project_adapter
     from castune.tuning.scaling import scale_adapter as scale_adapter
     from castune.tuning.train import tune as tune
     from castune.tuning.verify import certify as certify
@@ -70,6 +71,7 @@ _PUBLIC = {
     "select": "castune.selection",
     "mask_adapter": "castune.tuning.mask",
     "sparse_lora": "castune.tuning.row_lora",
+    "project_adapter": "castune.tuning.safe_lora",
     "scale_adapter": "castune.tuning.scaling",
     "tune": "castune.tuning.train",
     "certify": "castune.tuning.verify",

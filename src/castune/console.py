@@ -12,7 +12,7 @@ from castune.core.numbers import duration, gigabytes, number, percent, span, wit
 from castune.names import KINDS, units_counted
 
 if TYPE_CHECKING:
-    from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, TuneResult
+    from castune.artifacts import Certificate, ConflictMap, EvalResult, MaskedAdapter, ProjectedAdapter, TuneResult
     from castune.artifacts.attack_result import AttackResult
     from castune.artifacts.drift_result import DriftResult
     from castune.artifacts.lm_eval_result import LmEvalResult, LmEvalScore
@@ -263,6 +263,22 @@ def show_masked(masked: MaskedAdapter) -> None:
     show_certificate(masked.certificate)
     if not (kept.changed_rows or kept.changed_columns):
         say(f"note: no source changes a selected {what}, so with this adapter the model is the base model")
+
+
+def show_projected(projected: ProjectedAdapter) -> None:
+    """Which updates were projected, what is left of the adapter, what it may change now, and the proof."""
+    cosines, kept = projected.cosines, projected.certificate
+    found = f", cosines {cosines[0]:.3f} to {cosines[-1]:.3f}" if cosines else ""
+    say(f"{len(projected.projected)} of {len(projected.updates)} updates projected ({projected.rule}){found}")
+    if projected.kept_norm is not None:
+        say(f"norm of the whole update: {projected.kept_norm:.3f} of what it was")
+    what = "head" if kept.only_heads else "unit"
+    if projected.projected:
+        reach = f"all {len(kept.units)} {what}s of the adapted layers, of {projected.n_total},"
+        say(f"note: a projection mixes rows, so {reach} may change now")
+    else:
+        say("note: nothing was projected, so the adapter does what it did")
+    show_certificate(kept)
 
 
 def show_evaluations(

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter
+from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, ProjectedAdapter
 from castune.artifacts.adapter_inspection import AdapterInspection
 from castune.artifacts.repair_result import RepairResult
 from castune.cli import app
@@ -155,6 +155,35 @@ def test_what_was_chosen_by_other_suites_is_confirmed_on_those_of_the_run(
     assert [row.kind for row in found.confirmed] == ["source", "effects", "risky", "weaker"]
     # Nothing was measured of it on all suites of the run.
     assert not (finished / "evaluation" / "all-repaired").exists()
+
+
+@pytest.mark.usefixtures("other_words")
+def test_a_repair_is_compared_with_the_projection_of_safe_lora(
+    finished: Path, models: Callable[..., Path], own_data: dict[str, Path]
+) -> None:
+    def before_alignment(model: Any) -> None:
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter += 0.02 * torch.randn(len(parameter), 2) @ torch.randn(2, parameter.shape[1])
+
+    unaligned = models(name="before", change=before_alignment)
+    suites = ["--suites", f"safety:{own_data['held-out']},nll:{own_data['utility']}"]
+    options = ["--arm", "all", "--keep-safety", 0.5, "--draws", 0, "--shares", 0.1, *suites]
+    place = finished / "repair" / "all-repaired"
+    assert "no such directory" in refused("repair", finished, *options, "--unaligned", "./nowhere")
+    assert not place.exists()
+    output = command("repair", finished, *options, "--unaligned", unaligned)
+    found = RepairResult.load(place)
+    last = found.tried[-1]
+    assert (last.name, last.kind, last.dropped, last.predicted) == ("safe-lora", "safe-lora", 0, {})
+    assert last.costs["nll"] != found.tried[0].costs["nll"]
+    assert "safe-lora" in output
+    projected = ProjectedAdapter.load(place / "candidates" / "safe-lora")
+    assert projected.source["hash"] == found.adapter["hash"]
+    assert projected.projected
+    measured = EvalResult.load(place / "evaluation" / "safe-lora")
+    assert measured.model["adapter"] == projected.certificate.adapter_hash
 
 
 @pytest.mark.usefixtures("other_words")

@@ -4,6 +4,7 @@ from castune.artifacts.conflict_map import ConflictMap
 from castune.artifacts.eval_result import EvalResult, SuiteResult
 from castune.artifacts.head_selection import HeadSelection
 from castune.artifacts.masked_adapter import MaskedAdapter
+from castune.artifacts.projected_adapter import ProjectedAdapter
 from castune.artifacts.scaled_adapter import ScaledAdapter
 from castune.artifacts.tune_result import Certificate, TuneResult
 from castune.artifacts.unit import Unit
@@ -14,6 +15,7 @@ __all__ = [
     "EvalResult",
     "HeadSelection",
     "MaskedAdapter",
+    "ProjectedAdapter",
     "ScaledAdapter",
     "SuiteResult",
     "TuneResult",

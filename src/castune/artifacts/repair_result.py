@@ -20,10 +20,11 @@ class Tried:
     Attributes:
         name: of it.
         kind: source | effects (units dropped by inspect's numbers) | risky (those of highest conflict score) | random |
-            weaker (nothing dropped, the update multiplied so that it is as large as that of a candidate).
+            weaker (nothing dropped, the update multiplied so that it is as large as that of a candidate) | safe-lora
+            (nothing dropped, updates projected by Safe LoRA).
         dropped: how many units are dropped.
         strength: what the update is multiplied by.
-        predicted: to first order, change of the mean losses by objective.
+        predicted: to first order, change of the mean losses by objective; empty after a projection.
         safety: refusal rate.
         kept: share of the gain in refusals; None where there is no gain.
         kept_interval: 95 %; None where it is not known.

@@ -1,4 +1,4 @@
-"""Adapters that are there: cut down to chosen heads, and published."""
+"""Adapters that are there: cut down to chosen heads, projected by Safe LoRA, and published."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castune.cli.help import COMBINES, READS, WRITES
-from castune.cli.options import PLACE, Arm
+from castune.cli.help import COMBINES, MEASURES, READS, WRITES
+from castune.cli.options import PLACE
+from castune.cli.options import Arm as ArmOption
 from castune.cli.settings import Values
 from castune.cli.values import numbers
-from castune.console import say, show_masked
+from castune.console import say, show_masked, show_projected
 from castune.errors import CastuneError
 
 if TYPE_CHECKING:
-    from castune.steps.directory import RunDirectory
+    from castune.steps.directory import Arm, RunDirectory
 
 
 def mask(
@@ -89,7 +90,6 @@ def mask(
         castune mask my-adapter other --run runs/first --combination ties --as ties
         castune mask my-adapter --base default --out all-heads
     """
-    from castune.artifacts.files import check_vacant
     from castune.artifacts.masked_adapter import MASK_FILE
     from castune.steps.directory import RunDirectory
     from castune.tuning.mask import every_head, mask_adapter
@@ -102,12 +102,7 @@ def mask(
     }
     folder = None if run is None else RunDirectory(run)
     target = None if folder is None or beside is None else folder.new_arm(beside)
-    place = target.adapter if target is not None else Path(str(out))
-    # An adapter whose arm has no selection yet was written by a command that was killed just then.
-    unfinished = target is not None and not target.selection_file.is_file()
-    overwrite = overwrite or unfinished
-    if not (overwrite and (place / MASK_FILE).is_file()):
-        check_vacant(place)
+    place, overwrite = _place(target, out, MASK_FILE, overwrite=overwrite)
     selection = None
     if folder is not None and arm != "all":
         selection = folder.load_selection(folder.arm(arm), folder.load_map())
@@ -120,14 +115,138 @@ def mask(
     say(f"adapter: {place}")
 
 
+def project(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a plain PEFT LoRA adapter.")],
+    *,
+    unaligned: Annotated[
+        str,
+        typer.Option(metavar="MODEL", rich_help_panel=READS, help="The aligned model as it was before its alignment."),
+    ],
+    aligned: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", rich_help_panel=READS, help="The aligned model. By default the base model."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=READS,
+            help="Base model. By default the run's, or the one the adapter names.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            rich_help_panel=MEASURES,
+            help="Project updates whose cosine with their projection is below this. By default 0.35.",
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", rich_help_panel=MEASURES, help="Instead, project the N adapted modules of lowest cosine."
+        ),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", rich_help_panel=MEASURES, help="Use the exact projector, not the paper's fast one."),
+    ] = False,
+    of_model: Annotated[Values, PLACE],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", rich_help_panel=READS, help="Run whose model to use, and to which --as adds an arm."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", rich_help_panel=WRITES, help="Adapter directory to write.")
+    ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="NAME",
+            rich_help_panel=WRITES,
+            help="Add the adapter to the run as an arm with this name, to be evaluated and reported.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", rich_help_panel=WRITES, help="Replace an adapter that castune project wrote."),
+    ] = False,
+) -> None:
+    """Project a LoRA adapter onto the alignment space (Safe LoRA).
+
+    Replaces updates that leave the space in which alignment moved the weights by their projection, and writes a plain
+    PEFT adapter. The projection mixes rows, so the result may change every head of its layers.
+
+    Examples:
+        castune project my-adapter --base my-chat --unaligned my-base --out safer
+        castune project my-adapter --unaligned my-base --run runs/first --as safe-lora
+    """
+    from castune.artifacts import HeadSelection
+    from castune.artifacts.projected_adapter import PROJECTION_FILE
+    from castune.core.provenance import fingerprint
+    from castune.steps.projection import project_step
+    from castune.steps.subject import Subject
+
+    _check_output(run, out, beside)
+    subject = Subject.of(adapter, run=run, arm=None, base=base, of_model=of_model)
+    target = None if subject.folder is None or beside is None else subject.folder.new_arm(beside)
+    place, overwrite = _place(target, out, PROJECTION_FILE, overwrite=overwrite)
+    if subject.folder is not None:
+        # An arm is of the model of its run, also where --base names another place of it.
+        subject.folder.load_map(fingerprint(subject.loaded.model))
+    result = project_step(
+        subject,
+        place,
+        unaligned=unaligned,
+        aligned=aligned,
+        threshold=threshold,
+        layers=layers,
+        exact=exact,
+        overwrite=overwrite,
+    )
+    if target is not None:
+        HeadSelection.load(place).save(target.folder)
+    show_projected(result)
+    say(f"adapter: {place}")
+
+
+def _place(target: Arm | None, out: Path | None, record: str, *, overwrite: bool) -> tuple[Path, bool]:
+    """Where an adapter made of others goes, and whether it replaces the one there; refused where it may not.
+
+    Args:
+        target: the arm that it becomes.
+        out: the directory without an arm.
+        record: name of the file by which the command knows adapters of its own.
+        overwrite: replace one of these.
+    """
+    from castune.artifacts.files import check_vacant
+
+    place = target.adapter if target is not None else Path(str(out))
+    # An adapter whose arm has no selection yet was written by a command that was killed just then.
+    unfinished = target is not None and not target.selection_file.is_file()
+    overwrite = overwrite or unfinished
+    if not (overwrite and (place / record).is_file()):
+        check_vacant(place)
+    return place, overwrite
+
+
+def _check_output(run: Path | None, out: Path | None, beside: str | None) -> None:
+    """Refuse options that leave open where an adapter goes."""
+    if (out is None) == (beside is None) or (beside is not None and run is None):
+        raise CastuneError("choose one output: --out DIR, or --run RUN --as NAME to add an arm to the run")
+
+
 def _check_places(run: Path | None, base: str | None, arm: str | None, out: Path | None, beside: str | None) -> None:
     """Refuse options of `mask` that leave open where heads and model come from, or where the adapter goes."""
     if (run is None) == (base is None):
         raise CastuneError("name the run whose heads to keep with --run RUN, or use --base MODEL to keep all heads")
     if run is None and arm not in (None, "all"):
         raise CastuneError(f"--arm {arm} needs the run it belongs to: add --run RUN")
-    if (out is None) == (beside is None) or (beside is not None and run is None):
-        raise CastuneError("choose one output: --out DIR, or --run RUN --as NAME to add an arm to the run")
+    _check_output(run, out, beside)
 
 
 def _base_model(folder: RunDirectory | None, base: str, of_model: Values) -> Any:
@@ -150,7 +269,7 @@ def export(
     gguf: Annotated[
         bool, typer.Option("--gguf", help="Only say which commands of llama.cpp make a GGUF file; castune makes none.")
     ] = False,
-    arm: Arm = None,
+    arm: ArmOption = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Base model, if it has moved.")] = None,
     dtype: Annotated[
         str,

@@ -8,7 +8,7 @@ import typer
 from typer.completion import Shells, get_completion_script
 
 from castune import __version__
-from castune.cli.adapters import export, mask
+from castune.cli.adapters import export, mask, project
 from castune.cli.attack import attack
 from castune.cli.diagnosis import diagnose, drift, group, plan, select
 from castune.cli.dial import dial
@@ -39,7 +39,7 @@ app = typer.Typer(
 GROUPS = {
     "Core commands": (run, plan, diagnose, select, tune, evaluate, report),
     "Studies": (study, watch, budget, group, drift),
-    "Adapters": (inspect, repair, dial, attack, mask, export),
+    "Adapters": (inspect, repair, dial, attack, mask, project, export),
     "Tools": (judge, lm_eval, gate, reproduce, doctor),
 }
 for panel, commands in GROUPS.items():

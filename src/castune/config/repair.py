@@ -25,6 +25,8 @@ class RepairConfig(Config):
     """Random sets of units to drop instead, for comparison."""
     seed: int = 0
     """Seed of these sets."""
+    unaligned: Annotated[str, Field(min_length=1)] | None = None
+    """The base model as it was before its alignment: the adapter projected by Safe LoRA joins the comparison."""
 
     @field_validator("shares")
     @classmethod

@@ -132,6 +132,20 @@ def load_config(
     return config, _with_template(tokenizer, name, template_date)
 
 
+def stored_dtype(name: str | Path, revision: str | None = None) -> Any:
+    """The dtype in which a model is stored, which rounds no weight; `auto` where its config does not say.
+
+    Args:
+        name: as for `load`.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CastuneError: no config at that name.
+    """
+    config, _ = load_config(name, revision=revision)
+    return getattr(config, "dtype", None) or "auto"
+
+
 def model_source(name: str | Path) -> str:
     """What transformers and others load a model by: a hub id, or a directory in the hub's format.
 

@@ -18,6 +18,7 @@ from castune.artifacts import (
     ConflictMap,
     EvalResult,
     MaskedAdapter,
+    ProjectedAdapter,
     ScaledAdapter,
     SuiteResult,
     TuneResult,
@@ -31,6 +32,7 @@ from castune.stats.estimates import CostRatio, PairedDifference
 
 # A hub id, the only form of `base_model` and `datasets` the hub's metadata knows.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SAFE_LORA = "[Safe LoRA](https://arxiv.org/abs/2405.16833)"
 _PAPER = "[CAST, Conflict-Aware Sparse Tuning](https://arxiv.org/abs/2601.04262)"
 
 
@@ -62,6 +64,7 @@ class CardFacts:
         cmap: the conflict map.
         tuning: how the adapter was trained.
         masked: what it was made from instead, without training.
+        projected: which adapter it is, projected by Safe LoRA.
         scaled: which adapter it is at another strength.
         evaluations: by name, of the base model and of this adapter alone.
         arm: name of this adapter among the evaluations.
@@ -77,6 +80,7 @@ class CardFacts:
     cmap: ConflictMap | None = None
     tuning: TuneResult | None = None
     masked: MaskedAdapter | None = None
+    projected: ProjectedAdapter | None = None
     scaled: ScaledAdapter | None = None
     evaluations: Mapping[str, EvalResult] | None = None
     arm: str | None = None
@@ -98,15 +102,19 @@ def model_card(facts: CardFacts) -> str:
     how = "cut down from existing adapters" if facts.masked else "trained"
     if facts.scaled is not None:
         how = f"set to {facts.scaled.strength:g} times the update of another adapter"
+    made = f"They were chosen and {how}"
+    if facts.projected is not None:
+        made = f"Updates of another adapter were projected by {_SAFE_LORA}, which reaches all of these,"
     parts = [
         _front_matter(facts),
-        f"# {_text(name)}, head-sparse {kind}",
+        f"# {_text(name)}, {'' if facts.projected else 'head-sparse '}{kind}",
         f"A {kind} of {_text(name)} in which only {owned}, in {layers} layers, "
-        f"differ from the base model. They were chosen and {how} with castune ({_PAPER}).",
+        f"differ from the base model. {made} with castune ({_PAPER}).",
         _section("Heads", _heads(facts)),
         _section("Conflict map", _diagnosis(facts.cmap)),
         _section("Training", _training(facts.tuning)),
         _section("Adapters it was made from", _sources(facts.masked)),
+        _section("Projection", _projection(facts.projected)),
         _section("Strength", _strength(facts.scaled)),
         _section("Evaluation", _evaluation(facts)),
         _section("Certificate", _certificate(facts)),
@@ -204,6 +212,24 @@ def _sources(masked: MaskedAdapter | None) -> str:
         ]
     )
     return _table(head, rows) + (f"\n\n{facts}" if facts else "")
+
+
+def _projection(projected: ProjectedAdapter | None) -> str:
+    if projected is None:
+        return ""
+    cosines = projected.cosines
+    return _pairs(
+        [
+            ("Adapter it was made from", projected.source["name"]),
+            ("with the hash", projected.source["hash"]),
+            ("Aligned model", projected.aligned["name"]),
+            ("Model before its alignment", projected.unaligned["name"]),
+            ("Projector", "exact" if projected.exact else "the paper's fast one"),
+            ("Updates projected", f"{len(projected.projected):,} of {len(projected.updates):,} ({projected.rule})"),
+            ("Cosines", f"{cosines[0]:.3f} to {cosines[-1]:.3f}" if cosines else None),
+            ("Norm of the update, of what it was", projected.kept_norm),
+        ]
+    )
 
 
 def _strength(scaled: ScaledAdapter | None) -> str:
@@ -304,7 +330,7 @@ def _use(facts: CardFacts) -> str:
 
 
 def _versions(facts: CardFacts) -> str:
-    source = facts.tuning or facts.masked or facts.scaled
+    source = facts.tuning or facts.masked or facts.projected or facts.scaled
     if source is None:
         return ""
     record = source.provenance

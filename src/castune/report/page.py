@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, ProjectedAdapter, TuneResult
 from castune.artifacts.attack_result import AttackResult
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
@@ -36,6 +36,7 @@ def write_report(
     differences: Differences,
     cost_ratios: Mapping[str, CostRatios],
     masked: Mapping[str, MaskedAdapter] | None = None,
+    projected: Mapping[str, ProjectedAdapter] | None = None,
     lm_eval: Mapping[str, LmEvalResult] | None = None,
     drifts: Mapping[str, DriftResult] | None = None,
     safety_costs: SafetyCosts | None = None,
@@ -55,6 +56,7 @@ def write_report(
         differences: arm -> suite -> mean of arm minus base paired by example, with the p-value of a paired test.
         cost_ratios: cost ratio (`purposes.RATIOS`) -> arm; a value of None is undefined where its numbers are measured.
         masked: by arm, the adapters made of others without training.
+        projected: by arm, the adapters projected by Safe LoRA.
         lm_eval: by arm, what lm-eval measured by its own protocol.
         drifts: by arm, how the map changed while it was trained.
         safety_costs: what arms cost at equal safety, where they were evaluated at several strengths.
@@ -84,10 +86,10 @@ def write_report(
         results(evaluations, differences, cost_ratios, drawn, lm_eval or {}, safety_costs, judge_pairs),
         attack_section(attacks),
         conflict_map(cmap, selections, drawn),
-        training(tunings, masked or {}, selections, drawn),
+        training(tunings, masked or {}, projected or {}, selections, drawn),
         drift_section(drifts or {}, drawn),
         samples(evaluations),
-        provenance(cmap, selections, tunings, masked or {}, evaluations, recipe_text),
+        provenance(cmap, selections, tunings, {**(masked or {}), **(projected or {})}, evaluations, recipe_text),
     )
     path = Path(path)
     write_text(

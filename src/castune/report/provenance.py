@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts import ConflictMap, EvalResult, HeadSelection, MaskedAdapter, ProjectedAdapter, TuneResult
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import known, section
 from castune.report.summary import in_order
@@ -14,7 +14,7 @@ def provenance(
     cmap: ConflictMap,
     selections: Mapping[str, HeadSelection],
     tunings: Mapping[str, TuneResult],
-    masked: Mapping[str, MaskedAdapter],
+    made_of_others: Mapping[str, MaskedAdapter | ProjectedAdapter],
     evaluations: Mapping[str, EvalResult],
     recipe_text: str,
 ) -> Markup:
@@ -26,7 +26,7 @@ def provenance(
     for arm, tuning in tunings.items():
         record = {"settings": tuning.settings, "data": tuning.data}
         blocks.append(_block(f"Training: {arm}", {**record, **_of_model(tuning)}))
-    for arm, made in masked.items():
+    for arm, made in made_of_others.items():
         adapters = {source["name"]: source for source in made.sources}
         blocks.append(_block(f"Made of other adapters: {arm}", {"adapters": adapters, **_of_model(made)}))
     for arm, evaluation in in_order(evaluations).items():
@@ -43,7 +43,7 @@ def provenance(
     )
 
 
-def _of_model(made: TuneResult | MaskedAdapter | EvalResult) -> dict[str, object]:
+def _of_model(made: TuneResult | MaskedAdapter | ProjectedAdapter | EvalResult) -> dict[str, object]:
     return {"model": made.model, "provenance": made.provenance}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from castune.artifacts import HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts import HeadSelection, MaskedAdapter, ProjectedAdapter, TuneResult
 from castune.core import numbers
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import NOT_RECORDED, cut_words, figure, known, section
@@ -25,13 +25,14 @@ _PROOF = (
 def training(
     tunings: Mapping[str, TuneResult],
     masked: Mapping[str, MaskedAdapter],
+    projected: Mapping[str, ProjectedAdapter],
     selections: Mapping[str, HeadSelection],
     drawn: Collection[str],
 ) -> Markup:
     """Budget, certificate and loss of every arm."""
-    if not tunings and not masked:
+    made: dict[str, TuneResult | MaskedAdapter | ProjectedAdapter] = {**tunings, **masked, **projected}
+    if not made:
         return section("Training", "training", tag("p", "Nothing has been trained in this run."))
-    made: dict[str, TuneResult | MaskedAdapter] = {**tunings, **masked}
     proofs = [_proof(arm, result) for arm, result in made.items()]
     only_heads = all(result.certificate.only_heads for result in made.values())
     certificate = (
@@ -44,6 +45,7 @@ def training(
         _budgets(tunings, selections),
         _surgery(tunings),
         _sources(masked),
+        _projections(projected),
         tag("h3", "Certificate"),
         tag("p", certificate),
         table(_PROOF, proofs, label="Certificate by arm", class_="numbers"),
@@ -138,7 +140,37 @@ def _sources(masked: Mapping[str, MaskedAdapter]) -> Markup | str:
     )
 
 
-def _proof(arm: str, result: TuneResult | MaskedAdapter) -> list[object]:
+def _projections(projected: Mapping[str, ProjectedAdapter]) -> Markup | str:
+    if not projected:
+        return ""
+    rows = []
+    for arm, made in projected.items():
+        cosines = made.cosines
+        models = f"{known(made.aligned.get('name'))} − {known(made.unaligned.get('name'))}"
+        rows.append(
+            [
+                arm,
+                made.source["name"],
+                models + (", exact" if made.exact else ""),
+                f"{len(made.projected):,} of {len(made.updates):,} ({made.rule})",
+                numbers.span(cosines[0], cosines[-1], ".3f") if cosines else "–",
+                "–" if made.kept_norm is None else numbers.number(made.kept_norm, ".3f"),
+            ]
+        )
+    head = ["Arm", "Adapter", "Alignment", "Updates projected", "Cosines", "Norm left, of 1"]
+    explanation = (
+        "A projection mixes the rows of a layer: a projected adapter may change every head of its layers, whatever was "
+        "selected for the one it was made from."
+    )
+    return tag(
+        "div",
+        tag("h3", "Projected by Safe LoRA, without training"),
+        table(head, rows, label="Projected adapters by arm", class_="numbers"),
+        tag("p", explanation, class_="small"),
+    )
+
+
+def _proof(arm: str, result: TuneResult | MaskedAdapter | ProjectedAdapter) -> list[object]:
     proof = result.certificate
     return [
         arm,

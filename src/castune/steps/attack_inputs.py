@@ -130,7 +130,7 @@ def _arms(folder: RunDirectory, names: Sequence[str]) -> tuple[Arm, ...]:
                     f"{folder.path}: arm {arm.name} was not evaluated; run: castune evaluate {folder.path}"
                 )
         return tuple(arms)
-    arms = [arm for arm in folder.arms() if (arm.is_trained or arm.is_masked) and folder.is_evaluated(arm.name)]
+    arms = [arm for arm in folder.arms() if arm.has_adapter and folder.is_evaluated(arm.name)]
     if not arms:
         raise ArtifactError(
             f"{folder.path}: no arm has an adapter that was evaluated; run: castune tune {folder.path}, then "

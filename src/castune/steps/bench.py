@@ -131,6 +131,8 @@ class Bench:
             ) from None
 
     def _adapter(self, candidate: Candidate) -> Path:
+        if candidate.adapter is not None:
+            return candidate.adapter
         if not candidate.dropped:
             return self.subject.adapter
         place = self.out / "candidates" / candidate.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -19,18 +20,22 @@ class Candidate:
 
     Attributes:
         name: of it.
-        kind: source | effects | risky | random | weaker (`artifacts.repair_result.Tried`).
+        kind: source | effects | risky | random | weaker | safe-lora (`artifacts.repair_result.Tried`).
         dropped: units that are dropped.
         strength: what the update is multiplied by.
+        adapter: directory of one that is made already, and not of units; None: it is made by dropping some.
     """
 
     name: str
     kind: str
     dropped: tuple[Unit, ...] = ()
     strength: float = 1.0
+    adapter: Path | None = None
 
     def predicted(self, inspection: AdapterInspection) -> dict[str, float]:
-        """To first order, the change of every objective's mean loss."""
+        """To first order, the change of every objective's mean loss; nothing where it is not made of units."""
+        if self.adapter is not None:
+            return {}
         dropped = set(self.dropped)
         kept_H = np.array([one not in dropped for one in inspection.units])
         names = [name for name in OBJECTIVES if name in inspection.data]

@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, TuneResult
+from castune.artifacts import (
+    Certificate,
+    ConflictMap,
+    EvalResult,
+    HeadSelection,
+    MaskedAdapter,
+    ProjectedAdapter,
+    TuneResult,
+)
 from castune.artifacts.attack_result import ATTACKS_FILE, AttackResult
 from castune.artifacts.conflict_map import MAP_FILE
 from castune.artifacts.drift_result import DRIFT_FILE, DriftResult
@@ -33,6 +41,7 @@ from castune.artifacts.fingerprints import same_model
 from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.lm_eval_result import LM_EVAL_FILE, LmEvalResult
 from castune.artifacts.masked_adapter import MASK_FILE
+from castune.artifacts.projected_adapter import PROJECTION_FILE
 from castune.artifacts.records import ModelRecord, Provenance
 from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
 from castune.config import Recipe
@@ -70,9 +79,14 @@ class Arm:
         return (self.adapter / TUNE_FILE).is_file()
 
     @property
-    def is_masked(self) -> bool:
-        """Whether its adapter is there, and was made of others (`castune mask`)."""
-        return (self.adapter / MASK_FILE).is_file()
+    def is_made_of_others(self) -> bool:
+        """Whether its adapter is there, and was made of others (`castune mask`, `castune project`)."""
+        return any((self.adapter / name).is_file() for name in (MASK_FILE, PROJECTION_FILE))
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether its adapter is there, however it was made."""
+        return self.is_trained or self.is_made_of_others
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ class RunDirectory:
                 f"{name!r} is not a valid name for an arm; accepted: up to 100 letters, digits, -, _, + and ., "
                 f"but not {BASE!r}"
             )
-        if self.has_arm(name) and not self.side_arm(name).is_masked:
+        if self.has_arm(name) and not self.side_arm(name).is_made_of_others:
             raise ArtifactError(f"{self.path} already has an arm {name!r}; choose another name")
         return self.side_arm(name)
 
@@ -269,17 +283,19 @@ class RunDirectory:
         self._check_adapter(arm, result.trained(selection), result.certificate, again)
         return result
 
-    def load_adapter(self, arm: Arm, selection: HeadSelection) -> TuneResult | MaskedAdapter | None:
+    def load_adapter(self, arm: Arm, selection: HeadSelection) -> TuneResult | MaskedAdapter | ProjectedAdapter | None:
         """The record of an arm's adapter, however it was made, None without one; refused like a tune result."""
         if arm.is_trained:
             return self.load_tuning(arm, selection)
-        if not arm.is_masked:
+        if not arm.is_made_of_others:
             return None
-        masked = MaskedAdapter.load(arm.adapter)
-        self._check_adapter(
-            arm, selection, masked.certificate, f"castune mask ADAPTER --run {self.path} --as {arm.name}"
-        )
-        return masked
+        made: MaskedAdapter | ProjectedAdapter
+        if (arm.adapter / MASK_FILE).is_file():
+            made, again = MaskedAdapter.load(arm.adapter), "mask ADAPTER"
+        else:
+            made, again = ProjectedAdapter.load(arm.adapter), "project ADAPTER --unaligned MODEL"
+        self._check_adapter(arm, selection, made.certificate, f"castune {again} --run {self.path} --as {arm.name}")
+        return made
 
     def _check_adapter(self, arm: Arm, selection: HeadSelection, certificate: Certificate, again: str) -> None:
         try:
@@ -334,9 +350,8 @@ class RunDirectory:
     def _is_of_adapter(self, name: str, model: ModelRecord, again: str, strength: float = 1.0) -> bool:
         """Whether what was measured of an arm is of the adapter that is there; a warning where it is not."""
         arm = None if name == BASE else self.arm(name)
-        has_adapter = arm is not None and (arm.is_trained or arm.is_masked)
         try:
-            there = adapter_hash(arm.adapter) if arm is not None and has_adapter else None
+            there = adapter_hash(arm.adapter) if arm is not None and arm.has_adapter else None
         except FileNotFoundError:
             there = None
         if name == BASE or (there is not None and model.get("adapter") == there):
@@ -353,7 +368,7 @@ class RunDirectory:
         if not (self.attacks / ATTACKS_FILE).is_file():
             return None
         found = AttackResult.load(self.attacks)
-        there = {arm.name: arm.adapter for arm in self.arms() if arm.is_trained or arm.is_masked}
+        there = {arm.name: arm.adapter for arm in self.arms() if arm.has_adapter}
         if all(one.name in there and adapter_hash(there[one.name]) == one.adapter_hash for one in found.arms):
             return found
         logger.warning(

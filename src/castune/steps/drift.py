@@ -92,9 +92,9 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
 
 def _adapters(folder: RunDirectory, arm: Arm, selection: HeadSelection) -> tuple[dict[int, Path], HeadSelection]:
     """The adapters of an arm by optimiser step, the finished one last, and the heads that they may change."""
-    if arm.is_masked:
+    if arm.is_made_of_others:
         raise ArtifactError(
-            f"{arm.adapter} was made from other adapters by castune mask, so there is no training to measure drift "
+            f"{arm.adapter} was made from other adapters, so there is no training to measure drift "
             "over; choose a trained arm with --arm"
         )
     result = folder.load_tuning(arm, selection)

@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, ScaledAdapter, TuneResult
+from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, ProjectedAdapter, ScaledAdapter, TuneResult
 from castune.artifacts.files import check_vacant, new_directory, write_text
 from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.masked_adapter import MASK_FILE
+from castune.artifacts.projected_adapter import PROJECTION_FILE
 from castune.artifacts.scaled_adapter import SCALE_FILE
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, TUNE_FILE, adapter_hash
 from castune.core.gguf import display_name
-from castune.core.loading import load, load_config, model_source
+from castune.core.loading import load, model_source, stored_dtype
 from castune.errors import ArtifactError, CastuneError
 from castune.report.card import CardFacts, Merging, model_card
 from castune.steps.changes import cost_ratios, differences
@@ -28,7 +29,7 @@ from castune.tuning.merge import write_merged
 
 # What an exported adapter consists of; the model card is written beside. Other files of the directory stay behind.
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE)
-_RECORDS = (TUNE_FILE, MASK_FILE, SCALE_FILE, SELECTION_FILE)
+_RECORDS = (TUNE_FILE, MASK_FILE, PROJECTION_FILE, SCALE_FILE, SELECTION_FILE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def export(
         return Exported(out, facts.certificate, None)
     if model is None:
         raise ArtifactError(f"{source}: the adapter does not name its base model; give it with --base")
-    loaded, tokenizer = load(model, dtype=_stored_dtype(model, revision, dtype), device="cpu", revision=revision)
+    loaded, tokenizer = load(
+        model, dtype=stored_dtype(model, revision) if dtype == "auto" else dtype, device="cpu", revision=revision
+    )
     with new_directory(out) as aside:
         done = write_merged(loaded, tokenizer, adapter, selection, aside)
         merging = Merging(done.dtype, done.identical_tensors, done.identical_rows, done.identical_columns)
@@ -158,6 +161,7 @@ def _run_facts(path: Path, name: str | None) -> tuple[Path, HeadSelection, CardF
         cmap=cmap,
         tuning=made if isinstance(made, TuneResult) else None,
         masked=made if isinstance(made, MaskedAdapter) else None,
+        projected=made if isinstance(made, ProjectedAdapter) else None,
         evaluations=evaluations,
         arm=arm.name,
         differences=differences(evaluations).get(arm.name),
@@ -184,10 +188,11 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
         )
     tuning = TuneResult.load(adapter) if (adapter / TUNE_FILE).is_file() else None
     masked = MaskedAdapter.load(adapter) if (adapter / MASK_FILE).is_file() else None
+    projected = ProjectedAdapter.load(adapter) if (adapter / PROJECTION_FILE).is_file() else None
     scaled = ScaledAdapter.load(adapter) if (adapter / SCALE_FILE).is_file() else None
-    record = tuning or masked or scaled
+    record = tuning or masked or projected or scaled
     # A training keeps no zone: that is its run's.
-    made_of = masked or scaled
+    made_of = masked or projected or scaled
     model = record.model if record else {"name": display_name(_named_base(adapter) or "") or "unknown"}
     selection = HeadSelection(
         units=certificate.units,
@@ -209,6 +214,7 @@ def _adapter_facts(adapter: Path) -> tuple[HeadSelection, CardFacts]:
         n_total=made_of.n_total if made_of else None,
         tuning=tuning,
         masked=masked,
+        projected=projected,
         scaled=scaled,
     )
     return selection, facts
@@ -222,11 +228,3 @@ def _named_base(adapter: Path) -> str | None:
     except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged: {error!r}") from None
     return str(name) if name else None
-
-
-def _stored_dtype(model: str, revision: str | None, dtype: str) -> Any:
-    """The dtype to merge in: as asked, else as the base is stored, so that its weights are not rounded."""
-    if dtype != "auto":
-        return dtype
-    config, _ = load_config(model, revision=revision)
-    return getattr(config, "dtype", None) or "auto"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from castune.artifacts import EvalResult, SuiteResult
+from castune.artifacts import EvalResult, ProjectedAdapter, SuiteResult
 from castune.artifacts.fingerprints import same_model_identity
 from castune.artifacts.gate_result import GateResult, RuleResult, Verdict
 from castune.artifacts.tune_result import adapter_hash
@@ -130,7 +130,10 @@ def _by_certificate(blank: RuleResult, here: _Run) -> RuleResult:
     if made is None:
         raise _NotMeasured(f"{arm.adapter}: no adapter that castune made; run: {_training(folder, arm)}")
     proof = made.certificate
-    return replace(blank, verdict="pass", detail=f"{proof.changed}, {proof.checked_rows:,} other rows bit-identical")
+    detail = f"{proof.changed}, {proof.checked_rows:,} other rows bit-identical"
+    if isinstance(made, ProjectedAdapter):
+        detail += "; projected by Safe LoRA: the selection is all units of the adapted layers, not those once trained"
+    return replace(blank, verdict="pass", detail=detail)
 
 
 def _training(folder: RunDirectory, arm: Arm) -> str:

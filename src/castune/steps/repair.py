@@ -26,6 +26,7 @@ from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
 from castune.steps.inspect import inspect_step
 from castune.steps.inspection_data import InspectionData
+from castune.steps.projection import project_step
 from castune.steps.readiness import require_ready, suite_tokens
 from castune.steps.repair_place import RepairPlace
 from castune.steps.subject import Subject
@@ -64,6 +65,7 @@ def repair_step(
     if not (place.adapter / MASK_FILE).is_file():
         check_vacant(place.adapter)
     measured = _Measured.of(subject, config, suites, confirm)
+    projected = _projected(subject, config, place)
     inspection = inspect_step(subject, data, place.out / "inspection" if subject.folder is None else None)
     if inspection.metadata["uncovered"]:
         logger.warning("every candidate drops what no unit owns: %s", ", ".join(inspection.metadata["uncovered"]))
@@ -79,7 +81,7 @@ def repair_step(
     chosen, reason = choose(rows[1:], config, cost)
     # Where nothing is taken, others are compared with the candidate that keeps most.
     shown = candidates.get(chosen or _keeps_most(rows[1:]))
-    peers = [] if shown is None else compared_with(shown, inspection, config)
+    peers = [*([] if shown is None else compared_with(shown, inspection, config)), *projected]
     rows += bench.tried([source, *peers], cost)[1:]
     confirmed: list[Tried] = []
     if chosen is not None:
@@ -180,6 +182,19 @@ def choose(rows: Sequence[Tried], config: RepairConfig, cost: str) -> tuple[str 
     seen = error is not None and value >= 2 * error
     doubt = "" if seen else "; on so few examples the difference in cost may be chance"
     return best.name, f"{best.name} keeps {_kept(best)} of the gain in refusals at the lowest cost by {phrase}{doubt}"
+
+
+def _projected(subject: Subject, config: RepairConfig, place: RepairPlace) -> list[Candidate]:
+    """The adapter projected by Safe LoRA, made before anything is measured; none without a model to compare with."""
+    if config.unaligned is None:
+        return []
+    folder = place.out / "candidates" / "safe-lora"
+    made = project_step(subject, folder, unaligned=config.unaligned, overwrite=True)
+    if not made.projected:
+        logger.warning(
+            "Safe LoRA projects none of %d updates (%s): it is the adapter as it is", len(made.updates), made.rule
+        )
+    return [Candidate("safe-lora", "safe-lora", adapter=folder)]
 
 
 def _kept(row: Tried) -> str:

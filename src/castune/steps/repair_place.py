@@ -64,7 +64,7 @@ def place_of(
         raise CastuneError("the repaired adapter of a run is an arm of it: name it with --as NAME instead of --out")
     folder = RunDirectory(source)
     repaired = folder.arm(arm)
-    if not (repaired.is_trained or repaired.is_masked):
+    if not repaired.has_adapter:
         raise CastuneError(f"{repaired.adapter}: no adapter there to repair; train it with: castune tune {source}")
     new = folder.new_arm(beside or f"{repaired.name}-repaired")
     subject = Subject.of(repaired.adapter, run=source, arm=repaired.name, base=base, of_model=of_model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from castune.artifacts import TuneResult
+from castune.artifacts import MaskedAdapter, TuneResult
 from castune.report.page import write_figures, write_report
 from castune.steps.changes import all_cost_ratios, differences
 from castune.steps.directory import RunDirectory
@@ -15,14 +15,16 @@ from castune.steps.second_opinions import second_opinions
 def report_step(folder: RunDirectory) -> Path:
     """Write figures and `report.html` from what the run directory holds."""
     cmap = folder.load_map()
-    selections, tunings, masked = {}, {}, {}
+    selections, tunings, masked, projected = {}, {}, {}, {}
     for arm in folder.arms():
         selections[arm.name] = folder.load_selection(arm, cmap)
         made = folder.load_adapter(arm, selections[arm.name])
         if isinstance(made, TuneResult):
             tunings[arm.name] = made
-        elif made is not None:
+        elif isinstance(made, MaskedAdapter):
             masked[arm.name] = made
+        elif made is not None:
+            projected[arm.name] = made
     evaluations = folder.load_evaluations()
     drifts = folder.load_drifts(cmap)
     at_equal_safety = costs_at_equal_safety(folder)
@@ -41,6 +43,7 @@ def report_step(folder: RunDirectory) -> Path:
         selections=selections,
         tunings=tunings,
         masked=masked,
+        projected=projected,
         evaluations=evaluations,
         lm_eval=folder.load_lm_eval(),
         cost_ratios=all_cost_ratios(evaluations),

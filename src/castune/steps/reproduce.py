@@ -195,8 +195,8 @@ def _arm_again(
     else:
         yield Comparison(of_heads, "same", selection.counted)
     of_adapter = f"adapter of {arm.name}"
-    if arm.is_masked:
-        yield Comparison(of_adapter, "not compared", "made from other adapters (castune mask)")
+    if arm.is_made_of_others:
+        yield Comparison(of_adapter, "not compared", "made from other adapters")
         return
     if not arm.is_trained:
         return

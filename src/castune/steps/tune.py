@@ -51,9 +51,9 @@ def tune_step(
     lock = alone_at(arm.folder / ".adapter.lock", wait=Shard.n_processes() == 1)
     with lock if Shard.is_main_process() else nullcontext():
         selection = folder.load_selection(arm, folder.load_map(fingerprint(loaded.model)))
-        if arm.is_masked:
+        if arm.is_made_of_others:
             raise ArtifactError(
-                f"{arm.adapter} was made from other adapters by castune mask; train an arm with another name"
+                f"{arm.adapter} was made from other adapters, not trained here; train an arm with another name"
             )
         if arm.is_trained and not overwrite:
             return _stored_training(folder, arm, selection, loaded.tokenizer, data, config)

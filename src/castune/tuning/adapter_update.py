@@ -206,7 +206,7 @@ class _Reader:
 
     def _update(self, path: str, module: Any, parts: Mapping[str, Tensor]) -> Update:
         a, b = parts[_A], parts[_B]
-        rows = _as_rows(module, dense_weight(module)).cpu()
+        rows = as_rows(module, dense_weight(module)).cpu()
         rank = self._by_pattern("rank_pattern", path, self.found.config["r"])
         if a.shape != (rank, rows.shape[1]) or b.shape != (rows.shape[0], rank):
             raise CertificateError(
@@ -218,7 +218,7 @@ class _Reader:
             changed = rows.double() + scaling * (b.double() @ a.double())
             # DoRA: the magnitude of every row is learned, and its direction is that of the row with LoRA's update.
             changed *= (parts[_MAGNITUDE].double() / changed.norm(dim=1))[:, None]
-            return Dense(_as_rows(module, (changed - rows.double()).float()))
+            return Dense(as_rows(module, (changed - rows.double()).float()))
         if self.found.config.get("use_dora"):
             raise CertificateError(f"{self.adapter / ADAPTER_WEIGHTS}: {path} has no magnitudes, and use_dora is set")
         return LowRank(a.T, b.T, scaling) if _is_transposed(module) else LowRank(b, a, scaling)
@@ -280,6 +280,6 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _as_rows(module: nn.Module, matrix: Tensor) -> Tensor:
+def as_rows(module: nn.Module, matrix: Tensor) -> Tensor:
     """A stored weight as `[rows, D]`, or the other way round."""
     return matrix.T if _is_transposed(module) else matrix

@@ -17,6 +17,7 @@ from castune.artifacts import (
     EvalResult,
     HeadSelection,
     MaskedAdapter,
+    ProjectedAdapter,
     SuiteResult,
     TuneResult,
 )
@@ -24,6 +25,7 @@ from castune.artifacts.attack_result import AttackResult
 from castune.artifacts.conflict_map import SCHEMA
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.lm_eval_result import LmEvalResult
+from castune.artifacts.projected_adapter import ProjectedUpdate
 from castune.config import TuneConfig
 from castune.purposes import PURPOSES
 from castune.report.page import write_report
@@ -57,6 +59,7 @@ class Run:
     differences: dict[str, dict[str, PairedDifference]] = field(default_factory=dict)
     cost_ratios: dict[str, dict[str, CostRatio]] = field(default_factory=dict)
     masked: dict[str, MaskedAdapter] = field(default_factory=dict)
+    projected: dict[str, ProjectedAdapter] = field(default_factory=dict)
     lm_eval: dict[str, LmEvalResult] = field(default_factory=dict)
     drifts: dict[str, DriftResult] = field(default_factory=dict)
     attacks: AttackResult | None = None
@@ -248,6 +251,23 @@ def make_masked(selection: HeadSelection, name: str) -> MaskedAdapter:
         density=0.4,
         dropped={"v_proj": 30},
         unadapted_layers=(),
+        model=MODEL,
+        provenance=PROVENANCE,
+    )
+
+
+def make_projected(selection: HeadSelection, name: str) -> ProjectedAdapter:
+    updates = [(0.2, 3.0, 1.0, True), (None, 0.0, 0.0, False), (0.6, 4.0, 2.0, False)]
+    return ProjectedAdapter(
+        certificate=make_tuning(selection, 1).certificate,
+        n_total=len(selection.heads) * 4,
+        source={"name": name, "hash": "0a-0b", "r": 32, "alpha": 64.0},
+        aligned=MODEL,
+        unaligned={**MODEL, "name": f"{name}-before"},
+        threshold=0.35,
+        layers=None,
+        exact=False,
+        updates=tuple(ProjectedUpdate(f"layers.{i}.q_proj", *one, None) for i, one in enumerate(updates)),
         model=MODEL,
         provenance=PROVENANCE,
     )

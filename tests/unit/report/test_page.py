@@ -17,6 +17,7 @@ from fake_run import (
     make_map,
     make_masked,
     make_mixed_map,
+    make_projected,
     make_run,
     make_suite,
 )
@@ -88,6 +89,8 @@ def hostile(run: Run, attack: str) -> Run:
     run.evaluations[attack] = run.evaluations.pop("random")
     for source in run.masked["ties"].sources:
         source["name"] = attack
+    run.projected[attack] = make_projected(run.selections["safe"], attack)
+    del run.projected["safe-lora"]
     run.masked[attack] = run.masked.pop("ties")
     run.recipe_text, run.notes = attack, [attack]
     return run
@@ -98,6 +101,7 @@ def test_texts_of_models_and_users_stay_text(tmp_path: Path, attack: str) -> Non
     plain, attacked = make_run((4, 4)), make_run((4, 4))
     for run in (plain, attacked):
         run.masked = {"ties": make_masked(run.selections["safe"], "mine")}
+        run.projected = {"safe-lora": make_projected(run.selections["safe"], "mine")}
     hostile(attacked, attack)
     expected, found = (
         Page(plain.write(tmp_path / "plain.html")),
@@ -211,6 +215,7 @@ def test_how_an_arm_was_trained_is_told(tmp_path: Path, run: Run) -> None:
     selections = ({"step": 0, "units": [], "map_hash": "a"}, {"step": 100, "units": [], "map_hash": "b"})
     run.tunings["random"] = dataclasses.replace(run.tunings["random"], selections=selections)
     run.masked = {"ties": make_masked(run.selections["safe"], "mine-")}
+    run.projected = {"safe-lora": make_projected(run.selections["safe"], "mine")}
     text = Page(run.write(tmp_path / "report.html")).text
     assert "safe SFT, pcgrad, A frozen" in text
     assert "risky DPO, 10 % replayed (178 examples), base in nf4" in text
@@ -218,6 +223,9 @@ def test_how_an_arm_was_trained_is_told(tmp_path: Path, run: Run) -> None:
     assert "safe pcgrad, head starter-utility, n = 96 57 of 200 −0.032" in text
     assert "ties mine-1 × 1, mine-2 × 0.5 ties, density 0.4" in text
     assert "30 v_proj" in text
+    # Of a norm of 5, a part of 3 became one of 1.
+    assert "1 of 3 (cosine below 0.35) 0.200 to 0.600 0.825" in text
+    assert "a projected adapter may change every head of its layers" in text
 
 
 def test_a_margin_map_says_how_many_tokens_it_compared(tmp_path: Path, run: Run) -> None:

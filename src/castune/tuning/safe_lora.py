@@ -1,0 +1,340 @@
+"""Safe LoRA: updates of an adapter that leave the space of a model's alignment, projected onto it. No training.
+
+Hsu et al., "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models", NeurIPS
+2024, arXiv 2405.16833. The update B A of a module is replaced by C B A where the cosine of the two is below a
+threshold, or where it is among the N lowest; C comes from the difference between the aligned model and the one it was
+before (`castune.core.alignment`). The result is plain LoRA: A, alpha and r are what they were, and B is C B.
+
+Rows that were zero are so no longer: C mixes the rows of a module.
+
+Shape letters: R LoRA rank, M outputs and N inputs of a module.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from castune.artifacts import HeadSelection, ProjectedAdapter
+from castune.artifacts.files import check_vacant, new_directory
+from castune.artifacts.projected_adapter import PROJECTION_FILE, ProjectedUpdate
+from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_hash
+from castune.core.alignment import AlignmentProjector, similarity
+from castune.core.gguf import display_name
+from castune.core.heads import HeadLayout
+from castune.core.loading import load, stored_dtype
+from castune.core.provenance import fingerprint, model_record, provenance
+from castune.core.quantisation import dense_weight
+from castune.core.units import UnitLayout
+from castune.errors import CastuneError, CertificateError
+from castune.tuning.adapter_files import (
+    PREFIX,
+    addressed_modules,
+    check_base,
+    check_loaded,
+    lora_pairs,
+    plain_lora_config,
+    scaling_of,
+)
+from castune.tuning.adapter_update import as_rows
+from castune.tuning.targets import Target, targets
+from castune.tuning.verify import certify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Below this cosine an update is projected where nothing else is said.
+THRESHOLD = 0.35
+
+# A and B of a module: `[R, N]` and `[M, R]`.
+Pair = tuple[Tensor, Tensor]
+
+
+def project_adapter(
+    adapter: str | Path,
+    aligned: PreTrainedModel | str | Path,
+    unaligned: PreTrainedModel | str | Path,
+    out: str | Path,
+    *,
+    threshold: float | None = None,
+    layers: int | None = None,
+    exact: bool = False,
+    base: PreTrainedModel | None = None,
+    overwrite: bool = False,
+) -> ProjectedAdapter:
+    """Project updates of an adapter that leave the alignment space onto it (Safe LoRA, arXiv 2405.16833).
+
+    Args:
+        adapter: directory of a plain PEFT LoRA adapter, rank-stabilised or not.
+        aligned: the aligned model, loaded, or a name that `load` takes.
+        unaligned: the same model before its alignment. Both are left as they were; only the weights that the adapter
+            changes have to be there in both, in the same shape, and different.
+        out: the adapter directory to write. It is complete or absent, never half-written.
+        threshold: project updates whose cosine with their projection is below it, in [0, 1]; 0.35 when absent.
+        layers: instead, project as many updates as this, those of the lowest cosine. A layer is one module that the
+            adapter changes, as in the paper, not a whole decoder layer.
+        exact: project by V (V^T V)^-1 V^T instead of the paper's fast V V^T / ||V||_F.
+        base: the base model of the adapter; the aligned one when absent.
+        overwrite: replace an adapter that this function wrote.
+
+    Returns:
+        What was done to each module, and the certificate. The selection beside it is of all units of these modules.
+
+    Raises:
+        CastuneError: settings that do not fit each other, another base model, models that differ in names or shapes or
+            not at all, or something is at `out`.
+        CertificateError: no plain LoRA adapter, or one that changes what belongs to no unit; the message names the
+            setting or the tensor.
+    """
+    adapter, out = Path(adapter), Path(out)
+    rule = _Rule.of(threshold, layers, exact=exact)
+    again = overwrite and (out / PROJECTION_FILE).is_file()
+    if not again:
+        check_vacant(out)
+    config = plain_lora_config(adapter)
+    before, after = _loaded(aligned, unaligned)
+    base = after if base is None else base
+    check_base(adapter, config, base)
+    pairs = _read(adapter, config, base)
+    rule.check(len(pairs))
+    _check_alignments(after, before, list(pairs))
+    touched = _Touched.by(base, adapter, list(pairs))
+    updates, left = rule.projected(pairs, config, after, before)
+    with new_directory(out, replace=again) as aside:
+        _write(adapter, aside, touched.filled(pairs, left), [name for name, _ in base.named_modules()])
+        touched.selection.save(aside)
+        result = ProjectedAdapter(
+            certificate=certify(base, aside, touched.selection),
+            n_total=touched.selection.n_total,
+            source={
+                "name": display_name(str(adapter.absolute())),
+                "hash": adapter_hash(adapter),
+                "r": config["r"],
+                "alpha": config["lora_alpha"],
+            },
+            aligned=model_record(after),
+            unaligned=model_record(before),
+            threshold=rule.threshold,
+            layers=rule.layers,
+            exact=exact,
+            updates=tuple(updates),
+            model=model_record(base),
+            provenance=provenance(),
+        )
+        result.save(aside)
+    return result
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Which updates are projected, and how: exactly one of `threshold` and `layers` is set."""
+
+    threshold: float | None
+    layers: int | None
+    exact: bool
+
+    @classmethod
+    def of(cls, threshold: float | None, layers: int | None, *, exact: bool) -> _Rule:
+        if threshold is not None and layers is not None:
+            raise CastuneError("threshold and layers both say which updates are projected; give one of them")
+        if layers is not None and layers < 1:
+            raise CastuneError(f"layers is {layers}, accepted: at least 1")
+        if threshold is not None and not (math.isfinite(threshold) and 0 <= threshold <= 1):
+            raise CastuneError(f"threshold is {threshold:g}, accepted: a cosine from 0 to 1")
+        return cls(THRESHOLD if threshold is None and layers is None else threshold, layers, exact)
+
+    def check(self, n_modules: int) -> None:
+        """Refuse more layers than the adapter changes."""
+        if self.layers is not None and self.layers > n_modules:
+            raise CastuneError(f"layers is {self.layers}, but the adapter changes {n_modules} modules")
+
+    def projected(
+        self, pairs: Mapping[str, Pair], config: Mapping[str, Any], aligned: nn.Module, unaligned: nn.Module
+    ) -> tuple[list[ProjectedUpdate], dict[str, Tensor]]:
+        """What is done to each update, and B of every module afterwards. One V is in memory at a time."""
+        scaling = abs(scaling_of(config))
+        found, lefts = [], {}
+        for path, (a, b) in pairs.items():
+            alignment_MN = _alignment(aligned, unaligned, path)
+            projector = (AlignmentProjector.exact if self.exact else AlignmentProjector.fast)(alignment_MN)
+            lefts[path] = projector.apply(b.to(alignment_MN.device)).cpu()
+            cosine, norm, projected_norm = similarity(b, lefts[path], a)
+            rank = projector.factor_MK.shape[1] if self.exact else None
+            found.append(ProjectedUpdate(path, cosine, scaling * norm, scaling * projected_norm, False, rank))
+        n_whole = sum(one.rank == len(lefts[one.module]) for one in found)
+        if n_whole:
+            logger.warning(
+                "alignment moved %d of %d modules in every direction: the exact projector leaves these as they are",
+                n_whole,
+                len(found),
+            )
+        chosen = self._chosen(found)
+        updates = [replace(one, is_projected=one.module in chosen) for one in found]
+        return updates, {path: lefts[path] if path in chosen else b for path, (_, b) in pairs.items()}
+
+    def _chosen(self, updates: list[ProjectedUpdate]) -> set[str]:
+        """Modules whose updates are projected; of an update of zero there is nothing to project."""
+        cosines = {one.module: one.cosine for one in updates if one.cosine is not None}
+        if self.threshold is not None:
+            return {path for path, cosine in cosines.items() if cosine < self.threshold}
+        return set(sorted(cosines, key=lambda path: cosines[path])[: self.layers])
+
+
+@dataclass(frozen=True)
+class _Touched:
+    """All units that own a part of some modules.
+
+    Attributes:
+        selection: these units.
+        wanted: the modules that hold a part of them, by path: some may be beside those of the adapter, since an MLP is
+            one unit.
+        base: the base model.
+    """
+
+    selection: HeadSelection
+    wanted: Mapping[str, Target]
+    base: nn.Module
+
+    @classmethod
+    def by(cls, base: nn.Module, adapter: Path, paths: Collection[str]) -> _Touched:
+        """The units that own the modules of an adapter.
+
+        Raises:
+            CertificateError: a module, or a part of one, belongs to no unit.
+        """
+        layout, reasons = UnitLayout.locatable(base, HeadLayout.of(base))
+        units = [one for one in layout.units if any(part.path in paths for part in layout.parts(one))]
+        kinds = {one.kind for one in units}
+        selection = HeadSelection.custom(
+            [(one.layer, one.index) for one in units if one.is_head],
+            n_total=sum(one.kind in kinds for one in layout.units),
+            model_fingerprint=fingerprint(base),
+            units=[one for one in units if not one.is_head],
+        )
+        wanted = targets(layout, selection)
+        free = [path for path in paths if path not in wanted or not wanted[path].mask.all()]
+        if free:
+            why = f" ({reasons[0]})" if reasons else ""
+            raise CertificateError(
+                f"{adapter / ADAPTER_WEIGHTS}: {PREFIX}{free[0]} has parts that belong to no unit{why}, so nothing "
+                "could be certified; accepted: projections of attention and of dense MLPs; castune mask keeps those "
+                "of the query heads"
+            )
+        return cls(selection, wanted, base)
+
+    def filled(self, pairs: Mapping[str, Pair], lefts: Mapping[str, Tensor]) -> dict[str, Pair]:
+        """A and the new B of every module of the units, with updates of zero where the adapter has none."""
+        some_a, _ = next(iter(pairs.values()))
+        found = {path: (a, lefts[path]) for path, (a, _) in pairs.items()}
+        for path in self.wanted.keys() - pairs.keys():
+            n_rows, width = self.wanted[path].rows_of(dense_weight(self.base.get_submodule(path))).shape
+            rank = len(some_a)
+            found[path] = some_a.new_zeros(rank, width), some_a.new_zeros(n_rows, rank)
+        return found
+
+
+def _loaded(
+    aligned: PreTrainedModel | str | Path, unaligned: PreTrainedModel | str | Path
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model before and after its alignment; of two names both are found before any weights are loaded."""
+    given = {"unaligned": unaligned, "aligned": aligned}
+    dtypes = {what: stored_dtype(one) for what, one in given.items() if isinstance(one, str | Path)}
+    before, after = (
+        load(one, dtype=dtypes[what], device="cpu").model if isinstance(one, str | Path) else one
+        for what, one in given.items()
+    )
+    if before.dtype != after.dtype:
+        logger.warning(
+            "the aligned model is in %s and the unaligned one in %s: their difference is in part one of rounding",
+            *(str(one.dtype).removeprefix("torch.") for one in (after, before)),
+        )
+    return before, after
+
+
+def _read(adapter: Path, config: Mapping[str, Any], base: nn.Module) -> dict[str, Pair]:
+    """A and B of every module in float32, checked against the base."""
+    weights, rank, modules = adapter / ADAPTER_WEIGHTS, config["r"], dict(base.named_modules())
+    pairs = {path: (a.float(), b.float()) for path, a, b in lora_pairs(weights)}
+    if not pairs:
+        raise CertificateError(f"{weights}: holds no tensors, so there is nothing to project")
+    check_loaded(adapter, config, list(pairs), modules)
+    for path, (a, b) in pairs.items():
+        n_rows, width = _rows(base, path, "the base model").shape
+        if a.shape != (rank, width) or b.shape != (n_rows, rank):
+            raise CertificateError(
+                f"{weights}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected {(rank, width)} and "
+                f"{(n_rows, rank)} for this model and r = {rank}"
+            )
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise CertificateError(f"{weights}: {path} has values that are not finite")
+    return pairs
+
+
+def _rows(model: nn.Module, path: str, what: str) -> Tensor:
+    """The weight of a module as `[M, N]`, whatever way it is stored."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise CastuneError(
+            f"{what} has no module {path}, which the adapter changes; give a model of the same architecture and size"
+        ) from None
+    if getattr(module, "weight", None) is None or module.weight.ndim != 2:
+        raise CastuneError(f"{what}: {path} is no linear layer, and only updates of those are projected")
+    return as_rows(module, dense_weight(module))
+
+
+def _check_alignments(aligned: nn.Module, unaligned: nn.Module, paths: Collection[str]) -> None:
+    """Refuse two models that differ in the shape of a module, or not at all in its weight."""
+    for path in paths:
+        after, before = (_rows(model, path, what) for what, model in _named(aligned, unaligned))
+        if after.shape != before.shape:
+            raise CastuneError(
+                f"{path} is {tuple(after.shape)} in the aligned model and {tuple(before.shape)} in the unaligned one; "
+                "give the same model before its alignment"
+            )
+        if torch.equal(after.float(), before.float().to(after.device)):
+            raise CastuneError(
+                f"{path} is the same in the aligned and the unaligned model: there is no direction to project onto; "
+                "give the model as it was before its alignment"
+            )
+
+
+def _alignment(aligned: nn.Module, unaligned: nn.Module, path: str) -> Tensor:
+    """V of a module, in float32."""
+    after, before = (_rows(model, path, what).float() for what, model in _named(aligned, unaligned))
+    alignment_MN = after - before.to(after.device)
+    if not torch.isfinite(alignment_MN).all():
+        raise CastuneError(f"{path}: the difference of the two models has values that are not finite")
+    return alignment_MN
+
+
+def _named(aligned: nn.Module, unaligned: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
+    return ("the aligned model", aligned), ("the unaligned model", unaligned)
+
+
+def _write(adapter: Path, folder: Path, pairs: Mapping[str, Pair], modules: Collection[str]) -> None:
+    """Write the settings of an adapter with other tensors."""
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    names = config["target_modules"]
+    is_plain = isinstance(names, list) and not (config.get("layers_pattern") or config.get("exclude_modules"))
+    if not is_plain or addressed_modules(config, modules) != pairs.keys():
+        # A pattern, or names that leave out a module which the certificate asks for.
+        nothing = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
+        config |= {**nothing, "target_modules": sorted(pairs)}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    tensors = {}
+    for path, (a, b) in pairs.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b.contiguous()
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
