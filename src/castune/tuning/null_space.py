@@ -6,8 +6,8 @@ update dW = scaling B A P
 
     sum over D_util of ||dW x||^2  <=  ||dW||_2^2 (1 - s) trace K.
 
-The share of K's trace is GPM's criterion (Saha et al. 2021, Eq. 5), the uncentred second moment that of Adam-NSCL (Wang
-et al. 2021), and the update that is projected, instead of its gradient, that of AlphaEdit (Fang et al. 2025, Eq. 9):
+The share of K's trace is GPM's criterion (Saha et al. 2021), the uncentred second moment that of Adam-NSCL (Wang
+et al. 2021), and the update that is projected, instead of its gradient, that of AlphaEdit (Fang et al. 2025):
 here it holds under every optimiser, weight decay and FSDP2. The saved adapter holds A P and is an ordinary one.
 
 Shape letters: B batch row, S sequence position, D inputs of a projection, R LoRA rank, U direction left out.
