@@ -75,6 +75,13 @@ def reached(update: Tensor, inputs: Tensor) -> tuple[float, float]:
     )
 
 
+def assert_bounded(adapter: Path, model: Any, rows: list[Any], share: float) -> None:
+    """The theorem, and that it was not true by doing nothing."""
+    for path, update in updates(adapter).items():
+        done, most = reached(update, inputs_at(model, rows, path))
+        assert 0 < done <= (1 - share) * most * (1 + 1e-4), path
+
+
 # -- the directions
 
 
@@ -139,6 +146,20 @@ def test_second_moments_are_those_of_real_tokens(
         assert torch.allclose(moments[holders[path]].double(), chosen.T @ chosen, rtol=1e-4, atol=1e-5), path
 
 
+def test_dropout_takes_no_part(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, questions: list[Example], selection_of: SelectionOf
+) -> None:
+    rows = rows_of(tiny_tokenizer, questions)
+    found = []
+    for training in (False, True):
+        model = tiny_model("gpt2").train(training)
+        selection = selection_of(model, SOME)
+        wanted = targets(units_for(model, HeadLayout.of(model), selection), selection)
+        found.append(second_moments(model, wanted, rows, batch_size=4)[0])
+    assert len(found[0]) == 2
+    assert all(torch.equal(moment, found[1][path]) for path, moment in found[0].items())
+
+
 # -- the trained adapter
 
 
@@ -157,7 +178,8 @@ def test_what_utility_inputs_come_to_is_bounded(
     model = tiny_model(family)
     rows, before = rows_of(tiny_tokenizer, questions), state_of(model)
     free = tuned(model, tmp_path / "free", CONFIG.changed(freeze_a=freeze_a))
-    bound = tuned(model, tmp_path / "bound", NULL.changed(freeze_a=freeze_a), utility=questions)
+    config = NULL.changed(freeze_a=freeze_a, snapshot_steps=2)
+    bound = tuned(model, tmp_path / "bound", config, utility=questions)
     after = state_of(model)
     assert all(torch.equal(after["tensors"][name], tensor) for name, tensor in before["tensors"].items())
     assert {**after, "tensors": None} == {**before, "tensors": None}
@@ -169,15 +191,17 @@ def test_what_utility_inputs_come_to_is_bounded(
     assert (record["share"], record["tokens"]) == (SHARE, sum(len(row.ids) for row in rows))
     assert bound.budget == free.budget
     freely = updates(tmp_path / "free")
-    for path, update in updates(tmp_path / "bound").items():
-        inputs = inputs_at(model, rows, path)
-        done, most = reached(update, inputs)
-        assert 0 < done <= (1 - SHARE) * most * (1 + 1e-4)
-        assert reached(freely[path], inputs)[0] > 5 * done
+    found = {path: inputs_at(model, rows, path) for path in freely}
+    for path, inputs in found.items():
         taken, of = record["directions"][path]
-        leading = torch.linalg.svd(inputs, full_matrices=False).Vh[:taken]
         assert of == inputs.shape[1] > taken
-        assert (update @ leading.T).norm() < 1e-5 * update.norm(), "the eigenvectors themselves come to nothing"
+        leading = torch.linalg.svd(inputs, full_matrices=False).Vh[:taken]
+        # Final adapter and snapshot are saved as forward applies them: the eigenvectors themselves come to nothing.
+        for adapter in (tmp_path / "bound", snapshots_of(tmp_path / "bound")[2]):
+            update = updates(adapter)[path]
+            assert (update @ leading.T).norm() < 1e-5 * update.norm()
+            assert reached(freely[path], inputs)[0] > 5 * reached(update, inputs)[0]
+    assert_bounded(tmp_path / "bound", model, rows, SHARE)
     # Plain PEFT loads it, and the model is another one.
     plain = logits(tiny_model(family))
     assert not torch.equal(logits(PeftModel.from_pretrained(tiny_model(family), tmp_path / "bound")), plain)
@@ -252,7 +276,6 @@ def test_a_stopped_training_comes_to_the_same_adapter(
     stopped = train("stopped")
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert (stopped.losses, stopped.null_space) == (whole.losses, whole.null_space)
-    # A snapshot is what a training up to there would have been saved as.
     snapshots = [snapshots_of(tmp_path / name) for name in ("whole", "stopped")]
     assert list(snapshots[0]) == list(snapshots[1]) == [2, 4]
     assert all(weights(snapshots[0][step]) == weights(snapshots[1][step]) for step in (2, 4))
@@ -282,9 +305,7 @@ def test_it_goes_with_other_ways_to_train(
     assert result.null_space is not None
     assert (result.surgery is not None) == ("surgery" in changes)
     rows = rows_of(tiny_tokenizer, questions)
-    for path, update in updates(tmp_path / "a").items():
-        done, most = reached(update, inputs_at(model, rows, path))
-        assert 0 < done <= (1 - SHARE) * most * (1 + 1e-4)
+    assert_bounded(tmp_path / "a", model, rows, SHARE)
 
 
 # -- refusals
