@@ -91,6 +91,14 @@ def show_surgery(name: str, result: TuneResult) -> None:
     )
 
 
+def show_null_space(name: str, result: TuneResult) -> None:
+    """How much of its inputs a training in a null space left alone; nothing without."""
+    from castune.report.training import null_space_words
+
+    if result.null_space is not None:
+        say(f"{name}: {null_space_words(result.null_space)}")
+
+
 def show_selections(name: str, result: TuneResult) -> None:
     """How far the heads changed in a training that selected again; nothing without."""
     for before, now in zip(result.selections, result.selections[1:], strict=False):

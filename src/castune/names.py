@@ -3,7 +3,7 @@
     safe  risky-50  random  layer-matched  all  bucket-2-of-4  safe-gradient  risky-sensitivity  safe+pcgrad  all+dpo
 
 HEADS[-PERCENT][-SCORE][+CHANGE]...: a zone or a bucket, the share of all heads, what heads are sorted by, and what is
-trained differently from the recipe: a method of gradient surgery, `dpo`, or `replay-PERCENT`.
+trained differently from the recipe: a method of gradient surgery, `dpo`, `replay-PERCENT` or `nullspace-PERCENT`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ _HEADS = re.compile(
     rf"(?:(?P<zone>{'|'.join(ZONES)})(?:-(?P<percent>\d+(?:\.\d+)?))?|bucket-(?P<bucket>\d+)-of-(?P<buckets>\d+))"
     rf"(?:-(?P<score>{'|'.join(SCORES)}))?"
 )
-_REPLAY = re.compile(r"replay-(\d+(?:\.\d+)?)")
+# Settings that are shares, and what they are called in a name, before a percentage.
+_SHARES = {"replay": "replay", "null_space": "nullspace"}
+_SHARE = re.compile(rf"(?P<word>{'|'.join(_SHARES.values())})-(?P<percent>\d+(?:\.\d+)?)")
 _USUAL_PERCENT = 25.0
 
 
@@ -89,7 +91,7 @@ class ArmName:
             raise CastuneError(
                 f"arm {text!r}: accepted: {', '.join(ZONES)}, each with an optional share (safe-50: half of all "
                 f"heads), or bucket-1-of-4; then optionally -gradient, -sensitivity or -magnitude, what heads are "
-                "sorted by; then +pcgrad and the like, +dpo or +replay-10, what is trained differently"
+                "sorted by; then +pcgrad and the like, +dpo, +replay-10 or +nullspace-95, what is trained differently"
             )
         fraction = None if match["percent"] is None else float(match["percent"]) / 100
         if fraction is not None and not 0 < fraction <= 1:
@@ -138,15 +140,16 @@ def _change(text: str, change: str) -> tuple[str, Any]:
         return "surgery", change
     if change in get_args(TuneMethod):
         return "method", change
-    replay = _REPLAY.fullmatch(change)
-    if replay is not None and 0 < float(replay[1]) < 100:
-        return "replay", float(replay[1]) / 100
+    share = _SHARE.fullmatch(change)
+    if share is not None and 0 < float(share["percent"]) < 100:
+        return next(key for key, word in _SHARES.items() if word == share["word"]), float(share["percent"]) / 100
     methods = ", ".join(f"+{method}" for method in (*get_args(SurgeryMethod), *get_args(TuneMethod)))
-    raise CastuneError(f"arm {text!r}: +{change}: accepted: {methods} and +replay-PERCENT, above 0 and below 100")
+    shares = " and ".join(f"+{word}-PERCENT" for word in _SHARES.values())
+    raise CastuneError(f"arm {text!r}: +{change}: accepted: {methods}, {shares}, above 0 and below 100")
 
 
 def _change_name(key: str, value: Any) -> str:
-    return f"replay-{round(100 * value, 6):g}" if key == "replay" else str(value)
+    return f"{_SHARES[key]}-{round(100 * value, 6):g}" if key in _SHARES else str(value)
 
 
 def plural(kind: str) -> str:

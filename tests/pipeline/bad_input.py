@@ -166,6 +166,8 @@ CASES = [
             ("a path as the name of a utility domain", setting('utility."../up".source=starter-utility')),
             ("two domains that differ in capitals only", with_recipe("[utility.maths]", 'source = "starter-utility"', "[utility.Maths]", 'source = "starter-utility"')),
             ("DPO and data replay together", setting("tune.method=dpo", "tune.replay=0.1")),
+            ("all of the utility activations left alone", setting("tune.null_space=1")),
+            ("a null space and other heads on the way", setting("tune.null_space=0.95", "tune.reselect_steps=10")),
             ("a setting without a value", command("run", "--set", "tune.rank")),
             ("a key in it", setting("model=hf_abcdefghijklmnopqrstuvwx")),
             ("a password in it", setting("safety=https://me:pass@example.org/data.jsonl")),

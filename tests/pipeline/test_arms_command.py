@@ -19,7 +19,7 @@ RecipeOf = Callable[..., Recipe]
 
 ARMS = (
     "all", "random", "risky", "bucket-2-of-4", "safe-50", "risky-75", "layer-matched", "safe-gradient",
-    "risky-sensitivity", "safe+pcgrad", "risky+pcgrad", "safe+replay-20",
+    "risky-sensitivity", "safe+pcgrad", "risky+pcgrad", "safe+replay-20", "safe+nullspace-90",
 )  # fmt: skip
 
 
@@ -49,12 +49,13 @@ def test_a_recipe_trains_every_arm_it_names(models: Models, recipe_of: RecipeOf)
         trained[arm.name] = selection, folder.load_tuning(arm, selection)
     heads = {name: selection.heads for name, (selection, _) in trained.items()}
     results = {name: result for name, (_, result) in trained.items()}
-    assert heads["safe"] == heads["safe+pcgrad"] == heads["safe+replay-20"]
+    assert heads["safe"] == heads["safe+pcgrad"] == heads["safe+replay-20"] == heads["safe+nullspace-90"]
     assert len(heads["all"]) == 12
     assert (len(heads["safe-50"]), len(heads["risky-75"])) == (6, 9)
     assert [layer for layer, _ in heads["layer-matched"]] == [layer for layer, _ in heads["safe"]]
     for name, result in results.items():
         assert (result.surgery is not None) == name.endswith("+pcgrad")
+        assert (result.null_space is not None) == (result.settings["null_space"] == 0.9) == name.endswith("space-90")
         assert (result.settings["surgery"], result.settings["replay"]) == (
             "pcgrad" if name.endswith("+pcgrad") else "none",
             0.2 if name.endswith("+replay-20") else 0.0,
@@ -70,12 +71,14 @@ def test_a_recipe_trains_every_arm_it_names(models: Models, recipe_of: RecipeOf)
 def test_one_command_an_arm(finished: Path, own_data: dict[str, Path], tmp_path: Path) -> None:
     options: list[Any] = ["--data", own_data["align"], "--max-steps", "1", "--rank", "4", "--batch-size", "2"]
     utility = ["--utility", own_data["utility"]]
-    for name, more in (("layer-matched-50", []), ("safe+pcgrad", utility)):
+    names = ["layer-matched-50", "safe+nullspace-90", "safe+pcgrad"]
+    for name, more in zip(names, ([], utility, utility), strict=True):
         done = castune("tune", finished, "--arm", name, *options, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert f"{name}:" in done.stdout
+        assert ("A is free of the leading" in done.stdout) == (name == "safe+nullspace-90")
     folder = RunDirectory(finished)
-    assert [arm.name for arm in folder.arms()] == ["safe", "layer-matched-50", "safe+pcgrad"]
+    assert [arm.name for arm in folder.arms()] == ["safe", *names]
     # The main arm and the recipe stay as they were.
     assert folder.load_recipe().tune.max_steps == 2
     assert (
@@ -86,10 +89,12 @@ def test_one_command_an_arm(finished: Path, own_data: dict[str, Path], tmp_path:
         ("risky+pcgrad", [], ('surgery = "pcgrad"', "--utility SOURCE")),
         ("risky+replay-20", [], ("replay = 0.2", "--utility SOURCE")),
         ("../../risky", [], ("accepted: safe",)),
+        ("risky+nullspace-90", [], ("null_space = 0.9", "--utility SOURCE")),
         ("safe+pcgrad", ["--surgery", "pcgrad-symmetric", *utility], ("contradict",)),
+        ("safe+nullspace-90", ["--null-space", "0.8", *utility], ("--null-space 0.8 contradict",)),
     ):
         assert_one_error(castune("tune", finished, "--arm", name, *options, *more, cwd=tmp_path), *said)
-    assert len(folder.arms()) == 3
+    assert len(folder.arms()) == 4
 
     # A selection made by other means keeps the name it was given.
     folder.load_selection(folder.arm("safe"), folder.load_map()).save(finished / "arms" / "mine")

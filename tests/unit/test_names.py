@@ -24,6 +24,8 @@ from castune.names import SCORES, ZONES, ArmName, heads_name
         ("all+pcgrad-symmetric", ArmName("all", changes=(("surgery", "pcgrad-symmetric"),))),
         ("random-75+dpo+pcgrad", ArmName("random", fraction=0.75, changes=(("method", "dpo"), ("surgery", "pcgrad")))),
         ("safe+replay-10", ArmName("safe", changes=(("replay", 0.1),))),
+        ("safe+nullspace-95", ArmName("safe", changes=(("null_space", 0.95),))),
+        ("risky+pcgrad+nullspace-99.5", ArmName("risky", changes=(("null_space", 0.995), ("surgery", "pcgrad")))),
     ],
 )
 def test_what_a_name_says(text: str, expected: ArmName) -> None:
@@ -42,6 +44,13 @@ def test_the_name_of_a_selection_leads_back_to_it(zone: str, percent: int, score
     assert (name.fraction is None) == (percent == 25)
     # Random heads are the same whatever they are sorted by.
     assert (name.score or "conflict") == ("conflict" if zone == "random" else score)
+
+
+@given(word=st.sampled_from(["replay", "nullspace"]), tenths=st.integers(1, 999))
+def test_the_suffix_of_a_name_leads_back_to_its_changes(word: str, tenths: int) -> None:
+    name = ArmName.parse(f"safe+dpo+{word}-{tenths / 10:g}")
+    assert ArmName.parse(f"safe{name.suffix}") == name
+    assert f"+{word}-{tenths / 10:g}" in name.suffix
 
 
 def test_names_differ_where_selections_do() -> None:
@@ -69,6 +78,10 @@ def test_a_quarter_rounded_to_heads_is_a_quarter(share: float) -> None:
         ("safe+scalpel", r"\+pcgrad"),
         ("safe+replay-100", "below 100"),
         ("safe+replay-0", "above 0"),
+        ("safe+nullspace-100", "below 100"),
+        ("safe+nullspace-0", "above 0"),
+        ("safe+nullspace", r"\+nullspace-PERCENT"),
+        ("safe+nullspace-90+nullspace-95", "twice"),
         ("safe+pcgrad+cagrad", "twice"),
         ("../safe", "accepted: safe"),
         ("safe/../x", "accepted: safe"),

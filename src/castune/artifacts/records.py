@@ -141,6 +141,20 @@ class Phase(TypedDict):
     map_hash: str | None
 
 
+class NullSpaceRecord(TypedDict):
+    """The directions that a training in the null space of the utility activations left out.
+
+    Attributes:
+        share: of the second moment that they hold at least, in every projection.
+        tokens: of D_util that they were found on.
+        directions: of every adapted projection, by module path: how many were left out, of how many.
+    """
+
+    share: float
+    tokens: int
+    directions: dict[str, tuple[int, int]]
+
+
 # Validation keeps keys that are not named above (pydantic's configuration of a TypedDict).
-for _record in (AdapterRecord, ModelRecord, DataRecord, CodeRecord, Provenance):
+for _record in (AdapterRecord, ModelRecord, DataRecord, CodeRecord, Provenance, NullSpaceRecord):
     setattr(_record, "__pydantic_config__", {"extra": "allow"})  # noqa: B010 (no key of the record)

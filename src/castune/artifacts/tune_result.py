@@ -9,7 +9,7 @@ from typing import Any
 from castune.artifacts.files import file_hash
 from castune.artifacts.formats import parsed, read_json, typed, write_json
 from castune.artifacts.head_selection import HeadSelection
-from castune.artifacts.records import DataRecord, ModelRecord, Phase, Provenance, Settings
+from castune.artifacts.records import DataRecord, ModelRecord, NullSpaceRecord, Phase, Provenance, Settings
 from castune.artifacts.rules import warn_of_old_rules
 from castune.artifacts.unit import Unit, heads_of, joined, layers_of, only_heads
 
@@ -141,11 +141,13 @@ class TuneResult:
         provenance: versions, machine, command, time.
         surgery: of a training with gradient surgery: steps, conflicting_steps, mean_cosine of alignment and utility
             gradient (None: undefined at every step). None without.
-        utility: of a training with gradient surgery or data replay: source, n, hash, cut of the utility data, and how
-            many of the training examples are `replayed` from it. None without.
+        utility: of a training with gradient surgery, data replay or a null space: source, n, hash, cut of the utility
+            data, and how many of the training examples are `replayed` from it. None without.
         selections: of a training that selected again: for every phase the `step` after which it began, the selected
             `units` ([kind, layer, number]), and the `map_hash` of the map they were chosen from. `budget` is that
             of the last phase, the certificate's selection that of all. Empty without.
+        null_space: of a training in the null space of the utility activations: which directions were left out. None
+            without.
     """
 
     adapter: str
@@ -162,6 +164,7 @@ class TuneResult:
     surgery: dict[str, Any] | None = None
     utility: DataRecord | None = None
     selections: tuple[Phase, ...] = ()
+    null_space: NullSpaceRecord | None = None
 
     def trained(self, selection: HeadSelection) -> HeadSelection:
         """Everything that was trained at any time, of the arm that began with `selection`."""
@@ -179,6 +182,8 @@ class TuneResult:
         del content["certificate"]  # it has a file of its own
         if not self.selections:
             del content["selections"]
+        if self.null_space is None:
+            del content["null_space"]
         self.certificate.save(path.parent)
         write_json(path, _TUNE_RESULT, content)
         return path

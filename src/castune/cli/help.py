@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 # Groups of options, in the order in which they are shown.
 READS, MEASURES, ATTRIBUTION, UNITS = "Input", "Measurement", "Attribution", "Units"
-ADAPTER, TRAINS, USES_UTILITY = "Adapter", "Training", "Gradient surgery and data replay"
+ADAPTER, TRAINS, USES_UTILITY = "Adapter", "Training", "Use of utility data"
 COMBINES, PLANS, RUNS, WRITES = "Combination", "Estimate", "Execution", "Output"
 # Of what belongs to no group, such as help itself.
 OTHERS = "Other options"

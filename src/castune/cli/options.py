@@ -53,7 +53,7 @@ _OF_A_DIAGNOSIS = {
 }
 _OF_A_TRAINING = {
     **dict.fromkeys(("rank", "alpha", "freeze_a", "reselect_steps"), ADAPTER),
-    **dict.fromkeys(("replay", "surgery", "surgery_granularity", "surgery_batch_size"), USES_UTILITY),
+    **dict.fromkeys(("replay", "surgery", "surgery_granularity", "surgery_batch_size", "null_space"), USES_UTILITY),
     **dict.fromkeys(("quantization", "gradient_checkpointing", "seed"), RUNS),
     **dict.fromkeys(("checkpoint_steps", "snapshot_steps", "report_to"), WRITES),
 }

@@ -14,6 +14,7 @@ from castune.console import (
     show_conditions,
     show_diagnosis,
     show_evaluations,
+    show_null_space,
     show_reproduction,
     show_selections,
     show_surgery,
@@ -48,6 +49,7 @@ def run(
         if arm.is_trained:
             result = folder.load_tuning(arm, folder.load_selection(arm, cmap))
             show_surgery(arm.name, result)
+            show_null_space(arm.name, result)
             show_selections(arm.name, result)
     found = folder.load_evaluations()
     show_evaluations(found, all_cost_ratios(found), costs_at_equal_safety(folder))

@@ -12,7 +12,7 @@ from castune.cli.options import ALIGN, TUNING, UTILITY_DRAWN, Run
 from castune.cli.settings import Typed, Values
 from castune.cli.values import names
 from castune.config import DataConfig
-from castune.console import say, selected_in, show_certificate, show_selections, show_surgery
+from castune.console import say, selected_in, show_certificate, show_null_space, show_selections, show_surgery
 
 
 def tune(
@@ -33,8 +33,8 @@ def tune(
             metavar="NAME",
             rich_help_panel=ADAPTER,
             help="Arm to train: one made with castune select --beside, or safe, risky-50, random, layer-matched, all, "
-            "bucket-2-of-4, safe-gradient, ... Append +pcgrad, +dpo or +replay-10 to train it differently. The main "
-            "selection by default.",
+            "bucket-2-of-4, safe-gradient, ... Append +pcgrad, +dpo, +replay-10 or +nullspace-95 to train it "
+            "differently. The main selection by default.",
         ),
     ] = None,
     settings: Annotated[Typed, TUNING],
@@ -43,7 +43,7 @@ def tune(
         typer.Option(
             metavar="DATA",
             rich_help_panel=USES_UTILITY,
-            help="D_util for --surgery and --replay: questions, or prompts with replies. Repeatable.",
+            help="D_util for --surgery, --replay and --null-space: questions, or prompts with replies. Repeatable.",
         ),
     ] = None,
     of_utility: Annotated[Values, UTILITY_DRAWN],
@@ -84,6 +84,7 @@ def tune(
         f"{result.steps} steps"
     )
     show_surgery(trained.name, result)
+    show_null_space(trained.name, result)
     show_selections(trained.name, result)
     show_certificate(result.certificate)
     say(f"adapter: {trained.adapter}")

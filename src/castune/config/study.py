@@ -90,7 +90,7 @@ class StudyConfig(Config):
     """Arms of Tables 1 and 2, by their names (`castune.names`)."""
     methods: tuple[str, ...] = ("sft", "pcgrad")
     """How every one of these arms is trained: `sft` as the recipe says, else a change of it: `pcgrad`, `cagrad`, `dpo`,
-    `replay-10`, ..."""
+    `replay-10`, `nullspace-95`, ..."""
     seeds: tuple[int, ...] = (21, 42, 84)
     """Seeds of random selections and of the training; every arm is trained with each, unless it has its own."""
     arm_seeds: dict[str, tuple[int, ...]] = Field(default_factory=dict)

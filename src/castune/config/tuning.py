@@ -77,6 +77,9 @@ class TuneConfig(Config):
     head's rows of B and A (`head`)."""
     surgery_batch_size: Count | None = None
     """Utility examples per optimiser step, over all processes. By default as many as alignment examples."""
+    null_space: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Train in the null space of the utility activations: keep A free of the fewest directions of the projection's
+    inputs on D_util that hold this share of their second moment. D_util is only the reference. Off by default."""
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -92,6 +95,7 @@ class TuneConfig(Config):
             f'quantization = "{self.quantization}"': self.quantization != "none",
             "freeze_a": self.freeze_a,
             'surgery_granularity = "head"': self.surgery != "none" and self.surgery_granularity == "head",
+            f"null_space = {self.null_space}": self.null_space is not None,
         }
         for what, is_set in not_with_reselection.items():
             if is_set and self.reselect_steps is not None:
@@ -101,11 +105,11 @@ class TuneConfig(Config):
     @property
     def needs_utility(self) -> bool:
         """Whether utility data take part in the training."""
-        return self.surgery != "none" or self.replay > 0
+        return self.surgery != "none" or self.replay > 0 or self.null_space is not None
 
     @property
     def trains_on_utility(self) -> bool:
-        """Whether weights follow utility data too; of one-way PCGrad they are the reference alone."""
+        """Whether weights follow utility data too; of one-way PCGrad and null spaces they are the reference alone."""
         return self.replay > 0 or self.surgery not in ("none", "pcgrad")
 
     def record(self) -> dict[str, Any]:

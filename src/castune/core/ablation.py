@@ -1,9 +1,9 @@
 """Ablating units and resuming from recorded residuals, without touching weights or model code.
 
 Hook sites, all context managers: `ablate` changes the input of an output projection (`ablate_at`: a slice of the
-input or output of any module, for units of other kinds), `record_residuals`
-and `resume_from` read and replace the residual stream at the input of a decoder layer, `project_out` takes a direction
-out of the residual stream everywhere.
+input or output of any module, for units of other kinds), `record_sites` reads the input or output of any module,
+`record_residuals` and `resume_from` read and replace the residual stream at the input of a decoder layer, `project_out`
+takes a direction out of the residual stream everywhere.
 
 `resume_from` lets the model's *own* forward run: layers below the ablated one become the identity and the
 recorded residual is put in. Masks, rotary embeddings, sliding windows, final norm and soft-capping stay the
@@ -222,6 +222,27 @@ def can_resume(model: nn.Module, layout: HeadLayout) -> bool:
     return True
 
 
+@contextmanager
+def record_sites(model: nn.Module, sites: Iterable[Site], found: dict[Site, Tensor]) -> Iterator[None]:
+    """Fill `found[site]` with what passes through every site in the latest forward, as the module has it."""
+
+    def record(site: Site) -> Any:
+        module = model.get_submodule(site.path)
+        if site.is_output:
+            return module.register_forward_hook(lambda _module, _args, output: keep(site, output))
+        return module.register_forward_pre_hook(lambda _module, args: keep(site, args[0]))
+
+    def keep(site: Site, z: Tensor) -> None:
+        found[site] = z.detach()
+
+    handles = [record(site) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def site_means(model: nn.Module, sites: Iterable[Site], forwards: Callable[[], Iterator[Tensor]]) -> dict[Site, Tensor]:
     """Mean of every channel of some sites over all real tokens, `[W]` each, for mean ablation.
@@ -235,24 +256,10 @@ def site_means(model: nn.Module, sites: Iterable[Site], forwards: Callable[[], I
     latest: dict[Site, Tensor] = {}
     total: dict[Site, Tensor] = {}
     n_tokens = 0
-
-    def record(site: Site) -> Any:
-        module = model.get_submodule(site.path)
-        if site.is_output:
-            return module.register_forward_hook(lambda _module, _args, output: keep(site, output))
-        return module.register_forward_pre_hook(lambda _module, args: keep(site, args[0]))
-
-    def keep(site: Site, z: Tensor) -> None:
-        latest[site] = z.detach()
-
-    handles = [record(site) for site in sites]
-    try:
+    with record_sites(model, sites, latest):
         for mask_BS in forwards():
             n_tokens += int(mask_BS.sum())
             for site, z in latest.items():
                 tokens = z.reshape(*mask_BS.shape, -1)[mask_BS].double().sum(0)
                 total[site] = total.get(site, torch.zeros_like(tokens)) + tokens
-    finally:
-        for handle in handles:
-            handle.remove()
     return {site: (total_W / n_tokens).float() for site, total_W in total.items()}

@@ -55,7 +55,8 @@ def training_memory(shape: ModelShape, config: TuneConfig, largest: Size) -> int
     not there at once: the logits with their gradients, and the gradients inside a layer. Activations are those of the
     largest micro-batch with a fused attention kernel. With gradient checkpointing layers keep their inputs, and the one
     that is run again its inside. Adapters are taken to lie in all layers, as a quarter of the heads does. Not counted
-    are the framework itself, activations inside experts and linear attention, and what an allocator wastes.
+    are the framework itself, activations inside experts and linear attention, second moments and directions of a null
+    space, and what an allocator wastes.
 
     Args:
         shape: of the model.

@@ -209,7 +209,7 @@ class Planner:
 
         Args:
             align: D_align.
-            utility: D_util, for gradient surgery and data replay.
+            utility: D_util, for gradient surgery, data replay and null spaces.
             config: settings.
 
         Raises:

@@ -52,7 +52,7 @@ def training_work(
         shape: of the model.
         rows: of the alignment examples.
         config: settings.
-        utility_rows: of the utility examples, for gradient surgery and data replay.
+        utility_rows: of the utility examples, for gradient surgery, data replay and null spaces.
         pairs: the alignment examples of DPO, in the place of `rows`.
 
     Raises:
@@ -61,7 +61,7 @@ def training_work(
     if not (pairs if config.method == "dpo" else rows):
         raise CastuneError("a training needs examples")
     if config.needs_utility and not utility_rows:
-        raise CastuneError("gradient surgery and data replay need utility examples")
+        raise CastuneError("gradient surgery, data replay and null spaces need utility examples")
     if config.method == "dpo":
         lengths = [_pair_lengths(pair) for pair in pairs]
     else:
@@ -73,6 +73,8 @@ def training_work(
     work = sum((_trained(shape, size, config) for size in [*sizes, *utility]), Work())
     if config.method == "dpo":  # the reference model
         work += sum((again(shape.flops, size) for size in sizes), Work())
+    if config.null_space is not None:
+        work += sum((forward(shape.flops, size) for size in _null_space_sizes(utility_rows, config)), Work())
     return TrainingWork(work, len(steps), max([*sizes, *utility], key=lambda size: (size.n_tokens, size.n_scored)))
 
 
@@ -110,6 +112,14 @@ def _utility_sizes(rows: Sequence[Row], config: TuneConfig, n_steps: int) -> Ite
     for chosen in islice(utility_batches(len(rows), n_utility, config.seed), n_steps):
         for start in range(0, len(chosen), config.batch_size):
             yield Size.of([rows[i] for i in chosen[start : start + config.batch_size]])
+
+
+def _null_space_sizes(rows: Sequence[Row], config: TuneConfig) -> Iterator[Size]:
+    """The forwards that find a null space; logits are those of one position a row."""
+    lengths = sorted((len(row.ids) for row in rows), reverse=True)
+    for start in range(0, len(lengths), config.batch_size):
+        chosen = lengths[start : start + config.batch_size]
+        yield Size.of_lengths([(length, 1) for length in chosen])
 
 
 def _lengths(row: Row) -> tuple[int, int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from castune.artifacts import HeadSelection, MaskedAdapter, ProjectedAdapter, TuneResult
+from castune.artifacts.records import NullSpaceRecord
 from castune.core import numbers
 from castune.report.markup import Markup, table, tag
 from castune.report.sections import NOT_RECORDED, cut_words, figure, known, section
@@ -44,6 +45,7 @@ def training(
         "training",
         _budgets(tunings, selections),
         _surgery(tunings),
+        *_null_spaces(tunings),
         _sources(masked),
         _projections(projected),
         tag("h3", "Certificate"),
@@ -87,6 +89,8 @@ def _objective(result: TuneResult) -> str:
         parts.append(f"{100 * settings['replay']:g} % replayed ({known(replayed)} examples)")
     if result.surgery is not None:
         parts.append(str(settings["surgery"]))
+    if result.null_space is not None:
+        parts.append(f"null space of {100 * result.null_space['share']:g} % of the utility activations")
     if settings["quantization"] != "none":
         parts.append(f"base in {settings['quantization']}")
     if settings["freeze_a"]:
@@ -116,6 +120,29 @@ def _surgery(tunings: Mapping[str, TuneResult]) -> Markup | str:
         return ""
     head = ["Arm", "Gradient surgery", "Utility data", "Steps with a conflict", "Mean cosine of the two gradients"]
     return table(head, rows, label="Gradient surgery by arm", class_="numbers")
+
+
+def _null_spaces(tunings: Mapping[str, TuneResult]) -> list[Markup]:
+    return [
+        tag("p", f"{arm}: {null_space_words(result.null_space)}.")
+        for arm, result in tunings.items()
+        if result.null_space is not None
+    ]
+
+
+def null_space_words(record: NullSpaceRecord) -> str:
+    """What a training in a null space left alone, in words."""
+    taken, widths = zip(*record["directions"].values(), strict=True)
+    return (
+        f"A is free of the leading {_from_to(taken)} of {_from_to(widths)} directions of its inputs, which hold "
+        f"{100 * record['share']:g} % of the second moment of the utility activations ({record['tokens']:,} tokens, "
+        f"{numbers.counted(len(taken), 'projection')})"
+    )
+
+
+def _from_to(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _sources(masked: Mapping[str, MaskedAdapter]) -> Markup | str:

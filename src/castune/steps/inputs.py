@@ -49,7 +49,7 @@ class TrainingData:
         align: the examples of D_align.
         source: where they came from, for the record.
         left_out: ids of what of the source is not among them, because a suite holds it.
-        utility: for gradient surgery and data replay.
+        utility: for gradient surgery, data replay and null spaces.
         utility_source: where these came from.
     """
 

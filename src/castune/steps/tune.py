@@ -141,8 +141,8 @@ def tune_arm(
         config = _changed(config, name, str(arm), recipe.tune)
     if utility and not config.needs_utility:
         raise CastuneError(
-            "--utility has no effect without gradient surgery or data replay: add --surgery, for example pcgrad, or "
-            "--replay"
+            "--utility has no effect without gradient surgery, data replay or a null space: add --surgery, for example "
+            "pcgrad, --replay or --null-space"
         )
     require_utility(config, utility)
     require_extras(config)
@@ -168,9 +168,8 @@ def _changed(config: TuneConfig, name: ArmName, text: str, of_run: TuneConfig) -
     """The settings with what the arm's name changes, be it the run's own."""
     for key, value in name.changes:
         if getattr(config, key) not in (value, TuneConfig.model_fields[key].default, getattr(of_run, key)):
-            raise CastuneError(
-                f"--arm {text} and --{key} {getattr(config, key)} contradict each other: use one of them"
-            )
+            option = f"--{key.replace('_', '-')} {getattr(config, key)}"
+            raise CastuneError(f"--arm {text} and {option} contradict each other: use one of them")
     return config.changed(**dict(name.changes))
 
 

@@ -60,7 +60,7 @@ def save_adapter(peft_model: PeftModel, weights: dict[str, Tensor] | None, folde
 
     Args:
         peft_model: the wrapped model.
-        weights: the adapter's parameters (`adapter_weights`); None: those that the model holds.
+        weights: the adapter's parameters; None: those that the model holds.
         folder: where to.
     """
     # PEFT would ask the hub whether the vocabulary was resized, and then save embeddings, which are never trained here.

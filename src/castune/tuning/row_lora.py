@@ -39,9 +39,13 @@ class MaskedLinear(nn.Linear):
     unit_mask: Tensor
     """`[rows, 1]` or `[1, columns]`."""
 
+    def applied(self, weight: Tensor) -> Tensor:
+        """What a weight of this shape acts as."""
+        return weight * self.unit_mask.to(weight.dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         """Apply the masked weight."""
-        return functional.linear(input, self.weight * self.unit_mask.to(self.weight.dtype), self.bias)
+        return functional.linear(input, self.applied(self.weight), self.bias)
 
 
 def sparse_lora(

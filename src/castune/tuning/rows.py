@@ -107,13 +107,17 @@ def require_extras(config: TuneConfig) -> None:
 
 
 def require_utility(config: TuneConfig, utility: Sequence[Any] | None) -> None:
-    """Refuse a training that compares with utility data, or mixes it in, and has none.
+    """Refuse a training that compares with utility data, mixes it in or leaves its activations alone, and has none.
 
     Raises:
         CastuneError: the message names the setting that needs it.
     """
     if utility or not config.needs_utility:
         return
-    what = f'surgery = "{config.surgery}"' if config.surgery != "none" else f"replay = {config.replay:g}"
-    why = "whose gradient it compares with" if config.surgery != "none" else "which it mixes in"
+    if config.surgery != "none":
+        what, why = f'surgery = "{config.surgery}"', "whose gradient it compares with"
+    elif config.replay:
+        what, why = f"replay = {config.replay:g}", "which it mixes in"
+    else:
+        what, why = f"null_space = {config.null_space:g}", "whose activations it leaves alone"
     raise CastuneError(f"{what} needs utility data, {why}; give utility examples (castune tune: --utility SOURCE)")

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from castune.artifacts import Certificate, HeadSelection
 from castune.artifacts.files import new_directory
+from castune.artifacts.records import NullSpaceRecord
 from castune.config import TuneConfig
 from castune.core.checksum import unchanged
 from castune.core.heads import HeadLayout
@@ -22,7 +23,8 @@ from castune.core.quantisation import dense_weight
 from castune.core.shards import Shard
 from castune.core.units import UnitLayout
 from castune.errors import CastuneError, TrainingError
-from castune.tuning.adapter_files import adapter_weights, save_adapter
+from castune.tuning.adapter_files import save_adapter
+from castune.tuning.null_space import NullSpace, applied_weights
 from castune.tuning.phases import Phases, Reselect
 from castune.tuning.preferences import preference_trainer
 from castune.tuning.row_lora import budget, sparse_lora
@@ -51,6 +53,7 @@ class Training:
     tokens: int
     seconds: float
     surgery: dict[str, Any] | None
+    null_space: NullSpaceRecord | None
     wait: Callable[[], None]
 
 
@@ -95,10 +98,16 @@ def _phase(
     layout = units_for(model, HeadLayout.of(model), selection)
     base = _Base.of(model, layout, selection)
     with unchanged(model, "training"), _left_as_it_was(model):
+        null_space = None
+        if config.null_space is not None:
+            wanted, rows = targets(layout, selection), data.utility_rows
+            null_space = NullSpace.of(model, wanted, rows, config.null_space, batch_size=config.batch_size)
         peft_model = sparse_lora(
             model, selection, r=config.rank, alpha=config.alpha, freeze_a=config.freeze_a, seed=seed
         )
         try:
+            if null_space is not None:
+                null_space.keep(peft_model)
             ledger = budget(peft_model, layout, selection)
             operation = None
             if config.surgery != "none":
@@ -119,7 +128,7 @@ def _phase(
             trainer.within(phases.start, phases.end)
             with frozen_updates(model, phases.frozen), progress("training", 1.0) as advance:
                 trainer.run(advance)
-            weights = adapter_weights(peft_model)
+            weights = applied_weights(peft_model)
             _check_finite(weights.values(), config)
             found = Training(
                 base=base,
@@ -131,6 +140,7 @@ def _phase(
                 tokens=trainer.all_tokens(),
                 seconds=trainer.seconds,
                 surgery=None if operation is None else operation.record,
+                null_space=None if null_space is None else null_space.record,
                 wait=trainer.accelerator.wait_for_everyone,
             )
             if Shard.is_main_process() and found.steps == found.max_steps:

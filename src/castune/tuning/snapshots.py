@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 from castune.artifacts.files import new_directory
 from castune.config import TuneConfig
 from castune.core.shards import Shard
-from castune.tuning.adapter_files import adapter_weights, save_adapter
+from castune.tuning.adapter_files import save_adapter
+from castune.tuning.null_space import applied_weights
 from castune.tuning.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Snapshots(TrainerCallback):
         """Write the adapter, on a step that is to be kept."""
         if state.global_step not in snapshot_steps(self.config, state.max_steps):
             return
-        weights = adapter_weights(self.peft_model)
+        weights = applied_weights(self.peft_model)
         if Shard.is_main_process():
             with (
                 self.workspace.writing(f"the snapshot of step {state.global_step}"),

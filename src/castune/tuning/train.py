@@ -69,13 +69,14 @@ def tune(
         balance: the column by which they were drawn in equal shares or in `shares`, for the record.
         shares: the shares of its values, for the record.
         left_out: ids of what was taken out of the source before, for the record.
-        utility: D_util, for gradient surgery and data replay: questions, or prompts with replies.
+        utility: D_util, for gradient surgery, data replay and null spaces: questions, or prompts with replies.
         utility_source: name of its source, for the record.
         reselect: how heads are chosen again, with `config.reselect_steps`.
         run_name: what the trackers of `config.report_to` call the training; they have names of their own for None.
 
     Raises:
-        CastuneError: surgery without utility data, or by a method not installed; heads that cannot be selected again.
+        CastuneError: surgery, replay or a null space without utility data; surgery by a method not installed; a null
+            space that leaves no direction; heads that cannot be selected again.
         DataError: an example has no reply, or a reply that does not fit.
         TrainingError: a loss is not finite, or surgery cannot reach the gradients.
         CheckpointError: a checkpoint or the adapter cannot be written.
@@ -165,6 +166,7 @@ def _write(out: Path, run: Training, config: TuneConfig, records: _Records) -> N
             model=records.model,
             provenance=provenance(config.seed),
             surgery=run.surgery,
+            null_space=run.null_space,
             utility=records.utility,
             selections=run.phases.record(),
         ).save(folder)

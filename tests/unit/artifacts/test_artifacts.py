@@ -79,6 +79,9 @@ RESELECTED = dataclasses.replace(
         {"step": 1, "units": [["q_head", 1, 2]], "map_hash": "dc"},
     ),
 )
+IN_NULL_SPACE = dataclasses.replace(
+    TUNING, null_space={"share": 0.95, "tokens": 640, "directions": {"model.layers.0.self_attn.q_proj": (12, 576)}}
+)
 SCALED = ScaledAdapter(
     certificate=CERTIFICATE, zone="safe", n_total=6, source={"name": "safe of run", "hash": "0a-0b", "r": 4, "alpha": 8.0},
     strength=0.625, target={"purpose": "safety", "value": 0.9}, model=MODEL, provenance={"seed": None},
@@ -103,6 +106,7 @@ ARTIFACTS = {
     "mixed certificate": (MIXED_CERTIFICATE, "certificate.json"),
     "tuning": (TUNING, "tune.json"),
     "reselected tuning": (RESELECTED, "tune.json"),
+    "tuning in a null space": (IN_NULL_SPACE, "tune.json"),
     "scaled adapter": (SCALED, "scale.json"),
     "evaluation": (EVALUATION, "metrics.json"),
 }
@@ -409,7 +413,7 @@ def test_every_missing_field_is_a_damaged_artifact(tmp_path: Path, name: str) ->
     record = without_digest(tmp_path / file)
     # Records from before there was something (gradient surgery, other units, intervals) do not have it.
     optional = {field.name for field in dataclasses.fields(artifact) if field.default is not dataclasses.MISSING}
-    assert optional < {"surgery", "utility", "selections", "mlp_groups", "samples_hash"} | {
+    assert optional < {"surgery", "utility", "selections", "null_space", "mlp_groups", "samples_hash"} | {
         f"{what}_columns" for what in ("checked", "changed", "selected")
     }
     # Query heads are apart in a file: `units` are others.

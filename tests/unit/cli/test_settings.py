@@ -64,7 +64,7 @@ NO_SETTINGS = {
     "plan": {"model", "accelerator", "decoded_share", "overrides"},
     "diagnose": {"model", "out", "shard"},
     "select": {"run_directory", "random", "beside"},
-    # Its utility data are its own: nothing is taken unless surgery or replay asks for it.
+    # Its utility data are its own: nothing is taken unless surgery, replay or a null space asks for it.
     "tune": {"run_directory", "held_out", "arm", "utility", "overwrite"},
     # Sources of an inspection are the run's unless others are given, and one limit is for all of them.
     "inspect": {
@@ -193,7 +193,7 @@ OPTIONS = {
     "group": "--buckets",
     "tune": "--data --limit --balance --held-out --arm --method --beta --learning-rate --epochs --max-steps "
     "--batch-size --accumulation --max-length --rank --alpha --weight-decay --freeze-a --surgery --replay --utility "
-    "--utility-limit --surgery-granularity --surgery-batch-size --gradient-checkpointing --quantization "
+    "--utility-limit --surgery-granularity --surgery-batch-size --null-space --gradient-checkpointing --quantization "
     "--checkpoint-steps --snapshot-steps --reselect-steps --seed --overwrite",
     "drift": "--arm --shard",
     "mask": "--out --run --arm --as --base --combination --weights --density --overwrite --dtype --device",

@@ -124,7 +124,9 @@ def test_a_training_grows_with_what_it_does(tiny_model: Callable[..., Any]) -> N
     twice, once = work(max_steps=6, epochs=9), work(max_steps=3, epochs=9)
     assert (twice.steps, once.steps) == (6, 3)
     assert 1.5 < twice.work.layer_flops / once.work.layer_flops < 2.5
-    for more in ({"surgery": "pcgrad"}, {"replay": 0.5}, {"gradient_checkpointing": True}, {"rank": 8}):
+    for more in (
+        {"surgery": "pcgrad"}, {"replay": 0.5}, {"null_space": 0.9}, {"gradient_checkpointing": True}, {"rank": 8}
+    ):  # fmt: skip
         assert work(**more).work.layer_flops > usual.work.layer_flops, more
     # A forward more of what was two.
     again = work(gradient_checkpointing=True).work.layer_flops - usual.work.layer_flops
@@ -146,7 +148,7 @@ def test_trainings_that_cannot_be_are_refused(tiny_model: Callable[..., Any]) ->
     shape = shape_of(tiny_model("llama").config)
     with pytest.raises(CastuneError, match="needs examples"):
         training_work(shape, [], CONFIG)
-    for changes in ({"surgery": "pcgrad"}, {"replay": 0.5}):
+    for changes in ({"surgery": "pcgrad"}, {"replay": 0.5}, {"null_space": 0.9}):
         with pytest.raises(CastuneError, match="need utility"):
             training_work(shape, ROWS, CONFIG.changed(**changes))
 

@@ -210,6 +210,7 @@ def test_how_an_arm_was_trained_is_told(tmp_path: Path, run: Run) -> None:
     run.tunings["risky"] = dataclasses.replace(
         risky,
         settings={**risky.settings, "method": "dpo", "quantization": "nf4", "replay": 0.1},
+        null_space={"share": 0.95, "tokens": 5120, "directions": {"q.0": (12, 576), "q.1": (34, 576)}},
         utility={"source": "starter-utility", "n": 96, "hash": "0a", "cut": 0, "replayed": 178},
     )
     selections = ({"step": 0, "units": [], "map_hash": "a"}, {"step": 100, "units": [], "map_hash": "b"})
@@ -218,7 +219,11 @@ def test_how_an_arm_was_trained_is_told(tmp_path: Path, run: Run) -> None:
     run.projected = {"safe-lora": make_projected(run.selections["safe"], "mine")}
     text = Page(run.write(tmp_path / "report.html")).text
     assert "safe SFT, pcgrad, A frozen" in text
-    assert "risky DPO, 10 % replayed (178 examples), base in nf4" in text
+    assert "risky DPO, 10 % replayed (178 examples), null space of 95 % of the utility activations, base in nf4" in text
+    assert (
+        "risky: A is free of the leading 12 to 34 of 576 directions of its inputs, which hold 95 % of the second moment "
+        "of the utility activations (5,120 tokens, 2 projections)." in text
+    )
     assert "random SFT, heads chosen 2 times (budget: of the last) " in text
     assert "safe pcgrad, head starter-utility, n = 96 57 of 200 −0.032" in text
     assert "ties mine-1 × 1, mine-2 × 0.5 ties, density 0.4" in text

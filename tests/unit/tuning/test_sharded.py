@@ -33,28 +33,39 @@ from castune.artifacts import HeadSelection
 from castune.core.loading import load
 from castune.core.losses import RowBatch, reply_nll
 from castune.data.rows import Row
-from castune.tuning.adapter_files import adapter_weights
+from castune.core.heads import HeadLayout
+from castune.tuning.null_space import NullSpace, applied_weights
 from castune.tuning.row_lora import sparse_lora
+from castune.tuning.targets import targets, units_for
 torch.set_num_threads(1)
-folder, name = Path(sys.argv[1]), sys.argv[2]
+folder, name, share = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 model, _ = load(str(folder / "model"), dtype="float32", device="cpu")
-torch.manual_seed(7)
-peft_model = sparse_lora(model, HeadSelection.load(folder / "selection.json"), r=4, alpha=8).train()
+selection = HeadSelection.load(folder / "selection.json")
+rows = [Row.of_replies([5 + i, 6, 7 + i], [[9, 10 + i, 11]]) for i in range(4)]
 if world > 1:
     distributed.init_process_group("gloo")
+space = None
+if share:
+    wanted = targets(units_for(model, HeadLayout.of(model), selection), selection)
+    # The ranks may round differently; here they even disagree on how many directions there are.
+    space = NullSpace.of(model, wanted, rows, share if rank == 0 else share / 2, batch_size=2)
+torch.manual_seed(7)
+peft_model = sparse_lora(model, selection, r=4, alpha=8).train()
+if space is not None:
+    space.keep(peft_model)
+if world > 1:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(peft_model)
 optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.1)
-rows = [Row.of_replies([5 + i, 6, 7 + i], [[9, 10 + i, 11]]) for i in range(4)]
 for step in range(4):
     loss = reply_nll(peft_model, RowBatch.of(rows[rank::world])).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(peft_model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-weights = adapter_weights(peft_model)
+weights = applied_weights(peft_model)
 if rank == 0:
     peft_model.save_pretrained(folder / name, state_dict=weights)
 if world > 1:
@@ -70,9 +81,13 @@ os._exit(0)
 @pytest.mark.slow
 @needs_loopback
 @pytest.mark.parametrize(
-    ("others", "changed"),
-    [({}, (24, 0)), ({"units": OTHERS, "mlp_groups": 4}, (24 + 2 * 12, 8 + 12))],
-    ids=["query heads", "with columns"],
+    ("others", "changed", "share"),
+    [
+        ({}, (24, 0), 0.0),
+        ({"units": OTHERS, "mlp_groups": 4}, (24 + 2 * 12, 8 + 12), 0.0),
+        ({"units": OTHERS, "mlp_groups": 4}, (24 + 2 * 12, 8 + 12), 0.6),
+    ],
+    ids=["query heads", "with columns", "in a null space"],
 )
 def test_two_shards_train_the_adapter_of_one_process(
     tiny_model: Callable[..., Any],
@@ -81,6 +96,7 @@ def test_two_shards_train_the_adapter_of_one_process(
     tmp_path: Path,
     others: dict[str, Any],
     changed: tuple[int, int],
+    share: float,
 ) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
@@ -90,7 +106,7 @@ def test_two_shards_train_the_adapter_of_one_process(
     (tmp_path / "job.py").write_text(JOB)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, launch in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launch, str(tmp_path / "job.py"), str(tmp_path), name]
+        command = [sys.executable, *launch, str(tmp_path / "job.py"), str(tmp_path), name, str(share)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = run_command(command, env=environment)
         assert done.returncode == 0, done.stderr
