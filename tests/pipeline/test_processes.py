@@ -166,7 +166,9 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_last_good_one(finished: Path, own
 def test_two_ranks_train_one_adapter(finished: Path, own_data: dict[str, Path]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     said = finish([*torchrun, *training(finished, own_data, "risky-50", "--max-steps", "3")])
-    assert said.count("risky-50: 6 heads, 512 trainable") == 1, "the first rank speaks for both"
+    # How many layers the heads are in, and so how many A are trained, is the map's business.
+    n_trained = TuneResult.load(finished / "arms" / "risky-50" / "adapter").budget["trainable_parameters"]
+    assert said.count(f"risky-50: 6 heads, {n_trained:,} trainable") == 1, "the first rank speaks for both"
     one = training(finished, own_data, "bucket-1-of-2", "--max-steps", "3", "--batch-size", "4")
     finish(one)
     found = [TuneResult.load(finished / "arms" / arm / "adapter") for arm in ("risky-50", "bucket-1-of-2")]
