@@ -13,11 +13,11 @@ import numpy as np
 from castune.config import StudyConfig, method_suffix
 from castune.purposes import COSTS
 from castune.stats.distributions import Z
-from castune.stats.equal_safety import ArmCost, equal_safety
+from castune.stats.equal_safety import ArmCost, common_target, equal_safety
 from castune.stats.safety_costs import SafetyCosts
 from castune.steps.equal_safety import AtStrengths, cost_curves, safety_costs
 from castune.study.primary import PrimaryFinding, primary_finding
-from castune.study.trials import Results, Trial, common_seeds
+from castune.study.trials import Measured, Results, Trial, common_seeds
 
 # Of a single training's bootstrap, which gives a standard error alone: it is then known to 4 %.
 _DRAWS = 400
@@ -48,19 +48,35 @@ def with_costs(results: Results, target: float | None) -> Results:
     """The results, with what every training of the main map costs at one safety (`Trial.at_safety`)."""
     if results.base is None or target is None:
         return results
-    purposes = [cost.purpose for cost in COSTS.values() if cost.at_safety]
-    trials = []
-    for trial in results.trials:
-        found = cost_curves(results.base, {trial.arm: [_strengths_of(trial)]}) if trial.strengths else None
-        if found is not None:
-            costs = {
-                purpose: _valued(equal_safety(found[1][purpose], target, draws=_DRAWS).arms[trial.arm])
-                for purpose in purposes
-                if purpose in found[1]
-            }
-            trial = replace(trial, at_safety=costs)
-        trials.append(trial)
-    return replace(results, trials=tuple(trials))
+    return replace(results, trials=tuple(_with_cost(trial, results.base, target) for trial in results.trials))
+
+
+def at_common_safety(trials: Sequence[Trial], base: Measured | None) -> list[Trial]:
+    """Trainings with what each costs at the safety that all their arms reach; with no such cost where there is none.
+
+    Buckets of an eighth of the heads do not reach what arms of a quarter do, and have a common safety of their own.
+    """
+    trials = [replace(trial, at_safety={}) for trial in trials]
+    arms = {arm: [_strengths_of(t) for t in trials if t.arm == arm] for arm in dict.fromkeys(t.arm for t in trials)}
+    if base is None or not all(trial.strengths for trial in trials):
+        return trials
+    found = cost_curves(base, arms)
+    if found is None:
+        return trials
+    curves = next(iter(found[1].values()))
+    target = common_target(curves) if curves.keys() == arms.keys() else None
+    return trials if target is None else [_with_cost(trial, base, target) for trial in trials]
+
+
+def _with_cost(trial: Trial, base: Measured, target: float) -> Trial:
+    found = cost_curves(base, {trial.arm: [_strengths_of(trial)]}) if trial.strengths else None
+    if found is None:
+        return trial
+    purposes = [cost.purpose for cost in COSTS.values() if cost.at_safety and cost.purpose in found[1]]
+    costs = {
+        purpose: _valued(equal_safety(found[1][purpose], target, draws=_DRAWS).arms[trial.arm]) for purpose in purposes
+    }
+    return replace(trial, at_safety=costs)
 
 
 def _valued(cost: ArmCost) -> tuple[float | None, float | None]:

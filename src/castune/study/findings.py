@@ -22,7 +22,7 @@ from castune.stats.nulls import NullPosition, Stratum, null_position, order_p
 from castune.stats.safety_costs import SafetyCosts
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
 from castune.study.budget import Check, check_against, map_curve
-from castune.study.equal_safety import costs_by_method, primary, with_costs
+from castune.study.equal_safety import at_common_safety, costs_by_method, primary, with_costs
 from castune.study.primary import PrimaryFinding
 from castune.study.realised_costs import cost_alone, costs_of, measured_costs
 from castune.study.trials import Measured, Results, Trial, over_common_seeds
@@ -65,8 +65,8 @@ class ScoreValidity:
 
 @dataclass(frozen=True)
 class Control:
-    """Score against cost over all arms of the usual size, with something else of their heads held constant: their
-    layer, their O(h), or the size of their gradients (`CONTROLS`)."""
+    """Score against cost over the arms of one size (of which there are most), with something else of their heads held
+    constant: their layer, their O(h), or the size of their gradients (`CONTROLS`)."""
 
     score: str
     cost: str
@@ -229,6 +229,7 @@ def _validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
         for score in study.scores:
             arms = [study.bucket(number, buckets, score) for number in range(1, buckets + 1)]
             trials = over_common_seeds([trial for arm in arms for trial in results.of(arm)])
+            trials = at_common_safety(trials, results.base)
             costs = measured_costs(results.base, trials)
             wanted += [(score, buckets, cost, _points(trials, results.base, score, cost)) for cost in costs if trials]
     tested = [predictive_validity(points) for *_, points in wanted]
@@ -262,16 +263,11 @@ def _controlled(results: Results) -> list[str]:
 
 
 def _controls(results: Results, study: StudyConfig) -> list[Control]:
-    usual = results.of(REFERENCE)
-    if not usual:
-        return []
-    n_heads = len(usual[0].selection.units)
-    # Buckets differ by a head where the number of heads is no multiple.
-    arms = over_common_seeds(_unlike([t for t in _plain(results) if abs(len(t.selection.units) - n_heads) <= 1]))
+    arms = at_common_safety(_of_one_size(results), results.base)
     found = []
     # A study's map may be older than a score.
     for score in (one for one in study.scores if all(one in trial.scores for trial in arms)):
-        for cost in _controlled(results):
+        for cost in (one for one in measured_costs(results.base, arms) if one != _LEFT_OUT):
             for held in CONTROLS:
                 values = [_held(trial, held) for trial in arms]
                 if held == score or None in values:
@@ -280,6 +276,23 @@ def _controls(results: Results, study: StudyConfig) -> list[Control]:
                 partial = partial_correlation(means.score_A.tolist(), means.cost_A.tolist(), means.control_A.tolist())
                 found.append(Control(score, cost, held, partial))
     return found
+
+
+def _of_one_size(results: Results) -> list[Trial]:
+    """Trainings of the arms of one number of heads: of the largest such group, of the reference's where two are alike.
+
+    Arms of other sizes cost more or less for their size alone.
+    """
+    plain = _unlike(_plain(results))
+    sizes = {len(trial.selection.units) for trial in plain}
+    usual = {len(trial.selection.units) for trial in results.of(REFERENCE)}
+    # Buckets differ by a head where the number of heads is no multiple.
+    groups = {size: [t for t in plain if 0 <= len(t.selection.units) - size <= 1] for size in sizes}
+
+    def rank(size: int) -> tuple[int, bool]:
+        return len({trial.arm for trial in groups[size]}), bool(usual & {size, size + 1})
+
+    return over_common_seeds(groups[max(sizes, key=rank)]) if sizes else []
 
 
 def _held(trial: Trial, what: str) -> float | None:

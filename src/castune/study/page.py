@@ -217,7 +217,7 @@ def _validity(tables: Mapping[str, Table], drawn: Collection[str], found: Findin
     if rows:
         parts += [tag("h3", "Does the score predict the cost?"), table(head, rows, label="Validity", class_="numbers")]
     if partial:
-        title = tag("h3", "With something else held constant, over all arms of the usual size")
+        title = tag("h3", "With something else held constant, over the arms of one size")
         heads = ["Score", "Cost", "Held constant", "Partial r", "95 %", "p", "Partial ρ", "Arms", "Why not"]
         parts += [title, table(heads, partial, label="Partial correlations", class_="numbers")]
     if nulls:

@@ -106,16 +106,18 @@ def in_nats(
     gain: float = 0.4,
     strengths: Sequence[float] = (),
     seeds: Sequence[int] = STUDY.seeds,
+    buckets: int = 4,
+    gain_of_buckets: float | None = None,
 ) -> Results:
     """A study in which an arm adds `effect` nats to every answer for each unit of its mean C, and loses no accuracy.
 
-    Half-strong adapters refuse and cost half as much.
+    Half-strong adapters refuse and cost half as much. Buckets gain as much safety as other arms unless told otherwise.
     """
     cmap, rng = conflict_map(), np.random.default_rng(2)
     right, start, threshold = outcomes_of(0.9, n, rng), rng.gamma(2, 1, n), (np.arange(n) + 0.5) / n
     more = {"said": "nll", "own": "kl"}
 
-    def at(strength: float, cost: float) -> Measured:
+    def at(strength: float, cost: float, gain: float = gain) -> Measured:
         noise = 0.02 * strength * rng.standard_normal((2, n))
         refused = (threshold < 0.1 + gain * strength).astype(float).tolist()
         values = {"said": start + strength * cost + noise[0], "own": np.abs(strength * cost / 2 + noise[1])}
@@ -125,12 +127,13 @@ def in_nats(
     base = at(0, 0)
     trials = []
     for seed in seeds:
-        for arm in (*STUDY.arms, *(f"bucket-{i}-of-4" for i in range(1, 5))):
+        for arm in (*STUDY.arms, *(f"bucket-{i}-of-{buckets}" for i in range(1, buckets + 1))):
             cost = effect * trial(cmap, arm, seed, base).scores["conflict"]
-            after = at(1, cost)
+            of_arm = gain if gain_of_buckets is None or not arm.startswith("bucket") else gain_of_buckets
+            after = at(1, cost, of_arm)
             lost, _ = loss(after, base, "nll_added")
             assert lost is not None
             ratios = {"ucr": CostRatio(0.0), "ucr_nll": CostRatio(max(0.0, lost / gain) if gain > 0 else None)}
-            beside = {strength: at(strength, cost) for strength in strengths}
+            beside = {strength: at(strength, cost, of_arm) for strength in strengths}
             trials.append(trial(cmap, arm, seed, after, cost_ratios=ratios, strengths=beside))
     return Results({"main": cmap}, base, tuple(trials), (), {"judge": "prefix"})

@@ -104,6 +104,20 @@ def test_costs_at_equal_safety_take_part_where_scores_are_tested() -> None:
     assert not any(validity.cost.endswith("at_safety") for validity in plain.validities)
 
 
+def test_small_buckets_have_a_common_safety_of_their_own() -> None:
+    """An eighth of the heads does not reach what a quarter does: scores would be tested on what is left of them."""
+    results = in_nats(0.8, strengths=(0.35, 0.65), buckets=8, gain_of_buckets=0.2)
+    found = findings(results, STUDY.model_copy(update={"buckets": (8,)}))
+    assert found.equal_safety["sft"].target is not None
+    assert found.equal_safety["sft"].target > 0.1 + 0.2, "no bucket gets there"
+    validity = next(one for one in found.validities if one.cost == "nll_at_safety")
+    assert (validity.found.n_arms, validity.found.n_undefined) == (8, 0)
+    # At their own common safety all adapters are at one strength, and cost what was planted.
+    assert validity.found.of_means.pearson == pytest.approx(1, abs=0.03)
+    # What else is held constant is so among the eight of a size, not among the three others.
+    assert {control.found.n for control in found.controls} == {8}
+
+
 def test_gradient_sizes_are_held_constant_where_they_are_known() -> None:
     results, rng = in_nats(0.8, strengths=(0.35, 0.65)), np.random.default_rng(0)
     known = {arm: float(rng.random()) for arm in {t.arm for t in results.trials}}
