@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from castune.config import CalibrationConfig, DataConfig, Recipe, SelectConfig, StudyConfig, TuneConfig
 from castune.errors import CastuneError
@@ -32,6 +32,8 @@ Stage = Literal["diagnose", "base", "tune", "evaluate", "judge", "drift"]
 
 # Keys of a recipe that decide about the model and its prompts.
 _OF_MODEL = ("model", "revision", "template_date", "dtype")
+# Defaults of other versions, by table and key: directories that were named then keep their names.
+_FORMER_DEFAULTS: dict[tuple[str, str], object] = {("tune", "group_by_length"): True}
 
 
 class WorkUnitRecord(TypedDict):
@@ -352,8 +354,18 @@ def run_label(calibration: str, seed: int, draw: int | None) -> str:
 
 
 def _made_from(recipe: Recipe, keys: set[str]) -> dict[str, object]:
-    """What of a recipe becomes part of a key: a setting that is new to castune changes none by its default."""
-    return recipe.model_dump(mode="json", include=keys, exclude_defaults=True)
+    """What of a recipe becomes part of a key: a setting that is new to castune changes none by its default, and a
+    default that became another one changes none either."""
+    found: dict[str, Any] = recipe.model_dump(mode="json", include=keys, exclude_defaults=True)
+    for (table, name), former in _FORMER_DEFAULTS.items():
+        if table in keys:
+            value = getattr(getattr(recipe, table), name)
+            settings = {key: kept for key, kept in found.pop(table, {}).items() if key != name}
+            if value != former:
+                settings[name] = value
+            if settings:
+                found[table] = settings
+    return found
 
 
 def _digest(value: object) -> str:

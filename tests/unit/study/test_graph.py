@@ -181,6 +181,15 @@ def test_the_key_is_of_what_results_depend_on(
     assert (before.runs[0].folder != after.runs[0].folder) is is_another_run
 
 
+@pytest.mark.parametrize(("grouped", "key"), [(True, "06563c9293"), (False, "3b9ec0e2b8")])
+def test_directories_of_earlier_versions_keep_their_names(grouped: bool, key: str) -> None:
+    """Made by a version in which rows were grouped by length unless a recipe said otherwise; a day of work lies there."""
+    recipe = Recipe.of(out="somewhere", tune={"group_by_length": grouped}, study={"seeds": [21]})
+    graph = Graph(recipe, 270)
+    assert graph.runs[0].folder.name == f"main-21-{key}"
+    assert Path(graph.maps["main"].out).name == "main-6a7165bcdd"
+
+
 def test_other_data_give_other_directories() -> None:
     one, other = (Graph(recipe_of(), 270, {"safety:main": digest}) for digest in ("a", "b"))
     assert one.maps["main"].out != other.maps["main"].out
