@@ -123,7 +123,15 @@ def recipe_of(tmp_path: Path, own_data: dict[str, Path]) -> Callable[..., Recipe
             "align": str(own_data["align"]),
             "diagnose": {"max_new_tokens": 4, "gradient_chunks": 2},
             "select": {"zone": "safe", "fraction": 0.25, "compare": ["risky"]},
-            "tune": {"rank": 4, "learning_rate": 0.02, "max_steps": 2, "batch_size": 2, "accumulation": 1},
+            "tune": {
+                "rank": 4,
+                "learning_rate": 0.02,
+                "max_steps": 2,
+                "batch_size": 2,
+                "accumulation": 1,
+                # Two steps of two rows: which ones they are decides what a tiny model becomes.
+                "group_by_length": True,
+            },
             "evaluate": {
                 "suites": [
                     str(own_data["utility"]),

@@ -225,7 +225,7 @@ def test_the_report_of_a_study_in_a_browser(
     headings = browser.run("[...document.querySelectorAll('h2')].map((h) => h.textContent)")
     assert headings == ["Arms", "Scores and costs", "Budget", "Conflict maps", "Sample replies", "Provenance"]
     # Sentences of the verdict follow from the results.
-    said = browser.run("[...document.querySelectorAll('header li')].map((li) => li.textContent)")
+    said = browser.run("[...document.querySelectorAll('header .verdict, header li')].map((one) => one.textContent)")
     recipe = Recipe.load(path)
     assert said == findings(read_results(study_graph(recipe)), recipe.study).verdict
     assert {row["words"] for row in rows(folder, "comparisons") if row["purpose"] == "utility"} <= set(said)
