@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import castune
+
 ROOT = Path(__file__).parents[2]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -18,6 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 def test_the_cited_version_is_the_newest_of_the_changelog() -> None:
     version, date = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", CHANGELOG, re.MULTILINE)[0]
     assert (CITATION["version"], CITATION["date-released"].isoformat()) == (version, date)
+    assert castune.__version__ == version
 
 
 @pytest.mark.parametrize("key", ["license", "keywords"])
