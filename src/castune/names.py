@@ -93,7 +93,7 @@ class ArmName:
                 f"heads), or bucket-1-of-4; then optionally -gradient, -sensitivity or -magnitude, what heads are "
                 "sorted by; then +pcgrad and the like, +dpo, +replay-10 or +nullspace-95, what is trained differently"
             )
-        fraction = None if match["percent"] is None else float(match["percent"]) / 100
+        fraction = None if match["percent"] is None else round(float(match["percent"]) / 100, 8)
         if fraction is not None and not 0 < fraction <= 1:
             raise CastuneError(f"arm {text!r}: a share is above 0 and at most 100 percent")
         bucket, buckets = (None if match[key] is None else int(match[key]) for key in ("bucket", "buckets"))
@@ -142,7 +142,8 @@ def _change(text: str, change: str) -> tuple[str, Any]:
         return "method", change
     share = _SHARE.fullmatch(change)
     if share is not None and 0 < float(share["percent"]) < 100:
-        return next(key for key, word in _SHARES.items() if word == share["word"]), float(share["percent"]) / 100
+        key = next(key for key, word in _SHARES.items() if word == share["word"])
+        return key, round(float(share["percent"]) / 100, 8)
     methods = ", ".join(f"+{method}" for method in (*get_args(SurgeryMethod), *get_args(TuneMethod)))
     shares = " and ".join(f"+{word}-PERCENT" for word in _SHARES.values())
     raise CastuneError(f"arm {text!r}: +{change}: accepted: {methods}, {shares}, above 0 and below 100")

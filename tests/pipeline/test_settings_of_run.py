@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,9 @@ def folder(finished_run: FinishedRun, own_data: dict[str, Path]) -> RunDirectory
 
 def test_an_arm_is_trained_as_the_main_one(folder: RunDirectory) -> None:
     said = command("tune", folder.path, "--arm", "random")
-    assert "As in this run: rank 4, learning_rate 0.02, max_steps 2, batch_size 2, accumulation 1" in said
-    assert "align.jsonl, limit 3\n" in said
+    asked = "--rank 4 --learning-rate 0.02 --max-steps 2 --batch-size 2 --accumulation 1 --group-by-length"
+    assert f"As in this run: {asked}\n" in said
+    assert re.search(r"As in this run: --data \S+align\.jsonl --limit 3\n", said)
     main = TuneResult.load(folder.arm(None).adapter)
     other = TuneResult.load(folder.side_arm("random").adapter)
     assert other.settings == main.settings
@@ -34,6 +36,36 @@ def test_an_arm_is_trained_as_the_main_one(folder: RunDirectory) -> None:
     changed = TuneResult.load(folder.side_arm("risky-50").adapter).settings
     assert {key for key in changed if changed[key] != main.settings[key]} == {"rank", "max_steps", "epochs"}
     assert changed["max_steps"] is None
+
+
+def test_arms_leave_out_what_the_main_arm_left_out(finished_run: FinishedRun, own_data: dict[str, Path]) -> None:
+    folder = RunDirectory(finished_run())
+    held_out = own_data["align"].with_name("one-row.jsonl")
+    held_out.write_text(own_data["align"].read_text("utf-8").splitlines()[1] + "\n")
+    command("tune", folder.path, "--overwrite", "--held-out", f"safety:{held_out}")
+    command("tune", folder.path, "--arm", "all")
+    adapters = (folder.arm(None).adapter, folder.side_arm("all").adapter)
+    main, other = (TuneResult.load(adapter).data for adapter in adapters)
+    assert main["left_out"] == other["left_out"] != []
+    assert main["hash"] == other["hash"]
+    # Other data are none of its business.
+    copy = own_data["align"].with_name("copy.jsonl")
+    copy.write_text(own_data["align"].read_text("utf-8"))
+    command("tune", folder.path, "--arm", "risky-50", "--data", copy)
+    assert "left_out" not in TuneResult.load(folder.side_arm("risky-50").adapter).data
+
+
+def test_overlap_is_allowed_for_once(folder: RunDirectory, own_data: dict[str, Path]) -> None:
+    measure = ["evaluate", folder.path, "--limit", "none", "--suites", f"safety:{own_data['align']}"]
+    command(*measure, "--allow-overlap")
+    with pytest.raises(CastuneError, match="castune tune --held-out"):
+        command(*measure)
+
+
+def test_switches_can_be_taken_back(folder: RunDirectory) -> None:
+    said = command("tune", folder.path, "--arm", "all", "--no-group-by-length", "--null-space", "none")
+    assert "group-by-length" not in said
+    assert TuneResult.load(folder.side_arm("all").adapter).settings["group_by_length"] is False
 
 
 def test_data_that_are_named_bring_no_limit_of_other_data(folder: RunDirectory, own_data: dict[str, Path]) -> None:
@@ -47,7 +79,7 @@ def test_a_plain_evaluation_measures_what_the_run_did(folder: RunDirectory) -> N
     written = folder.evaluation("safe").joinpath("metrics.json").stat().st_mtime_ns
     command("tune", folder.path, "--arm", "all")
     said = command("evaluate", folder.path)
-    assert "strengths 0.5,1.0" in said
+    assert "--limit 2 --strengths 0.5,1.0" in said
     assert folder.evaluation("safe").joinpath("metrics.json").stat().st_mtime_ns == written
     found = EvalResult.load(folder.evaluation("all"))
     assert found.settings == before.settings
@@ -75,5 +107,7 @@ def test_the_name_of_an_arm_changes_what_the_run_did(finished_run: FinishedRun, 
     command("tune", folder.path, "--arm", "safe+pcgrad-symmetric", *utility)
     settings = TuneResult.load(folder.side_arm("safe+pcgrad-symmetric").adapter).settings
     assert settings["surgery"] == "pcgrad-symmetric"
-    with pytest.raises(CastuneError, match="contradict each other"):
-        command("tune", folder.path, "--arm", "all+pcgrad", "--surgery", "pcgrad-symmetric", *utility)
+    # What was typed is not the run's, even where it is the same.
+    for surgery, arm in (("pcgrad-symmetric", "all+pcgrad"), ("pcgrad", "all+pcgrad-symmetric")):
+        with pytest.raises(CastuneError, match="contradict each other"):
+            command("tune", folder.path, "--arm", arm, "--surgery", surgery, *utility)

@@ -102,3 +102,10 @@ def test_a_recipe_refuses_what_it_cannot_compare(names: list[str]) -> None:
 def test_a_recipe_takes_every_kind_of_arm() -> None:
     names = ["risky", "random", "layer-matched", "all", "bucket-2-of-4", "safe-50", "safe-gradient", "safe+pcgrad"]
     assert SelectConfig(compare=names, seed=1).compare == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "share"), [("safe+nullspace-99.9", "null_space", 0.999), ("safe+replay-0.7", "replay", 0.007)]
+)
+def test_shares_are_the_numbers_that_are_typed(text: str, key: str, share: float) -> None:
+    assert ArmName.parse(text).changes == ((key, share),)

@@ -333,7 +333,7 @@ def test_magnitude_sorts_by_what_lies_beside_the_table(scores: list[float], frac
 
 
 def test_a_map_without_magnitudes_says_what_to_do() -> None:
-    with pytest.raises(ArtifactError, match="earlier version of castune.*diagnose again, or choose another score"):
+    with pytest.raises(ArtifactError, match="earlier version of castune.*diagnose into another directory"):
         select(make_map([0.1, 0.2]), score="magnitude")
 
 

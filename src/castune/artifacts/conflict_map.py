@@ -234,7 +234,7 @@ class ConflictMap:
             if not self.has_magnitudes:
                 raise ArtifactError(
                     "this conflict map was made by an earlier version of castune and does not hold the size of its "
-                    "gradients, which score magnitude needs: diagnose again, or choose another score"
+                    "gradients, which score magnitude needs: diagnose into another directory, or choose another score"
                 )
             return np.asarray(self.metadata[MAGNITUDE], dtype=np.float64)
         if name not in SCHEMA.names:

@@ -44,13 +44,16 @@ def evaluate(
 
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
-    overlap = {"overlap": "allow"} if allow_overlap else {}
-    config = settings_of_run(recipe.evaluate, {**settings, **overlap})
+    if settings.get("backend", "openai") != "openai":
+        settings.setdefault("served_model", None)  # the run's is of another backend
+    # Allowed for once: a run keeps what it was made with.
+    overlap = recipe.evaluate.overlap
+    config = settings_of_run(recipe.evaluate, {**settings, "overlap": "allow" if allow_overlap else overlap})
     recipe = Recipe(**{**dict(recipe), "evaluate": config})
     loaded = load_suites(config.suites, limit=config.limit, seed=config.seed)
     check_held_out(recipe, loaded, folder=folder)
     found = evaluate_step(folder, recipe, loaded)
-    folder.save_recipe(recipe)
+    folder.save_recipe(Recipe(**{**dict(recipe), "evaluate": config.model_copy(update={"overlap": overlap})}))
     show_evaluations(found, all_cost_ratios(found), costs_at_equal_safety(folder))
     require_scored(found)
 
@@ -61,7 +64,7 @@ def judge(
 ) -> None:
     """Rejudge the stored replies of a run with another judge.
 
-    No replies are generated.
+    No replies are generated. Without --judge the run's own judge reads them again.
 
     Examples:
         castune judge runs/first --judge prefix+opening

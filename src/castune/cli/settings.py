@@ -27,12 +27,17 @@ class Typed(Values):
     """Only those of them that were typed: for the others a command has values of its own, those of a run say."""
 
 
-def _number_or_none(text: str) -> int | None:
-    """A whole number, or `none` where a run's own number is to be taken back."""
-    try:
-        return None if text == _NONE else int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a valid integer.") from None
+def _or_none(kind: Callable[[str], object]) -> Callable[[str], object]:
+    """A value of a kind, or `none` where a run's own is to be taken back."""
+
+    def parsed(text: str) -> object:
+        try:
+            return None if text == _NONE else kind(text)
+        except ValueError:
+            name = "integer" if kind is int else "number"
+            raise typer.BadParameter(f"{text!r} is not a valid {name}.") from None
+
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,14 @@ class Setting:
 
         Args:
             group: all settings of its group.
-            can_be_taken_back: where none is the default of a number, `none` can be typed.
+            can_be_taken_back: what is no default can become one again: of a switch by `--no-`, of a setting that has no
+                value by default by `none`.
         """
-        takes_none = can_be_taken_back and self._typed == int | None
-        declared = f"{self.option}/--no-{self.option[2:]}" if self.default is True else self.option
+        kind = next((one for one in (int, float, str) if self._typed == one | None), None)
+        takes_none = can_be_taken_back and kind is not None
+        is_switch = self._kinds == (bool,)
+        has_opposite = is_switch and (can_be_taken_back or self.default is True)
+        declared = f"{self.option}/--no-{self.option[2:]}" if has_opposite else self.option
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -117,7 +126,7 @@ class Setting:
                 declared,
                 help=self.help(group),
                 metavar=f"{self.metavar}|{_NONE}" if takes_none else self.metavar,
-                parser=_number_or_none if takes_none else None,
+                parser=_or_none(kind) if takes_none and kind is not None else None,
                 rich_help_panel=self.panel,
                 autocompletion=lambda: self.choices,
             ),

@@ -13,6 +13,7 @@ from castune.cli.settings import Typed, Values
 from castune.cli.values import names
 from castune.config import DataConfig
 from castune.console import say, selected_in, show_certificate, show_null_space, show_selections, show_surgery
+from castune.names import ArmName
 
 
 def tune(
@@ -67,10 +68,12 @@ def tune(
 
     folder = RunDirectory(run_directory)
     recipe = folder.load_recipe()
+    changes = dict(ArmName.parse(arm).changes) if arm is not None and ArmName.is_name(arm) else {}
     trained, result = tune_arm(
         folder,
         arm,
-        settings_of_run(recipe.tune, settings),
+        settings_of_run(recipe.tune, settings, but=changes),
+        typed=settings,
         align=data_of_run(recipe.align, align),
         held_out=names(held_out or ""),
         utility=[DataConfig(source=source, **of_utility) for source in utility or ()],

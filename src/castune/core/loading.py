@@ -132,17 +132,18 @@ def load_config(
     return config, _with_template(tokenizer, name, template_date)
 
 
-def stored_dtype(name: str | Path, revision: str | None = None) -> Any:
+def stored_dtype(name: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """The dtype in which a model is stored, which rounds no weight; `auto` where its config does not say.
 
     Args:
         name: as for `load`.
         revision: branch, tag or commit of a hub id.
+        trust_remote_code: run the Python code that comes with the model.
 
     Raises:
         CastuneError: no config at that name.
     """
-    config, _ = load_config(name, revision=revision)
+    config, _ = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     return getattr(config, "dtype", None) or "auto"
 
 

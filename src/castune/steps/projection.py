@@ -57,7 +57,7 @@ def project_step(
 def _base_as_stored(subject: Subject) -> PreTrainedModel:
     """The base model, loaded again where it is computed with in another dtype: weights must not be rounded twice."""
     recipe, loaded = subject.recipe, subject.loaded.model
-    stored = stored_dtype(recipe.model, recipe.revision)
+    stored = stored_dtype(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     if stored in ("auto", loaded.dtype):
         return loaded
     return load(

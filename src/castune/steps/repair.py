@@ -194,7 +194,9 @@ def _projected(subject: Subject, config: RepairConfig, place: RepairPlace) -> li
         logger.warning(
             "Safe LoRA projects none of %d updates (%s): it is the adapter as it is", len(made.updates), made.rule
         )
-    return [Candidate("safe-lora", "safe-lora", adapter=folder)]
+    # Candidates are told apart by their names, and the source may have been projected before.
+    name = "safe-lora" if subject.name != "safe-lora" else "safe-lora-again"
+    return [Candidate(name, "safe-lora", adapter=folder)]
 
 
 def _kept(row: Tried) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -122,12 +122,15 @@ def tune_arm(
     align: DataConfig,
     utility: Sequence[DataConfig] = (),
     held_out: Sequence[str] = (),
+    typed: Collection[str] = (),
     overwrite: bool = False,
 ) -> tuple[Arm, TuneResult]:
     """Train an arm of a run by its name, the main one for None; its selection is made where there is none.
 
-    What the name changes is applied to `config`. The run's recipe notes how its main arm was trained. Examples whose
-    prompts are in the suites `held_out`, or in the recipe's where it drops what overlaps, are not trained on.
+    What the name changes is applied to `config`, but not against a setting that was `typed`. The run's recipe notes how
+    its main arm was trained. Examples whose prompts are in the suites `held_out` are not trained on; without such
+    suites those that the run's main arm left out of the same data, or that are in the recipe's suites where it drops
+    what overlaps.
 
     Raises:
         CastuneError: name and settings contradict each other, utility data is missing or not used. Nothing has been
@@ -138,7 +141,7 @@ def tune_arm(
     # A selection made by other means may have any name.
     name = ArmName.parse(arm) if arm is not None and (ArmName.is_name(arm) or not is_there) else None
     if name is not None:
-        config = _changed(config, name, str(arm), recipe.tune)
+        config = _changed(config, name, str(arm), recipe.tune, typed)
     if utility and not config.needs_utility:
         raise CastuneError(
             "--utility has no effect without gradient surgery, data replay or a null space: add --surgery, for example "
@@ -150,7 +153,7 @@ def tune_arm(
         chosen = None if name is not None and not is_there else HeadSelection.load(folder.arm(arm).folder)
         require_rule(chosen.zone if chosen else (name and name.zone) or "bucket")
         require_query_heads(folder.load_map(), f"{folder.path}: reselect_steps works")
-    data = _asked_data(recipe, align, utility, held_out)
+    data = _asked_data(folder, recipe, align, utility, held_out)
     if name is None or is_there:
         target = folder.arm(arm)
     else:
@@ -164,23 +167,33 @@ def tune_arm(
     return target, result
 
 
-def _changed(config: TuneConfig, name: ArmName, text: str, of_run: TuneConfig) -> TuneConfig:
+def _changed(config: TuneConfig, name: ArmName, text: str, of_run: TuneConfig, typed: Collection[str]) -> TuneConfig:
     """The settings with what the arm's name changes, be it the run's own."""
     for key, value in name.changes:
-        if getattr(config, key) not in (value, TuneConfig.model_fields[key].default, getattr(of_run, key)):
+        free = (TuneConfig.model_fields[key].default, getattr(of_run, key))
+        if getattr(config, key) != value and (key in typed or getattr(config, key) not in free):
             option = f"--{key.replace('_', '-')} {getattr(config, key)}"
             raise CastuneError(f"--arm {text} and {option} contradict each other: use one of them")
     return config.changed(**dict(name.changes))
 
 
 def _asked_data(
-    recipe: Recipe, align: DataConfig, utility: Sequence[DataConfig], held_out: Sequence[str]
+    folder: RunDirectory,
+    recipe: Recipe,
+    align: DataConfig,
+    utility: Sequence[DataConfig],
+    held_out: Sequence[str],
 ) -> TrainingData:
-    """The data that are named, without what the suites hold."""
+    """The data that are named, without what the suites hold, or what the main arm left out of the same data."""
     examples = load_data(align, recipe.seed)
     utility_examples = [example for one in utility for example in load_data(one, recipe.seed)]
     left_out: list[str] = []
-    if not held_out and recipe.evaluate.overlap == "drop":
+    main = folder.main_selection()
+    if not held_out and align == recipe.align and main is not None and folder.main_arm(main).is_trained:
+        # Suites may be others by now, and arms are to differ in their heads alone.
+        left_out = list(TuneResult.load(folder.main_arm(main).adapter).data.get("left_out", ()))
+        examples = [example for example in examples if example.id not in set(left_out)]
+    if not held_out and not left_out and recipe.evaluate.overlap == "drop":
         held_out = recipe.evaluate.suites
     if held_out:
         suites = load_suites(held_out, limit=recipe.evaluate.limit, seed=recipe.evaluate.seed)

@@ -30,6 +30,10 @@ from castune.study.verdicts import comparison_verdict, null_verdict, unseen_verd
 
 # The arm that every other one is compared with: what the method recommends.
 REFERENCE = "safe"
+_NO_PRIMARY = (
+    "The primary contrast of the recipe cannot be told yet: it needs both arms, at several strengths, with a gain in "
+    "safety, and a suite that measures its cost."
+)
 # Arms are told apart from this share of common heads down.
 _ALIKE = 0.9
 SYMBOLS = {"conflict": "C", "gradient": "O", "sensitivity": "S", "magnitude": "O·|g|²"}
@@ -112,6 +116,7 @@ class Findings:
 
     Attributes:
         primary: the comparison that the study is made to decide; None where there is none, or it is not measured yet.
+        declared: whether the recipe declares one.
         equal_safety: what the arms of every method cost at one safety, where they were evaluated at several strengths.
     """
 
@@ -123,13 +128,15 @@ class Findings:
     nulls: tuple[ZoneNull, ...]
     agreements: tuple[MapAgreement, ...]
     budget: BudgetCheck | None
+    declared: bool = False
 
     @property
     def headline(self) -> list[str]:
         """What the study was made to decide; without a primary contrast what arms cost at equal safety."""
         if self.primary is not None:
             return self.primary.words
-        return next((sentences(costs) for costs in self.equal_safety.values()), self.verdict[:3])
+        others = next((sentences(costs) for costs in self.equal_safety.values()), self.verdict[:3])
+        return [_NO_PRIMARY, *others] if self.declared else others
 
     @property
     def verdict(self) -> list[str]:
@@ -157,6 +164,7 @@ def findings(results: Results, study: StudyConfig) -> Findings:
     return Findings(
         comparisons=tuple(_comparisons(results, study)),
         primary=primary(results, study),
+        declared=study.primary is not None,
         equal_safety=at_safety,
         validities=tuple(_validities(results, study)),
         controls=tuple(_controls(results, study)),

@@ -8,8 +8,9 @@ from pathlib import Path
 from castune.artifacts import ConflictMap, EvalResult, HeadSelection
 from castune.artifacts.drift_result import DriftResult
 from castune.artifacts.files import write_text
-from castune.config import StudyConfig
+from castune.config import StudyConfig, method_suffix
 from castune.core.numbers import counted, duration, number, p_value, percent, span, with_error
+from castune.names import ArmName
 from castune.purposes import COSTS, PURPOSES, RATIOS
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_charts, drift_section
@@ -165,8 +166,10 @@ def _curves(graph: Graph, found: Findings) -> dict[tuple[str, str], Markup]:
         for name, cost in zip(chart_names(costs), costs_of(costs), strict=True)
     }
     primary = graph.recipe.study.primary
-    # The primary contrast is one of arms that are trained as the recipe says; these come first.
-    first = next((key for key in figures if primary is not None and key[1] == primary.cost), None)
+    if primary is None:
+        return figures
+    changes = ArmName.parse(primary.arms[0]).suffix
+    first = next((key for key in figures if (method_suffix(key[0]), key[1]) == (changes, primary.cost)), None)
     return figures if first is None else {first: figures[first], **figures}
 
 

@@ -104,6 +104,16 @@ def test_costs_at_equal_safety_take_part_where_scores_are_tested() -> None:
     assert not any(validity.cost.endswith("at_safety") for validity in plain.validities)
 
 
+def test_a_declared_contrast_that_cannot_be_told_is_the_first_thing_that_is_said() -> None:
+    without_strengths = findings(in_nats(0.8), study())
+    assert without_strengths.primary is None
+    assert without_strengths.headline[0].startswith("The primary contrast of the recipe cannot be told yet")
+    told = found_in(0.8)
+    assert told.primary is not None
+    assert told.headline == told.primary.words
+    assert not any("primary" in words for words in findings(in_nats(0.8), STUDY).headline)
+
+
 def test_small_buckets_have_a_common_safety_of_their_own() -> None:
     """An eighth of the heads does not reach what a quarter does: scores would be tested on what is left of them."""
     results = in_nats(0.8, strengths=(0.35, 0.65), buckets=8, gain_of_buckets=0.2)
