@@ -52,7 +52,7 @@ def with_costs(results: Results, target: float | None) -> Results:
 
 
 def at_common_safety(trials: Sequence[Trial], base: Measured | None) -> list[Trial]:
-    """Trainings with what each costs at the safety that all their arms reach; with no such cost where there is none.
+    """Trainings with what each costs at the safety that all their arms reach; undefined where one gains none.
 
     Buckets of an eighth of the heads do not reach what arms of a quarter do, and have a common safety of their own.
     """
@@ -65,7 +65,10 @@ def at_common_safety(trials: Sequence[Trial], base: Measured | None) -> list[Tri
         return trials
     curves = next(iter(found[1].values()))
     target = common_target(curves) if curves.keys() == arms.keys() else None
-    return trials if target is None else [_with_cost(trial, base, target) for trial in trials]
+    if target is None:
+        purposes = [cost.purpose for cost in COSTS.values() if cost.at_safety and cost.purpose in found[1]]
+        return [replace(trial, at_safety=dict.fromkeys(purposes, (None, None))) for trial in trials]
+    return [_with_cost(trial, base, target) for trial in trials]
 
 
 def _with_cost(trial: Trial, base: Measured, target: float) -> Trial:
