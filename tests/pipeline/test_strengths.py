@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import CHROMIUM, Browser
 from peft import PeftModel
 
 from castune.artifacts import EvalResult
@@ -115,6 +116,28 @@ def test_the_report_opens_with_what_safety_costs(folder: RunDirectory) -> None:
     assert 'data-chart="equal_safety_nll"' in opening
     assert 'data-chart="equal_safety_kl"' in html
     assert (folder.path / "figures" / "equal_safety_nll.svg").is_file()
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("dark", [False, True])
+def test_what_happened_is_on_the_first_screen(folder: RunDirectory, browser: Browser, dark: bool) -> None:
+    """Three sentences and one picture, without scrolling; on a phone below each other, and never sideways."""
+    drawn = "document.querySelectorAll('[data-chart]:not([data-drawn])').length === 0"
+    for width in (1280, 390):
+        browser.open(folder.report_file, drawn, width=width, height=800, dark=dark)
+        assert browser.console == []
+        assert browser.run("document.documentElement.scrollWidth") == width
+        words, picture = (
+            browser.run(f"document.querySelector('header .opening {one}').getBoundingClientRect().toJSON()")
+            for one in ("> div", "figure")
+        )
+        assert len(browser.run("[...document.querySelectorAll('header .verdict')].map((p) => p.textContent)")) == 3
+        if width == 1280:
+            assert max(words["bottom"], picture["bottom"]) <= 800
+            assert words["right"] <= picture["left"]
+        else:
+            assert words["bottom"] <= picture["top"]
 
 
 def test_an_evaluation_of_another_adapter_is_left_out(folder: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
