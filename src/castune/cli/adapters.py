@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castune.cli.help import COMBINES, MEASURES, READS, WRITES
-from castune.cli.options import PLACE
+from castune.cli.help import COMBINES, MEASURES, READS
+from castune.cli.options import PLACE, AdapterOut, BesideArm, OverwriteOwn
 from castune.cli.options import Arm as ArmOption
 from castune.cli.settings import Values
 from castune.cli.values import numbers
@@ -16,7 +16,8 @@ from castune.console import say, show_masked, show_projected
 from castune.errors import CastuneError
 
 if TYPE_CHECKING:
-    from castune.steps.directory import Arm, RunDirectory
+    from castune.steps.arm import Arm
+    from castune.steps.directory import RunDirectory
 
 
 def mask(
@@ -63,22 +64,9 @@ def mask(
         ),
     ] = None,
     of_model: Annotated[Values, PLACE],
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", rich_help_panel=WRITES, help="Adapter directory to write.")
-    ] = None,
-    beside: Annotated[
-        str | None,
-        typer.Option(
-            "--as",
-            metavar="NAME",
-            rich_help_panel=WRITES,
-            help="Add the adapter to the run as an arm with this name, to be evaluated and reported.",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", rich_help_panel=WRITES, help="Replace an adapter that castune mask wrote."),
-    ] = False,
+    out: AdapterOut = None,
+    beside: BesideArm = None,
+    overwrite: OverwriteOwn = False,
 ) -> None:
     """Cut existing LoRA adapters down to the selected heads.
 
@@ -159,22 +147,9 @@ def project(
             metavar="RUN", rich_help_panel=READS, help="Run whose model to use, and to which --as adds an arm."
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", rich_help_panel=WRITES, help="Adapter directory to write.")
-    ] = None,
-    beside: Annotated[
-        str | None,
-        typer.Option(
-            "--as",
-            metavar="NAME",
-            rich_help_panel=WRITES,
-            help="Add the adapter to the run as an arm with this name, to be evaluated and reported.",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", rich_help_panel=WRITES, help="Replace an adapter that castune project wrote."),
-    ] = False,
+    out: AdapterOut = None,
+    beside: BesideArm = None,
+    overwrite: OverwriteOwn = False,
 ) -> None:
     """Project a LoRA adapter onto the alignment space (Safe LoRA).
 

@@ -86,3 +86,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. tune.learning_rate=2e-4. Repeatable."),
 ]
+
+# Where an adapter made of others goes.
+AdapterOut = Annotated[
+    Path | None, typer.Option(metavar="DIR", rich_help_panel=WRITES, help="Adapter directory to write.")
+]
+BesideArm = Annotated[
+    str | None,
+    typer.Option(
+        "--as",
+        metavar="NAME",
+        rich_help_panel=WRITES,
+        help="Add the adapter to the run as an arm with this name, to be evaluated and reported.",
+    ),
+]
+OverwriteOwn = Annotated[
+    bool,
+    typer.Option("--overwrite", rich_help_panel=WRITES, help="Replace an adapter that this command wrote."),
+]

@@ -36,9 +36,10 @@ from castune.evaluation.judging import judge_again
 from castune.evaluation.run import evaluate_on
 from castune.evaluation.verdict import Judge
 from castune.names import JudgeName
+from castune.steps.arm import Arm
 from castune.steps.attack_inputs import AttackInputs, attack_inputs
 from castune.steps.attack_outcomes import Measured, comparisons, require_refusals, row_of
-from castune.steps.directory import Arm, RunDirectory
+from castune.steps.directory import RunDirectory
 from castune.steps.evaluate import is_judged_by, stored_evaluation
 from castune.steps.readiness import require_ready, suite_tokens, training_tokens
 from castune.tuning.relearning import ALPHA, BATCH_SIZE, RANK, relearnt

@@ -16,8 +16,9 @@ from castune.data.overlap import shared_examples
 from castune.data.sources import examples
 from castune.errors import ArtifactError, CastuneError, DataError
 from castune.evaluation.suites import Suite, load_suites
+from castune.steps.arm import Arm
 from castune.steps.dial import require_adapter
-from castune.steps.directory import Arm, RunDirectory
+from castune.steps.directory import RunDirectory
 from castune.steps.equal_safety import EqualStrengths, strengths_at_equal_safety
 from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out

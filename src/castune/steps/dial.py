@@ -23,7 +23,8 @@ from castune.errors import ArtifactError, CastuneError, NothingScored
 from castune.evaluation.suites import Suite, load_suites
 from castune.purposes import PURPOSES, SAFETY
 from castune.stats.dial import Floats, Mean, Reached, StrengthCurves
-from castune.steps.directory import BASE, Arm, RunDirectory
+from castune.steps.arm import Arm
+from castune.steps.directory import BASE, RunDirectory
 from castune.steps.equal_safety import outcomes_of
 from castune.steps.evaluate import evaluate_step, judge_where_needed, stored_evaluation
 from castune.steps.held_out import check_held_out

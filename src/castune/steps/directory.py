@@ -41,12 +41,11 @@ from castune.artifacts.fingerprints import same_model
 from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.lm_eval_result import LM_EVAL_FILE, LmEvalResult
 from castune.artifacts.masked_adapter import MASK_FILE
-from castune.artifacts.projected_adapter import PROJECTION_FILE
 from castune.artifacts.records import ModelRecord, Provenance
-from castune.artifacts.tune_result import TUNE_FILE, adapter_hash
+from castune.artifacts.tune_result import adapter_hash
 from castune.config import Recipe
 from castune.errors import ArtifactError
-from castune.names import heads_name
+from castune.steps.arm import Arm, arm_name
 
 logger = logging.getLogger(__name__)
 
@@ -54,39 +53,6 @@ BASE = "base"
 Measured = TypeVar("Measured", EvalResult, LmEvalResult)
 
 _NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One selection with its adapter: the main arm, or one beside it."""
-
-    name: str
-    folder: Path
-
-    @property
-    def selection_file(self) -> Path:
-        """Where its heads are."""
-        return self.folder / SELECTION_FILE
-
-    @property
-    def adapter(self) -> Path:
-        """Its adapter directory."""
-        return self.folder / "adapter"
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether its adapter is there, and was trained here."""
-        return (self.adapter / TUNE_FILE).is_file()
-
-    @property
-    def is_made_of_others(self) -> bool:
-        """Whether its adapter is there, and was made of others (`castune mask`, `castune project`)."""
-        return any((self.adapter / name).is_file() for name in (MASK_FILE, PROJECTION_FILE))
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether its adapter is there, however it was made."""
-        return self.is_trained or self.is_made_of_others
 
 
 @dataclass(frozen=True)
@@ -399,11 +365,6 @@ class RunDirectory:
 
 def _other_selection(arm: Arm, again: str) -> ArtifactError:
     return ArtifactError(f"{arm.adapter} was made for another selection than {arm.selection_file}; run: {again}")
-
-
-def arm_name(selection: HeadSelection) -> str:
-    """The name of a selection's arm (`castune.names`)."""
-    return heads_name(selection.zone, selection.fraction, selection.bucket, selection.buckets, selection.score)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,8 +23,9 @@ from castune.diagnosis.run import measure_gradients
 from castune.diagnosis.stored import GRADIENTS_FILE, OUTCOMES_FILE, stored_measurements
 from castune.errors import ArtifactError, MapUnfinished
 from castune.selection import choose_again
+from castune.steps.arm import Arm
 from castune.steps.diagnose import diagnose_step
-from castune.steps.directory import Arm, RunDirectory
+from castune.steps.directory import RunDirectory
 from castune.steps.inputs import load_calibration
 from castune.steps.remeasure import Remeasure, require_query_heads
 from castune.tuning.verify import certify

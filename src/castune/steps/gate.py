@@ -27,8 +27,9 @@ from castune.stats.thresholds import (
     mean_interval,
     mean_value,
 )
+from castune.steps.arm import Arm
 from castune.steps.changes import incomparable, paired_outcomes
-from castune.steps.directory import BASE, Arm, RunDirectory
+from castune.steps.directory import BASE, RunDirectory
 
 logger = logging.getLogger(__name__)
 

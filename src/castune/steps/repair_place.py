@@ -9,7 +9,8 @@ from typing import Any
 
 from castune.artifacts.tune_result import ADAPTER_CONFIG
 from castune.errors import CastuneError
-from castune.steps.directory import Arm, RunDirectory
+from castune.steps.arm import Arm
+from castune.steps.directory import RunDirectory
 from castune.steps.subject import Subject
 
 

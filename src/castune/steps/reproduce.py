@@ -25,9 +25,10 @@ from castune.data.example import Example, content_hash
 from castune.data.sources import examples
 from castune.errors import CastuneError, DataError
 from castune.evaluation.suites import load_suites
+from castune.steps.arm import Arm
 from castune.steps.compare import Comparison, compare_adapters, compare_evaluations, compare_maps
 from castune.steps.diagnose import diagnose_step
-from castune.steps.directory import BASE, Arm, RunDirectory
+from castune.steps.directory import BASE, RunDirectory
 from castune.steps.evaluate import evaluate_step
 from castune.steps.inputs import TrainingData, load_calibration, load_data, recorded_data
 from castune.steps.select import choose

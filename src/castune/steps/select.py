@@ -6,7 +6,8 @@ from castune.artifacts import ConflictMap, HeadSelection
 from castune.config import SelectConfig
 from castune.names import ArmName
 from castune.selection import select
-from castune.steps.directory import Arm, RunDirectory, arm_name
+from castune.steps.arm import Arm, arm_name
+from castune.steps.directory import RunDirectory
 
 
 def select_step(folder: RunDirectory, config: SelectConfig, cmap: ConflictMap) -> list[tuple[Arm, ArmName]]:

@@ -19,8 +19,9 @@ from castune.errors import ArtifactError, CastuneError
 from castune.evaluation.suites import load_suites
 from castune.names import ArmName
 from castune.selection import require_rule
+from castune.steps.arm import Arm
 from castune.steps.diagnose import diagnose_step
-from castune.steps.directory import Arm, RunDirectory
+from castune.steps.directory import RunDirectory
 from castune.steps.inputs import TrainingData, load_calibration, load_data, without_held_out
 from castune.steps.readiness import require_ready, training_tokens
 from castune.steps.remeasure import Remeasure, require_query_heads

@@ -20,7 +20,8 @@ from castune.report.maps import conflict_heatmap
 from castune.report.summary import BASE
 from castune.report.theme import Chart, arm_colours
 from castune.stats.estimates import estimate
-from castune.study.findings import SYMBOLS, BudgetCheck, Findings, ScoreValidity
+from castune.study.findings import BudgetCheck, Findings
+from castune.study.score_costs import SYMBOLS, ScoreValidity
 from castune.study.trials import Measured, Results, Trial, common_seeds
 
 _METHOD_FIGURES = {"sft": "figure_3_sft", "pcgrad": "figure_4_pcgrad"}

@@ -24,9 +24,10 @@ from castune.report.summary import NOT_MEASURED
 from castune.stats.distributions import Interval
 from castune.steps.directory import BASE, RunDirectory
 from castune.study.figures import COST_FIGURES, charts, equal_safety_figure, method_figures
-from castune.study.findings import CONTROLS, SYMBOLS, Findings
+from castune.study.findings import Findings
 from castune.study.graph import Graph
 from castune.study.schedule import State
+from castune.study.score_costs import CONTROLS, SYMBOLS
 from castune.study.tables import Row, Table, average_column, method_table
 from castune.study.trials import Results
 

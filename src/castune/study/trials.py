@@ -25,6 +25,9 @@ from castune.steps.changes import all_cost_ratios
 from castune.steps.directory import BASE, RunDirectory
 from castune.study.graph import MAIN, Graph, Run, run_label
 
+# The arm that every other one is compared with: what the method recommends.
+REFERENCE = "safe"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -265,3 +268,15 @@ def mean_scores(cmap: ConflictMap, units: Sequence[Unit]) -> dict[str, float]:
     rows = [row_of[unit] for unit in units]
     columns = {score: column for score, column in SCORE_COLUMNS.items() if column != MAGNITUDE or cmap.has_magnitudes}
     return {score: float(cmap.column(column)[rows].mean()) for score, column in columns.items()}
+
+
+def plain_trials(results: Results) -> list[Trial]:
+    """Trials of the main map that are trained as the recipe says; a training once, under the first name that its arm
+    has with any seed."""
+    found: dict[tuple[str, int], Trial] = {}
+    arm_of: dict[str, str] = {}
+    for trial in results.trials:
+        if trial.calibration == "main" and trial.method == "sft" and not trial.is_draw:
+            arm = arm_of.setdefault(trial.trained, trial.arm)
+            found.setdefault((trial.trained, trial.seed), replace(trial, arm=arm))
+    return list(found.values())

@@ -31,7 +31,6 @@ from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapt
 from castune.core.alignment import AlignmentProjector, similarity
 from castune.core.gguf import display_name
 from castune.core.heads import HeadLayout
-from castune.core.loading import load, stored_dtype
 from castune.core.provenance import fingerprint, model_record, provenance
 from castune.core.quantisation import dense_weight
 from castune.core.units import UnitLayout
@@ -45,7 +44,7 @@ from castune.tuning.adapter_files import (
     plain_lora_config,
     scaling_of,
 )
-from castune.tuning.adapter_update import as_rows
+from castune.tuning.alignment_pair import AlignmentPair, weight_rows
 from castune.tuning.targets import Target, targets
 from castune.tuning.verify import certify
 
@@ -103,14 +102,14 @@ def project_adapter(
     if not again:
         check_vacant(out)
     config = plain_lora_config(adapter)
-    before, after = _loaded(aligned, unaligned)
-    base = after if base is None else base
+    models = AlignmentPair.of(aligned, unaligned)
+    base = models.aligned if base is None else base
     check_base(adapter, config, base)
     pairs = _read(adapter, config, base)
     rule.check(len(pairs))
-    _check_alignments(after, before, list(pairs))
+    models.check(list(pairs))
     touched = _Touched.by(base, adapter, list(pairs))
-    updates, left = rule.projected(pairs, config, after, before)
+    updates, left = rule.projected(pairs, config, models)
     with new_directory(out, replace=again) as aside:
         _write(adapter, aside, touched.filled(pairs, left), [name for name, _ in base.named_modules()])
         touched.selection.save(aside)
@@ -123,8 +122,8 @@ def project_adapter(
                 "r": config["r"],
                 "alpha": config["lora_alpha"],
             },
-            aligned=model_record(after),
-            unaligned=model_record(before),
+            aligned=model_record(models.aligned),
+            unaligned=model_record(models.unaligned),
             threshold=rule.threshold,
             layers=rule.layers,
             exact=exact,
@@ -160,13 +159,13 @@ class _Rule:
             raise CastuneError(f"layers is {self.layers}, but the adapter changes {n_modules} modules")
 
     def projected(
-        self, pairs: Mapping[str, Pair], config: Mapping[str, Any], aligned: nn.Module, unaligned: nn.Module
+        self, pairs: Mapping[str, Pair], config: Mapping[str, Any], models: AlignmentPair
     ) -> tuple[list[ProjectedUpdate], dict[str, Tensor]]:
         """What is done to each update, and B of every module afterwards. One V is in memory at a time."""
         scaling = abs(scaling_of(config))
         found, lefts = [], {}
         for path, (a, b) in pairs.items():
-            alignment_MN = _alignment(aligned, unaligned, path)
+            alignment_MN = models.difference(path)
             projector = (AlignmentProjector.exact if self.exact else AlignmentProjector.fast)(alignment_MN)
             lefts[path] = projector.apply(b.to(alignment_MN.device)).cpu()
             cosine, norm, projected_norm = similarity(b, lefts[path], a)
@@ -244,24 +243,6 @@ class _Touched:
         return found
 
 
-def _loaded(
-    aligned: PreTrainedModel | str | Path, unaligned: PreTrainedModel | str | Path
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The model before and after its alignment; of two names both are found before any weights are loaded."""
-    given = {"unaligned": unaligned, "aligned": aligned}
-    dtypes = {what: stored_dtype(one) for what, one in given.items() if isinstance(one, str | Path)}
-    before, after = (
-        load(one, dtype=dtypes[what], device="cpu").model if isinstance(one, str | Path) else one
-        for what, one in given.items()
-    )
-    if before.dtype != after.dtype:
-        logger.warning(
-            "the aligned model is in %s and the unaligned one in %s: their difference is in part one of rounding",
-            *(str(one.dtype).removeprefix("torch.") for one in (after, before)),
-        )
-    return before, after
-
-
 def _read(adapter: Path, config: Mapping[str, Any], base: nn.Module) -> dict[str, Pair]:
     """A and B of every module in float32, checked against the base."""
     weights, rank, modules = adapter / ADAPTER_WEIGHTS, config["r"], dict(base.named_modules())
@@ -270,7 +251,7 @@ def _read(adapter: Path, config: Mapping[str, Any], base: nn.Module) -> dict[str
         raise CertificateError(f"{weights}: holds no tensors, so there is nothing to project")
     check_loaded(adapter, config, list(pairs), modules)
     for path, (a, b) in pairs.items():
-        n_rows, width = _rows(base, path, "the base model").shape
+        n_rows, width = weight_rows(base, path, "the base model").shape
         if a.shape != (rank, width) or b.shape != (n_rows, rank):
             raise CertificateError(
                 f"{weights}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected {(rank, width)} and "
@@ -279,48 +260,6 @@ def _read(adapter: Path, config: Mapping[str, Any], base: nn.Module) -> dict[str
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise CertificateError(f"{weights}: {path} has values that are not finite")
     return pairs
-
-
-def _rows(model: nn.Module, path: str, what: str) -> Tensor:
-    """The weight of a module as `[M, N]`, whatever way it is stored."""
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        raise CastuneError(
-            f"{what} has no module {path}, which the adapter changes; give a model of the same architecture and size"
-        ) from None
-    if getattr(module, "weight", None) is None or module.weight.ndim != 2:
-        raise CastuneError(f"{what}: {path} is no linear layer, and only updates of those are projected")
-    return as_rows(module, dense_weight(module))
-
-
-def _check_alignments(aligned: nn.Module, unaligned: nn.Module, paths: Collection[str]) -> None:
-    """Refuse two models that differ in the shape of a module, or not at all in its weight."""
-    for path in paths:
-        after, before = (_rows(model, path, what) for what, model in _named(aligned, unaligned))
-        if after.shape != before.shape:
-            raise CastuneError(
-                f"{path} is {tuple(after.shape)} in the aligned model and {tuple(before.shape)} in the unaligned one; "
-                "give the same model before its alignment"
-            )
-        if torch.equal(after.float(), before.float().to(after.device)):
-            raise CastuneError(
-                f"{path} is the same in the aligned and the unaligned model: there is no direction to project onto; "
-                "give the model as it was before its alignment"
-            )
-
-
-def _alignment(aligned: nn.Module, unaligned: nn.Module, path: str) -> Tensor:
-    """V of a module, in float32."""
-    after, before = (_rows(model, path, what).float() for what, model in _named(aligned, unaligned))
-    alignment_MN = after - before.to(after.device)
-    if not torch.isfinite(alignment_MN).all():
-        raise CastuneError(f"{path}: the difference of the two models has values that are not finite")
-    return alignment_MN
-
-
-def _named(aligned: nn.Module, unaligned: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
-    return ("the aligned model", aligned), ("the unaligned model", unaligned)
 
 
 def _write(adapter: Path, folder: Path, pairs: Mapping[str, Pair], modules: Collection[str]) -> None:

@@ -17,7 +17,8 @@ from castune.artifacts.unit import joined
 from castune.config import Recipe
 from castune.errors import ArtifactError
 from castune.selection import select
-from castune.steps.directory import Arm, RunDirectory, arm_name
+from castune.steps.arm import Arm, arm_name
+from castune.steps.directory import RunDirectory
 
 
 def make_map(shift: float = 0.0, fingerprint: str = "aaaa") -> ConflictMap:
