@@ -90,7 +90,7 @@ def main() -> None:
             kept, outcomes = linearised(*sides)
             of_arm = None if arm == arms[0] else compare(outcomes, reference)
             reference = reference or outcomes
-            rows.append((attack.name, arm, *map(rate, sides), kept, of_arm))
+            rows.append((attack.name, arm, rate(sides[0]), rate(sides[1]), kept, of_arm))
     adjusted = holm([one.p for *_, one in rows if one is not None])
     n_tests = len(adjusted)
     print(f"\n| attack | arm | refused before | after | kept | minus {arms[0]}, points (95 %) | p (Holm) |")
