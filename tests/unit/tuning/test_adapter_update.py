@@ -236,6 +236,17 @@ def test_settings_that_leave_modules_out_are_told_as_peft_reads_them(
         ({"r": 3}, "expected .3, 32. and .32, 3. for this model and r = 3"),
         ({"use_dora": True}, "no magnitudes"),
         ({"rank_pattern": {"(": 3}}, "damaged: rank_pattern"),
+        ({"target_modules": None}, "damaged: .*target_modules is None"),
+        ({"target_modules": 3}, "damaged: .*target_modules is 3"),
+        ({"target_modules": ["q_proj", 3]}, "damaged: .*target_modules is"),
+        ({"target_modules": "(["}, "damaged: .*unterminated"),
+        ({"exclude_modules": "(["}, "damaged: .*unterminated"),
+        ({"exclude_modules": 3}, "damaged: .*exclude_modules is 3"),
+        ({"layers_pattern": ["(["], "layers_to_transform": 1}, "damaged: .*unterminated"),
+        ({"layers_pattern": ["layers"]}, "damaged: .*layers_to_transform is not"),
+        ({"target_modules": "q_proj", "layers_to_transform": [1]}, "damaged: .*is a regular expression"),
+        ({"layers_to_transform": "all"}, "damaged: .*layers_to_transform is 'all'"),
+        ({"modules_to_save": "lm_head"}, "damaged: .*modules_to_save is 'lm_head'"),
     ],
     ids=str,
 )
@@ -247,6 +258,13 @@ def test_what_cannot_be_read_is_refused_with_the_reason(
     with pytest.raises(CertificateError, match=said) as caught:
         read_update(tiny_model("llama"), adapter)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_parameters_alone_names_no_modules(tiny_model: TinyModel, source: Source) -> None:
+    adapter = source("mixtral", target_modules=None, target_parameters=["mlp.experts.gate_up_proj"])
+    edit_config(adapter, target_modules=None)
+    found = read_update(tiny_model("mixtral"), adapter)
+    assert (found.updates, {other.what for other in found.others}) == ({}, {"parameters of experts"})
 
 
 def test_pickled_weights_are_never_read(tiny_model: TinyModel, source: Source) -> None:
