@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 from castune.artifacts import Unit
 from castune.artifacts.adapter_inspection import OBJECTIVES, AdapterInspection
 from castune.config import RepairConfig
+
+# Names of the base model and of candidates, which an adapter that is repaired may have as well.
+_TAKEN = re.compile(r"base|safe-lora|(drop|risky|random|weaker)-.*")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,14 @@ class Candidate:
         kept_H = np.array([one not in dropped for one in inspection.units])
         names = [name for name in OBJECTIVES if name in inspection.data]
         return {name: self.strength * float(inspection.effect(name)[kept_H].sum()) for name in names}
+
+
+def source_of(name: str) -> Candidate:
+    """The adapter as it is, by its name; by another where the base model or a candidate may have that one.
+
+    Candidates are told apart by their names, and one that was written before may be repaired again.
+    """
+    return Candidate(f"{name}-itself" if _TAKEN.fullmatch(name) else name, "source")
 
 
 def changed_units(inspection: AdapterInspection) -> list[Unit]:

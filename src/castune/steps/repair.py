@@ -21,7 +21,7 @@ from castune.errors import CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.purposes import PURPOSES
 from castune.steps.bench import COSTS, Bench
-from castune.steps.candidates import Candidate, by_effects, compared_with
+from castune.steps.candidates import Candidate, by_effects, compared_with, source_of
 from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
 from castune.steps.inspect import inspect_step
@@ -70,7 +70,7 @@ def repair_step(
     if inspection.metadata["uncovered"]:
         logger.warning("every candidate drops what no unit owns: %s", ", ".join(inspection.metadata["uncovered"]))
     bench = Bench(subject, inspection, place.out, measured.deciding, measured.config)
-    source, cost = Candidate(subject.name, "source"), measured.cost
+    source, cost = source_of(subject.name), measured.cost
     candidates = {one.name: one for one in by_effects(inspection, config)}
     rows = bench.tried([source, *candidates.values()], cost)
     if rows[0].kept is None:
@@ -194,9 +194,7 @@ def _projected(subject: Subject, config: RepairConfig, place: RepairPlace) -> li
         logger.warning(
             "Safe LoRA projects none of %d updates (%s): it is the adapter as it is", len(made.updates), made.rule
         )
-    # Candidates are told apart by their names, and the source may have been projected before.
-    name = "safe-lora" if subject.name != "safe-lora" else "safe-lora-again"
-    return [Candidate(name, "safe-lora", adapter=folder)]
+    return [Candidate("safe-lora", "safe-lora", adapter=folder)]
 
 
 def _kept(row: Tried) -> str:
