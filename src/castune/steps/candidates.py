@@ -86,6 +86,7 @@ def compared_with(candidate: Candidate, inspection: AdapterInspection, config: R
     """What a candidate is compared with: as many of the riskiest or of random units dropped, and a weaker adapter.
 
     The weaker adapter has as large an update as the candidate (in Frobenius norm): what is to be had without choosing.
+    There is none where that is next to nothing.
     """
     changed, count = changed_units(inspection), len(candidate.dropped)
     found = []
@@ -95,10 +96,12 @@ def compared_with(candidate: Candidate, inspection: AdapterInspection, config: R
     for draw in range(1, config.draws + 1):
         drawn = random.Random(f"{config.seed} {draw}").sample(changed, count)
         found.append(Candidate(f"random-{count}-{draw}", "random", tuple(sorted(drawn))))
-    squares = dict(zip(inspection.units, (inspection.column("norm") ** 2).tolist(), strict=True))
-    share = 1 - sum(squares[one] for one in candidate.dropped) / inspection.metadata["norm"] ** 2
-    strength = round(float(max(share, 0.0) ** 0.5), 4)
-    return [*found, Candidate(f"weaker-{strength:g}", "weaker", strength=strength)]
+    dropped = set(candidate.dropped)
+    norms = zip(inspection.units, inspection.column("norm").tolist(), strict=True)
+    # Of what units own alone: a candidate has nothing else of the update.
+    kept = sum(norm**2 for one, norm in norms if one not in dropped)
+    strength = round(float((kept / inspection.metadata["norm"] ** 2) ** 0.5), 4)
+    return [*found, *([Candidate(f"weaker-{strength:g}", "weaker", strength=strength)] if strength else [])]
 
 
 def _riskiest(inspection: AdapterInspection, changed: Sequence[Unit]) -> list[Unit]:
