@@ -153,6 +153,21 @@ def test_what_else_is_trained_is_told(
     assert found.ends == (["model.embed_tokens"] if "embed" in str(others) else [])
 
 
+def test_what_is_only_rounded_to_the_dtype_of_the_base_is_no_change(tiny_model: TinyModel, source: Source) -> None:
+    base = tiny_model("llama").bfloat16()
+    # PEFT saves a copy of the base weight beside LoRA of an output head, here in float32.
+    beside = source(target_modules=["q_proj", "lm_head"])
+    assert any("base_layer" in name for name in load_file(beside / WEIGHTS))
+    found = read_update(base, beside)
+    assert found.is_of_projections
+    assert not found.others
+    saved = source(name="saved", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    before = base.lm_head.weight.detach().float().clone()
+    update = dense(read_update(base, saved).updates["lm_head"])
+    merged = PeftModel.from_pretrained(base, saved).merge_and_unload().lm_head.weight.detach()
+    assert torch.equal(update, merged.float() - before)
+
+
 def test_a_head_that_is_tied_has_no_gradient_of_its_own(tiny_model: TinyModel, source: Source) -> None:
     tied = {"tie_word_embeddings": True}
     adapter = source(model=tied, target_modules=["q_proj", "lm_head"])
