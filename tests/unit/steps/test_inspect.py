@@ -458,6 +458,21 @@ def test_what_lies_beside_an_adapter(tiny_model: TinyModel, source: Source, tmp_
     assert (arm.name, arm.inspection) == ("all", tmp_path / "inspection" / "all")
 
 
+def test_an_adapter_is_called_by_the_arm_that_has_it_not_by_one_it_is_compared_with(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    selection = HeadSelection.custom([(0, 1)], n_total=12, model_fingerprint=fingerprint(tiny_model("llama")))
+    run = RunDirectory(tmp_path / "run")
+    for place in (run.path, run.path / "arms" / "beside"):
+        selection.save(place)
+    main = run.arm(None).name
+    assert Subject(run.path / "adapter", RECIPE, run).name == main, "not the name of the run"
+    assert Subject(run.path / "adapter", RECIPE, run, "beside").name == main
+    assert Subject(run.path / "arms" / ".." / "arms" / "beside" / "adapter", RECIPE, run, main).name == "beside"
+    assert Subject(tmp_path / "foreign" / "adapter", RECIPE, run, "beside").name == "foreign"
+    assert Subject(tmp_path / "foreign", RECIPE, run, "beside").inspection == run.path / "inspection" / "foreign"
+
+
 def test_the_sets_of_a_recipe() -> None:
     one = recipe()
     found = InspectionData.of(one, {}, None)
