@@ -492,6 +492,27 @@ def test_the_sets_of_a_recipe() -> None:
     assert (found.sources["utility"], len(found.examples["over-refusal"])) == ("starter-utility", 3)
 
 
+@pytest.mark.parametrize("factor", [1e18, 1e30])
+def test_values_that_are_too_large_to_compute_with_are_told(
+    tiny_model: TinyModel, source: Source, inspected: Inspect, tmp_path: Path, factor: float
+) -> None:
+    adapter = source(**ALL_LINEAR)
+    save_file({name: factor * one for name, one in load_file(adapter / WEIGHTS).items()}, adapter / WEIGHTS)
+    with pytest.raises(CastuneError, match="its effect on losses is no finite number"):
+        inspected(tiny_model("llama"), adapter)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_examples_without_anything_to_score_are_told_with_their_source(tmp_path: Path, name: str) -> None:
+    rows = tmp_path / "bare.jsonl"
+    rows.write_text('{"id": "b0", "prompt": "How do I cook rice?"}\n', encoding="utf-8")
+    with pytest.raises(
+        CastuneError, match=f"{name} data {rows}: example 'b0' has no reply .* columns needed: prompt, "
+    ):
+        InspectionData.of(RECIPE, {name: str(rows)}, 2)
+
+
 def test_a_quantised_base_is_refused(tiny_model: TinyModel, source: Source, inspected: Inspect) -> None:
     model, adapter = tiny_model("llama"), source(target_modules=["q_proj"])
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
