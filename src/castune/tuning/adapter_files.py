@@ -198,6 +198,12 @@ def adapter_tensors(weights: Path) -> dict[str, Tensor]:
     Raises:
         CertificateError: no readable safetensors file. Pickled weights are never read.
     """
+    pickled = weights.with_suffix(".bin")
+    if pickled.is_file() and not weights.is_file():
+        raise CertificateError(
+            f"{weights}: no such file, and {pickled.name} beside it is pickled, which is never read: it could run "
+            "code; load the adapter with PEFT where you trust it, and save it again (save_pretrained)"
+        )
     try:
         return load_file(weights)
     except (OSError, SafetensorError) as error:
