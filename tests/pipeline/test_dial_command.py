@@ -196,6 +196,19 @@ def test_a_strength_that_is_given_is_written_without_an_evaluation(folder: RunDi
     assert folder.has_arm("weaker")
 
 
+def test_a_strength_is_shown_if_it_was_measured_and_else_the_command_says_so(folder: RunDirectory) -> None:
+    before = written(folder)
+    assert "At strength 1 " in told("dial", folder.path, "--strength", "1")
+    assert written(folder) == before
+    between = told("dial", folder.path, "--strengths", "0.5", "--strength", "0.6")
+    assert "At strength 0.6 " in between
+    assert "note: strength 0.6 has not been measured; --strengths 0.6 measures it" in between
+    assert "note" not in told("dial", folder.path, "--strengths", "0.5", "--strength", "0.5")
+    beyond = told("dial", folder.path, "--strengths", "0.5", "--strength", "1.9")
+    assert "At strength" not in beyond
+    assert "note: strength 1.9 has not been measured" in beyond
+
+
 def test_a_masked_arm_is_dialled_like_a_trained_one(folder: RunDirectory, tmp_path: Path) -> None:
     command("mask", folder.path / "adapter", "--run", folder.path, "--as", "copy")
     command("dial", folder.path, "--arm", "copy", "--strengths", "0.5", "--strength", "0.5", "--export", tmp_path / "c")

@@ -113,6 +113,29 @@ def test_a_16_bit_base_stays_16_bit(models: Models, recipe_of: RecipeOf, tmp_pat
 # -- adapters
 
 
+@pytest.mark.parametrize(("made_in", "wanted"), [("float32", "float16"), ("bfloat16", "float16"), ("float16", "auto")])
+def test_a_base_in_float16_is_known_again(
+    models: Models, recipe_of: RecipeOf, tmp_path: Path, made_in: str, wanted: str
+) -> None:
+    model = models()
+    recipe = recipe_of(model, dtype=made_in, select__compare=[], evaluate__suites=[str(tmp_path / "utility.jsonl")])
+    folder = run(recipe).path
+    done = export(folder, tmp_path / "merged", merged=True, dtype=wanted)
+    dtype = torch.float16 if wanted == "float16" else torch.float32
+    merged, base = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (done.path, model))
+    assert AutoModelForCausalLM.from_pretrained(done.path).dtype == dtype
+    changed = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, base.state_dict()[name])}
+    assert changed
+    assert all(name.endswith("q_proj.weight") for name in changed)
+    # The adapter alone knows it again, too; and another model is none.
+    export(folder, tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "again", merged=True, dtype=wanted).merging is not None
+    other = models(name="other", seed=5)
+    with pytest.raises(CastuneError, match="was made for model"):
+        export(folder, tmp_path / "none", merged=True, dtype=wanted, base=str(other))
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_arm_is_exported_as_it_is(finished: Path, tmp_path: Path) -> None:
     done = castune("export", finished, "--arm", "risky", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

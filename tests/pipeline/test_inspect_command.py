@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from castune.artifacts import Certificate, ConflictMap, EvalResult, HeadSelection, MaskedAdapter, ProjectedAdapter
 from castune.artifacts.adapter_inspection import AdapterInspection
 from castune.artifacts.repair_result import RepairResult
+from castune.artifacts.tune_result import adapter_hash
 from castune.cli import app
 from castune.evaluation.judges import Judge, Verdict
 from castune.tuning.verify import certify
@@ -196,6 +197,19 @@ def test_nothing_is_taken_where_no_candidate_is_worth_it(finished: Path, monkeyp
 
 
 @pytest.mark.usefixtures("other_words")
+def test_what_an_earlier_repair_took_is_said_to_be_that(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repair = ("repair", finished, "--arm", "all", "--keep-safety", 0.5, "--draws", 0)
+    arm = finished / "arms" / "all-repaired" / "adapter"
+    assert "note: it was chosen" in command(*repair)
+    taken = adapter_hash(arm)
+    assert "earlier repair" not in command(*repair), "it may be made again"
+    monkeypatch.setattr("castune.steps.candidates.drop_order", lambda inspection: [])
+    for _ in range(2):
+        assert f"note: {arm} was taken by an earlier repair, and is still there" in command(*repair)
+    assert adapter_hash(arm) == taken
+
+
+@pytest.mark.usefixtures("other_words")
 def test_an_adapter_without_a_run_is_repaired_and_confirmed(
     adapter: Path, tmp_path: Path, own_data: dict[str, Path]
 ) -> None:
@@ -228,7 +242,8 @@ def test_an_adapter_without_a_run_is_repaired_and_confirmed(
 def test_an_adapter_that_gains_nothing_is_told(adapter: Path, tmp_path: Path, own_data: dict[str, Path]) -> None:
     suites = ["--suites", f"safety:{own_data['held-out']},nll:{own_data['utility']}", "--limit", 2]
     said = refused("repair", adapter, "--base", tmp_path / "model", "--out", tmp_path / "out", *suites)
-    assert "gains no refusals over the base model" in said
+    assert "gains no refusals over the base model (0.0 % without it, 0.0 % with it)" in said
+    assert sorted(path.name for path in (tmp_path / "out" / "evaluation").iterdir()) == ["base", "foreign"]
     assert not (tmp_path / "out" / "adapter").exists()
 
 
@@ -239,6 +254,12 @@ def test_what_repair_refuses(finished: Path, adapter: Path, tmp_path: Path, own_
     assert "--as NAME instead of --out" in refused("repair", finished, "--out", tmp_path / "out")
     assert "no selection named x" in refused("repair", finished, "--arm", "x")
     assert "already has an arm 'safe'" in refused("repair", finished, "--arm", "all", "--as", "safe")
+    assert "not a run directory" in refused("repair", tmp_path / "nowhere")
+    command("mask", finished / "adapter", "--run", finished, "--as", "mine")
+    before = adapter_hash(finished / "arms" / "mine" / "adapter")
+    said = refused("repair", finished, "--arm", "all", "--as", "mine")
+    assert "an adapter that no repair made is there already; choose another name with --as" in said
+    assert adapter_hash(finished / "arms" / "mine" / "adapter") == before
     assert "measure no refusals" in refused("repair", adapter, *place, "--suites", own_data["utility"])
     safety_alone = ["--suites", f"safety:{own_data['held-out']}"]
     assert "measure no cost" in refused("repair", adapter, *place, *safety_alone)

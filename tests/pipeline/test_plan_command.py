@@ -32,6 +32,15 @@ def test_a_config_alone_is_enough(models: Models, data: list[object], tmp_path: 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_device_of_the_machine_that_is_planned_for_need_not_be_here(
+    models: Models, data: list[object], tmp_path: Path
+) -> None:
+    model = models()
+    done = castune("plan", model, *data, "--device", "cuda:99", "--accelerator", "h100", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_one_error(castune("plan", model, *data, "--device", "cuda:99", cwd=tmp_path), "device 'cuda:99'", "cpu")
+
+
 def test_several_domains_are_planned_together(models: Models, data: list[object], tmp_path: Path) -> None:
     model = models()
     other = tmp_path / "other.jsonl"

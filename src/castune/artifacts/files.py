@@ -91,13 +91,16 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise ArtifactError(f"{path}: another process has just made it") from None
             raise
-    except BaseException:  # also a signal between the two
+    except BaseException as error:  # also a signal between the two
         if before.exists() and not path.exists():
             before.rename(path)
         _remove(aside)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+        if isinstance(error, CastuneError) and str(inside) in str(error):
+            # By the place that the user named: the one aside is gone.
+            raise type(error)(str(error).replace(str(inside), str(path))) from None
         raise
     finally:
         _remove(aside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -74,7 +75,10 @@ def dial(
     if export is not None and not (overwrite and (export / SCALE_FILE).is_file()):
         check_vacant(export, "--export")
     aim = None
-    if strength is None or strengths is not None:
+    is_measured = strength is not None and folder.is_evaluated(of_arm.name, strength)
+    # Without anything to write, a strength alone is there to be looked at.
+    if strength is None or strengths is not None or (is_measured and export is None):
+        wanted = wanted if strengths is not None or strength is None else (strength,)
         config = recipe.evaluate
         suites = load_suites(config.suites, limit=config.limit, seed=config.seed)
         aim = None if target is None else _target(target, {suite.purpose for suite in suites})
@@ -84,7 +88,8 @@ def dial(
             strength = _aim(curves, aim)
         elif strength is not None:
             _show_level(curves, strength)
-    elif not folder.is_evaluated(of_arm.name, strength):
+            is_measured = any(math.isclose(strength, one, abs_tol=1e-6) for one in curves.strengths_J.tolist())
+    if aim is None and strength is not None and not is_measured:
         say(f"note: strength {strength:g} has not been measured; --strengths {strength:g} measures it")
     if export is None:
         return

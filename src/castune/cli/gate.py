@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ def gate(
         castune gate runs/x --policy gate.toml --junit gate.xml
         castune gate runs/new --policy gate.toml --baseline runs/released
     """
-    from castune.artifacts.files import write_text
+    from castune.artifacts.files import replacing
     from castune.report.gate import gate_lines, junit_xml
     from castune.steps.directory import RunDirectory
     from castune.steps.gate import gate_step
@@ -43,12 +44,14 @@ def gate(
     result = gate_step(
         RunDirectory(run_directory), policy, baseline=None if baseline is None else RunDirectory(baseline)
     )
+    # Both files or, where one cannot be written, neither; and no verdict then.
+    with contextlib.ExitStack() as files:
+        if json_file is not None:
+            result.save(files.enter_context(replacing(json_file)))
+        if junit_file is not None:
+            files.enter_context(replacing(junit_file)).write_text(junit_xml(result), encoding="utf-8")
     for line in gate_lines(result):
         say(line)
-    if json_file is not None:
-        result.save(json_file)
-    if junit_file is not None:
-        write_text(junit_file, junit_xml(result))
     raise typer.Exit(EXIT_CODES[result.verdict])
 
 
@@ -60,5 +63,8 @@ def _check_files(policy: Path, outputs: dict[str, Path | None]) -> None:
             continue
         if path.is_dir():
             raise CastuneError(f"{option} {path}: is a directory; give a file to write")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise CastuneError(f"{option} {path}: {above} is a file, not a directory; give another path")
         if (other := taken.setdefault(path.resolve(), option)) != option:
             raise CastuneError(f"{option} {path}: the same file as {other}; choose another")

@@ -166,4 +166,6 @@ def repair(
         say(line)
     if found.chosen:
         say(f"adapter: {place.adapter}")
+    elif place.adapter.is_dir():
+        say(f"note: {place.adapter} was taken by an earlier repair, and is still there")
     say(f"what was tried: {place.out}")

@@ -33,6 +33,23 @@ def placement(device: str | torch.device) -> Any:
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "auto"
 
 
+def require_device(device: str | torch.device) -> None:
+    """Refuse an accelerator that is not there, before PyTorch fails on it.
+
+    Raises:
+        CastuneError: the message says which there are.
+    """
+    place = placement(device)
+    wanted = torch.device("cpu" if place == "auto" else place)
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if wanted.type in there and (wanted.index or 0) >= there[wanted.type]:
+        found = [f"{kind}:{index}" for kind, n in there.items() for index in range(n)]
+        raise CastuneError(
+            f"device {place!r}: PyTorch finds no such accelerator on this machine; accepted here: "
+            f"{', '.join(['auto', 'cpu', *found])}"
+        )
+
+
 def device_of(device: str | torch.device) -> torch.device:
     """The device a name means; of several accelerators that `auto` would use, the first."""
     place = placement(device)

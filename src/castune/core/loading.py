@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from castune.config import TEMPLATE_DATE, Recipe
-from castune.core.devices import placement, torch_dtype_of
+from castune.core.devices import placement, require_device, torch_dtype_of
 from castune.core.gguf import DEFAULT_WHEEL, converted, find_default_gguf
 from castune.core.quantisation import bitsandbytes_config
 from castune.core.unloadable import NOT_LOADABLE, unloadable
@@ -64,6 +64,7 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = model_source(name)
+    require_device(device)
     place, torch_dtype = placement(device), torch_dtype_of(dtype, device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from castune.config import DiagnoseConfig, EvaluateConfig, Measure, Recipe, TuneConfig
-from castune.core.devices import device_of, torch_dtype_of
+from castune.core.devices import device_of, require_device, torch_dtype_of
 from castune.core.gguf import find_default_gguf
 from castune.core.heads import HeadLayout
 from castune.core.loading import load_config
@@ -123,12 +123,15 @@ class Planner:
         found = None if accelerator is None else accelerator_named(accelerator)
         config, tokenizer, notes = _config_and_tokenizer(recipe)
         dtype = torch_dtype_of(recipe.dtype, recipe.device)
+        # With an accelerator the recipe's device is one of the machine that is planned for, not of this one.
+        here = recipe.device if found is None else "auto"
+        require_device(here)
         return cls.of_config(
             config,
             tokenizer,
             settings=recipe.diagnose,
             dtype=dtype,
-            device=device_of(recipe.device),
+            device=device_of(here),
             accelerator=found,
             notes=notes,
         )

@@ -152,7 +152,7 @@ class Bench:
     ) -> EvalResult:
         model: ModelRecord = {**self._identity, "adapter": None if adapter is None else adapter_hash(adapter)}
         model = at_strength(model, strength)
-        for place in self._places(name):
+        for place in self._places(name, adapter, strength):
             found = stored_evaluation(place, model, self.config, self.suites, references)
             if found is not None:
                 by = self._judge
@@ -170,11 +170,13 @@ class Bench:
                 references=references,
             )
 
-    def _places(self, name: str) -> Iterator[Path]:
+    def _places(self, name: str, adapter: Path | None, strength: float) -> Iterator[Path]:
         """Where an evaluation may be: the run has those of the base model and the adapter itself."""
         folder = self.subject.folder
-        if folder is not None and name in (BASE, self.subject.name):
-            yield folder.evaluation(name)
+        if folder is not None and adapter is None:
+            yield folder.evaluation(BASE)
+        elif folder is not None and adapter == self.subject.adapter:
+            yield folder.at_strength(self.subject.name, strength)
         yield self.out / "evaluation" / name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 from castune.artifacts import Unit
 from castune.artifacts.adapter_inspection import OBJECTIVES, AdapterInspection
 from castune.config import RepairConfig
+
+# Names of the base model and of candidates, which an adapter that is repaired may have as well.
+_TAKEN = re.compile(r"base|safe-lora|(drop|risky|random|weaker)-.*")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,14 @@ class Candidate:
         kept_H = np.array([one not in dropped for one in inspection.units])
         names = [name for name in OBJECTIVES if name in inspection.data]
         return {name: self.strength * float(inspection.effect(name)[kept_H].sum()) for name in names}
+
+
+def source_of(name: str) -> Candidate:
+    """The adapter as it is, by its name; by another where the base model or a candidate may have that one.
+
+    Candidates are told apart by their names, and one that was written before may be repaired again.
+    """
+    return Candidate(f"{name}-itself" if _TAKEN.fullmatch(name) else name, "source")
 
 
 def changed_units(inspection: AdapterInspection) -> list[Unit]:
@@ -74,6 +86,7 @@ def compared_with(candidate: Candidate, inspection: AdapterInspection, config: R
     """What a candidate is compared with: as many of the riskiest or of random units dropped, and a weaker adapter.
 
     The weaker adapter has as large an update as the candidate (in Frobenius norm): what is to be had without choosing.
+    There is none where that is next to nothing.
     """
     changed, count = changed_units(inspection), len(candidate.dropped)
     found = []
@@ -83,10 +96,12 @@ def compared_with(candidate: Candidate, inspection: AdapterInspection, config: R
     for draw in range(1, config.draws + 1):
         drawn = random.Random(f"{config.seed} {draw}").sample(changed, count)
         found.append(Candidate(f"random-{count}-{draw}", "random", tuple(sorted(drawn))))
-    squares = dict(zip(inspection.units, (inspection.column("norm") ** 2).tolist(), strict=True))
-    share = 1 - sum(squares[one] for one in candidate.dropped) / inspection.metadata["norm"] ** 2
-    strength = round(float(max(share, 0.0) ** 0.5), 4)
-    return [*found, Candidate(f"weaker-{strength:g}", "weaker", strength=strength)]
+    dropped = set(candidate.dropped)
+    norms = zip(inspection.units, inspection.column("norm").tolist(), strict=True)
+    # Of what units own alone: a candidate has nothing else of the update.
+    kept = sum(norm**2 for one, norm in norms if one not in dropped)
+    strength = round(float((kept / inspection.metadata["norm"] ** 2) ** 0.5), 4)
+    return [*found, *([Candidate(f"weaker-{strength:g}", "weaker", strength=strength)] if strength else [])]
 
 
 def _riskiest(inspection: AdapterInspection, changed: Sequence[Unit]) -> list[Unit]:

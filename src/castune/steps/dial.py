@@ -164,18 +164,26 @@ def _cells(mean: Mean) -> list[float | str]:
 
 
 def chosen_strength(reached: Reached) -> float | None:
-    """The strength to take for a target, in thousandths: rounded so that the target is reached, or a limit kept.
+    """The strength to take for a target: one that was measured, or in thousandths between two that were.
+
+    Rounded so that the target is reached, or a limit kept, and never past a measured strength: behind it the curve may
+    turn, and behind the last one there is none.
 
     Returns:
         None where no strength reaches the target, or the base model does.
     """
-    if reached.strength is None:
+    if reached.strength is None or reached.between is None:
         return None
-    up = is_goal(reached)
-    thousandths = 1000 * reached.strength
     # A strength that was measured is one of these, but for rounding errors.
-    rounded = math.ceil(thousandths - 1e-4) if up else math.floor(thousandths + 1e-4)
-    return rounded / 1000 if rounded else None
+    for measured in reached.between:
+        if math.isclose(reached.strength, measured, abs_tol=1e-7):
+            return measured or None
+    # Below a thousandth more digits: 0 would be the base model.
+    step = min(1e-3, 10.0 ** math.floor(math.log10(reached.strength)))
+    low, high = reached.between
+    steps = reached.strength / step
+    rounded = (math.ceil if is_goal(reached) else math.floor)(steps) * step
+    return min(max(float(f"{rounded:g}"), low), high)
 
 
 def is_goal(reached: Reached) -> bool:

@@ -10,22 +10,28 @@ import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from castune.artifacts import Certificate, HeadSelection, MaskedAdapter, ProjectedAdapter, ScaledAdapter, TuneResult
 from castune.artifacts.files import check_vacant, new_directory, write_text
+from castune.artifacts.fingerprints import same_model
 from castune.artifacts.head_selection import SELECTION_FILE
 from castune.artifacts.masked_adapter import MASK_FILE
 from castune.artifacts.projected_adapter import PROJECTION_FILE
 from castune.artifacts.scaled_adapter import SCALE_FILE
 from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE, TUNE_FILE, adapter_hash
+from castune.core.devices import torch_dtype_of
 from castune.core.gguf import display_name
 from castune.core.loading import load, model_source, stored_dtype
+from castune.core.provenance import fingerprint
 from castune.errors import ArtifactError, CastuneError
 from castune.report.card import CardFacts, Merging, model_card
 from castune.steps.changes import cost_ratios, differences
 from castune.steps.directory import BASE, RunDirectory
 from castune.tuning.merge import write_merged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What an exported adapter consists of; the model card is written beside. Other files of the directory stay behind.
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE_FILE)
@@ -86,6 +92,7 @@ def export(
     loaded, tokenizer = load(
         model, dtype=stored_dtype(model, revision) if dtype == "auto" else dtype, device="cpu", revision=revision
     )
+    selection = _for_this_copy(selection, facts.model.get("dtype"), loaded, model, revision)
     with new_directory(out) as aside:
         done = write_merged(loaded, tokenizer, adapter, selection, aside)
         merging = Merging(done.dtype, done.identical_tensors, done.identical_rows, done.identical_columns)
@@ -94,6 +101,22 @@ def export(
         # The record of what the certificate in the card says, in the dtype of the merged model.
         done.certificate.save(aside)
     return Exported(out, done.certificate, merging)
+
+
+def _for_this_copy(
+    selection: HeadSelection, made_in: str | None, loaded: PreTrainedModel, model: str, revision: str | None
+) -> HeadSelection:
+    """A selection, for the base in the dtype of the merged model.
+
+    A base in float16 has another fingerprint than in float32 and bfloat16. Whether it is the one that the adapter was
+    made for is seen in the dtype that this was done in; where it is not, merging tells.
+    """
+    here, then = fingerprint(loaded), made_in or stored_dtype(model, revision)
+    if same_model(here, selection.model_fingerprint) or torch_dtype_of(then, "cpu") == loaded.dtype:
+        return selection
+    there = load(model, dtype=then, device="cpu", revision=revision).model
+    is_it = same_model(fingerprint(there), selection.model_fingerprint)
+    return replace(selection, model_fingerprint=here) if is_it else selection
 
 
 def refuse_gguf(source: str | Path, out: str | Path, *, arm: str | None = None, base: str | None = None) -> NoReturn:

@@ -153,6 +153,8 @@ class _Task:
         """The inspection."""
         started, updates = time.perf_counter(), self.update.updates
         effects, exact = self._measured_effects() if updates else ({}, {})
+        self._require_finite("effect to first order", *(found.total_C for found in effects.values()))
+        self._require_finite("effect on losses", *exact.values())
         sizes = {one: unit_size(self.layout, one, updates) for one in self.units}
         without_unit = self._without_unit()
         stale, known = self._has_stale_certificate(), self.selected
@@ -174,6 +176,14 @@ class _Task:
             "provenance": provenance(self.subject.recipe.seed),
         }
         return AdapterInspection(self._table(sizes, effects), metadata)
+
+    def _require_finite(self, what: str, *numbers: Floats) -> None:
+        """Refuse an adapter with values so large that nothing can be computed with them."""
+        if not all(np.isfinite(some).all() for some in numbers):
+            raise CastuneError(
+                f"{self.subject.adapter}: its {what} is no finite number: its values, though finite, are too large to "
+                "be computed with; train it again with a lower learning rate, or scale it down"
+            )
 
     def _measured_effects(self) -> tuple[dict[str, Effects], dict[str, Floats]]:
         """First-order effects by objective, and exact changes of the losses, which some adapters do not have."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from castune.config import DataConfig, Recipe
 from castune.data.example import Example
+from castune.errors import DataError
 from castune.steps.inputs import load_data
 
 # Harmless prompts with the reply they should get, where the recipe has no such set (`diagnose.reply_domains`).
 HELPFUL = "starter-borderline"
 # Examples of a set that has no limit of its own.
 USUAL_LIMIT = 64
+
+# What an example of each set must have.
+_COLUMNS = {
+    "safety": "prompt, target",
+    "utility": "prompt, choices, answer; or prompt, completion, answer",
+    "over-refusal": "prompt, completion",
+}
 
 
 @dataclass(frozen=True)
@@ -46,4 +54,16 @@ class InspectionData:
             sized = [one.model_copy(update={"limit": limit or one.limit or USUAL_LIMIT}) for one in of_set]
             if sized:
                 found[name] = [example for one in sized for example in load_data(one, recipe.seed)]
-        return cls(found, {name: ", ".join(one.source for one in configs[name]) for name in found})
+        sources = {name: ", ".join(one.source for one in configs[name]) for name in found}
+        for name, drawn in found.items():
+            _require_losses(drawn, f"{name} data {sources[name]}", _COLUMNS[name])
+        return cls(found, sources)
+
+
+def _require_losses(examples: Sequence[Example], name: str, columns: str) -> None:
+    """Refuse a set in which an example has nothing that a loss could be computed on."""
+    for example in examples:
+        if not example.is_question and example.right_reply is None:
+            raise DataError(
+                f"{name}: example {example.id!r} has no reply to compute a loss on; columns needed: {columns}"
+            )

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 
 from castune.artifacts.files import check_vacant
 from castune.artifacts.masked_adapter import MASK_FILE
-from castune.artifacts.repair_result import RepairResult, Tried
+from castune.artifacts.repair_result import REPAIR_FILE, RepairResult, Tried
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import EvaluateConfig, RepairConfig
 from castune.core.numbers import percent
 from castune.core.provenance import model_record, provenance
-from castune.errors import CastuneError
+from castune.errors import ArtifactError, CastuneError
 from castune.evaluation.suites import Suite, load_suites
 from castune.purposes import PURPOSES
 from castune.steps.bench import COSTS, Bench
-from castune.steps.candidates import Candidate, by_effects, compared_with
+from castune.steps.candidates import Candidate, by_effects, compared_with, source_of
 from castune.steps.evaluate import require_evaluation
 from castune.steps.held_out import check_held_out
 from castune.steps.inspect import inspect_step
@@ -62,22 +62,23 @@ def repair_step(
             refusals on them, or something else is at `place.adapter`.
     """
     plain_lora_config(subject.adapter)
-    if not (place.adapter / MASK_FILE).is_file():
-        check_vacant(place.adapter)
+    _check_place(place)
     measured = _Measured.of(subject, config, suites, confirm)
     projected = _projected(subject, config, place)
     inspection = inspect_step(subject, data, place.out / "inspection" if subject.folder is None else None)
     if inspection.metadata["uncovered"]:
         logger.warning("every candidate drops what no unit owns: %s", ", ".join(inspection.metadata["uncovered"]))
     bench = Bench(subject, inspection, place.out, measured.deciding, measured.config)
-    source, cost = Candidate(subject.name, "source"), measured.cost
-    candidates = {one.name: one for one in by_effects(inspection, config)}
-    rows = bench.tried([source, *candidates.values()], cost)
-    if rows[0].kept is None:
+    source, cost = source_of(subject.name), measured.cost
+    # Before any candidate is measured: without a gain there is nothing to choose by.
+    [itself] = bench.tried([source], cost)
+    if itself.kept is None:
         raise CastuneError(
             f"{subject.adapter}: on {', '.join(_names(measured.deciding))} it gains no refusals over the base model "
-            f"({rows[0].safety:.3f} with it): there is no safety to keep"
+            f"({percent(bench.base_safety)} without it, {percent(itself.safety)} with it): there is no safety to keep"
         )
+    candidates = {one.name: one for one in by_effects(inspection, config)}
+    rows = bench.tried([source, *candidates.values()], cost)
     chosen, reason = choose(rows[1:], config, cost)
     # Where nothing is taken, others are compared with the candidate that keeps most.
     shown = candidates.get(chosen or _keeps_most(rows[1:]))
@@ -109,6 +110,23 @@ def repair_step(
     )
     found.save(place.out)
     return found
+
+
+def _check_place(place: RepairPlace) -> None:
+    """Refuse a place with anything but what a repair of that name left there.
+
+    Raises:
+        ArtifactError: something else is there, such as an arm that `castune mask` made.
+    """
+    if not (place.adapter / MASK_FILE).is_file():
+        check_vacant(place.adapter)
+        return
+    made = {adapter_hash(file.parent) for file in place.out.glob(f"candidates/*/{MASK_FILE}")}
+    has_taken = (place.out / REPAIR_FILE).is_file() and RepairResult.load(place.out).chosen is not None
+    # It is one of the candidates, or of earlier ones whose repair has ended.
+    if not has_taken and adapter_hash(place.adapter) not in made:
+        other = "name with --as" if place.arm is not None else "directory with --out"
+        raise ArtifactError(f"{place.adapter}: an adapter that no repair made is there already; choose another {other}")
 
 
 @dataclass(frozen=True)
@@ -194,9 +212,7 @@ def _projected(subject: Subject, config: RepairConfig, place: RepairPlace) -> li
         logger.warning(
             "Safe LoRA projects none of %d updates (%s): it is the adapter as it is", len(made.updates), made.rule
         )
-    # Candidates are told apart by their names, and the source may have been projected before.
-    name = "safe-lora" if subject.name != "safe-lora" else "safe-lora-again"
-    return [Candidate(name, "safe-lora", adapter=folder)]
+    return [Candidate("safe-lora", "safe-lora", adapter=folder)]
 
 
 def _kept(row: Tried) -> str:

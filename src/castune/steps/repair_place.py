@@ -64,6 +64,7 @@ def place_of(
     if out is not None:
         raise CastuneError("the repaired adapter of a run is an arm of it: name it with --as NAME instead of --out")
     folder = RunDirectory(source)
+    folder.load_recipe()  # refuses what is no run
     repaired = folder.arm(arm)
     if not repaired.has_adapter:
         raise CastuneError(f"{repaired.adapter}: no adapter there to repair; train it with: castune tune {source}")

@@ -94,13 +94,18 @@ class Subject:
                 return HeadSelection.load(place).units
         return None
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """What to call the adapter: castune's own lie in a directory `adapter` of the arm, whose name says more."""
+        """What to call the adapter: the arm of the run that has it, or its directory.
+
+        Castune's own lie in directories called `adapter`: the one above says more.
+        """
         path = self.adapter.absolute()
-        if path.name != "adapter":
-            return display_name(str(path)) or "adapter"
-        return self.arm or path.parent.name
+        if self.folder is not None:
+            for arm in self.folder.arms():
+                if arm.adapter.resolve() == path.resolve():
+                    return arm.name
+        return display_name(str(path if path.name != "adapter" else path.parent)) or "adapter"
 
     @property
     def inspection(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,17 +125,12 @@ def _lora_config(adapter: Path, refused: Mapping[str, str], inits: Sequence[obje
         config: Any = json.loads(path.read_text(encoding="utf-8"))
         peft_type = config["peft_type"]
         rank, alpha = int(config.get("r", 0)), float(config.get("lora_alpha", 0))
-        layers = config.get("layers_to_transform")
-        if isinstance(layers, list) and not all(type(layer) is int for layer in layers):
-            raise ValueError(f"layers_to_transform is {layers!r}")
-        targets = config["target_modules"]
-        if isinstance(targets, list) and not all(isinstance(name, str) for name in targets):
-            raise ValueError(f"target_modules is {targets!r}")
+        _check_addresses(config)
         if not math.isfinite(alpha):
             raise ValueError(f"lora_alpha is {alpha}")
     except (FileNotFoundError, NotADirectoryError):
         raise CertificateError(f"{path}: no such file; {_what_else(adapter)}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise CertificateError(f"{path}: damaged: {error!r}") from None
     if peft_type != "LORA":
         raise CertificateError(f"{path}: peft_type is {peft_type}, accepted: LORA")
@@ -148,7 +144,38 @@ def _lora_config(adapter: Path, refused: Mapping[str, str], inits: Sequence[obje
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}: it changes the base weights; "
             f"accepted: {', '.join(map(str, inits))}"
         )
-    return {**config, "r": rank, "lora_alpha": alpha}
+    return {**config, "r": rank, "lora_alpha": alpha, "target_modules": config["target_modules"] or []}
+
+
+def _check_addresses(config: Mapping[str, Any]) -> None:
+    """Refuse settings by which PEFT could not tell the modules of an adapter: they are names, or regular expressions.
+
+    Raises:
+        KeyError, TypeError, ValueError, re.error: the message has the setting.
+    """
+    layers = config.get("layers_to_transform")
+    if not (layers is None or type(layers) is int or _is_list_of(int, layers)):
+        raise ValueError(f"layers_to_transform is {layers!r}")
+    # Nothing is named where parameters are adapted, of experts for example.
+    is_named = config["target_modules"] is not None or bool(config.get("target_parameters"))
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        names = config.get(key)
+        if isinstance(names, str) and key != "modules_to_save":
+            re.compile(names)
+        elif not (names is None or _is_list_of(str, names)) or (key == "target_modules" and not is_named):
+            raise ValueError(f"{key} is {names!r}")
+        elif key == "layers_pattern":
+            re.compile("|".join(names or ()))
+    # PEFT takes them with each other alone.
+    pattern = config.get("layers_pattern")
+    if isinstance(config["target_modules"], str) and not (layers is None and pattern is None):
+        raise ValueError("target_modules is a regular expression, and layers_to_transform or layers_pattern is set")
+    if pattern and layers is None:
+        raise ValueError("layers_pattern is set, and layers_to_transform is not")
+
+
+def _is_list_of(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def _what_else(adapter: Path) -> str:
@@ -171,6 +198,12 @@ def adapter_tensors(weights: Path) -> dict[str, Tensor]:
     Raises:
         CertificateError: no readable safetensors file. Pickled weights are never read.
     """
+    pickled = weights.with_suffix(".bin")
+    if pickled.is_file() and not weights.is_file():
+        raise CertificateError(
+            f"{weights}: no such file, and {pickled.name} beside it is pickled, which is never read: it could run "
+            "code; load the adapter with PEFT where you trust it, and save it again (save_pretrained)"
+        )
     try:
         return load_file(weights)
     except (OSError, SafetensorError) as error:
@@ -228,7 +261,9 @@ def check_loaded(adapter: Path, config: Mapping[str, Any], paths: Collection[str
                 "for another model"
             )
         if config["target_modules"] != "all-linear" and path not in addressed:
-            told = ", ".join(f"{key} = {config[key]!r}" for key in _ADDRESSES if config.get(key))
+            told = (
+                ", ".join(f"{key} = {config[key]!r}" for key in _ADDRESSES if config.get(key)) or "target_modules = []"
+            )
             raise CertificateError(
                 f"{adapter / ADAPTER_CONFIG}: by {told} PEFT would not load the tensors of {PREFIX}{path}"
             )

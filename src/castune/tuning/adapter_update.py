@@ -242,7 +242,7 @@ class _Reader:
         elif not is_saved:
             self.found.not_loaded[f"{PREFIX}{path}.{part}"] = "is of a module that modules_to_save does not name"
         elif before.ndim == 2 and what != "input embeddings" and self._has_own_gradient(path):
-            self.found.updates[path] = Dense(tensor.float() - before.detach().cpu().float())
+            self.found.updates[path] = Dense(_as_loaded(tensor, before).float() - before.detach().cpu().float())
         else:
             self._add_difference(path, what or type(self.modules[path]).__name__, before, tensor)
 
@@ -255,7 +255,7 @@ class _Reader:
         return path not in self.ends or not self.tied
 
     def _add_difference(self, path: str, what: str, before: Tensor, now: Tensor) -> None:
-        norm = float((now.double() - before.detach().cpu().double()).norm())
+        norm = float((_as_loaded(now, before).double() - before.detach().cpu().double()).norm())
         if norm:
             self._add_other(path, what, norm)
 
@@ -274,6 +274,11 @@ class _Reader:
             return pattern.get(get_pattern_key(list(pattern), path), usual)
         except (re.error, AttributeError, TypeError) as error:
             raise CertificateError(f"{self.adapter / ADAPTER_CONFIG}: damaged: {key}: {error}") from None
+
+
+def _as_loaded(tensor: Tensor, before: Tensor) -> Tensor:
+    """A tensor that takes the place of one of the base, in its dtype: to have been rounded is no change."""
+    return tensor.to(before.dtype)
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -77,6 +77,8 @@ def mask_adapter(
         CertificateError: an adapter is no plain LoRA adapter; the message names the setting or the tensor.
     """
     paths, out = [Path(adapter)] if isinstance(adapter, str | Path) else [*map(Path, adapter)], Path(out)
+    if not paths:
+        raise CastuneError("no adapter to mask; give one, or several that are combined")
     combining = Combining.of(len(paths), combination, weights, density)
     again = overwrite and (out / MASK_FILE).is_file()
     if not again:

@@ -216,6 +216,14 @@ def test_a_failing_writer_leaves_the_old_file_and_no_temporary_one(tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_an_error_names_the_place_that_was_to_be_made_not_the_one_aside(tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    with pytest.raises(ArtifactError) as caught, new_directory(path) as inside:
+        raise ArtifactError(f"{inside / 'weights'}: not finite")
+    assert str(caught.value) == f"{path / 'weights'}: not finite"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_directory_is_whole_whatever_happens_while_another_takes_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,16 +78,20 @@ def test_the_same_run_and_policy_give_the_same_files(place: Path, monkeypatch: p
             "error: --junit gate.toml: the same file as --policy",
         ),
         (["run", "--policy", "gate.toml", "--json", "g", "--junit", "g"], "error: --junit g: the same file as --json"),
-        (["run", "--policy", "gate.toml", "--json", "gate.toml/g.json"], "error: "),
+        (["run", "--policy", "gate.toml", "--json", "gate.toml/g.json"], "gate.toml is a file, not a directory"),
+        # The first of the two could be written.
+        (["run", "--policy", "gate.toml", "--json", "g", "--junit", "dangling/g.xml"], "error: "),
     ],
 )
 def test_bad_input_ends_with_code_2_and_writes_nothing(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     write_policy(place / "gate.toml", RULE.format(0.95))
+    (place / "dangling").symlink_to("nowhere")
     before = {path: path.is_file() and path.read_bytes() for path in place.rglob("*")}
     assert castune(monkeypatch, "gate", *arguments) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert "rule" not in out, "no verdict where there is none"
     assert said in error
     assert "Traceback" not in error
     assert {path: path.is_file() and path.read_bytes() for path in place.rglob("*")} == before

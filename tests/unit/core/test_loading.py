@@ -49,6 +49,17 @@ def test_an_unknown_dtype_is_told_with_the_names(directory: Path) -> None:
         load(directory, dtype="int3")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "mps:99", torch.device("cuda:99")], ids=str)
+def test_an_accelerator_that_is_not_there_is_told_before_anything_is_loaded(
+    directory: Path, device: str | torch.device
+) -> None:
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(CastuneError, match=f"device '{device}': .* accepted here: auto, cpu") as error:
+        load(directory, dtype="float32", device=device)
+    assert "\n" not in str(error.value)
+
+
 def test_a_model_without_chat_template_gets_the_plain_one_with_a_note(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,7 +13,7 @@ from castune.artifacts.adapter_inspection import SCHEMA, AdapterInspection
 from castune.artifacts.repair_result import Tried
 from castune.config import RepairConfig
 from castune.errors import CastuneError
-from castune.steps.candidates import Candidate, by_effects, changed_units, compared_with, drop_order
+from castune.steps.candidates import Candidate, by_effects, changed_units, compared_with, drop_order, source_of
 from castune.steps.repair import choose
 
 # Of every head of one layer: norm, effects on safety, utility and over-refusal, C(h).
@@ -79,6 +79,31 @@ def test_what_candidates_are_compared_with() -> None:
     assert found[3] == Candidate("weaker-0.6667", "weaker", strength=0.6667)
     without = compared_with(candidate, inspection(has_map=False), RepairConfig(draws=0))
     assert [one.kind for one in without] == ["weaker"]
+
+
+def test_the_weaker_adapter_is_as_large_as_the_candidate_which_lacks_what_no_unit_owns() -> None:
+    found = inspection()
+    # A third of the squares of the whole update are of an output head, say.
+    whole = AdapterInspection(found.table, {**found.metadata, "norm": (9 * 1.5) ** 0.5})
+    [weaker] = compared_with(Candidate("drop-2", "effects", heads(5, 2)), whole, RepairConfig(draws=0))[1:]
+    kept = sum(norm**2 for index, (norm, *_) in enumerate(HEADS) if index not in (5, 2))
+    assert (weaker.strength * whole.metadata["norm"]) ** 2 == pytest.approx(kept, rel=1e-3)
+    # Nothing to compare with where next to nothing is left.
+    tiny = inspection([(1e-6, 0.1, 0.1, 0.0, 0.1), (1.0, 0.1, 0.2, 0.0, 0.1)])
+    kinds = [one.kind for one in compared_with(Candidate("drop-1", "effects", heads(1)), tiny, RepairConfig(draws=1))]
+    assert kinds == ["risky", "random"]
+
+
+@pytest.mark.parametrize("name", ["base", "safe-lora", "drop-2", "risky-2", "random-2-1", "weaker-0.5", "mine"])
+def test_the_adapter_itself_has_the_name_of_no_other(name: str) -> None:
+    found = by_effects(inspection(), RepairConfig(shares=(0.34,)))
+    others = compared_with(found[0], inspection(), RepairConfig(draws=1))
+    taken = {"base", "safe-lora", *(one.name for one in (*found, *others))}
+    source = source_of(name)
+    assert source.kind == "source"
+    assert source.name not in taken
+    assert source.name.startswith(name)
+    assert source_of("mine").name == "mine"
 
 
 def tried(name: str, kept: float | None, saved: tuple[float, float | None] | None) -> Tried:

@@ -458,6 +458,21 @@ def test_what_lies_beside_an_adapter(tiny_model: TinyModel, source: Source, tmp_
     assert (arm.name, arm.inspection) == ("all", tmp_path / "inspection" / "all")
 
 
+def test_an_adapter_is_called_by_the_arm_that_has_it_not_by_one_it_is_compared_with(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    selection = HeadSelection.custom([(0, 1)], n_total=12, model_fingerprint=fingerprint(tiny_model("llama")))
+    run = RunDirectory(tmp_path / "run")
+    for place in (run.path, run.path / "arms" / "beside"):
+        selection.save(place)
+    main = run.arm(None).name
+    assert Subject(run.path / "adapter", RECIPE, run).name == main, "not the name of the run"
+    assert Subject(run.path / "adapter", RECIPE, run, "beside").name == main
+    assert Subject(run.path / "arms" / ".." / "arms" / "beside" / "adapter", RECIPE, run, main).name == "beside"
+    assert Subject(tmp_path / "foreign" / "adapter", RECIPE, run, "beside").name == "foreign"
+    assert Subject(tmp_path / "foreign", RECIPE, run, "beside").inspection == run.path / "inspection" / "foreign"
+
+
 def test_the_sets_of_a_recipe() -> None:
     one = recipe()
     found = InspectionData.of(one, {}, None)
@@ -475,6 +490,27 @@ def test_the_sets_of_a_recipe() -> None:
         Recipe.of(model="tiny", out="unused", utility=domains, diagnose={"reply_domains": ["harmless"]}), {}, None
     )
     assert (found.sources["utility"], len(found.examples["over-refusal"])) == ("starter-utility", 3)
+
+
+@pytest.mark.parametrize("factor", [1e18, 1e30])
+def test_values_that_are_too_large_to_compute_with_are_told(
+    tiny_model: TinyModel, source: Source, inspected: Inspect, tmp_path: Path, factor: float
+) -> None:
+    adapter = source(**ALL_LINEAR)
+    save_file({name: factor * one for name, one in load_file(adapter / WEIGHTS).items()}, adapter / WEIGHTS)
+    with pytest.raises(CastuneError, match="its effect on losses is no finite number"):
+        inspected(tiny_model("llama"), adapter)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_examples_without_anything_to_score_are_told_with_their_source(tmp_path: Path, name: str) -> None:
+    rows = tmp_path / "bare.jsonl"
+    rows.write_text('{"id": "b0", "prompt": "How do I cook rice?"}\n', encoding="utf-8")
+    with pytest.raises(
+        CastuneError, match=f"{name} data {rows}: example 'b0' has no reply .* columns needed: prompt, "
+    ):
+        InspectionData.of(RECIPE, {name: str(rows)}, 2)
 
 
 def test_a_quantised_base_is_refused(tiny_model: TinyModel, source: Source, inspected: Inspect) -> None:

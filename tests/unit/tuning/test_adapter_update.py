@@ -153,6 +153,21 @@ def test_what_else_is_trained_is_told(
     assert found.ends == (["model.embed_tokens"] if "embed" in str(others) else [])
 
 
+def test_what_is_only_rounded_to_the_dtype_of_the_base_is_no_change(tiny_model: TinyModel, source: Source) -> None:
+    base = tiny_model("llama").bfloat16()
+    # PEFT saves a copy of the base weight beside LoRA of an output head, here in float32.
+    beside = source(target_modules=["q_proj", "lm_head"])
+    assert any("base_layer" in name for name in load_file(beside / WEIGHTS))
+    found = read_update(base, beside)
+    assert found.is_of_projections
+    assert not found.others
+    saved = source(name="saved", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    before = base.lm_head.weight.detach().float().clone()
+    update = dense(read_update(base, saved).updates["lm_head"])
+    merged = PeftModel.from_pretrained(base, saved).merge_and_unload().lm_head.weight.detach()
+    assert torch.equal(update, merged.float() - before)
+
+
 def test_a_head_that_is_tied_has_no_gradient_of_its_own(tiny_model: TinyModel, source: Source) -> None:
     tied = {"tie_word_embeddings": True}
     adapter = source(model=tied, target_modules=["q_proj", "lm_head"])
@@ -236,6 +251,17 @@ def test_settings_that_leave_modules_out_are_told_as_peft_reads_them(
         ({"r": 3}, "expected .3, 32. and .32, 3. for this model and r = 3"),
         ({"use_dora": True}, "no magnitudes"),
         ({"rank_pattern": {"(": 3}}, "damaged: rank_pattern"),
+        ({"target_modules": None}, "damaged: .*target_modules is None"),
+        ({"target_modules": 3}, "damaged: .*target_modules is 3"),
+        ({"target_modules": ["q_proj", 3]}, "damaged: .*target_modules is"),
+        ({"target_modules": "(["}, "damaged: .*unterminated"),
+        ({"exclude_modules": "(["}, "damaged: .*unterminated"),
+        ({"exclude_modules": 3}, "damaged: .*exclude_modules is 3"),
+        ({"layers_pattern": ["(["], "layers_to_transform": 1}, "damaged: .*unterminated"),
+        ({"layers_pattern": ["layers"]}, "damaged: .*layers_to_transform is not"),
+        ({"target_modules": "q_proj", "layers_to_transform": [1]}, "damaged: .*is a regular expression"),
+        ({"layers_to_transform": "all"}, "damaged: .*layers_to_transform is 'all'"),
+        ({"modules_to_save": "lm_head"}, "damaged: .*modules_to_save is 'lm_head'"),
     ],
     ids=str,
 )
@@ -249,10 +275,17 @@ def test_what_cannot_be_read_is_refused_with_the_reason(
     assert "\n" not in str(caught.value)
 
 
+def test_an_adapter_of_parameters_alone_names_no_modules(tiny_model: TinyModel, source: Source) -> None:
+    adapter = source("mixtral", target_modules=None, target_parameters=["mlp.experts.gate_up_proj"])
+    edit_config(adapter, target_modules=None)
+    found = read_update(tiny_model("mixtral"), adapter)
+    assert (found.updates, {other.what for other in found.others}) == ({}, {"parameters of experts"})
+
+
 def test_pickled_weights_are_never_read(tiny_model: TinyModel, source: Source) -> None:
     adapter = source(target_modules=["q_proj"])
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
-    with pytest.raises(CertificateError, match=re.escape(WEIGHTS)):
+    with pytest.raises(CertificateError, match=f"{re.escape(WEIGHTS)}: .* adapter_model.bin .* save it again"):
         read_update(tiny_model("llama"), adapter)
 
 

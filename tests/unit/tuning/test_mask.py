@@ -193,6 +193,10 @@ def refused(tiny_model: TinyModel, selection_of: SelectionOf, tmp_path: Path) ->
     return check
 
 
+def test_no_adapter_is_none_to_mask(refused: Callable[..., str]) -> None:
+    assert refused([]).startswith("no adapter to mask")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
