@@ -388,7 +388,7 @@ def _number(text: str) -> Fraction | None:
     value = _value(match[0])
     if value is None or power is None:
         return None
-    return (value + (_PARTS[part[1].lower()] if part else 0)) * 10**power
+    return (value + (_PARTS[part[1].lower()] if part else 0)) * Fraction(10) ** power
 
 
 def _value(text: str) -> Fraction | None:
