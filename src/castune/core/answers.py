@@ -430,7 +430,29 @@ def is_right(reply: str, target: str, scoring: str) -> bool:
     found = final_answer(reply, scoring)
     if found is None:
         return False
-    return bool(is_equal(found, target)) if scoring == "boxed" else stated_number(reply) == _number(target)
+    return bool(is_equal(found, target)) if scoring == "boxed" else stated_number(reply) == _target_number(target)
+
+
+def require_readable(target: str, scoring: str, where: str) -> None:
+    """Refuse the answer to a problem with which no reply could agree.
+
+    Args:
+        target: the right answer.
+        scoring: `boxed` or `number`.
+        where: the example, for the message.
+    """
+    if scoring == "number" and _target_number(target) is None:
+        raise CastuneError(f"{where}: answer is {target[:60]!r}, accepted for scoring by number: one number")
+    if scoring == "boxed" and ("####" in target or len(target) > _LONGEST):
+        raise CastuneError(
+            f"{where}: answer is {target[:60]!r}..., accepted: the final answer alone, of at most {_LONGEST} characters"
+        )
+
+
+def _target_number(target: str) -> Fraction | None:
+    """The number of a right answer, which may be a worked solution with its mark or box."""
+    is_worked = "####" in target or _BOX.search(target)
+    return stated_number(target) if is_worked else _number(_typed(target))
 
 
 def stated_letter(reply: str, n_choices: int) -> str | None:

@@ -131,7 +131,12 @@ def _question(row: Row) -> Example:
 
 
 def _is_absent(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or is_nan(value)
+
+
+def is_nan(value: object) -> bool:
+    """Whether a value is NaN, by which tables of numbers say that a cell is empty."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _is_nothing(value: object) -> bool:

@@ -192,6 +192,8 @@ def test_an_earlier_reply_need_not_be_trained(tmp_path: Path) -> None:
         ("csqa", {"id": "1", "question": "Q", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": ""}, "answerKey is ''"),
         ("csqa", {"id": "1", "question": "Q", "choices": ["x", "y"], "answerKey": "A"}, "choices is .*label and text"),
         ("gsm8k", {"question": "Q", "answer": "It is 2."}, "'####'"),
+        ("gsm8k", {"question": "Q", "answer": None}, "answer is None, accepted"),
+        ("math", {"problem": "Q", "solution": "S", "answer": math.nan}, "answer is None, accepted"),
     ],
 )  # fmt: skip
 def test_named_sources_say_what_they_accept(tmp_path: Path, source: str, row: Row, said: str) -> None:
@@ -199,6 +201,20 @@ def test_named_sources_say_what_they_accept(tmp_path: Path, source: str, row: Ro
     path.write_text(json.dumps(row))
     with pytest.raises(DataError, match=rf"copy\.jsonl line 1: .*{said}"):
         examples(f"{source}={path}")
+
+
+@pytest.mark.parametrize("nothing", [math.nan, None])
+def test_an_empty_cell_of_a_named_source_says_nothing(tmp_path: Path, nothing: float | None) -> None:
+    for source, row in {
+        "harmbench": {"prompt": "P", "context": nothing, "category": nothing, "BehaviorID": nothing},
+        "jailbreakbench": {"Goal": "P", "Index": nothing, "Category": nothing},
+        "strongreject": {"prompt": nothing, "forbidden_prompt": "P", "category": nothing},
+        "xstest": {"id": nothing, "prompt": "P", "label": "safe", "type": nothing},
+        "dan": {"prompt": "P", "community": nothing},
+    }.items():
+        (tmp_path / "copy.jsonl").write_text(json.dumps(row))
+        [example] = examples(f"{source}={tmp_path / 'copy.jsonl'}")
+        assert (example.id, example.prompt, example.group) == (f"{source}-00000", "P", None)
 
 
 # -- tables
