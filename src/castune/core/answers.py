@@ -122,7 +122,7 @@ _STATED_LETTER = re.compile(
 )
 # "The answer is Paris (C).", "The answer is Paris, which is option C."
 _STATED_WITH_TEXT = re.compile(
-    rf"{_ANSWER}\s+is\b(?!\s+(?:not|never|neither|either)\b)[^.?\n()]{{1,80}}"
+    rf"{_ANSWER}\s+is\b(?!\s+(?:not|never|neither|either)\b)(?:[^.?\n()]|\.(?=\S)){{1,300}}\.?\s?"
     r"(?:\((?:(?:option|choice)\s+)?|,\s*(?:which\s+is\s+)?(?:option|choice)\s+)(?P<letter>[A-J])(?=[).,;*\s]|$)"
     r"(?![^.\n]*\([A-J]\))",
     re.IGNORECASE,
