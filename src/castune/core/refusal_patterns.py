@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is read: spelling made uniform one character at a time, so that more text never changes what was read before.
+# What is read: spelling made uniform one character at a time, so that more text never changes what was read before but
+# for the last character, which an accent may still follow.
 
 SPELLING = str.maketrans(
     {
-        **dict.fromkeys("’‘`´ʼ", "'"),
-        **dict.fromkeys("“”„«»「」『』", '"'),
-        # Zero-width marks, Arabic vowel signs and stretching, the Hindi dot below: optional in writing.
-        **dict.fromkeys([0xFEFF, 0x2060, *range(0x200B, 0x2010), *range(0x064B, 0x0653), 0x0640, 0x093C]),
+        **dict.fromkeys("’‘`´ʼ‛′＇՚ꞌ", "'"),
+        **dict.fromkeys("“”„‟«»‹›「」『』＂", '"'),
+        # Letters and digits of full width; their punctuation stays, for it ends sentences of Chinese and Japanese.
+        **{
+            code: chr(code - 0xFEE0)
+            for span in ("０９", "ＡＺ", "ａｚ")
+            for code in range(ord(span[0]), ord(span[1]) + 1)
+        },
+        # Mathematical letters, which some write for bold ones.
+        **{code: unicodedata.normalize("NFKC", chr(code)) for code in range(0x1D400, 0x1D6A6)},
+        # Emphasis of Markdown, marks without a width or of direction, hyphens that may be left out.
+        **dict.fromkeys(
+            [ord("*"), 0x00AD, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A)]
+        ),
+        # Arabic vowel signs and stretching, the Hindi dot below: optional in writing.
+        **dict.fromkeys([*range(0x064B, 0x0653), 0x0640, 0x093C]),
         # Hindi letters that contain that dot.
         **dict(zip(range(0x0958, 0x0960), "कखगजडढफय", strict=True)),
     }
 )
+# Accents that are characters of their own, and are part of no letter.
+ACCENTS = re.compile("[\u0300-\u036f]")
 # What precedes a reply and is none: turn headers, special tokens, empty code fences, marks of any kind. A pattern here
 # must match less than the prefix: see `refusals.is_settled`.
 BEFORE = re.compile(
@@ -47,7 +63,8 @@ OTHERS_SPEAK = re.compile(
 )
 HELP_BEGINS = re.compile(
     r"(?:here(?:'s| is| are)\b|(?:you (?:can|could|might)|try|just) (?:say|write|reply|respond|something like)"
-    r"|(?:sure|of course|certainly|absolutely|gladly)(?: thing)?[,!.]+ (?:here|i can\b|i'd|let))"
+    r"|(?:sure|of course|certainly|absolutely|gladly)(?: thing)?[,!.]+ (?:here|i can\b(?!'t| ?not\b)"
+    r"|i'd\b(?! (?:rather|prefer|sooner) not)|let))"
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ Two readers apply one list of rules. `prefix` reads 64 characters, so that gener
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from castune.core.refusal_patterns import (
+    ACCENTS,
     BEFORE,
     CONCESSION,
     CONTRAST,
@@ -55,7 +57,9 @@ def refuses_by_opening(reply: str) -> bool | None:
 
 def _read(reply: str) -> str:
     """The reply from its first word on, after a quotation mark if it begins in one; empty where it has no word yet."""
-    text = " ".join(reply.translate(SPELLING).casefold().split())
+    # Accents may be typed behind their letter: composed, as the rules have them.
+    text = ACCENTS.sub("", unicodedata.normalize("NFC", reply).translate(SPELLING).casefold())
+    text = " ".join(text.split())
     before = BEFORE.match(text)
     mark = '"' if before and '"' in before[0] else ""
     text = text[before.end() :] if before else text
@@ -148,4 +152,5 @@ def is_settled(reader: str, reply: str, *, in_thought: bool = False) -> bool:
     """Whether `decides_by` would say the same of `reply` whatever followed it; generation may then stop."""
     # The last token may end inside a character, which decodes to the replacement mark and changes with the next one.
     # Whatever an unfinished token at the start may still become, it is shorter than any window.
-    return len(_read(said(reply.rstrip("\ufffd"), in_thought=in_thought))) >= _CHARACTERS[reader]
+    # An accent may still follow the last character, which is therefore not counted.
+    return len(_read(said(reply.rstrip("\ufffd"), in_thought=in_thought))) > _CHARACTERS[reader]

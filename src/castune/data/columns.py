@@ -22,6 +22,17 @@ COLUMNS = (
 )
 # Columns that hold a text or a list of turns.
 _TURNS = ("prompt", "completion", "chosen", "rejected")
+# What tells a kind of row, and the columns of text or answers that it uses; the first that is there.
+_USED = {
+    "messages": ("messages",),
+    "chosen": ("prompt", "instruction", "input", "chosen", "rejected"),
+    "instruction": ("instruction", "input", "output"),
+    "choices": ("prompt", "choices", "answer"),
+    "answer": ("prompt", "answer", "completion", "target"),
+    "prompt": ("prompt", "completion", "target"),
+}
+_CONTENT = tuple(dict.fromkeys(name for names in _USED.values() for name in names))
+_KNOWN = (*_CONTENT, "system", "history", "scoring", "id", "subject", "category", "kind")
 # Columns that say what a row's prompt is, one of which a row has.
 _PROMPTS = ("messages", "instruction", "prompt")
 _REPLIES = ("completion", "target", "output")
@@ -32,6 +43,7 @@ _REFUSED_COLUMNS = {
         ("images", "image", "videos", "video", "audios", "audio", "documents"), "castune trains on text alone"
     ),
     "chat_template_kwargs": "the chat template is the same for all rows",
+    "system_prompt": "name it system",
     "conversations": 'name it messages, each turn with "role" and "content"',
 }
 _REFUSED_KEYS = {
@@ -44,6 +56,7 @@ _REFUSED_KEYS = {
     "prefix": "an assistant's turn that is begun cannot be trained on",
     "name": "turns are told apart by role alone",
 }
+_TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 _ROLES_OF_TOOLS = ("tool", "function", "ipython", "tool_response")
 
 
@@ -58,8 +71,9 @@ def example_of(row: Row) -> Example:
     _refuse_columns(row)
     row = {key: _turns(key, value) if _holds_turns(key, value) else value for key, value in row.items()}
     identifier = _text_of(row.get("id", ""))
-    group = next((_text_of(row[key]) for key in ("subject", "category", "kind") if row.get(key)), None)
+    group = next((_text_of(row[key]) for key in ("subject", "category", "kind") if not _is_nothing(row.get(key))), None)
     found = replace(_example(row), id=identifier, group=group)
+    _refuse_unused(row)
     return replace(found, history=(*_history(row, found.history), *found.history))
 
 
@@ -78,6 +92,8 @@ def _example(row: Row) -> Example:
         return _preference(row)
     reply = row.get("completion", row.get("target"))
     if isinstance(row["prompt"], list):
+        if with_answer := next((name for name in ("choices", "answer") if not _is_nothing(row.get(name))), None):
+            raise DataError(f"the prompt of a row with {with_answer} is a text, not a list of turns")
         completion = reply if isinstance(reply, list) else [] if reply is None else [_assistant(reply)]
         return _conversation([*row["prompt"], *completion])
     if isinstance(reply, list):
@@ -85,6 +101,11 @@ def _example(row: Row) -> Example:
     if isinstance(row.get("answer"), str) and "choices" not in row:
         scoring = row.get("scoring") or "boxed"
         return Example(id="", prompt=row["prompt"], reply=reply, target=row["answer"], scoring=scoring)
+    if "answer" in row and "choices" not in row and not isinstance(row["answer"], str):
+        raise DataError(
+            f"column 'choices' is missing, and answer is {row['answer']!r}; found: {', '.join(map(str, row))}; "
+            "accepted: the answer to a problem as text, or choices and the 0-based index of the right one"
+        )
     if "choices" in row or "answer" in row:
         if reply is not None:
             raise DataError("the reply to a question is its answer: remove its completion or target")
@@ -110,7 +131,12 @@ def _question(row: Row) -> Example:
 
 
 def _is_absent(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or is_nan(value)
+
+
+def is_nan(value: object) -> bool:
+    """Whether a value is NaN, by which tables of numbers say that a cell is empty."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _is_nothing(value: object) -> bool:
@@ -123,21 +149,48 @@ def _text_of(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+def _refuse_unused(row: Row) -> None:
+    """Refuse text or answers that this kind of row does not use, which would be dropped without a word."""
+    kind = next(name for name in _USED if name in row)
+    unused = [name for name in _CONTENT if name not in _USED[kind] and not _is_nothing(row.get(name))]
+    if unused:
+        raise DataError(
+            f"column {unused[0]!r} is not used in a row with {kind!r}: remove one of the two; accepted columns: "
+            f"{COLUMNS}"
+        )
+
+
 def _refuse_columns(row: Row) -> None:
+    for name in row:
+        meant = str(name).strip().lower()
+        if meant != name and meant in _KNOWN and meant not in row:
+            raise DataError(f"column {name!r} is not known; name it {meant!r}")
     for name, why in _REFUSED_COLUMNS.items():
         if not _is_nothing(row.get(name)):
             raise DataError(f"column {name!r} is not supported: {why}; remove it, or the row")
-    if isinstance(row.get("label"), bool) and "completion" in row:
+    # Tables of text have no truth values and no numbers.
+    if str(row.get("label")).strip().lower() in ("true", "false") and "completion" in row:
         raise DataError(
             "column 'label' is not supported: castune trains on every completion; take out the rows with label false, "
             "and the column"
         )
-    if (weight := row.get("weight", 1)) != 1 and isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        raise DataError(f"weight is {weight!r}: castune trains all rows alike; remove the row or the column")
+    if not _is_one(row.get("weight", 1)):
+        raise DataError(f"weight is {row['weight']!r}: castune trains all rows alike; remove the row or the column")
+    for name in (*_TURNS, "messages"):
+        if isinstance(row.get(name), str) and _TURNS_AS_TEXT.match(row[name]):
+            raise DataError(f"{name} is a list of turns that is written out as text; make it a list")
     for names in (_PROMPTS, _REPLIES):
         given = [name for name in names if not _is_nothing(row.get(name))]
         if len(given) > 1:
             raise DataError(f"columns {given[0]!r} and {given[1]!r} both hold text, and only one can be used")
+
+
+def _is_one(weight: object) -> bool:
+    """Whether a weight is 1, as a number or as the text of one; what is neither weighs nothing."""
+    try:
+        return isinstance(weight, bool) or not isinstance(weight, (int, float, str)) or float(weight) == 1
+    except ValueError:
+        return True
 
 
 def _holds_turns(column: str, value: object) -> bool:

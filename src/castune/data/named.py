@@ -18,6 +18,11 @@ _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _TEXT_CELLS = {"delimiter": "\t", "keep_default_na": False}
 
 
+def _identifier(value: object) -> str:
+    """An id as text; none where there is none."""
+    return "" if value is None else str(value)
+
+
 @dataclass(frozen=True)
 class NamedSource:
     """A public data set and how its rows become examples (`None`: the row is not part of the set)."""
@@ -58,7 +63,7 @@ def _commonsense_qa(row: Row) -> Example:
             f"answerKey is {key!r}, accepted: one of {', '.join(map(str, choices['label']))}; the test split has none"
         )
     return Example(
-        id=str(row["id"]),
+        id=_identifier(row["id"]),
         prompt=row["question"],
         choices=tuple(choices["text"]),
         answer=choices["label"].index(key),
@@ -68,6 +73,8 @@ def _commonsense_qa(row: Row) -> Example:
 
 
 def _gsm8k(row: Row) -> Example:
+    if not isinstance(row["answer"], str):
+        raise DataError(f"answer is {row['answer']!r}, accepted: a worked solution with its number after '####'")
     solution, marked, target = row["answer"].rpartition("####")
     if not marked:
         raise DataError("column answer has no final number after '####'")
@@ -79,8 +86,10 @@ def _gsm8k(row: Row) -> Example:
 
 
 def _math(row: Row) -> Example:
+    if not isinstance(row["answer"], str):
+        raise DataError(f"answer is {row['answer']!r}, accepted: the final answer as text")
     return Example(
-        id=str(row.get("unique_id") or ""),
+        id=_identifier(row.get("unique_id")),
         prompt=row["problem"],
         reply=row["solution"],
         target=row["answer"],
@@ -106,21 +115,21 @@ def _harmbench(row: Row) -> Example:
     context = row.get("ContextString") or row.get("context") or ""
     behaviour = row.get("prompt") or row["Behavior"]
     return Example(
-        id=str(row.get("BehaviorID") or ""),
+        id=_identifier(row.get("BehaviorID")),
         prompt=f"{context}\n\n{behaviour}" if context else behaviour,
         group=row.get("SemanticCategory") or row.get("category"),
     )
 
 
 def _jailbreakbench(row: Row) -> Example:
-    return Example(id=str(row.get("Index", "")), prompt=row["Goal"], group=row.get("Category"))
+    return Example(id=_identifier(row.get("Index")), prompt=row["Goal"], group=row.get("Category"))
 
 
 def _xstest(label: str) -> Callable[[Row], Example | None]:
     def convert(row: Row) -> Example | None:
         if row["label"] != label:
             return None
-        return Example(id=str(row["id"]), prompt=row["prompt"], group=row.get("type"))
+        return Example(id=_identifier(row["id"]), prompt=row["prompt"], group=row.get("type"))
 
     return convert
 

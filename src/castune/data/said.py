@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 # Beginning and end of reasoning, in lower case: DeepSeek, Qwen and many more; others in XML; Seed; Magistral; Kimi;
-# Cohere; OpenThoughts; MedGemma; Gemma; Granite, in words.
+# Cohere; OpenThoughts; Apertus; MedGemma; Gemma; Granite and Apriel, in words.
 _MARKS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
@@ -25,15 +25,17 @@ _MARKS = {
     "◁think▷": "◁/think▷",
     "<|start_thinking|>": "<|end_thinking|>",
     "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|inner_prefix|>": "<|inner_suffix|>",
     "<unused94>": "<unused95>",
     "<|channel>thought": "<channel|>",
     "here is my thought process:": "here is my response:",
     "here's my thought process:": "here's my response:",
+    "here are my reasoning steps:": "[begin final response]",
 }
 # Headers of a turn, and special tokens that mark no reasoning, may precede it.
 _BEFORE = re.compile(
     r"(?:\s|<\|(?:im_start|start_header_id|start)\|>\s*assistant(?:<\|end_header_id\|>)?|</?(?:s|pad|bos|eos)>"
-    r"|<\|(?!channel\||start_thinking|begin_of_thought)[^|<>\s]{1,30}\|>)*",
+    r"|<\|(?!channel\||start_thinking|begin_of_thought|inner_prefix)[^|<>\s]{1,30}\|>)*",
     re.IGNORECASE,
 )
 # Harmony (gpt-oss): messages in channels. A tokenizer that skips special tokens leaves the bare words of their headers.
@@ -45,7 +47,12 @@ _HARMONY = {"<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>
 # Tokens of which a mark is made with the word behind them.
 _HALF_MARKS = {"<|channel>", "<channel|>"}
 # Some models wrap what they say as well.
-_ANSWER = re.compile(r"\s*<answer>(?P<said>.*?)(?:</answer>\s*)?", re.DOTALL | re.IGNORECASE)
+_OPENS_ANSWER = r"(?:<answer>|<response>|<\|begin_of_solution\|>|<\|start_response\|>)"
+_ANSWER = re.compile(
+    rf"(?=\s*{_OPENS_ANSWER}|.*\[end final response\]\s*\Z)\s*{_OPENS_ANSWER}?(?P<said>.*?)"
+    r"(?:(?:</answer>|</response>|<\|end_of_solution\|>|<\|end_response\|>|\[end final response\])\s*)?",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 def said(reply: str, *, in_thought: bool | None = None) -> str:

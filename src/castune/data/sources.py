@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from castune.data.columns import check_example, example_of
+from castune.data.columns import check_example, example_of, is_nan
 from castune.data.example import Example
 from castune.data.named import NAMED_SOURCES, NamedSource
 from castune.data.tables import FILE_FORMATS, Row, is_file, is_table_of_text, one_line, read_rows
@@ -216,7 +216,7 @@ def _convert_all(
     seen: set[str] = set()
     for index, (where, row) in enumerate(rows):
         try:
-            example = convert(row)
+            example = convert({key: None if is_nan(value) else value for key, value in row.items()})
             kind = "" if column is None else row[column]
         except KeyError as error:
             raise DataError(

@@ -17,8 +17,10 @@ from castune.errors import DataError
 Row = dict[str, Any]
 FILE_FORMATS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
-# Columns whose cells are lists, which a table of text holds as JSON or as Python writes them.
+# Columns whose cells are lists, which a table of text holds as JSON or as Python writes them; and those that may hold
+# a text or a list of turns.
 _LISTS = ("choices", "messages", "history")
+_TEXTS_OR_TURNS = ("prompt", "completion", "chosen", "rejected")
 # csv's own limit of a cell, 128 KiB, is less than some prompts have.
 _LARGEST_CELL = 1 << 30
 
@@ -74,8 +76,9 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
         yield from _read_jsonl(path)
         return
     found = _parsed(text, str(path))
-    if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), list):
-        [found] = found.values()  # {"data": [...]}
+    if isinstance(found, dict) and len(found) == 1 and not found.keys() & {*_LISTS, *_TEXTS_OR_TURNS}:
+        [rows] = found.values()  # {"data": [...]}
+        found = rows if isinstance(rows, list) else found
     if not isinstance(found, list):
         found = [found]
     for number, row in enumerate(found, start=1):
@@ -85,12 +88,21 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise DataError(f"{where}: malformed JSON: {error.msg} at {place}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list in lists
         raise DataError(f"{where}: malformed JSON: {one_line(error)}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """A JSON object; Python would keep the last of two values with one name, without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _row(value: object, where: str) -> Row:
@@ -135,6 +147,10 @@ def _with_lists(row: Mapping[str, str]) -> Row:
         text = str(row.get(name, "")).strip()
         if text[:1] in ("[", "{"):
             found[name] = _list(text)
+    for name in _TEXTS_OR_TURNS:
+        turns = _list(row[name]) if row.get(name, "").lstrip()[:1] == "[" else None
+        if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
+            found[name] = turns
     answer = row.get("answer", "")
     if row.get("choices") and answer.isascii() and answer.isdecimal():
         found["answer"] = int(answer)
@@ -158,11 +174,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if twice := next((name for name in columns if columns.count(name) > 1), None):
+                raise DataError(f"{path}: column {twice!r} is there twice")
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", row
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also a time beyond the calendar
         raise DataError(f"{path}: not readable as parquet: {one_line(error)}") from error
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from castune.artifacts import Unit
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
-from castune.core.answers import require_math_verify
+from castune.core.answers import require_math_verify, require_readable
 from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.quantisation import is_quantised
@@ -103,6 +103,8 @@ def _checked(safety: Sequence[Example], utility: Utility, config: DiagnoseConfig
         if one.is_of_problems and one.measure(config) == "decision":
             if any(example.scoring == "boxed" for example in one.examples):
                 require_math_verify()
+            for example in one.examples:
+                require_readable(str(example.target), str(example.scoring), f"{one.objective}: example {example.id!r}")
             logger.warning(
                 "%s: %d problems are answered in up to %d tokens without every head, which costs far more than "
                 "anything else (castune plan says how much); diagnose.problems = margin takes the log-probability of "

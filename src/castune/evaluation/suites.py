@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from castune.config import EvaluateConfig
-from castune.core.answers import require_math_verify
+from castune.core.answers import require_math_verify, require_readable
 from castune.data.example import Example
 from castune.data.sources import examples, purpose_of, source_name
 from castune.errors import DataError
@@ -113,6 +113,9 @@ def load_suite(
         raise DataError(f"{source}: a suite of problems holds nothing else, and is scored one way")
     if purpose == "utility" and found[0].scoring == "boxed":
         require_math_verify()  # now, not after hours of generation
+    for example in found if purpose == "utility" else ():
+        if example.is_problem:
+            require_readable(str(example.target), str(example.scoring), f"{source}: example {example.id!r}")
     name = source_name(path)
     is_own = purpose == purpose_of(path)
     return Suite(name if is_own or purpose not in _SUFFIXES else f"{name}-{_SUFFIXES[purpose]}", purpose, tuple(found))

@@ -79,8 +79,14 @@ class CostRatio(NamedTuple):
 
 
 def estimate(values: Sequence[float | bool | None]) -> Estimate:
-    """Mean and standard error of the values that are not None."""
+    """Mean and standard error of the values that are not None.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
     scored = np.array([float(value) for value in values if value is not None])
+    if not np.isfinite(scored).all():
+        raise ValueError("values must be finite; one that could not be scored is None")
     n = len(scored)
     return Estimate(
         value=float(scored.mean()) if n else None,
@@ -212,8 +218,8 @@ def bootstrap_cost_ratio(
         seed: of the draws.
 
     Returns:
-        None where a suite has nothing scored in it. No interval where no utility outcome changed: resamples cannot show
-        what did not occur.
+        None where a suite has nothing scored in it. No interval where no utility outcome changed, or a suite has
+        one example: resamples cannot show what did not occur.
     """
     generator = np.random.default_rng(seed)
     means = {
@@ -232,7 +238,7 @@ def bootstrap_cost_ratio(
     known = np.isfinite(cost) & np.isfinite(gain)
     known[0] = False
     cost, gain = cost[known], gain[known]
-    if not len(cost):
+    if not len(cost) or any(len(before) < 2 for before, _ in (*utility, *safety)):
         return CostRatio(value)
     ratios = np.where(gain > 0, np.maximum(0.0, cost) / np.where(gain > 0, gain, 1.0), np.inf)
     low, high = np.quantile(ratios, ENDS, method="inverted_cdf")

@@ -25,7 +25,7 @@ class KeptGain(NamedTuple):
         value: (other - base) / (adapter - base), of the unweighted means of the suites; None where the adapter gains
             nothing.
         interval: 95 %, percentiles of a bootstrap over prompts, all three together; None where the gain itself is too
-            unsure, or no prompt differs between the adapter and the other.
+            unsure, no prompt differs between the adapter and the other, or a suite has one.
         gain: of the adapter.
         n: prompts that are scored in all three.
     """
@@ -63,7 +63,10 @@ def kept_gain(suites: Sequence[Outcomes], *, resamples: int = 4000, seed: int = 
     if (gain_R <= 0).mean() > _GAINLESS:
         return KeptGain(value, None, gain, n)
     known = gain_R > 0
-    low, high = np.quantile((drawn_3R[2] - drawn_3R[0])[known] / gain_R[known], ENDS)
+    kept_R = (drawn_3R[2] - drawn_3R[0])[known] / gain_R[known]
+    if any(part_3N.shape[1] < 2 for part_3N in scored):
+        return KeptGain(value, None, gain, n)
+    low, high = np.quantile(kept_R, ENDS)
     return KeptGain(value, Interval(float(low), float(high)), gain, n)
 
 

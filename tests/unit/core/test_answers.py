@@ -228,10 +228,70 @@ def test_a_letter_is_found_however_it_is_stated_and_only_among_the_choices(
         ("The answer isn't A.", None),
         ("Answer: None of the above", None),
         ("Is the answer A?", None),
+        # Quotation marks, brackets, LaTeX and tags around the letter, whatever the keyboard.
+        ("The answer is 'C'.", "C"),
+        ("The answer is “C”.", "C"),
+        ("The answer is 「C」", "C"),
+        (r"The answer is \(C\).", "C"),
+        (r"The answer is $\text{C}$.", "C"),
+        ("The answer is <b>C</b>", "C"),
+        ("Two are odd.\n<answer> C </answer>", "C"),
+        ('{"answer": "C"}', "C"),
+        ("The answer is （Ｃ）", "C"),
+        ("Answer：C", "C"),
+        ("The answer is\u200b C.", "C"),
+        ("\ufeffC", "C"),
+        ("C\r\n", "C"),
+        ("“B”", "B"),
+        ("$B$", "B"),
+        ("B – Paris", "B"),
+        # The option's text before or behind the letter.
+        ("The answer is Paris (C).", "C"),
+        ("The answer is **Paris**, option C.", "C"),
+        ("The answer is Paris (C) or Rome (D).", None),
+        (r"\boxed{C. Paris}", "C"),
+        (r"\boxed{\textbf{(C)}\ Paris}", "C"),
+        # Other words for it.
+        ("It's C.", "C"),
+        ("Both fit at first. I think it's (C)", "C"),
+        ("Therefore, C.", "C"),
+        ("C is the answer.", "C"),
+        ("Option C is the most accurate answer.", "C"),
+        ("The answer to this multiple-choice question is C", "C"),
+        ("The answer is the letter C", "C"),
+        ("**Final Answer**\n\nC", "C"),
+        ("### Answer\nC", "C"),
+        ("Die Antwort ist C.", "C"),
+        ("La respuesta correcta es C.", "C"),
+        ("Réponse : C", "C"),
+        ("Ответ: C", "C"),
+        ("答案是C。", "C"),
+        # The options once more, or several: no choice. A name that begins with a letter.
+        ("A. dog\nB. cat\nC. cow\nD. pig", None),
+        ("A) dog B) cat C) cow", None),
+        ("A) dog\nB) cat\nAnswer: B", "B"),
+        ("C, D", None),
+        ("A, B, C", None),
+        ("The answer is B-52", None),
     ],
 )
 def test_the_letter_is_the_one_that_is_stated_as_the_answer(reply: str, letter: str | None) -> None:
     assert stated_letter(reply, 4) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("I", "I"),
+        ("The answer is I.", "I"),
+        ("The answer is I because it is odd.", "I"),
+        ("Answer: I don't know", None),
+        ("Answer: I cannot answer that.", None),
+        ("I, as a model, cannot tell.", None),
+    ],
+)
+def test_the_pronoun_is_no_option(reply: str, letter: str | None) -> None:
+    assert stated_letter(reply, 9) == letter
 
 
 def test_a_number_is_looked_for_in_the_box_then_after_the_mark_then_in_what_is_stated() -> None:
@@ -267,6 +327,38 @@ def test_a_number_is_looked_for_in_the_box_then_after_the_mark_then_in_what_is_s
         ("Therefore, 5 of the 12 are left.", "5", False),
         (r"So the amount is \boxed{18", "18", False),
         ("I apologize, but I cannot answer this question.", "5", False),
+        # Emphasis, headings and LaTeX between the words and the number.
+        ("**Answer**: 42", "42", True),
+        ("**Final Answer**\n\n42", "42", True),
+        ("The final answer is:\n\n$42$", "42", True),
+        ("The final answer is:\n$$\n42\n$$", "42", True),
+        ("Answer:\n1. She has 3 apples.\nSo she has 12.", "1", False),
+        ("Die Antwort ist 42.", "42", True),
+        ("答案：42", "42", True),
+        # A heading of Markdown is not GSM8K's mark.
+        ("#### Step 3: Conclusion\nThe answer is 18", "18", True),
+        ("#### 3. Conclusion\nThe answer is 18", "18", True),
+        ("#### Answer\n18", "18", True),
+        # All of the number that is stated, and not its first digits.
+        ("The answer is 1.5 × 10^3", "1500", True),
+        ("The answer is 10^6", "1000000", True),
+        ("Therefore, 5 million people live there.", "5000000", True),
+        ("The answer is $5k", "5000", True),
+        ("The answer is 6 and a half", "6.5", True),
+        ("The answer is 6 and a half", "6", False),
+        ("The answer is ４２", "42", True),
+        ("The answer is 1½", "1.5", True),
+        ("The answer is 18 m^2.", "18", True),
+        ("The answer is 18 m².", "18", True),
+        # Several numbers, bounds, or a calculation in words.
+        ("The answer is 6, or 7", "6", False),
+        ("The answer is 6, 7", "6", False),
+        ("The answer is less than 42", "42", False),
+        ("The answer is 10 plus 4", "10", False),
+        ("The answer is 10 plus 4, which is 14", "14", True),
+        ("The answer is 5 more than 42", "5", False),
+        ("The answer is 5 feet 3 inches", "5", False),
+        ("Therefore, 5 + 5 are left.", "5", False),
     ],
 )
 def test_the_number_is_the_one_that_is_stated_as_the_answer(reply: str, target: str, right: bool) -> None:
@@ -274,6 +366,43 @@ def test_the_number_is_the_one_that_is_stated_as_the_answer(reply: str, target: 
     if "\\" not in reply:
         # A problem that asks for a box, without one.
         assert is_right(reply, target, "boxed") is right
+
+
+@pytest.mark.parametrize(
+    ("box", "target", "right"),
+    [
+        (r"1.5 \times 10^{3}", "1500", True),
+        (r"3\frac{1}{2}", "3.5", True),
+        (r"\frac12", "0.5", True),
+        (r"18^\circ", "18", True),
+        (r"18\text{ cm}^2", "18", True),
+        ("5²", "5", False),
+        (r"2\sqrt{3}", "2", False),
+        (r"2\pi", "2", False),
+        ("5x", "5", False),
+        ("2^{10}", "2", False),
+    ],
+)
+def test_a_box_is_read_as_a_whole_where_a_number_is_asked_for(box: str, target: str, right: bool) -> None:
+    assert is_right(rf"So it is \boxed{{{box}}}.", target, "number") is right
+
+
+@pytest.mark.parametrize(
+    ("typed", "target"), [("½", r"\frac12"), ("5²", "25"), ("x²", "x^2"), ("５", "5"), ("1.5e3", "1500")]
+)
+def test_answers_are_equal_however_they_are_typed(typed: str, target: str) -> None:
+    assert is_equal(typed, target)
+
+
+@pytest.mark.parametrize(
+    "piece", ["answer is ", "answer: *", " \n", "\t", "A, ", "so it's ", "= 1 ", r"\frac", "10^", "#### Step 1: a\n"]
+)
+def test_no_reply_takes_for_ever(piece: str) -> None:
+    started = time.process_time()
+    for reply in (piece * (8_000 // len(piece)), "answer is" + piece * 500 + " \n" * 2_000):
+        stated_letter(reply, 4)
+        final_answer(reply, "number")
+    assert time.process_time() - started < 5
 
 
 def test_small_letters_are_letters_and_articles_are_none() -> None:

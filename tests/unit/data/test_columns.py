@@ -124,12 +124,59 @@ def test_parts_of_text_are_joined(tmp_path: Path) -> None:
         ({"prompt": "Q", "choices": ["a", "b"], "answer": "B"}, "answer is 'B', accepted: the 0-based index"),
         ({"prompt": "Q", "choices": ["a", "b"], "answer": 1, "completion": "b, for ..."}, "completion or target"),
         ({"prompt": "Q", "target": "42", "scoring": "number"}, "scoring is 'number'"),
+        ({"prompt": "Q", "answer": 42}, "answer is 42; found: .*; accepted: the answer to a problem as text"),
+        # Text or answers beside what tells another kind of row.
+        ({"prompt": "Hi", "output": "A"}, "'output' is not used in a row with 'prompt'"),
+        ({"prompt": "Hi", "input": "A", "completion": "B"}, "'input' is not used"),
+        ({"messages": PLAIN[:1], "completion": "A"}, "'completion' is not used in a row with 'messages'"),
+        ({"messages": PLAIN[:1], "answer": "42"}, "'answer' is not used"),
+        ({"messages": PLAIN[:1], "choices": ["a", "b"], "answer": 0}, "'choices' is not used"),
+        ({"messages": PLAIN, "chosen": "A", "rejected": "B"}, "'chosen' is not used"),
+        ({"prompt": "Hi", "chosen": "A", "rejected": "B", "completion": "C"}, "'completion' is not used"),
+        ({"instruction": "a", "output": "b", "answer": "42"}, "'answer' is not used"),
+        ({"prompt": PLAIN[:1], "answer": "42"}, "the prompt of a row with answer is a text"),
+        ({"prompt": "Hi", "completion": "A", "system_prompt": "Be brief."}, "'system_prompt'.*name it system"),
+        # Names that are nearly those.
+        ({"prompt": "Hi", " completion": "A"}, "' completion' is not known; name it 'completion'"),
+        ({"Prompt": "Hi", "completion": "A"}, "name it 'prompt'"),
+        ({"prompt": "Hi", "completion": "A", "Category": "x"}, "name it 'category'"),
+        # Truth values, weights and turns as text.
+        ({"prompt": "Hi", "completion": "A", "label": "False"}, "'label'"),
+        ({"prompt": "Hi", "completion": "A", "weight": "0"}, "weight"),
+        ({"prompt": json.dumps(PLAIN[:1]), "completion": "A"}, "prompt is a list of turns that is written out as text"),
+        ({"prompt": "Hi", "chosen": str(PLAIN[1:]), "rejected": "A"}, "chosen is a list of turns"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_name_and_line(tmp_path: Path, row: Row, named: str) -> None:
     with pytest.raises(DataError, match=rf"own\.jsonl line 2: .*({named})") as caught:
         read(tmp_path, {"messages": PLAIN}, row)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_occurs_twice_in_a_row_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "completion": "c"}\n{"prompt": "a", "prompt": "b"}\n')
+    with pytest.raises(DataError, match=r"t\.jsonl line 2: malformed JSON: 'prompt' is there twice"):
+        examples(tmp_path / "t.jsonl")
+    table = pa.Table.from_arrays([pa.array([text]) for text in "abc"], names=["prompt", "prompt", "completion"])
+    pa.parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet: column 'prompt' is there twice"):
+        examples(tmp_path / "t.parquet")
+
+
+def test_a_weight_of_one_and_a_label_that_is_no_truth_value_change_nothing(tmp_path: Path) -> None:
+    for extra in ({"weight": 1}, {"weight": "1.0"}, {"weight": "heavy"}, {"label": "safe"}, {"label": 0}):
+        assert len(read(tmp_path, {"prompt": "Hi", "completion": "A", **extra})) == 1
+
+
+def test_a_kind_may_be_zero(tmp_path: Path) -> None:
+    assert read(tmp_path, {"prompt": "Hi", "kind": 0})[0].group == "0"
+
+
+def test_a_time_beyond_the_calendar_is_named_in_one_line(tmp_path: Path) -> None:
+    times = pa.array([2**62], pa.timestamp("us"))
+    pa.parquet.write_table(pa.table({"prompt": ["a"], "at": times}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet: not readable as parquet"):
+        examples(tmp_path / "t.parquet")
 
 
 def test_an_earlier_reply_need_not_be_trained(tmp_path: Path) -> None:
@@ -145,6 +192,8 @@ def test_an_earlier_reply_need_not_be_trained(tmp_path: Path) -> None:
         ("csqa", {"id": "1", "question": "Q", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": ""}, "answerKey is ''"),
         ("csqa", {"id": "1", "question": "Q", "choices": ["x", "y"], "answerKey": "A"}, "choices is .*label and text"),
         ("gsm8k", {"question": "Q", "answer": "It is 2."}, "'####'"),
+        ("gsm8k", {"question": "Q", "answer": None}, "answer is None, accepted"),
+        ("math", {"problem": "Q", "solution": "S", "answer": math.nan}, "answer is None, accepted"),
     ],
 )  # fmt: skip
 def test_named_sources_say_what_they_accept(tmp_path: Path, source: str, row: Row, said: str) -> None:
@@ -152,6 +201,20 @@ def test_named_sources_say_what_they_accept(tmp_path: Path, source: str, row: Ro
     path.write_text(json.dumps(row))
     with pytest.raises(DataError, match=rf"copy\.jsonl line 1: .*{said}"):
         examples(f"{source}={path}")
+
+
+@pytest.mark.parametrize("nothing", [math.nan, None])
+def test_an_empty_cell_of_a_named_source_says_nothing(tmp_path: Path, nothing: float | None) -> None:
+    for source, row in {
+        "harmbench": {"prompt": "P", "context": nothing, "category": nothing, "BehaviorID": nothing},
+        "jailbreakbench": {"Goal": "P", "Index": nothing, "Category": nothing},
+        "strongreject": {"prompt": nothing, "forbidden_prompt": "P", "category": nothing},
+        "xstest": {"id": nothing, "prompt": "P", "label": "safe", "type": nothing},
+        "dan": {"prompt": "P", "community": nothing},
+    }.items():
+        (tmp_path / "copy.jsonl").write_text(json.dumps(row))
+        [example] = examples(f"{source}={tmp_path / 'copy.jsonl'}")
+        assert (example.id, example.prompt, example.group) == (f"{source}-00000", "P", None)
 
 
 # -- tables
@@ -188,10 +251,13 @@ CELLS = ["NA", "None", "null", "nan", "007", "1e5", "3.10", "True", "  two space
         [{"prompt": "Q", "choices": ["NA", "None", "1.0"], "answer": 2, "scoring": "likelihood"}],
         [{"prompt": "Code?", "answer": "007", "scoring": "number"}, {"prompt": "V?", "answer": "3.10", "scoring": "number"}],
         [{"messages": PLAIN}],
+        [{"prompt": PLAIN[:1], "completion": PLAIN[1:]}],
+        [{"prompt": "[{a}]", "completion": "[1, 2]"}],
+        [{"prompt": "Hi", "chosen": PLAIN[1:], "rejected": [{"role": "assistant", "content": "No."}]}],
         [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "input": "NA", "output": "d"}],
         [{"prompt": "a", "target": "No."}, {"prompt": "b", "completion": "Yes."}],
     ],
-    ids=["cells", "ids", "choices", "answers", "turns", "instructions", "two kinds"],
+    ids=["cells", "ids", "choices", "answers", "turns", "prompt of turns", "text in brackets", "preferences", "instructions", "two kinds"],
 )  # fmt: skip
 def test_the_same_rows_give_the_same_examples_in_every_format(tmp_path: Path, rows: list[Row], suffix: str) -> None:
     expected = examples(as_file(rows, tmp_path / "same.jsonl"))
@@ -220,6 +286,11 @@ def test_a_missing_column_of_turns_in_a_table_of_many_rows_blames_its_row(tmp_pa
     rows = [talk(), talk(reasoning_content="They greet me.")]
     with pytest.raises(DataError, match="row 2: .*'reasoning_content'"):
         examples(as_file(rows, tmp_path / "t.parquet"))
+
+
+def test_one_conversation_is_a_row_and_no_list_of_them(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({"messages": PLAIN}))
+    assert [example.reply for example in examples(tmp_path / "t.json")] == ["Hello."]
 
 
 @pytest.mark.parametrize(

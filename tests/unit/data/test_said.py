@@ -26,6 +26,8 @@ NOTATIONS = [
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|im_start|>assistant\n<think>", "</think>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
     ("<unused94>thought\n", "<unused95>"),
     ("<|channel>thought\n", "<channel|>"),
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
@@ -64,7 +66,7 @@ def test_where_the_template_opens_the_reasoning_a_reply_is_reasoning_until_its_e
 
 def has_marks(text: str) -> bool:
     """Whether a text may hold a mark of some notation, plain words among them."""
-    words = ("assistantfinal", "thought process:", "my response:")
+    words = ("assistantfinal", "thought process:", "my response:", "reasoning steps:")
     return any(mark in text.lower() for mark in ("<", ">", "[", "]", "▷", "◁", *words))
 
 
@@ -99,6 +101,9 @@ def test_one_reasoning_after_another_and_an_answer_in_a_tag() -> None:
     assert said("<think>a</think>\n<think>b</think>\nYes.") == "Yes."
     assert said("<think>a</think>\n<answer>B</answer>") == "B"
     assert said("<think>a</think> <answer>B") == "B"
+    assert said("<think>a</think>\n<response>\nB\n</response>\n") == "B"
+    assert said("<|begin_of_thought|>a<|end_of_thought|><|begin_of_solution|>B<|end_of_solution|>") == "B"
+    assert said("Here are my reasoning steps:\na\n[BEGIN FINAL RESPONSE]\nB\n[END FINAL RESPONSE]") == "B"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from castune.core.answers import is_right
 from castune.data.sources import examples
-from castune.errors import DataError
+from castune.errors import CastuneError, DataError
 from castune.evaluation.suites import load_suite, load_suites
 
 QUESTION = {"prompt": "Sky?", "choices": ["red", "blue"], "answer": 1}
@@ -110,6 +111,30 @@ def test_a_suite_may_have_a_limit_of_its_own(tmp_path: Path) -> None:
     assert found.name == str(file)
     with pytest.raises(DataError, match="limit is 0"):
         load_suite(f"safety:{file}#0")
+
+
+@pytest.mark.parametrize(
+    ("answer", "scoring"),
+    [
+        ("5 or 6", "number"),
+        ("10:30", "number"),
+        ("1/0", "number"),
+        ("He has 3 + 4 apples", "number"),
+        ("3 + 4 = 7\n#### 7", "boxed"),
+        ("7" * 401, "boxed"),
+    ],
+)
+def test_an_answer_with_which_no_reply_could_agree_is_refused(tmp_path: Path, answer: str, scoring: str) -> None:
+    row = {"prompt": "Sum?", "answer": answer, "scoring": scoring}
+    with pytest.raises(CastuneError, match="example 'own-00001': answer is .*accepted"):
+        load_suite(written(tmp_path, {**row, "answer": "7"}, row))
+
+
+@pytest.mark.parametrize("answer", ["7", "7 apples", "48/2 = 24 and 3 more\n#### 7", r"\boxed{7}", "x = 7", "$7.00"])
+def test_an_answer_may_be_written_as_a_reply_is(tmp_path: Path, answer: str) -> None:
+    suite = load_suite(written(tmp_path, {"prompt": "Sum?", "answer": answer, "scoring": "number"}))
+    assert is_right("The answer is 7.", str(suite.examples[0].target), "number")
+    assert not is_right("The answer is 48.", str(suite.examples[0].target), "number")
 
 
 def test_two_limits_of_one_suite_are_refused(tmp_path: Path) -> None:

@@ -379,6 +379,20 @@ def test_outcomes_that_are_no_pairs_are_refused() -> None:
             bootstrap_cost_ratio(utility, safety)
 
 
+def test_there_is_no_interval_where_a_suite_has_one_example() -> None:
+    assert bootstrap_cost_ratio([([1], [0])], [([0], [1])]) == CostRatio(1.0)
+    assert bootstrap_cost_ratio(UTILITY, [([0], [1])]).low is None
+    assert bootstrap_cost_ratio([*UTILITY, ([1], [0])], SAFETY).high is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_no_mean(bad: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        estimate([0.5, bad, None])
+    with pytest.raises(ValueError, match="finite"):
+        paired_difference([0.5, bad], [0.5, 1.0])
+
+
 def test_there_is_no_interval_where_no_utility_outcome_changed() -> None:
     same = [([1, 0, 1, None], [1, 0, 1, 1])]
     assert bootstrap_cost_ratio(same, [([0, 0, 1], [1, 1, 1])]) == CostRatio(0.0)

@@ -46,6 +46,11 @@ def test_what_has_no_share_and_no_interval() -> None:
     assert (unsure.value, unsure.interval) == (1, None)
 
 
+def test_one_prompt_does_not_show_how_others_would_differ() -> None:
+    assert kept_gain([([0], [1], [0])]).interval is None
+    assert kept_gain([([0], [1], [0]), (BASE, ADAPTER, [1, 1, 0, 1, 1, 0, 0, 0])]).interval is None
+
+
 def test_intervals_hold_the_truth() -> None:
     generator, held, n_tries = np.random.default_rng(3), 0, 200
     for _ in range(n_tries):
