@@ -40,6 +40,8 @@ class CostRatioAtSafety:
         first_cost: measured cost of the first arm; None where it does not reach the target.
         second_cost: that of the second.
         undefined_share: share of all draws in which both arms cost nothing, or less, and that are left out.
+        unreached_shares: share of all draws in which the first, and the second arm does not reach the target. Above
+            2.5 % it takes the interval's upper end to infinity, or its lower end to 0.
         difference: cost of the first arm minus that of the second, as `equal_safety` has it.
         seeds_sd: standard deviation over seeds of the difference, paired, to first order around the means; None with
             one seed, and where an arm does not reach the target.
@@ -59,6 +61,7 @@ class CostRatioAtSafety:
     first_cost: float | None
     second_cost: float | None
     undefined_share: float
+    unreached_shares: tuple[float, float]
     difference: CostDifference
     seeds_sd: float | None
     items_se: float | None
@@ -67,6 +70,12 @@ class CostRatioAtSafety:
     n_items: tuple[int, ...]
     target: float
     draws: int
+
+    @property
+    def is_unbounded(self) -> tuple[bool, bool]:
+        """Whether the first, and the second arm misses the target in so many draws that its cost has no bound."""
+        first, second = (share > ENDS[0] for share in self.unreached_shares)
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,7 @@ def cost_ratio(
         first_cost=one if math.isfinite(one) else None,
         second_cost=two if math.isfinite(two) else None,
         undefined_share=undefined_share,
+        unreached_shares=(float(np.isinf(one_R).mean()), float(np.isinf(two_R).mean())),
         difference=cost_difference(data, pair, target),
         seeds_sd=seeds_sd,
         items_se=items_se,

@@ -51,7 +51,7 @@ class PrimaryFinding:
         equivalence: whether the costs are equivalent within the declared bound; None without one, or unknown.
         design: what the seeds that there are can see, by the spread that was measured; None where that is unknown.
         seeds_to_decide: seeds that would decide it with the power asked for, if the measured costs are the true ones;
-            None where it is decided, or no number of seeds would do.
+            None where it is decided, no number of seeds would do, or an arm misses the safety in too many draws.
     """
 
     contrast: PrimaryContrast
@@ -188,7 +188,7 @@ def _equivalence(contrast: PrimaryContrast, found: CostRatioAtSafety) -> Equival
 def _seeds_to_decide(contrast: PrimaryContrast, found: CostRatioAtSafety) -> int | None:
     """The fewer of the seeds that would see the measured difference, and that would refute the paper's size."""
     first, second = found.first_cost, found.second_cost
-    if found.value is None or first is None or second is None or found.n_seeds < 2:
+    if found.value is None or first is None or second is None or found.n_seeds < 2 or any(found.is_unbounded):
         return None
     assert found.seeds_sd is not None
     assert found.items_se is not None
@@ -236,7 +236,17 @@ def _verdict_words(finding: PrimaryFinding) -> list[str]:
         )
     if verdict.is_undecided:
         more = "more prompts and items are needed before more seeds"
-        if finding.seeds_to_decide is not None:
+        if found.value is not None and any(found.is_unbounded):
+            missing = [
+                f"{arm} in {percent(share, 1)}"
+                for arm, share, is_so in zip(contrast.arms, found.unreached_shares, found.is_unbounded, strict=True)
+                if is_so
+            ]
+            more = (
+                f"that safety is not reached by {' and '.join(missing)} of the draws of seeds and prompts, so a "
+                "cost has no bound; strengths above 1 (evaluate.strengths) may reach it"
+            )
+        elif finding.seeds_to_decide is not None:
             more = (
                 f"about {counted(finding.seeds_to_decide, 'seed')} would decide it with a power of "
                 f"{percent(contrast.power, 0)}, if the measured costs are the true ones"

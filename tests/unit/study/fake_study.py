@@ -108,10 +108,12 @@ def in_nats(
     seeds: Sequence[int] = STUDY.seeds,
     buckets: int = 4,
     gain_of_buckets: float | None = None,
+    gains: Mapping[tuple[str, int], float] | None = None,
 ) -> Results:
     """A study in which an arm adds `effect` nats to every answer for each unit of its mean C, and loses no accuracy.
 
-    Half-strong adapters refuse and cost half as much. Buckets gain as much safety as other arms unless told otherwise.
+    Half-strong adapters refuse and cost half as much. Buckets, and the trainings in `gains` (arm and seed), gain as much
+    safety as other arms unless told otherwise.
     """
     cmap, rng = conflict_map(), np.random.default_rng(2)
     right, start, threshold = outcomes_of(0.9, n, rng), rng.gamma(2, 1, n), (np.arange(n) + 0.5) / n
@@ -130,6 +132,7 @@ def in_nats(
         for arm in (*STUDY.arms, *(f"bucket-{i}-of-{buckets}" for i in range(1, buckets + 1))):
             cost = effect * trial(cmap, arm, seed, base).scores["conflict"]
             of_arm = gain if gain_of_buckets is None or not arm.startswith("bucket") else gain_of_buckets
+            of_arm = (gains or {}).get((arm, seed), of_arm)
             after = at(1, cost, of_arm)
             lost, _ = loss(after, base, "nll_added")
             assert lost is not None

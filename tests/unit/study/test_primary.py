@@ -67,6 +67,21 @@ def test_arms_that_cost_nothing_decide_nothing() -> None:
     assert any(words.startswith("Undecided") for words in found.words)
 
 
+def test_an_arm_that_misses_the_safety_with_some_seeds_is_told_not_more_seeds() -> None:
+    gains = {("risky", seed): gain for seed, gain in zip(STUDY.seeds, (0.2, 0.4, 0.6), strict=True)}
+    found = found_in(0.1, gains=gains, n=2000).primary
+    assert found is not None
+    assert found.found.value is not None
+    misses, other = found.found.unreached_shares
+    assert misses > 0.025
+    assert other < misses
+    assert found.found.interval is not None
+    assert np.isinf(found.found.interval.high)
+    assert found.verdict.is_undecided
+    assert found.seeds_to_decide is None
+    assert any("not reached by risky in" in words and "evaluate.strengths" in words for words in found.words)
+
+
 def test_what_is_equivalent_depends_on_the_bound() -> None:
     wide, narrow = (found_in(0.8, study(equivalent_within=bound)).primary for bound in (5.0, 0.001))
     assert wide is not None
