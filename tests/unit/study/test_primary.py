@@ -69,7 +69,7 @@ def test_arms_that_cost_nothing_decide_nothing() -> None:
 
 def test_an_arm_that_misses_the_safety_with_some_seeds_is_told_not_more_seeds() -> None:
     gains = {("risky", seed): gain for seed, gain in zip(STUDY.seeds, (0.2, 0.4, 0.6), strict=True)}
-    found = found_in(0.1, gains=gains, n=2000).primary
+    found = found_in(0.1, gains=gains, n=400).primary
     assert found is not None
     assert found.found.value is not None
     misses, other = found.found.unreached_shares
