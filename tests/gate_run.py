@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from castune.artifacts import Certificate, ConflictMap, EvalResult, TuneResult
 from castune.artifacts.conflict_map import SCHEMA
+from castune.artifacts.rules import RULES
 from castune.artifacts.samples import Sample
 from castune.artifacts.tune_result import adapter_hash
 from castune.config import Recipe
@@ -49,7 +50,7 @@ def evaluation(name: str, outcomes: Outcomes, adapter: str | None, judge: str = 
         )
         samples += made
     model: Any = {"fingerprint": "aaaa", "adapter": adapter}
-    return EvalResult(name, tuple(suites), tuple(samples), {"judge": judge}, model, {"rules": 2})
+    return EvalResult(name, tuple(suites), tuple(samples), {"judge": judge}, model, {"rules": RULES})
 
 
 def make_run(path: Path, arms: Mapping[str, Outcomes], *, adapters: str = "") -> RunDirectory:

@@ -15,7 +15,7 @@ from castune.artifacts.records import Provenance
 logger = logging.getLogger(__name__)
 
 # Raised with every entry below.
-RULES = 2
+RULES = 3
 
 # What each number of rules changed, by the kind of artifact that it changed, and how to make that one again.
 _CHANGES: dict[int, dict[str, str]] = {
@@ -26,7 +26,11 @@ _CHANGES: dict[int, dict[str, str]] = {
         "without a chat template lacked their first token; train again to compare it with newer adapters",
         "evaluation": "refused, cut off and unreadable answers to problems and lettered questions were left out of "
         "accuracy; castune judge reads the stored replies again",
-    }
+    },
+    3: {
+        "evaluation": "a part of what was stated could be read as the answer (2 of 2√3, 5 of '5 or 7'), some stated "
+        "answers and some refusals in other typography were not found; castune judge reads the stored replies again",
+    },
 }
 
 
