@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Tried:
         kept_interval: 95 %; None where it is not known.
         costs: by purpose (`castune.purposes`), what it costs above base, and its standard error.
         saved: what it costs less than the source by the cost that decides, and the standard error.
+        n: scored examples by purpose, those of safety too; empty in records of before.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Tried:
     kept_interval: tuple[float, float] | None
     costs: dict[str, tuple[float, float | None]]
     saved: tuple[float, float | None] | None
+    n: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class RepairResult:
         confirmed_on: suites that decided on nothing.
         confirmed: on these, the source, what was taken, and what it is compared with.
         provenance: versions, machine, command, time.
+        judge: what decided on refusals; empty in records of before.
     """
 
     adapter: dict[str, str]
@@ -79,6 +82,7 @@ class RepairResult:
     confirmed_on: tuple[str, ...]
     confirmed: tuple[Tried, ...]
     provenance: Provenance
+    judge: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON content."""

@@ -28,6 +28,8 @@ def summary(found: RepairResult) -> list[str]:
         "",
         *_table(found.tried, found.cost),
         "",
+        _legend(found.tried, found.cost, found.judge),
+        "",
         f"{'taken' if found.chosen else 'nothing taken'}: {found.reason}",
     ]
     if found.chosen:
@@ -35,7 +37,8 @@ def summary(found: RepairResult) -> list[str]:
         lines += _before_and_after(found.tried, found.chosen)
     if found.confirmed and found.chosen:
         lines += ["", f"confirmed on {', '.join(found.confirmed_on)}, which played no part in the choice:"]
-        lines += [*_table(found.confirmed, found.cost), verdict(found.confirmed, found.chosen, found.cost)]
+        lines += [*_table(found.confirmed, found.cost), "", _legend(found.confirmed, found.cost, found.judge), ""]
+        lines += [verdict(found.confirmed, found.chosen, found.cost)]
         lines += _before_and_after(found.confirmed, found.chosen)
     elif found.chosen:
         lines.append(
@@ -71,6 +74,23 @@ def _table(rows: Sequence[Tried], cost: str) -> Iterator[str]:
         kept = "–" if row.kept is None else f"{percent(row.kept, 0)}{ends}"
         saved = "" if row.saved is None else _shown(row.saved, cost)
         yield _row(row.name, [percent(row.safety), kept, _cost(row, cost), saved])
+
+
+def _legend(rows: Sequence[Tried], cost: str, judge: str) -> str:
+    """What the numbers of a table are, and of how many examples."""
+    unit = PURPOSES[cost].shown.change
+    said = f"{LABELS[cost]} and saved: {unit} ± standard error, paired; gain kept: 95 % interval"
+    if not all(row.n for row in rows):  # a record of before
+        return said
+    counts = [f"{_counts(rows, 'safety')} harmful prompts"]
+    counts.append(f"{_counts(rows, cost)} for {LABELS[cost]}")
+    return f"n = {', '.join(counts)}; {said}; judge {judge}"
+
+
+def _counts(rows: Sequence[Tried], purpose: str) -> str:
+    """How many examples were scored: they may differ from row to row."""
+    least, most = (end(row.n.get(purpose, 0) for row in rows) for end in (min, max))
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _before_and_after(rows: Sequence[Tried], chosen: str) -> Iterator[str]:

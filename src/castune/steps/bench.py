@@ -111,6 +111,7 @@ class Bench:
                     kept_interval=None if kept.interval is None else (kept.interval.low, kept.interval.high),
                     costs={purpose: value for purpose, value in costs.items() if value is not None},
                     saved=saved,
+                    n=_n_scored(result),
                 )
             )
         return found
@@ -178,6 +179,14 @@ class Bench:
         elif folder is not None and adapter == self.subject.adapter:
             yield folder.at_strength(self.subject.name, strength)
         yield self.out / "evaluation" / name
+
+
+def _n_scored(result: EvalResult) -> dict[str, int]:
+    """Scored examples by purpose."""
+    found: dict[str, int] = {}
+    for suite in result.suites:
+        found[suite.purpose] = found.get(suite.purpose, 0) + suite.n
+    return found
 
 
 def _rate(result: EvalResult) -> float:

@@ -107,6 +107,7 @@ def repair_step(
         confirmed_on=_names(measured.others) if confirmed else (),
         confirmed=tuple(confirmed),
         provenance=provenance(config.seed),
+        judge=bench.config.judge,
     )
     found.save(place.out)
     return found

@@ -114,7 +114,8 @@ def test_charts_are_drawn(tmp_path: Path) -> None:
 def tried(name: str, kind: str, kept: float | None, cost: float, saved: float | None = None) -> Tried:
     interval = None if kept is None else (kept - 0.1, kept + 0.05)
     costs = {"nll": (cost, 0.01), "over-refusal": (0.125, None)}
-    return Tried(name, kind, 3, 1.0, {}, 0.5, kept, interval, costs, None if saved is None else (saved, 0.02))
+    n = {"safety": 60 if kind == "source" else 59, "nll": 40, "over-refusal": 8}
+    return Tried(name, kind, 3, 1.0, {}, 0.5, kept, interval, costs, None if saved is None else (saved, 0.02), n)
 
 
 def test_what_a_repair_says() -> None:
@@ -127,12 +128,14 @@ def test_what_a_repair_says() -> None:
     found = RepairResult(
         adapter={"name": "all", "hash": "x"}, model={}, settings={}, cost="nll", base_safety=0.05, suites=("s", "t"),
         tried=tuple(rows), chosen="drop-3", reason="drop-3 keeps 97.0 %", dropped=(("q_head", 0, 1),), arm="all-repaired",
-        confirmed_on=(), confirmed=(), provenance={},
+        confirmed_on=(), confirmed=(), provenance={}, judge="opening",
     )  # fmt: skip
     lines = repair_summary.summary(found)
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
     for said in (
+        "n = 59 to 60 harmful prompts, 40 for NLL added; NLL added and saved: nats per token ± standard error, paired; "
+        "gain kept: 95 % interval; judge opening",
         "base model refuses 5.0 % of harmful prompts",
         "drop-3 50.0 % 97 % (87 to 102) +0.200 ± 0.010 +0.100 ± 0.020",
         "taken: drop-3 keeps 97.0 %",
