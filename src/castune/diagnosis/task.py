@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from castune.artifacts import Unit
 from castune.config import DiagnoseConfig
 from castune.core.ablation import can_resume
-from castune.core.answers import require_math_verify, require_readable
+from castune.core.answer_equality import require_math_verify
+from castune.core.answers import require_readable
 from castune.core.heads import HeadLayout
 from castune.core.journal import Journal
 from castune.core.quantisation import is_quantised

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from castune.artifacts.samples import LetterSample, ProblemSample, is_letter
-from castune.core.answers import last_boxed
+from castune.core.answer_text import last_boxed
 from castune.core.refusals import refuses_by_prefix
 from castune.data.said import said
 

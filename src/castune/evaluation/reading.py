@@ -6,7 +6,8 @@ import re
 from typing import cast
 
 from castune.artifacts.samples import LetterSample, ProblemSample, is_letter
-from castune.core.answers import final_answer, is_right, stated_letter, without_cut_sentence
+from castune.core.answer_letters import stated_letter
+from castune.core.answers import final_answer, is_right, without_cut_sentence
 from castune.data.example import LETTERS
 from castune.data.said import said
 from castune.evaluation.failures import failure, is_direct

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from castune.config import EvaluateConfig
-from castune.core.answers import require_math_verify, require_readable
+from castune.core.answer_equality import require_math_verify
+from castune.core.answers import require_readable
 from castune.data.example import Example
 from castune.data.sources import examples, purpose_of, source_name
 from castune.errors import DataError

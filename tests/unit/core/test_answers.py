@@ -13,7 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castune.core.answers import final_answer, is_equal, is_right, last_boxed, stated_letter
+from castune.core.answer_equality import is_equal
+from castune.core.answer_letters import stated_letter
+from castune.core.answer_text import last_boxed
+from castune.core.answers import final_answer, is_right
 from castune.data.example import LETTERS
 from castune.errors import CastuneError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from castune.core.answers import stated_letter
+from castune.core.answer_letters import stated_letter
 from castune.evaluation.judges import judge
 from castune.evaluation.judging import judged
 from castune.evaluation.reading import read
