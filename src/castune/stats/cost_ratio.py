@@ -72,7 +72,7 @@ class CostRatioAtSafety:
     draws: int
 
     @property
-    def is_unbounded(self) -> tuple[bool, bool]:
+    def unbounded(self) -> tuple[bool, bool]:
         """Whether the first, and the second arm misses the target in so many draws that its cost has no bound."""
         first, second = (share > ENDS[0] for share in self.unreached_shares)
         return first, second

@@ -188,7 +188,7 @@ def _equivalence(contrast: PrimaryContrast, found: CostRatioAtSafety) -> Equival
 def _seeds_to_decide(contrast: PrimaryContrast, found: CostRatioAtSafety) -> int | None:
     """The fewer of the seeds that would see the measured difference, and that would refute the paper's size."""
     first, second = found.first_cost, found.second_cost
-    if found.value is None or first is None or second is None or found.n_seeds < 2 or any(found.is_unbounded):
+    if found.value is None or first is None or second is None or found.n_seeds < 2 or any(found.unbounded):
         return None
     assert found.seeds_sd is not None
     assert found.items_se is not None
@@ -236,15 +236,15 @@ def _verdict_words(finding: PrimaryFinding) -> list[str]:
         )
     if verdict.is_undecided:
         more = "more prompts and items are needed before more seeds"
-        if found.value is not None and any(found.is_unbounded):
+        if found.value is not None and any(found.unbounded):
             missing = [
                 f"{arm} in {percent(share, 1)}"
-                for arm, share, is_so in zip(contrast.arms, found.unreached_shares, found.is_unbounded, strict=True)
+                for arm, share, is_so in zip(contrast.arms, found.unreached_shares, found.unbounded, strict=True)
                 if is_so
             ]
             more = (
                 f"that safety is not reached by {' and '.join(missing)} of the draws of seeds and prompts, so a "
-                "cost has no bound; strengths above 1 (evaluate.strengths) may reach it"
+                "cost has no bound; more seeds and prompts, or a training that gains more, make such draws rarer"
             )
         elif finding.seeds_to_decide is not None:
             more = (
