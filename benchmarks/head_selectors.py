@@ -16,6 +16,8 @@ Of every head, with g_s the gradient of the refusals' NLL on its rows and g_c th
     leverage          highest |g_s|
     update            highest (g_s·D)^2 / mean (g_n·D)^2 with D the head's own update in a short training of all heads
     random, all       the same number of heads drawn with the seed; every head
+
+Append +nullspace-95, +pcgrad and the like, as in the names of arms: the same heads, trained otherwise.
 """
 
 from __future__ import annotations
@@ -43,13 +45,14 @@ from castune.diagnosis.domains import utility_sets
 from castune.diagnosis.gradients import partial_gradients
 from castune.diagnosis.stored import stored_measurements
 from castune.evaluation.suites import load_suites
+from castune.names import ArmName
 from castune.purposes import PURPOSES
 from castune.report.equal_safety import sentences
 from castune.selection import SCORE_COLUMNS
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.equal_safety import safety_costs
 from castune.steps.evaluate import evaluate_step, judge_step
-from castune.steps.inputs import TrainingData, load_data
+from castune.steps.inputs import load_calibration, load_training
 from castune.steps.tune import tune_step
 from castune.tuning.adapter_files import lora_pairs
 
@@ -190,17 +193,20 @@ def main() -> None:
     )
     loaded, suites = load_model(recipe), load_suites(SUITES, limit=None, seed=0)
     selectors = Selectors(folder, loaded, options.n)
-    data = TrainingData(load_data(recipe.align, recipe.seed), recipe.align)
+    plain, with_utility = load_training(recipe, []), load_training(recipe, [], load_calibration(recipe))
     names = options.only.split(",")
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for seed in seeds:
         for name in (*(["scout"] if "update" in names else []), *names):
             arm = folder.side_arm(f"{name}-{seed}")
             steps = SCOUT_STEPS if name == "scout" else options.steps
-            config = recipe.tune.changed(seed=seed, max_steps=steps)
+            heads, *changes = name.split("+")
+            changed = dict(ArmName.parse("+".join(["all", *changes])).changes)
+            config = recipe.tune.changed(seed=seed, max_steps=steps, **changed)
+            data = with_utility if config.needs_utility else plain
             began = time.perf_counter()
             if not arm.selection_file.is_file():
-                chosen = selectors.chosen(name, seed, folder.side_arm(f"scout-{seed}").adapter)
+                chosen = selectors.chosen(heads, seed, folder.side_arm(f"scout-{seed}").adapter)
                 HeadSelection.custom(
                     [(unit.layer, unit.index) for unit in chosen],
                     n_total=len(selectors.units),
