@@ -221,9 +221,7 @@ def table(found: dict[str, dict[int, EvalResult]]) -> None:
     changed = [name for name in found if name not in ("before alignment", "aligned", "fine-tuned")]
     comparisons = {(suite, name): compare(of[suite][name], of[suite]["fine-tuned"]) for suite in of for name in changed}
     adjusted = dict(zip(comparisons, holm([one.p for one in comparisons.values()]), strict=True))
-    print(
-        "| model (last columns: minus fine-tuned) | refused, % | NLL of held-out helpful replies | refused, points | NLL |"
-    )
+    print("| model | refused, % | NLL of helpful replies | refused minus fine-tuned, points | NLL minus fine-tuned |")
     print("|---|---|---|---|---|")
     for name in found:
         cells = ["", ""]

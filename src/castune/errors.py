@@ -71,6 +71,8 @@ def of_the_machine(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and error.errno in _IN_THE_WAY:
         return f"{error.filename or 'a file'}: path already exists ({error.strerror}); remove it, or choose another"
+    if isinstance(error, FileNotFoundError) and str(error.filename).startswith("/proc/"):
+        return f"{error.filename}: nothing can be created in this file system; choose another path"
     # Writers below Python, and copies of whole directories, have errors of their own.
     if re.search("No space left on device|File too large|Read-only file system|Disk quota exceeded", str(error)):
         return (

@@ -37,11 +37,19 @@ _UMASK = threading.Lock()
 def replacing(path: str | Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place when the block ends without an error.
 
+    A device or pipe, such as /dev/null or /dev/stdout, is written to instead: moving a file there would remove it.
+
     Args:
         path: the file to make or replace.
         private: only its owner may read it: it may hold harmful replies.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as aside:
+            yield Path(aside) / "content"
+            with path.open("wb") as stream:
+                stream.write((Path(aside) / "content").read_bytes())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)

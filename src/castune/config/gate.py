@@ -110,6 +110,15 @@ class GatePolicy(Config):
                     )
         return self
 
+    def check_named(self, main: str) -> None:
+        """Check the rules once more with the name of the main arm in place of its absence.
+
+        Raises:
+            CastuneError: one rule twice, two that contradict each other, or an arm compared with itself.
+        """
+        named = [{**rule.model_dump(exclude_none=True), "arm": rule.arm or main} for rule in self.rule]
+        GatePolicy.of({"rule": named})
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GatePolicy:
         """A policy from plain values, as a TOML file has them.

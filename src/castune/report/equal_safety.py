@@ -47,7 +47,7 @@ def sentences(found: SafetyCosts) -> list[str]:
         gains.append(f"{level(full, about.unit)} in {arm} ({rise}{ends})")
     first = f"{about.label} went from {level(base, about.unit)} to {_listed(gains)}."
     if found.target is None:
-        second = "An arm is nowhere safer than the base model, so there is no safety at which costs can be compared."
+        second = f"{_nowhere(found)}, so there is no safety at which costs can be compared."
         return [first, second, "So whether selecting heads pays off cannot be determined.", *_left_out(found)]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
@@ -64,14 +64,30 @@ def _scaled(found: SafetyCosts) -> str:
 
 
 def _left_out(found: SafetyCosts) -> list[str]:
-    """What of the run is not compared, and how it would be."""
-    if not found.left_out:
-        return []
-    one = len(found.left_out) == 1
+    """What of the run is not compared, and why."""
+    why = {
+        found.not_safer: (
+            "is not seen to be safer than the base model",
+            "are not seen to be safer than the base model",
+        ),
+        found.left_out: (
+            "was not measured at other strengths; castune dial RUN --arm NAME does that",
+            "were not measured at other strengths; castune dial RUN --arm NAME does that",
+        ),
+    }
     return [
-        f"Arm{'' if one else 's'} {_listed(found.left_out)} {'is' if one else 'are'} not compared, because "
-        f"{'it was' if one else 'they were'} not measured at other strengths; castune dial RUN --arm NAME does that."
+        f"Arm {names[0]} is not compared, because it {of_one}."
+        if len(names) == 1
+        else f"Arms {_listed(names)} are not compared, because they {of_many}."
+        for names, (of_one, of_many) in why.items()
+        if names
     ]
+
+
+def _nowhere(found: SafetyCosts) -> str:
+    """That nothing can be compared without a gain."""
+    arm = f"Arm {next(iter(found.gains))}" if len(found.gains) == 1 else "An arm"
+    return f"{arm} is nowhere safer than the base model"
 
 
 def _verdict(found: SafetyCosts) -> str:
@@ -125,7 +141,7 @@ def costs_table(found: SafetyCosts) -> Markup:
                 ]
             )
     if not rows:
-        return tag("p", "An arm is nowhere safer than the base model: nothing can be compared at equal safety.")
+        return tag("p", f"{_nowhere(found)}: nothing can be compared at equal safety.")
     head = ["Cost", "Arm", "Strength", "At equal safety", f"{main} minus arm", "n"]
     assert found.target is not None
     unit = PURPOSES[found.safety].unit
@@ -186,7 +202,7 @@ def _listed(words: Sequence[str]) -> str:
 def _chart(found: SafetyCosts, cost: str) -> Chart:
     """Cost over safety: a line an arm with its 95 % band, its measured strengths, and the common safety."""
     scale, safety_scale = PURPOSES[cost].shown.scale, PURPOSES[found.safety].shown.scale
-    colours = arm_colours(found.arms)
+    colours = arm_colours(list(found.gains))
     # More than three names do not fit beside each other.
     legend = alt.Legend(orient="top", title=None, symbolOpacity=1, columns=min(3, len(colours)))
     hue = alt.Color("arm:N", legend=legend).scale(domain=list(colours), range=list(colours.values()))

@@ -31,12 +31,14 @@ class SafetyCosts:
 
     Attributes:
         safety: the purpose whose number is the safety, of all its suites' prompts together.
-        target: the safety at which arms are compared; None where an arm is nowhere safer than base.
+        target: the safety at which arms are compared; None where no arm is safer than base.
         gains: of every arm.
-        costs: what every arm pays, by purpose; empty without a target. Of `utility` right answers lost, of others
+        costs: what every arm that is compared pays, by purpose; empty without a target. Of `utility` right answers lost, of others
             their rise.
         bands: cost over safety, by purpose and arm.
         points: every arm at every strength, the base at 0, by purpose and arm.
+        not_safer: arms that are not compared, because they are not seen to be safer than base at any strength: what the
+            others pay would be compared at next to no safety.
         left_out: arms that were measured at full strength alone, or at other strengths by other settings.
     """
 
@@ -46,9 +48,10 @@ class SafetyCosts:
     costs: Mapping[str, EqualSafety]
     bands: Mapping[str, Mapping[str, CostBand]]
     points: Mapping[str, Mapping[str, list[Point]]]
+    not_safer: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
     @property
     def arms(self) -> list[str]:
-        """The arms, in the order given."""
-        return list(self.gains)
+        """The arms that are compared, in the order given."""
+        return [arm for arm in self.gains if arm not in self.not_safer]

@@ -48,7 +48,7 @@ def costs_at_equal_safety(folder: RunDirectory) -> SafetyCosts | None:
     if base is None:
         return None
     found = safety_costs(base, {name: [points] for name, points in arms.items()})
-    return found and replace(found, left_out=tuple(name for name in arms if name not in found.arms))
+    return found and replace(found, left_out=tuple(name for name in arms if name not in found.gains))
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,12 @@ def strengths_at_equal_safety(folder: RunDirectory, names: Sequence[str]) -> Equ
         return EqualStrengths(None, full, "the run has no suite that measures safety")
     # What an adapter costs does not matter here, and a curve has costs: safety lost.
     curves = {name: _curve(base, _until_safest(base, found, safety), safety, safety) for name, found in points.items()}
-    target = common_target(curves) if _is_scored(curves.values()) else None
-    if target is None:
-        return EqualStrengths(None, full, "an arm is nowhere safer than the base model")
+    if not _is_scored(curves.values()):
+        return EqualStrengths(None, full, "no prompt is scored under all of them")
+    if not_safer := [name for name, curve in curves.items() if common_target({name: curve}) is None]:
+        return EqualStrengths(None, full, f"{', '.join(not_safer)}: nowhere safer than the base model")
+    target = common_target(curves)
+    assert target is not None, "every arm is somewhere safer than the base model"
     at = {name: found.strength for name, found in equal_safety(curves, target, draws=1).arms.items()}
     reached = {name: strength for name, strength in at.items() if strength is not None}
     assert reached.keys() == full.keys(), "every arm reaches a share of what the weakest reaches"
@@ -134,7 +137,8 @@ def safety_costs(
             strengths than each other; of the trainings of one those that all of them have are used, and none above
             full strength behind its safest: there an adapter breaks the model, and safety would seem to level off
             before.
-        target: safety at which arms are compared; `common_target` when absent.
+        target: safety at which arms are compared; when absent, `common_target` of those that are seen to be safer than
+            the base model, or of all where none is.
 
     Returns:
         None where fewer than two strengths, safety or no cost was measured; what has no example that is scored under
@@ -145,7 +149,10 @@ def safety_costs(
         return None
     safety, curves = measured
     first = next(iter(curves.values()))
-    chosen = common_target(first) if target is None else target
+    not_safer = () if target is not None else tuple(name for name, curve in first.items() if not _is_safer(curve))
+    if len(not_safer) == len(first):
+        not_safer = ()
+    chosen = common_target(_without(first, not_safer)) if target is None else target
     found = SafetyCosts(
         safety=safety,
         target=chosen,
@@ -153,12 +160,13 @@ def safety_costs(
         costs={},
         bands={},
         points={cost: {name: _points(curve) for name, curve in of_cost.items()} for cost, of_cost in curves.items()},
+        not_safer=not_safer,
     )
     if chosen is None:
         return found
     return replace(
         found,
-        costs=adjusted({cost: equal_safety(of_cost, chosen) for cost, of_cost in curves.items()}),
+        costs=adjusted({cost: equal_safety(_without(of_cost, not_safer), chosen) for cost, of_cost in curves.items()}),
         bands={cost: cost_bands(of_cost) for cost, of_cost in curves.items()},
     )
 
@@ -246,15 +254,29 @@ def _points(curve: Curve) -> list[Point]:
 
 
 def _gain(curve: Curve) -> Gain:
+    """At full strength."""
+    return _gain_at(curve, int(np.flatnonzero(curve.strengths_J == 1)[0]))
+
+
+def _gain_at(curve: Curve, at: int) -> Gain:
     """Of the trainings' mean, over examples."""
     safety_TJN = _scored(curve.safety_TJN)
-    full = int(np.flatnonzero(curve.strengths_J == 1)[0])
-    change_N = (safety_TJN[:, full] - safety_TJN[:, 0]).mean(0)
+    change_N = (safety_TJN[:, at] - safety_TJN[:, 0]).mean(0)
     mean, n = float(change_N.mean()), len(change_N)
     if n < 2:
         return Gain(mean, None)
     half = student_quantile(n - 1) * float(change_N.std(ddof=1)) / n**0.5
     return Gain(mean, Interval(mean - half, mean + half))
+
+
+def _is_safer(curve: Curve) -> bool:
+    """Whether at some strength the interval of what is gained lies above 0."""
+    gains = [_gain_at(curve, at) for at in range(1, len(curve.strengths_J))]
+    return any(gain.interval is not None and gain.interval.low > 0 for gain in gains)
+
+
+def _without(curves: Mapping[str, Curve], names: Sequence[str]) -> dict[str, Curve]:
+    return {name: curve for name, curve in curves.items() if name not in names}
 
 
 def _scored(outcomes_TJN: Floats) -> Floats:

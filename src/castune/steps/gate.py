@@ -53,8 +53,8 @@ def gate_step(folder: RunDirectory, policy: Path, *, baseline: RunDirectory | No
         CastuneError: the policy is malformed, asks for an arm or a metric that there is not, or for a threshold beyond
             the metric's range; or an artifact is damaged. The message names the rule and the key.
     """
-    rules = GatePolicy.load(policy).rule
-    here = _Run.of(folder)
+    wanted = GatePolicy.load(policy)
+    rules, here = wanted.rule, _Run.of(folder)
     there = None if baseline is None else _Run.of(baseline)
     if there is not None and all(rule.against != BASELINE for rule in rules):
         logger.warning('--baseline %s has no effect: no rule says against = "baseline"', there.folder.path)
@@ -64,6 +64,7 @@ def gate_step(folder: RunDirectory, policy: Path, *, baseline: RunDirectory | No
             found.append(_judged(rule, here, there))
         except CastuneError as error:
             raise CastuneError(f"{policy}: rule {place}: {error}") from None
+    _check_named(wanted, policy, here)
     return GateResult(
         run=str(folder.path),
         baseline=None if baseline is None else str(baseline.path),
@@ -71,6 +72,18 @@ def gate_step(folder: RunDirectory, policy: Path, *, baseline: RunDirectory | No
         adapters={rule.arm: here.adapter(rule.arm) for rule in found},
         rules=tuple(found),
     )
+
+
+def _check_named(wanted: GatePolicy, policy: Path, here: _Run) -> None:
+    """Refuse rules that contradict each other once the main arm has its name."""
+    try:
+        main = here.arm(None)
+    except ArtifactError:
+        return  # the rules that ask for it say so
+    try:
+        wanted.check_named(main)
+    except CastuneError as error:
+        raise CastuneError(f"{policy}: with the main arm {main}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -12,32 +12,25 @@ Shape letters: R LoRA rank, M outputs and N inputs of a module.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from castune.artifacts import HeadSelection, ProjectedAdapter
+from castune.artifacts import ProjectedAdapter
 from castune.artifacts.files import check_vacant, new_directory
 from castune.artifacts.projected_adapter import PROJECTION_FILE, ProjectedUpdate
-from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_hash
+from castune.artifacts.tune_result import ADAPTER_WEIGHTS, adapter_hash
 from castune.core.alignment import AlignmentProjector, similarity
 from castune.core.gguf import display_name
-from castune.core.heads import HeadLayout
-from castune.core.provenance import fingerprint, model_record, provenance
-from castune.core.quantisation import dense_weight
-from castune.core.units import UnitLayout
+from castune.core.provenance import model_record, provenance
 from castune.errors import CastuneError, CertificateError
 from castune.tuning.adapter_files import (
-    PREFIX,
-    addressed_modules,
     check_base,
     check_loaded,
     lora_pairs,
@@ -45,7 +38,7 @@ from castune.tuning.adapter_files import (
     scaling_of,
 )
 from castune.tuning.alignment_pair import AlignmentPair, weight_rows
-from castune.tuning.targets import Target, targets
+from castune.tuning.touched_units import Pair, TouchedUnits, write_pairs
 from castune.tuning.verify import certify
 
 if TYPE_CHECKING:
@@ -55,9 +48,6 @@ logger = logging.getLogger(__name__)
 
 # Below this cosine an update is projected where nothing else is said.
 THRESHOLD = 0.35
-
-# A and B of a module: `[R, N]` and `[M, R]`.
-Pair = tuple[Tensor, Tensor]
 
 
 def project_adapter(
@@ -108,10 +98,11 @@ def project_adapter(
     pairs = _read(adapter, config, base)
     rule.check(len(pairs))
     models.check(list(pairs))
-    touched = _Touched.by(base, adapter, list(pairs))
-    updates, left = rule.projected(pairs, config, models)
+    touched = TouchedUnits.by(base, adapter, list(pairs))
+    updates, lefts = rule.projected(pairs, config, models)
+    projected = {path: (a, lefts[path]) for path, (a, _) in pairs.items()}
     with new_directory(out, replace=again) as aside:
-        _write(adapter, aside, touched.filled(pairs, left), [name for name, _ in base.named_modules()])
+        write_pairs(adapter, aside, touched.filled(projected), [name for name, _ in base.named_modules()])
         touched.selection.save(aside)
         result = ProjectedAdapter(
             certificate=certify(base, aside, touched.selection),
@@ -190,59 +181,6 @@ class _Rule:
         return set(sorted(cosines, key=lambda path: cosines[path])[: self.layers])
 
 
-@dataclass(frozen=True)
-class _Touched:
-    """All units that own a part of some modules.
-
-    Attributes:
-        selection: these units.
-        wanted: the modules that hold a part of them, by path: some may be beside those of the adapter, since an MLP is
-            one unit.
-        base: the base model.
-    """
-
-    selection: HeadSelection
-    wanted: Mapping[str, Target]
-    base: nn.Module
-
-    @classmethod
-    def by(cls, base: nn.Module, adapter: Path, paths: Collection[str]) -> _Touched:
-        """The units that own the modules of an adapter.
-
-        Raises:
-            CertificateError: a module, or a part of one, belongs to no unit.
-        """
-        layout, reasons = UnitLayout.locatable(base, HeadLayout.of(base))
-        units = [one for one in layout.units if any(part.path in paths for part in layout.parts(one))]
-        kinds = {one.kind for one in units}
-        selection = HeadSelection.custom(
-            [(one.layer, one.index) for one in units if one.is_head],
-            n_total=sum(one.kind in kinds for one in layout.units),
-            model_fingerprint=fingerprint(base),
-            units=[one for one in units if not one.is_head],
-        )
-        wanted = targets(layout, selection)
-        free = [path for path in paths if path not in wanted or not wanted[path].mask.all()]
-        if free:
-            why = f" ({reasons[0]})" if reasons else ""
-            raise CertificateError(
-                f"{adapter / ADAPTER_WEIGHTS}: {PREFIX}{free[0]} has parts that belong to no unit{why}, so nothing "
-                "could be certified; accepted: projections of attention and of dense MLPs; castune mask keeps those "
-                "of the query heads"
-            )
-        return cls(selection, wanted, base)
-
-    def filled(self, pairs: Mapping[str, Pair], lefts: Mapping[str, Tensor]) -> dict[str, Pair]:
-        """A and the new B of every module of the units, with updates of zero where the adapter has none."""
-        some_a, _ = next(iter(pairs.values()))
-        found = {path: (a, lefts[path]) for path, (a, _) in pairs.items()}
-        for path in self.wanted.keys() - pairs.keys():
-            n_rows, width = self.wanted[path].rows_of(dense_weight(self.base.get_submodule(path))).shape
-            rank = len(some_a)
-            found[path] = some_a.new_zeros(rank, width), some_a.new_zeros(n_rows, rank)
-        return found
-
-
 def _read(adapter: Path, config: Mapping[str, Any], base: nn.Module) -> dict[str, Pair]:
     """A and B of every module in float32, checked against the base."""
     weights, rank, modules = adapter / ADAPTER_WEIGHTS, config["r"], dict(base.named_modules())
@@ -260,20 +198,3 @@ def _read(adapter: Path, config: Mapping[str, Any], base: nn.Module) -> dict[str
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise CertificateError(f"{weights}: {path} has values that are not finite")
     return pairs
-
-
-def _write(adapter: Path, folder: Path, pairs: Mapping[str, Pair], modules: Collection[str]) -> None:
-    """Write the settings of an adapter with other tensors."""
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    names = config["target_modules"]
-    is_plain = isinstance(names, list) and not (config.get("layers_pattern") or config.get("exclude_modules"))
-    if not is_plain or addressed_modules(config, modules) != pairs.keys():
-        # A pattern, or names that leave out a module which the certificate asks for.
-        nothing = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
-        config |= {**nothing, "target_modules": sorted(pairs)}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    tensors = {}
-    for path, (a, b) in pairs.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = b.contiguous()
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -8,23 +8,21 @@ by which strengths are evaluated, multiplies alpha / r instead: the same up to r
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from castune.artifacts import HeadSelection, ScaledAdapter
 from castune.artifacts.files import check_vacant, new_directory
 from castune.artifacts.scaled_adapter import SCALE_FILE
-from castune.artifacts.tune_result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_hash
+from castune.artifacts.tune_result import ADAPTER_WEIGHTS, adapter_hash
 from castune.core.gguf import display_name
 from castune.core.provenance import model_record, provenance
 from castune.errors import CastuneError, CertificateError
-from castune.tuning.adapter_files import PREFIX, lora_pairs, plain_lora_config
+from castune.tuning.adapter_files import lora_pairs, plain_lora_config
 from castune.tuning.mask import check_base
+from castune.tuning.touched_units import Pair, TouchedUnits, write_pairs
 from castune.tuning.verify import certify
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 def scale_adapter(
     base: PreTrainedModel,
     adapter: str | Path,
-    selection: HeadSelection,
+    selection: HeadSelection | None,
     out: str | Path,
     *,
     strength: float,
@@ -47,7 +45,8 @@ def scale_adapter(
     Args:
         base: the base model of the adapter; it is left as it was.
         adapter: directory of a plain PEFT LoRA adapter, rank-stabilised or not.
-        selection: the heads, and units of other kinds, that the adapter changes.
+        selection: the heads, and units of other kinds, that the adapter changes; None for all units that own a part of
+            its modules, as of an adapter that castune did not train.
         out: the adapter directory to write. It is complete or absent, never half-written.
         strength: what the update is multiplied by, above 0; 1 is the adapter as it is.
         name: what the record calls the adapter; the name of its directory when absent.
@@ -67,9 +66,12 @@ def scale_adapter(
         check_vacant(out)
     config = plain_lora_config(adapter)
     check_base(adapter, config, base)
+    pairs = _scaled(adapter / ADAPTER_WEIGHTS, strength)
+    if selection is None:
+        touched = TouchedUnits.by(base, adapter, list(pairs))
+        selection, pairs = touched.selection, touched.filled(pairs)
     with new_directory(out, replace=again) as aside:
-        shutil.copyfile(adapter / ADAPTER_CONFIG, aside / ADAPTER_CONFIG)
-        save_file(_scaled(adapter / ADAPTER_WEIGHTS, strength), aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        write_pairs(adapter, aside, pairs, [name for name, _ in base.named_modules()])
         selection.save(aside)
         result = ScaledAdapter(
             certificate=certify(base, aside, selection),
@@ -90,15 +92,14 @@ def scale_adapter(
     return result
 
 
-def _scaled(weights: Path, strength: float) -> dict[str, Tensor]:
-    """The tensors of the adapter file: A as it is, B times the strength."""
-    tensors = {}
+def _scaled(weights: Path, strength: float) -> dict[str, Pair]:
+    """A of every module of the adapter file as it is, and B times the strength."""
+    pairs = {}
     for path, a, b in lora_pairs(weights):
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise CertificateError(f"{weights}: {path} has values that are not finite")
         if b.dtype in (torch.float16, torch.bfloat16):
             # PEFT computes with float32 whatever the file has, and in 16 bits the product would be rounded.
             a, b = a.float(), b.float()
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = (b * strength).contiguous()
-    return tensors
+        pairs[path] = a, b * strength
+    return pairs

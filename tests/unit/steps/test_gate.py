@@ -351,3 +351,12 @@ def test_a_threshold_that_asks_for_what_is_bad_is_told(folder: RunDirectory, cap
     with caplog.at_level(logging.WARNING, "castune"):
         judged(folder, 'metric = "over-refusal"\nat_least = 0.01')
     assert "over-refusal at least 0.01: this asks for what is bad" in caplog.text
+
+
+def test_rules_of_the_main_arm_by_its_name_and_without_are_one(folder: RunDirectory) -> None:
+    named = 'arm = "safe"\nmetric = "safety"\nat_most = 0.8'
+    with pytest.raises(CastuneError, match="with the main arm safe: rules 1 and 2 contradict each other"):
+        gated(folder, 'metric = "safety"\nat_least = 0.9', named)
+    with pytest.raises(CastuneError, match="with the main arm safe: rule 2 is rule 1 again"):
+        gated(folder, 'metric = "safety"\nat_most = 0.8', named)
+    gated(folder, named, 'arm = "base"\nmetric = "safety"\nat_least = 0.1')

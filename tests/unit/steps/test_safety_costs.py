@@ -288,6 +288,33 @@ def test_an_adapter_that_breaks_above_full_strength_is_compared_below() -> None:
     assert "With each adapter scaled down to the same safety" in sentences(plain)[1]
 
 
+@pytest.mark.parametrize("gain", [-0.1, 0.0, 0.03])
+def test_an_arm_that_is_not_seen_to_be_safer_hides_nothing_of_the_others(gain: float) -> None:
+    base, arms = run({"safe": 0.2, "all": 0.6})
+    _, weak = run({"kept": 0.1}, gain=gain)
+    alone, found = safety_costs(base, arms), safety_costs(base, {"kept": weak["kept"], **arms})
+    assert alone is not None
+    assert found is not None
+    assert found.target == alone.target
+    assert found.not_safer == ("kept",)
+    assert found.arms == ["safe", "all"]
+    assert found.costs["nll"].differences["safe", "all"] == alone.costs["nll"].differences["safe", "all"]
+    first, *others, last = sentences(found)
+    assert "in kept" in first
+    assert others == sentences(alone)[1:]
+    assert last == "Arm kept is not compared, because it is not seen to be safer than the base model."
+    assert "kept" not in costs_table(found)
+    assert set(found.points["nll"]) == {"kept", "safe", "all"}
+
+
+def test_where_no_arm_is_seen_to_be_safer_all_that_rise_are_compared() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.6}, gain=0.03)
+    found = safety_costs(base, arms)
+    assert found is not None
+    assert found.not_safer == ()
+    assert found.target is not None
+
+
 @pytest.mark.parametrize(("names", "said"), [(("all",), "Arm all is"), (("all", "risky"), "Arms all and risky are")])
 def test_arms_that_are_not_compared_are_named(names: tuple[str, ...], said: str) -> None:
     base, arms = run({"safe": 0.2})

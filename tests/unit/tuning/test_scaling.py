@@ -200,6 +200,29 @@ def test_rank_stabilised_lora_has_a_strength_and_a_certificate(
     torch.testing.assert_close(logits(merged), measured, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [(family, "all-linear") for family, _ in FAMILIES] + [("llama", ["up_proj"]), ("gpt2", ["c_fc"])],
+    ids=str,
+)
+def test_without_a_selection_it_is_of_all_units_of_the_modules(
+    tiny_model: TinyModel, tmp_path: Path, family: str, modules: str | list[str]
+) -> None:
+    """An adapter that castune did not train: nothing says what it may change but its tensors."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=2, target_modules=modules, init_lora_weights=False, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM"
+    )
+    get_peft_model(tiny_model(family), config).save_pretrained(tmp_path / "adapter")
+    result = scale_adapter(tiny_model(family), tmp_path / "adapter", None, tmp_path / "out", strength=0.3)
+    measured = evaluated_at(tiny_model(family), tmp_path / "adapter", 0.3)
+    torch.testing.assert_close(read_back(tiny_model(family), tmp_path / "out"), measured, rtol=1e-6, atol=1e-5)
+    kinds = {unit.kind for unit in HeadSelection.load(tmp_path / "out").units}
+    assert "mlp_block" in kinds
+    assert ("q_head" in kinds) == (modules == "all-linear")
+    assert result.certificate.changed_rows > 0
+
+
 # -- refusals
 
 
