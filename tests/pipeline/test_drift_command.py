@@ -315,7 +315,8 @@ def test_what_cannot_be_measured_is_told(finished: Path, own_data: dict[str, Pat
         said = refused("drift", finished, "--arm", "risky")
         assert "has no snapshots of its 2 steps" in said
         assert f"castune tune {finished} --arm risky --overwrite --snapshot-steps N" in said
-    assert "accepted: 1/n to n/n" in refused("drift", finished, "--shard", "3/2")
+    # Before anything else is found wrong.
+    assert "accepted: 1/n to n/n" in refused("drift", finished, "--arm", "risky", "--shard", "3/2")
     command("mask", finished / "adapter", "--run", finished, "--as", "masked")
     assert "made from other adapters" in refused("drift", finished, "--arm", "masked")
     assert "snapshot_steps" in refused("tune", finished, "--data", own_data["align"], "--snapshot-steps", 0)

@@ -48,6 +48,13 @@ _CONCLUDED_LETTER = re.compile(
     + r"\s*(?:[.!;]|$|because\b|since\b)",
     re.IGNORECASE | re.MULTILINE,
 )
+# "The answer is not A, it is C", "not B but D".
+_CORRECTED_LETTER = re.compile(
+    rf"(?:\bnot|n't)\s+{_OPTION}{_MARKS}\s*[A-J](?![A-Za-z0-9'’]){_END_MARKS}\s*[,;:.–—-]?\s*"
+    r"(?:but(?:\s+rather|\s+instead)?\s+(?:it(?:'s|\s+is)\s+)?|(?:rather|instead),?\s+(?:it(?:'s|\s+is)\s+)?"
+    r"|(?:it|that)(?:'s|\s+is)\s+)" + _OPTION + _LETTER + r"\s*(?:[.!;,(]|$|because\b|since\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
 # "Option B is correct", "C is the answer", where nothing is stated as the answer in so many words.
 _CALLED_CORRECT = re.compile(
     _OPTION + r"(?<![A-Za-z])[*_]*\(?(?P<letter>[A-J])\)?[*_]*\s+(?:is|must\s+be)\s+(?:\w+ly\s+)?(?:the\s+answer"
@@ -78,7 +85,7 @@ def stated_letter(reply: str, n_choices: int) -> str | None:
     reply = squeezed(typed(reply))
     stated = [
         (match.start("letter"), _chosen(reply, match))
-        for pattern in (_STATED_LETTER, _STATED_WITH_TEXT, _CONCLUDED_LETTER)
+        for pattern in (_STATED_LETTER, _STATED_WITH_TEXT, _CONCLUDED_LETTER, _CORRECTED_LETTER)
         for match in pattern.finditer(reply)
         if _is_letter(reply, match)
     ]

@@ -21,6 +21,7 @@ _SPELLING = str.maketrans(
 _RAISED = {ord(raised): plain for raised, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-", strict=True)}
 _RAISED_RUN = re.compile(f"[{''.join(map(chr, _RAISED))}]+")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_TOKEN = re.compile(r"(\\[A-Za-z]+|[^\s{}\\$]+)")
 # "Answer" and "is" in the languages whose refusals are known.
 ANSWER = (
     r"(?:\b(?:answers?|antwort|réponse|respuesta|resposta|risposta|ответ)\b(?:\s+(?:correct[ae]?|finale?|corretta))?"
@@ -49,29 +50,28 @@ def _latex_of(character: str) -> str:
 
 def last_boxed(reply: str) -> str | None:
     r"""The content of the last `\boxed{...}` whose braces close; None where there is none."""
-    found = None
+    found, closing = None, _closing(reply)
     for match in BOX.finditer(reply):
-        rest = reply[match.end() :]
-        if not rest.startswith("{"):
+        at = match.end()
+        if not reply.startswith("{", at):
             # `\boxed 7`: TeX takes one token.
-            token = re.match(r"(\\[A-Za-z]+|[^\s{}\\$]+)", rest)
-            if token and re.search(r"\s$", match[0]):
+            token = _TOKEN.match(reply, at)
+            if token and match[0][-1].isspace():
                 found = token[1]
-            continue
-        content = _braced(rest)
-        if content is not None:
-            found = content
+        elif at in closing:
+            found = reply[at + 1 : closing[at]]
     return None if found is None else found.strip()
 
 
-def _braced(text: str) -> str | None:
-    """What stands between the first brace and the one that closes it."""
-    depth = 0
+def _closing(text: str) -> dict[int, int]:
+    """Where each brace that is closed is closed."""
+    found, open_at = {}, []
     for position, character in enumerate(text):
         # An escaped brace is a character of the answer: \{1, 2\}.
-        if position and text[position - 1] == "\\" and character in "{}":
+        if character not in "{}" or (position and text[position - 1] == "\\"):
             continue
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[1:position]
-    return None
+        if character == "{":
+            open_at.append(position)
+        elif open_at:
+            found[open_at.pop()] = position
+    return found

@@ -51,6 +51,7 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
         CastuneError: no such arm, an arm without snapshots, or data and model that are not those of the run's map.
         MapUnfinished: this share is done, others are missing.
     """
+    Shard.of(shard)  # refused before a model is loaded
     recipe, arm = folder.load_recipe(), folder.arm(name)
     cmap = folder.load_map()
     require_query_heads(cmap, f"{folder.path}: drift can be measured")

@@ -230,7 +230,14 @@ def lora_pairs(weights: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     paths = sorted({key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in tensors})
     known = {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}
     if known != tensors.keys():
-        raise CertificateError(f"{weights}: {sorted(known ^ tensors.keys())[0]}: unexpected or missing tensor")
+        odd = sorted(known ^ tensors.keys())[0]
+        why = "unexpected or missing tensor"
+        if odd in tensors and (".base_layer." in odd or ".lora_embedding_" in odd or ".lora_" not in odd):
+            why = (
+                "the file holds more than LoRA of linear layers, as PEFT writes it where embeddings or the output head "
+                "are trained; accepted: A and B of linear layers alone; castune inspect reads such an adapter"
+            )
+        raise CertificateError(f"{weights}: {odd}: {why}")
     for path in paths:
         yield path.removeprefix(PREFIX), tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
 

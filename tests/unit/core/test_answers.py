@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +185,23 @@ def test_the_box_of_a_reply(reply: str, content: str | None) -> None:
     assert last_boxed(reply) == content
 
 
+@given(st.text(alphabet=r"\{}1 ", max_size=12).map(lambda text: rf"{text}\boxed{text[::-1]}\boxed{{{text}}}"))
+def test_the_box_is_the_last_whose_braces_close_counted_one_by_one(reply: str) -> None:
+    found = None
+    for match in re.finditer(r"\\boxed\s*(?=\{)", reply):
+        depth, rest = 0, reply[match.end() :]
+        for at, character in enumerate(rest):
+            if character in "{}" and not (at and rest[at - 1] == "\\"):
+                depth += 1 if character == "{" else -1
+            if depth == 0:
+                found = (match.start(), rest[1:at].strip())
+                break
+    tokens = list(re.finditer(r"\\boxed\s+(\\[A-Za-z]+|[^\s{}\\$]+)", reply))
+    if tokens and (found is None or tokens[-1].start() > found[0]):
+        found = (tokens[-1].start(), tokens[-1][1])
+    assert last_boxed(reply) == (None if found is None else found[1])
+
+
 STATEMENTS = (
     "The answer is {} because it fits.", "the answer is {}.", "Option {}", "{}) as it fits", "({}) It fits.", r"\boxed{{{}}}",
     "I wavered between B and C, but the answer is {}", r"{0} is tempting. The answer is C? No: \boxed{{{0}}}",
@@ -276,6 +294,14 @@ def test_a_letter_is_found_however_it_is_stated_and_only_among_the_choices(
         ("C, D", None),
         ("A, B, C", None),
         ("The answer is B-52", None),
+        # One that is corrected, and one that is only spoken of.
+        ("The answer is not A, it is C.", "C"),
+        ("The answer isn't (A) but (C)", "C"),
+        ("It is not option B; rather D.", "D"),
+        ("The answer is not A.", None),
+        ("The answer is not A, B or C.", None),
+        ("The answer is A, not B, but C was close.", "A"),
+        ("The answer is C. It is not A but it is close.", "C"),
     ],
 )
 def test_the_letter_is_the_one_that_is_stated_as_the_answer(reply: str, letter: str | None) -> None:

@@ -215,6 +215,14 @@ def test_anything_but_plain_lora_is_refused(
     assert "adapter_config.json" in refused([source(name="good"), adapter], combination="ties")
 
 
+def test_lora_of_embeddings_and_what_peft_writes_with_it_are_refused(
+    refused: Callable[..., str], source: Source, recwarn: pytest.WarningsRecorder
+) -> None:
+    said = refused(source("llama", "q_proj", "embed_tokens"), CertificateError)
+    assert "embed_tokens" in said
+    assert "castune inspect reads such an adapter" in said
+
+
 def test_another_base_model_is_refused(
     refused: Callable[..., str], tiny_model: TinyModel, selection_of: SelectionOf, source: Source, tmp_path: Path
 ) -> None:
