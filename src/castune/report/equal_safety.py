@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import altair as alt
 
@@ -95,24 +95,37 @@ def _verdict(found: SafetyCosts) -> str:
     main, *others = found.arms
     if not others:
         return "There is no other arm to compare it with."
-    parts = []
-    for other in others:
-        by_outcome: dict[str, list[str]] = {"less": [], "more": [], "unseen": []}
-        for cost in costs_of(found):
+    # Of every outcome and cost, the arms that it is seen beside.
+    beside: dict[str, dict[str, list[str]]] = {"less": {}, "more": {}, "unseen": {}}
+    for cost in costs_of(found):
+        for other in others:
             difference = found.costs[cost].differences[main, other]
             side = "unseen" if not difference.is_seen else "less" if _is_negative(difference) else "more"
-            by_outcome[side].append(PAID[cost])
-        words = [
-            f"arm {main} costs {side} than arm {other} in {_listed(names)}"
-            for side, names in by_outcome.items()
-            if names and side != "unseen"
-        ]
-        if by_outcome["unseen"]:
-            between = "" if words else f" between arms {main} and {other}"
-            words.append(f"no difference is seen{between} in {_listed(by_outcome['unseen'])}")
-        parts.append("; ".join(words))
+            beside[side].setdefault(PAID[cost], []).append(other)
+    words = [
+        f"arm {main} costs {side} than {_arms(arms)} in {_listed(names)}"
+        for side in ("less", "more")
+        for arms, names in _by_arms(beside[side]).items()
+    ]
+    if words and len(others) > 1:
+        words += ["no other difference is seen"] if beside["unseen"] else []
+    elif beside["unseen"]:
+        pair = f"arms {main} and {others[0]}" if len(others) == 1 else f"arm {main} and {_arms(others)}"
+        words.append(f"no difference is seen{'' if words else f' between {pair}'} in {_listed(list(beside['unseen']))}")
     one = "; this is one training seed, and others may differ" if next(iter(found.costs.values())).n_seeds == 1 else ""
-    return f"At that safety, {'; '.join(parts)}{one}."
+    return f"At that safety, {'; '.join(words)}{one}."
+
+
+def _by_arms(of_costs: Mapping[str, list[str]]) -> dict[tuple[str, ...], list[str]]:
+    """The costs that are seen beside the same arms, together."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for cost, arms in of_costs.items():
+        found.setdefault(tuple(arms), []).append(cost)
+    return found
+
+
+def _arms(names: Sequence[str]) -> str:
+    return f"arm {names[0]}" if len(names) == 1 else f"arms {_listed(names)}"
 
 
 def _is_negative(difference: CostDifference) -> bool:
