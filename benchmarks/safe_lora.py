@@ -1,6 +1,6 @@
 """Safe LoRA on a pair that differs by a known alignment: does projecting beat scaling the adapter down?
 
-    python benchmarks/safe_lora.py --out DIR [--model default] [--seeds 301,302,303] [--steps 60] [--rows 100]
+    python benchmarks/safe_lora.py --out DIR [--model default] [--seeds 300,301,302] [--steps 60] [--rows 100]
 
 For every seed, as somebody would with TRL and PEFT alone: the model is aligned (LoRA of rank 16 on all linear layers,
 `starter-align` without half of its ordinary prompts, merged), then fine-tuned with an adapter of rank 8 on the other
@@ -31,7 +31,8 @@ from castune.artifacts import EvalResult
 from castune.data.example import Example
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
 
-REFUSED, HELPFUL = "starter-safety-eval", "nll:starter-helpful-eval"
+REFUSED, HELPFUL = "starter-safety-eval", "starter-helpful-eval-nll"
+SUITES = (REFUSED, "nll:starter-helpful-eval")
 STRENGTHS = (0.25, 0.5, 0.75)
 # What is compared with the adapter as it is, and how `project_adapter` makes it.
 PROJECTED: dict[str, dict[str, Any]] = {
@@ -162,7 +163,7 @@ class OneSeed:
         folder = self.folder / "evaluations" / name
         if not (folder / "metrics.json").is_file():
             # The record names a model by its weights; an adapter's place in it is the directory's.
-            ct.evaluate(*load(), suites=[REFUSED, HELPFUL], name=name, out=folder)
+            ct.evaluate(*load(), suites=SUITES, name=name, out=folder)
         return EvalResult.load(folder)
 
 
@@ -195,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--seeds", default="301,302,303")
+    parser.add_argument("--seeds", default="300,301,302")
     parser.add_argument("--steps", type=int, default=60, help="of the alignment; half as many of the fine-tuning")
     parser.add_argument("--rows", type=int, default=100, help="of the fine-tuning")
     options = parser.parse_args()

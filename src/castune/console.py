@@ -199,8 +199,8 @@ def show_power(found: Sequence[VisibleDifference]) -> None:
         for one in found
     ]
     caption = (
-        "The smallest change from base that the examples of a suite show in 80 of 100 cases, if a training changes so "
-        "many of their outcomes. Suites in nats show more; their report says how much."
+        "The smallest change from base that a suite detects with a power of 80 %, if training changes this share of "
+        "its outcomes. Suites in nats detect smaller changes; the report says how small."
     )
     _show(TextTable(heads, rows, title="Smallest visible differences", caption=caption))
 
@@ -285,7 +285,7 @@ def show_projected(projected: ProjectedAdapter) -> None:
         reach = f"all {len(kept.units)} {what}s of the adapted layers, of {projected.n_total},"
         say(f"note: a projection mixes rows, so {reach} may change now")
     else:
-        say("note: nothing was projected, so the adapter does what it did")
+        say("note: nothing was projected, so the adapter is unchanged")
     show_certificate(kept)
 
 

@@ -80,7 +80,7 @@ def test_an_adapter_of_another_trainer(adapter: Path, tmp_path: Path, own_data: 
     place = ["--base", tmp_path / "model", "--dtype", "float32", "--out", tmp_path / "out"]
     output = command("inspect", adapter, *place, *sources)
     assert max(map(len, output.splitlines())) <= 80
-    for said in ("LoRA r = 8, alpha = 4", "4 harmful prompts", "12 of 12 query heads", "nothing odd found"):
+    for said in ("LoRA r = 8, alpha = 4", "4 harmful prompts", "12 of 12 query heads", "no anomalies found"):
         assert said in output
     found = AdapterInspection.load(tmp_path / "out")
     assert found.data["over-refusal"]["n"] == 8
@@ -191,7 +191,7 @@ def test_a_repair_is_compared_with_the_projection_of_safe_lora(
 def test_nothing_is_taken_where_no_candidate_is_worth_it(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("castune.steps.candidates.drop_order", lambda inspection: [])
     output = command("repair", finished, "--arm", "all")
-    assert "nothing taken: to first order no unit costs anything" in output
+    assert "nothing selected: to first order no unit costs anything" in output
     assert RepairResult.load(finished / "repair" / "all-repaired").chosen is None
     assert not (finished / "arms" / "all-repaired").exists()
 

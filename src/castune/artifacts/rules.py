@@ -15,7 +15,7 @@ from castune.artifacts.records import Provenance
 logger = logging.getLogger(__name__)
 
 # Raised with every entry below.
-RULES = 3
+RULES = 4
 
 # What each number of rules changed, by the kind of artifact that it changed, and how to make that one again.
 _CHANGES: dict[int, dict[str, str]] = {
@@ -30,6 +30,10 @@ _CHANGES: dict[int, dict[str, str]] = {
     3: {
         "evaluation": "a part of what was stated could be read as the answer (2 of 2√3, 5 of '5 or 7'), some stated "
         "answers and some refusals in other typography were not found; castune judge reads the stored replies again",
+    },
+    4: {
+        "evaluation": "a reply without a word, such as a row of dots, was unscored and is no refusal now, so that an "
+        "adapter which silences the model no longer looks safe; castune judge reads the stored replies again",
     },
 }
 

@@ -1,4 +1,4 @@
-"""Adapters that are there: cut down to chosen heads, projected by Safe LoRA, and published."""
+"""Existing adapters: cut down to chosen heads, projected by Safe LoRA, and published."""
 
 from __future__ import annotations
 

@@ -77,4 +77,4 @@ def attack(
     recipe = folder.load_recipe()
     inputs = attack_inputs(folder, recipe, config, arms=arms or (), rows=rows, prompts=prompts or ())
     show_attacks(attack_step(folder, recipe, config, inputs))
-    say(f"all of it: {folder.attacks / ATTACKS_FILE}; castune report {run_directory} shows it beside the gain")
+    say(f"full results: {folder.attacks / ATTACKS_FILE}; castune report {run_directory} shows them next to the gain")

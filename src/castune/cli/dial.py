@@ -36,12 +36,17 @@ def dial(
         str | None,
         typer.Option(
             metavar="X,X,...",
-            help="Strengths to measure, above 0 to 2. Default: 0.25,0.5,0.75,1,1.25,1.5; none with --strength alone.",
+            help="Strengths to measure, above 0, at most 2. Default: 0.25,0.5,0.75,1,1.25,1.5; none with --strength "
+            "alone.",
         ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="MEASURE=X", help="Find the smallest strength for this, such as refused=0.9."),
+        typer.Option(
+            metavar="MEASURE=X",
+            help="Find the strength for this: the smallest that reaches a goal (refused=0.9), the largest that keeps a "
+            "limit (over-refusal=0.1).",
+        ),
     ] = None,
     strength: Annotated[float | None, typer.Option(metavar="X", help="Use this strength.")] = None,
     export: Annotated[
@@ -137,10 +142,10 @@ def _target(text: str, measured: set[str]) -> Target:
 def _show_curves(curves: StrengthCurves, arm: str, file: Path) -> None:
     from castune.report.dial import curve_tables, rule
 
-    say(f"Arm {arm}: its update is multiplied by the strength, nothing is trained. 1 is as it was trained.")
+    say(f"Arm {arm}: the adapter's update times the strength; nothing is trained. Strength 1 is the trained adapter.")
     for text in (*curve_tables(curves), rule()):
         say(f"\n{text}")
-    say(f"\nall of it as a table: {file}")
+    say(f"\nfull table: {file}")
 
 
 def _aim(curves: StrengthCurves, aim: Target) -> float | None:

@@ -167,5 +167,5 @@ def repair(
     if found.chosen:
         say(f"adapter: {place.adapter}")
     elif place.adapter.is_dir():
-        say(f"note: {place.adapter} was taken by an earlier repair, and is still there")
+        say(f"note: {place.adapter} was selected by an earlier repair, and is still there")
     say(f"what was tried: {place.out}")

@@ -1,4 +1,4 @@
-"""What is there to run castune with."""
+"""What castune can run with on this machine."""
 
 from __future__ import annotations
 

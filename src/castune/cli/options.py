@@ -31,7 +31,7 @@ NOT_OF_A_PLANNED_MODEL = {
     "trust_remote_code": "layers are built from transformers' own code",
 }
 NOT_PLANNED = {
-    "measure": "a plan tells of all",
+    "measure": "a plan covers all measures",
     "verify": "how many units an attribution leaves open is known afterwards",
     "verify_units": "how many units an attribution leaves open is known afterwards",
     "ablation": "costs the same",

@@ -24,7 +24,7 @@ _CONTEXT = "context"
 
 
 class Typed(Values):
-    """Only those of them that were typed: for the others a command has values of its own, those of a run say."""
+    """Only the settings that were typed; a command fills in the others itself, for example from a run."""
 
 
 def _or_none(kind: Callable[[str], object]) -> Callable[[str], object]:
@@ -223,7 +223,7 @@ def in_panel(panel: str, settings: Settings, others: Mapping[str, str] | None = 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """A command that takes as options what stands for one parameter here: `Annotated[Values, all_of(...)]`, or
-    `Annotated[Typed, ...]` where it is told only of those that were typed."""
+    `Annotated[Typed, ...]` if it receives only options that were typed."""
     groups: dict[str, Settings] = {}
     only_typed: set[str] = set()
     parameters = []

@@ -94,7 +94,7 @@ class GatePolicy(Config):
     """The rules of a gate, each a table `[[rule]]`."""
 
     rule: tuple[GateRule, ...]
-    """All of them must be kept. There is at least one, none stands there twice, and no two contradict each other."""
+    """The rules, all of which must pass. At least one; no duplicates, no two that contradict each other."""
 
     @model_validator(mode="after")
     def _can_be_kept(self) -> GatePolicy:

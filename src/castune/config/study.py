@@ -67,14 +67,14 @@ class PrimaryContrast(Config):
     """Costs that differ by less than this, in nats per token or as a share of examples, are called equivalent; never
     when absent."""
     power: Annotated[float, Field(gt=0.05, lt=1)] = 0.8
-    """The chance to see a difference at which the smallest visible one is given."""
+    """Power at which the smallest visible difference is reported."""
     seeds_sd: Annotated[float, Field(gt=0)] | None = None
     """Expected standard deviation of the difference of the two costs over seeds, from a pilot: from it follows what the
     design can see before anything is measured."""
     items_se: Annotated[float, Field(ge=0)] = 0.0
     """Expected standard error of the difference that the choice of examples leaves, however many seeds there are."""
     second_cost: Annotated[float, Field(gt=0)] | None = None
-    """Expected cost of the second arm: it makes a ratio of the smallest visible difference."""
+    """Expected cost of the second arm, which turns the smallest visible difference into a ratio."""
 
     @model_validator(mode="after")
     def _of_two_arms(self) -> PrimaryContrast:

@@ -47,7 +47,7 @@ class TuneConfig(Config):
     """How the learning rate falls after the warm-up: `linear` or `cosine` to 0, or not at all (`constant`)."""
     group_by_length: bool = False
     """Form steps from examples of similar length, in random order. This saves much padding, but refusals are shorter
-    than answers, so that a step then often has almost only one kind (docs/method.md)."""
+    than answers, so a step often holds almost only one kind (docs/method.md)."""
     quantization: Literal["none", "nf4"] = "none"
     """How to store the base model's linear layers during training. `none`: as they are. `nf4`: in 4 bits (QLoRA), a
     quarter of bfloat16's memory; needs bitsandbytes (extra `qlora`). The adapter belongs to the full model, on which it
@@ -78,8 +78,8 @@ class TuneConfig(Config):
     surgery_batch_size: Count | None = None
     """Utility examples per optimiser step, over all processes. By default as many as alignment examples."""
     null_space: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Train in the null space of the utility activations: keep A free of the fewest directions of the projection's
-    inputs on D_util that hold this share of their second moment. D_util is only the reference. Off by default."""
+    """Train in the null space of the utility activations: the update ignores the fewest input directions that hold this
+    share of the inputs' second moment on D_util. D_util is only the reference. Off by default."""
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -22,7 +22,7 @@ from castune.core.generation import generate_replies
 from castune.core.gguf import cache_home
 from castune.core.loading import load
 from castune.core.progress import progress
-from castune.core.refusals import read_by
+from castune.core.refusals import decides_by
 from castune.data.said import said
 from castune.data.template import SpelledTokens, Text
 from castune.evaluation.endpoint import Endpoint
@@ -72,10 +72,10 @@ class RuleJudge(Judge):
 
     def __init__(self, name: JudgeName) -> None:
         self.name = self.signature = str(name)
-        self._read = read_by(name.kind)
+        self._read = decides_by(name.kind)
 
     def verdicts(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
-        """A verdict a reply; None for a reply in which nothing is said."""
+        """A verdict a reply. One without a word is no refusal; only an empty one has no verdict."""
         return [Verdict(refuses) for refuses in self._read(prompts, replies)]
 
 

@@ -60,7 +60,11 @@ def headline(result: AttackResult) -> str:
         extreme = [attack_name(attack) for attack in result.attacks if _is_extreme(attack, result)]
         left = "" if not extreme else f" Too strong or too weak to tell them apart: {_listed(extreme)}."
         return f"Under {tested} no difference is seen in how easily the safety of arms {names} breaks{could}.{left}"
-    return f"{_capital('; '.join(parts))} ({tested}, adjusted for their number)."
+    # Of four seeds of the default model, two went one way and two the other, each by far more than its interval.
+    return (
+        f"{_capital('; '.join(parts))} ({tested}, adjusted for their number). One training of each arm was attacked: "
+        "another seed may give a different result."
+    )
 
 
 def basis(result: AttackResult) -> str:
@@ -216,7 +220,8 @@ def _rule(result: AttackResult) -> str:
         )
     parts.append(
         f"Judge {result.judge}, replies of at most {result.max_new_tokens} tokens, suites {', '.join(result.suites)}, "
-        "one training of each arm: another seed may break otherwise. Replies are in the run directory under attacks."
+        "one training of each arm: another seed may give a different result. Replies are in the run directory under "
+        "attacks."
     )
     return " ".join(parts)
 

@@ -238,9 +238,9 @@ def _strength(scaled: ScaledAdapter | None) -> str:
     target = scaled.target
     return _pairs(
         [
-            ("Its update is that of", scaled.source["name"]),
-            ("with the hash", scaled.source["hash"]),
-            ("times", scaled.strength),
+            ("Source adapter", scaled.source["name"]),
+            ("Source hash", scaled.source["hash"]),
+            ("Strength", scaled.strength),
             ("Chosen for", None if target is None else f"{target['purpose']} = {target['value']:g}"),
         ]
     )

@@ -107,8 +107,8 @@ def _arm(arm: str, result: DriftResult, drawn: Collection[str]) -> Markup:
         "Safe zone kept", "Risky zone kept", "Same rule would keep",
     ]  # fmt: skip
     caption = (
-        "As maps measured on examples of their own would correlate, with the 95 % interval. The gap to the ceiling is "
-        "drift."
+        "Correlation expected between maps measured on separate examples, with its 95 % interval. The gap to the "
+        "ceiling is drift."
     )
     return tag(
         "div",

@@ -116,7 +116,7 @@ def _controls(cmap: ConflictMap, selections: Mapping[str, HeadSelection]) -> Mar
         tag("label", "Budget ", budget, tag("output", data_part="budget-shown")),
         _choice("Buckets", "parts", [str(count) for count in _BUCKETS], values=[str(count) for count in _BUCKETS]),
         _choice("Colour by", "colour", ["score", "bucket"]),
-        _choice("Bring out", "bring-out", [f"all {noun}s", "risky zone", "safe zone", *sets]),
+        _choice("Highlight", "bring-out", [f"all {noun}s", "risky zone", "safe zone", *sets]),
     ]
     return tag("div", *fields, class_="explorer-controls", role="group", aria_label="What the map shows")
 

@@ -12,7 +12,7 @@ _WIDTH = 80
 # Columns, and the spaces between them: verdict, rule, value, interval, n.
 _VERDICT, _RULE, _VALUE, _INTERVAL, _N = 12, 31, 7, 16, 6
 _GAP = "  "
-_NOTE = "Intervals are of 95 % each, not adjusted for the number of rules."
+_NOTE = "Each interval is a 95 % interval; none is adjusted for the number of rules."
 
 
 def gate_lines(result: GateResult) -> list[str]:

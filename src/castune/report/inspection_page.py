@@ -170,8 +170,8 @@ def _verdict(inspection: AdapterInspection) -> str:
 
 def _odd(odd: Sequence[Mapping[str, Any]]) -> Markup:
     if not odd:
-        return section("What is odd", "odd", tag("p", "Nothing odd was found."))
-    return section("What is odd", "odd", tag("ul", *(tag("li", _sentence(one["said"])) for one in odd)))
+        return section("Anomalies", "odd", tag("p", "No anomalies found."))
+    return section("Anomalies", "odd", tag("ul", *(tag("li", _sentence(one["said"])) for one in odd)))
 
 
 def _sentence(text: str) -> str:
@@ -188,8 +188,9 @@ def _effects(inspection: AdapterInspection, drawn: Mapping[str, Chart]) -> Marku
     )
     captions = {
         "update_map": "Every unit by layer and index. Point at one for all its numbers.",
-        "bought_utility": "To the right a unit makes refusals likelier, upwards right answers less likely.",
-        "bought_over_refusal": "To the right a unit makes refusals likelier, upwards helpful replies less likely.",
+        "bought_utility": "Further right: refusals become more likely. Further up: right answers become less likely.",
+        "bought_over_refusal": "Further right: refusals become more likely. Further up: helpful replies become "
+        "less likely.",
     }
     figures = [figure(name, captions[name]) for name in drawn]
     return section(

@@ -175,7 +175,7 @@ def _map_lines(inspection: AdapterInspection) -> list[str]:
 
 def _odd(odd: Sequence[Mapping[str, str]]) -> list[str]:
     if not odd:
-        return ["nothing odd found"]
+        return ["no anomalies found"]
     return [f"{counted(len(odd), 'finding')}:", *(f"- {one['said']}" for one in odd)]
 
 

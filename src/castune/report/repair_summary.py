@@ -30,10 +30,10 @@ def summary(found: RepairResult) -> list[str]:
         "",
         _legend(found.tried, found.cost, found.judge),
         "",
-        f"{'taken' if found.chosen else 'nothing taken'}: {found.reason}",
+        f"{'selected' if found.chosen else 'nothing selected'}: {found.reason}",
     ]
     if found.chosen:
-        lines += [f"beside it: {verdict(found.tried, found.chosen, found.cost)}"]
+        lines += [f"compared with it: {verdict(found.tried, found.chosen, found.cost)}"]
         lines += _before_and_after(found.tried, found.chosen)
     if found.confirmed and found.chosen:
         lines += ["", f"confirmed on {', '.join(found.confirmed_on)}, which played no part in the choice:"]
@@ -53,8 +53,8 @@ def verdict(rows: Sequence[Tried], chosen: str, cost: str) -> str:
     peers = [row for row in rows if row.kind not in ("source", "effects")]
     better, phrase = [row for row in peers if _is_better(row, one, cost)], PURPOSES[cost].phrase
     if not better:
-        return f"none of {len(peers)} others keeps as much safety at no more cost by {phrase}"
-    said = f"as much safety at no more cost by {phrase} is kept by: {', '.join(row.name for row in better)}"
+        return f"none of {len(peers)} alternatives keeps as much safety at no higher cost ({phrase})"
+    said = f"these keep as much safety at no higher cost ({phrase}): {', '.join(row.name for row in better)}"
     n_random, n_better = (sum(row.kind == "random" for row in some) for some in (peers, better))
     chance = "; here the order by effects is no better than chance" if 2 * n_better >= n_random > 0 else ""
     return said + chance

@@ -184,7 +184,7 @@ def _projections(projected: Mapping[str, ProjectedAdapter]) -> Markup | str:
                 "–" if made.kept_norm is None else numbers.number(made.kept_norm, ".3f"),
             ]
         )
-    head = ["Arm", "Adapter", "Alignment", "Updates projected", "Cosines", "Norm left, of 1"]
+    head = ["Arm", "Adapter", "Alignment", "Updates projected", "Cosines", "Share of norm kept"]
     explanation = (
         "A projection mixes the rows of a layer: a projected adapter may change every head of its layers, whatever was "
         "selected for the one it was made from."

@@ -33,8 +33,8 @@ class SafetyCosts:
         safety: the purpose whose number is the safety, of all its suites' prompts together.
         target: the safety at which arms are compared; None where no arm is safer than base.
         gains: of every arm.
-        costs: what every arm that is compared pays, by purpose; empty without a target. Of `utility` right answers lost, of others
-            their rise.
+        costs: what every arm that is compared pays, by purpose; empty without a target. Of `utility` right answers
+            lost, of others their rise.
         bands: cost over safety, by purpose and arm.
         points: every arm at every strength, the base at 0, by purpose and arm.
         not_safer: arms that are not compared, because they are not seen to be safer than base at any strength: what the

@@ -55,7 +55,8 @@ def test_where_nothing_was_refused_before_no_difference_is_claimed_unseen() -> N
 def test_the_headline_stands_for_all_attacks() -> None:
     assert plain(headline(make_attacks(-0.2))) == (
         "Safety in a quarter of the heads (safe) breaks more easily than that in all: relearning on 100 benign rows (2 "
-        "attacks, adjusted for their number)."
+        "attacks, adjusted for their number). One training of each arm was attacked: another seed may give a "
+        "different result."
     )
     assert "holds better than that in all" in headline(make_attacks(0.2))
     assert headline(make_attacks(-0.2, 0.2)) == (

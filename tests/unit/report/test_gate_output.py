@@ -47,7 +47,7 @@ def test_a_row_a_rule_with_its_numbers() -> None:
     assert "pass          safe: safety at least 0.9          0.975    0.929 to 0.991     120" in lines
     assert "+0.100  +0.050 to +0.150  14,042" in text
     assert "3 more unscored, which could be either; 312 examples would decide" in text
-    assert "not adjusted for the number of rules" in text
+    assert "none is adjusted for the number of rules" in text
     assert "the evaluation of risky is missing" in text
 
 

@@ -94,7 +94,7 @@ def test_the_page_is_whole_and_escapes_what_others_wrote(tmp_path: Path) -> None
     page = path.read_text(encoding="utf-8")
     assert HOSTILE not in page
     assert "&lt;script&gt;alert(1)" in page
-    for heading in ("What is odd", "What each unit does", "Over the conflict map", "How it was measured"):
+    for heading in ("Anomalies", "What each unit does", "Over the conflict map", "How it was measured"):
         assert heading in page
     [data] = re.findall(r'<script id="charts" type="application/json">(.*?)</script>', page)
     assert json.loads(data)["specs"].keys() == {"update_map", "bought_utility", "bought_over_refusal"}
