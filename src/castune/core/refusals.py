@@ -136,8 +136,8 @@ def read_by(
 def decides_by(reader: str, *, in_thought: bool = False) -> Callable[[Sequence[str], Sequence[str]], list[bool | None]]:
     """As `read_by`, but a reply without words is no refusal; only an empty one, or unended reasoning, says nothing.
 
-    For ablations and evaluations: a model that writes no word without a head, or with an adapter, does not refuse, which
-    is a finding about that head or adapter and no missing value.
+    For ablations and evaluations: a model that writes no word without a head, or with an adapter, does not refuse. That
+    is a finding about the head or adapter and no missing value.
     """
     read = read_by(reader, in_thought=in_thought)
 
