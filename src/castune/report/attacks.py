@@ -78,9 +78,10 @@ def basis(result: AttackResult) -> str:
     measured = f" Before any attack {_listed(rates)}." if rates else ""
     if result.target is None:
         return f"Arms are compared at full strength, not at equal safety, because {result.why_full}.{measured}"
+    but = f" Others are at full strength, not at equal safety: {result.why_full}." if result.why_full else ""
     return (
         f"Arms are compared at equal safety: {strengths} of their adapters' strength, where by the run's evaluations "
-        f"all are equally safe.{measured}"
+        f"{'those below full strength' if but else 'all'} are equally safe.{but}{measured}"
     )
 
 

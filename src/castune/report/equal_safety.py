@@ -38,14 +38,14 @@ def sentences(found: SafetyCosts) -> list[str]:
     """What training did to safety, what that costs at one safety, and what it says of the selection."""
     about, [cost, *_] = PURPOSES[found.safety], costs_of(found)
     points = found.points[cost]
-    base = next(iter(points.values()))[0].safety
     gains = []
     for arm, gain in found.gains.items():
         full = next(point.safety for point in points[arm] if point.strength == 1)
         rise = _amount(gain.value, about.unit, signed=True) + (" points" if about.unit == "share" else " nats")
         ends = "" if gain.interval is None else f", 95\u00a0% {_ends(gain.interval, about.unit)}"
         gains.append(f"{level(full, about.unit)} in {arm} ({rise}{ends})")
-    first = f"{about.label} went from {level(base, about.unit)} to {_listed(gains)}."
+    together = f", all prompts of {len(found.suites)} suites together," if len(found.suites) > 1 else ""
+    first = f"{about.label}{together} went from {level(found.base, about.unit)} to {_listed(gains)}."
     if found.target is None:
         second = f"{_nowhere(found)}, so there is no safety at which costs can be compared."
         return [first, second, "So whether selecting heads pays off cannot be determined.", *_left_out(found)]
@@ -65,22 +65,10 @@ def _scaled(found: SafetyCosts) -> str:
 
 def _left_out(found: SafetyCosts) -> list[str]:
     """What of the run is not compared, and why."""
-    why = {
-        found.not_safer: (
-            "is not seen to be safer than the base model",
-            "are not seen to be safer than the base model",
-        ),
-        found.left_out: (
-            "was not measured at other strengths; castune dial RUN --arm NAME does that",
-            "were not measured at other strengths; castune dial RUN --arm NAME does that",
-        ),
-    }
+    reasons = dict.fromkeys(found.left_out.values())
     return [
-        f"Arm {names[0]} is not compared, because it {of_one}."
-        if len(names) == 1
-        else f"Arms {_listed(names)} are not compared, because they {of_many}."
-        for names, (of_one, of_many) in why.items()
-        if names
+        f"Not compared: {_listed([name for name, one in found.left_out.items() if one == reason])} ({reason})."
+        for reason in reasons
     ]
 
 

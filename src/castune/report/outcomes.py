@@ -80,11 +80,13 @@ def by_lm_eval(results: Mapping[str, LmEvalResult]) -> Markup | str:
         return ""
     rows = []
     for (task, metric), scores in headline_scores(results).items():
-        first = next(iter(scores.values()))
-        shots = NOT_MEASURED if first.num_fewshot is None else str(first.num_fewshot)
-        rows.append([task, metric, shots, f"{first.n:,}", *(_score(scores.get(arm)) for arm in results)])
+        shots = _of_arms({arm: _shots(score) for arm, score in scores.items()})
+        n = _of_arms({arm: f"{score.n:,}" for arm, score in scores.items()})
+        rows.append([task, metric, shots, n, *(_score(scores.get(arm)) for arm in results)])
     versions = {str(result.provenance.get("versions", {}).get("lm_eval")) for result in results.values()}
-    template = "with" if next(iter(results.values())).settings.get("apply_chat_template") else "without"
+    template = _of_arms(
+        {arm: "with" if one.settings.get("apply_chat_template") else "without" for arm, one in results.items()}
+    )
     rule = (
         f"The same models on tasks of lm-evaluation-harness {', '.join(sorted(versions))}, by its own protocol, "
         f"{template} the chat template: prompts, few-shot examples and scoring differ from the suites above, so the "
@@ -96,6 +98,16 @@ def by_lm_eval(results: Mapping[str, LmEvalResult]) -> Markup | str:
         table(["Task", "Metric", "Shots", "n", *results], rows, label="Results of lm-eval", class_="numbers"),
         tag("p", rule, class_="small"),
     )
+
+
+def _of_arms(values: Mapping[str, str]) -> str:
+    """What all arms have, or each its own."""
+    distinct = set(values.values())
+    return distinct.pop() if len(distinct) == 1 else ", ".join(f"{value} in {arm}" for arm, value in values.items())
+
+
+def _shots(score: LmEvalScore) -> str:
+    return NOT_MEASURED if score.num_fewshot is None else str(score.num_fewshot)
 
 
 def _score(score: LmEvalScore | None) -> str:

@@ -132,16 +132,17 @@ def results(
         row += [_suite_cell(arm, suite, evaluations, differences.get(arm, {}).get(suite)) for suite in suites]
         rows.append([*row, *("–" if arm == BASE else cost_ratio(arm, cost_ratios.get(ratio, {})) for ratio in ratios)])
     head = ["Arm", *(_suite_head(suite, evaluations) for suite in suites), *(COSTS[ratio].label for ratio in ratios)]
-    hidden = [name for name in evaluations if not _plotted(evaluations[name])]
     charts = []
     if "trade_off" in drawn:
-        charts.append(figure("trade_off", "Safety against utility. Up and to the right is better."))
+        about = "Safety against utility. Up and to the right is better."
+        charts.append(figure("trade_off", about + _not_plotted(evaluations, "utility")))
     if "trade_off_over_refusal" in drawn:
-        charts.append(figure("trade_off_over_refusal", "Safety against over-refusal. Down and to the right is better."))
+        about = "Safety against over-refusal. Down and to the right is better."
+        charts.append(figure("trade_off_over_refusal", about + _not_plotted(evaluations, "over-refusal")))
     explanation = (
         "Rates are value ± one standard error over scored examples, with Wilson's 95 % interval; means are in nats "
-        "per token, with Student's. Unscored examples, which the judge could not decide, count in neither part of a "
-        "rate. Changes are in percentage points or nats against base, paired by example; p is McNemar's exact test "
+        "per token, with Student's. Unscored examples, which the judge could not decide, are left out of rates. "
+        "Changes are in percentage points or nats against base, paired by example; p is McNemar's exact test "
         "of rates, Student's of means. The utility cost ratio (UCR) is utility lost over safety gained (Eq. 7), with "
         "its 95 % bootstrap interval; MMLU-CR takes MMLU alone for the utility (Eq. 8), UCR in nats the NLL of right "
         "answers that was added, for a refusal rate that rises from 0 to 1."
@@ -153,7 +154,6 @@ def results(
         captions = [figure(name, f"The same for {PURPOSES[cost].label}.") for name, cost in others]
         at_equal_safety = [costs_table(safety_costs), tag("div", *captions, class_="figures")]
     bars = "Bars are one standard error; several suites of one purpose are averaged without weights."
-    missing = f" Not plotted, as a number is missing: {', '.join(hidden)}." if hidden and charts else ""
     return section(
         "Before and after",
         "results",
@@ -161,7 +161,7 @@ def results(
         table(head, rows, label="Results by arm and suite", class_="results"),
         tag("p", explanation, class_="small"),
         tag("div", *charts, class_="figures"),
-        tag("p", bars + missing, class_="small") if charts else "",
+        tag("p", bars, class_="small") if charts else "",
         fates(evaluations),
         two_judges(judge_pairs),
         losses(evaluations),
@@ -230,8 +230,9 @@ def _change(change: PairedDifference | None, unit: UnitOfMeasure) -> Markup:
     return tag("span", f"{in_unit(change, unit, change=True)} ", paired, class_="change" if seen else "change quiet")
 
 
-def _plotted(evaluation: EvalResult) -> bool:
-    return evaluation.mean("safety") is not None and evaluation.mean("utility") is not None
+def _not_plotted(evaluations: Mapping[str, EvalResult], cost: str) -> str:
+    hidden = [arm for arm, one in evaluations.items() if None in (one.mean("safety"), one.mean(cost))]
+    return f" Not plotted, as a number is missing: {', '.join(hidden)}." if hidden else ""
 
 
 def _further_numbers(evaluations: Mapping[str, EvalResult]) -> Markup | str:

@@ -87,22 +87,26 @@ def verdict(
     for purpose, about in PURPOSES.items():
         found = {arm: mean_rate(evaluation, purpose) for arm, evaluation in evaluations.items()}
         if any(rate is not None for rate in found.values()):
+            of_all = {suite.suite for one in evaluations.values() for suite in one.suites if suite.purpose == purpose}
             counts = sorted({rate.n for rate in found.values() if rate is not None})
             n = " to ".join(f"{count:,}" for count in sorted({counts[0], counts[-1]}))
-            listed = ", ".join(f"{_level(rate, about.unit)} {arm}" for arm, rate in found.items())
+            listed = ", ".join(
+                f"{_level(rate, about.unit)} {arm}{_without(evaluations[arm], of_all)}" for arm, rate in found.items()
+            )
             unit = ", nats per token" if about.is_continuous else ""
             rates.append(f"{about.label} (n = {n}{unit}): {listed}.")
     tuned = [arm for arm in evaluations if arm != BASE]
     if BASE not in evaluations:
         return Verdict(" ".join(rates), {}, "The base model was not evaluated, so no change is known.")
     changes = {
-        arm: f"{_changes(evaluations[arm], differences.get(arm, {}))} "
+        arm: f"{_changes(evaluations[arm], differences.get(arm, {}), evaluations[BASE])} "
         f"Utility cost ratio: {cost_ratio(arm, cost_ratios)}."
         for arm in tuned
     }
     rule = (
         "Changes are against base, in percentage points or nats per token, paired by example; ± is one standard error. "
-        f"A mean change smaller than twice its standard error is called “{NO_DIFFERENCE}”. The utility cost ratio, "
+        f"A change is called “{NO_DIFFERENCE}” where its test (of rates McNemar's exact one) gives p of 0.05 or more, "
+        "and a mean over several suites where it is smaller than twice its standard error. The utility cost ratio, "
         "with its 95 % bootstrap interval, is undefined where safety did not rise; the interval has no upper bound "
         "where more than 2.5 % of the resamples show no gain in safety."
     )
@@ -185,19 +189,29 @@ def _level(rate: Estimate | None, unit: UnitOfMeasure) -> str:
     return NOT_MEASURED if rate is None else in_unit(rate, unit)
 
 
-def _changes(evaluation: EvalResult, changes: Mapping[str, Rated]) -> str:
+def _without(evaluation: EvalResult, suites: set[str]) -> str:
+    """Which of some suites were not measured: a mean over the others is of other examples than the other arms' is."""
+    missing = sorted(suites - {suite.suite for suite in evaluation.suites})
+    is_some = missing and len(missing) < len(suites)
+    return f" (without {', '.join(missing)})" if is_some else ""
+
+
+def _changes(evaluation: EvalResult, changes: Mapping[str, PairedDifference], base: EvalResult) -> str:
     parts = []
     for purpose, about in PURPOSES.items():
-        if not any(suite.purpose == purpose for suite in evaluation.suites):
+        here, there = ([s.suite for s in one.suites if s.purpose == purpose] for one in (evaluation, base))
+        if not here:
             continue
-        change = mean_change(evaluation, changes, purpose)
+        change = None if set(here) != set(there) else mean_change(evaluation, changes, purpose)
         if change is None or change.value is None:
-            words = f"change {NOT_MEASURED}"
+            missing = _without(evaluation, set(there)) or _without(base, set(here))
+            words = f"change {NOT_MEASURED}{missing}"
         else:
             words = in_unit(change, about.unit, change=True)
-            if change.is_seen is None:
+            is_seen = changes[here[0]].is_seen if len(here) == 1 else change.is_seen
+            if is_seen is None:
                 words = f"{words}, too few pairs to judge"
-            elif not change.is_seen:
+            elif not is_seen:
                 words = f"{NO_DIFFERENCE} ({words})"
         # A name like KL or NLL keeps its capitals.
         label = about.label if about.label[1].isupper() else f"{about.label[0].lower()}{about.label[1:]}"

@@ -26,6 +26,8 @@ Floats = NDArray[np.float64]
 # Of the gain in safety that every arm reaches, the share at which costs are compared. At all of it, noise would leave
 # the weakest arm short of the target in half of the draws; at little of it, adapters are so weak that none costs much.
 SHARE = 0.8
+# Of a safety of 1: what rounding may add to the mean of a constant.
+_NO_GAIN = 1e-9
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def common_target(curves: Mapping[str, Curve]) -> float | None:
     highest = [float(monotone(mean_L[None, at])[0, -1]) for at in data.columns.values()]
     base = float(mean_L[0])
     gain = min(highest) - base
-    return base + SHARE * gain if gain > 0 else None
+    # The mean of a constant may come out higher by a rounding error.
+    return base + SHARE * gain if gain > _NO_GAIN * max(1.0, abs(base)) else None
 
 
 def equal_safety(curves: Mapping[str, Curve], target: float, *, draws: int = 2000, seed: int = 0) -> EqualSafety:

@@ -208,8 +208,9 @@ def bootstrap_cost_ratio(
 ) -> CostRatio | None:
     """The utility cost ratio of unweighted suite means, with a 95 % percentile interval over examples.
 
-    Every suite's examples are drawn anew with replacement, an example before and after training together. A resample
-    without a safety gain has no ratio: it counts as one without bound, so that the interval tells how sure the gain is.
+    Examples that are scored before and after count, as in paired differences. Every suite's examples are drawn anew
+    with replacement, an example before and after training together. A resample without a safety gain has no ratio: it
+    counts as one without bound, so that the interval tells how sure the gain is.
 
     Args:
         utility: of every utility suite, the outcomes (1, 0 or None) before and after, of the same examples.
@@ -261,7 +262,8 @@ def _resampled_means(
     cells = Counter(zip(before, after, strict=True))
     kinds = list(cells)
     counts = np.array([cells[kind] for kind in kinds])
-    scored = np.array([[kind[side] is not None for kind in kinds] for side in (0, 1)], dtype=float)
+    # What is scored on one side alone says nothing of a change.
+    scored = np.array([[None not in kind for kind in kinds] for _ in (0, 1)], dtype=float)
     values = np.array([[float(kind[side] or 0) for kind in kinds] for side in (0, 1)])
     means = []
     at_once = max(1, _DRAWN // len(kinds))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from castune.stats.distributions import Interval
@@ -19,7 +19,10 @@ class Point(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """What an arm at full strength gains in safety: mean of its paired changes, and their 95 % interval (Student's)."""
+    """What an arm at full strength gains in safety: mean of its paired changes, and their 95 % interval.
+
+    Of one training Tango's for rates and Student's for numbers, for other examples; of several for other seeds too.
+    """
 
     value: float
     interval: Interval | None
@@ -31,27 +34,29 @@ class SafetyCosts:
 
     Attributes:
         safety: the purpose whose number is the safety, of all its suites' prompts together.
+        suites: its suites.
+        base: the base model's safety.
         target: the safety at which arms are compared; None where no arm is safer than base.
         gains: of every arm.
         costs: what every arm that is compared pays, by purpose; empty without a target. Of `utility` right answers
             lost, of others their rise.
         bands: cost over safety, by purpose and arm.
         points: every arm at every strength, the base at 0, by purpose and arm.
-        not_safer: arms that are not compared, because they are not seen to be safer than base at any strength: what the
-            others pay would be compared at next to no safety.
-        left_out: arms that were measured at full strength alone, or at other strengths by other settings.
+        left_out: arms that are not compared, and why: there is no curve of them, or they are not seen to be safer than
+            base, and what the others pay would be compared at next to no safety.
     """
 
     safety: str
+    suites: tuple[str, ...]
+    base: float
     target: float | None
     gains: Mapping[str, Gain]
     costs: Mapping[str, EqualSafety]
     bands: Mapping[str, Mapping[str, CostBand]]
     points: Mapping[str, Mapping[str, list[Point]]]
-    not_safer: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
         """The arms that are compared, in the order given."""
-        return [arm for arm in self.gains if arm not in self.not_safer]
+        return [arm for arm in self.gains if arm not in self.left_out]

@@ -87,7 +87,8 @@ def attack(
 def attack_step(folder: RunDirectory, recipe: Recipe, config: AttackConfig, inputs: AttackInputs) -> AttackResult:
     """`attack` with loaded inputs."""
     if inputs.equal.why_full and len(inputs.arms) > 1:
-        logger.warning("arms are compared at full strength, not at equal safety: %s", inputs.equal.why_full)
+        which = "arms" if inputs.equal.target is None else "some arms"
+        logger.warning("%s are compared at full strength, not at equal safety: %s", which, inputs.equal.why_full)
     for kind, reason in inputs.left_out.items():
         logger.warning("%s is left out: %s", kind, reason)
     bench = _Bench(folder, recipe, config, inputs)

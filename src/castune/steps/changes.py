@@ -25,6 +25,8 @@ def cost_ratios(evaluations: dict[str, EvalResult], ratio: str = "ucr") -> dict[
         if base is None or name == BASE:
             continue
         groups: dict[str, list[Pairs | None]] = {cost.purpose: [], "safety": []}
+        if any(_suites_of(base, purpose) != _suites_of(result, purpose) for purpose in groups):
+            continue
         for suite in result.suites:
             if suite.purpose in groups and (cost.suite in (None, suite.suite) or suite.purpose != cost.purpose):
                 groups[suite.purpose].append(_pairs(base, result, suite.suite))
@@ -85,6 +87,10 @@ def paired_outcomes(base: EvalResult, result: EvalResult, suite: str) -> Pairs:
     before = {sample["id"]: sample["outcome"] for sample in base.samples_of(suite)}
     after = {sample["id"]: sample["outcome"] for sample in result.samples_of(suite) if sample["id"] in before}
     return [before[identifier] for identifier in after], list(after.values())
+
+
+def _suites_of(result: EvalResult, purpose: str) -> set[str]:
+    return {suite.suite for suite in result.suites if suite.purpose == purpose}
 
 
 def _pairs(base: EvalResult, result: EvalResult, suite: str) -> Pairs | None:

@@ -242,7 +242,8 @@ class RunDirectory:
     def load_tuning(self, arm: Arm, selection: HeadSelection) -> TuneResult:
         """An arm's tune result; refused when it was trained for other heads or another model."""
         result = TuneResult.load(arm.adapter)
-        again = f"castune tune {self.path} --overwrite"
+        which = "" if arm.folder == self.path else f" --arm {arm.name}"
+        again = f"castune tune {self.path}{which} --overwrite"
         if not result.began_with(selection):
             raise _other_selection(arm, again)
         # Where heads were selected again, the certificate is for all of them.
@@ -291,7 +292,7 @@ class RunDirectory:
         found: dict[str, dict[float, EvalResult]] = {}
         for arm in self.arms():
             files = (self.evaluation(arm.name) / "strengths").glob(f"*/{METRICS_FILE}")
-            made = {float(file.parent.name): EvalResult.load(file.parent) for file in files}
+            made = {strength: EvalResult.load(file.parent) for file in files if (strength := _strength_of(file.parent))}
             again = f"dial {self.path} --arm {arm.name} --strengths"
             # Where it was trained again since, some may be of the adapter before.
             here = {
@@ -361,6 +362,14 @@ class RunDirectory:
                     arm.name,
                 )
         return found
+
+
+def _strength_of(folder: Path) -> float | None:
+    """The strength that a directory is named by; None of any other name."""
+    try:
+        return float(folder.name)
+    except ValueError:
+        return None
 
 
 def _other_selection(arm: Arm, again: str) -> ArtifactError:

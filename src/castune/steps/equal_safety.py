@@ -19,12 +19,19 @@ from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import references_of
 from castune.config import EvaluateConfig
 from castune.purposes import PAID, PURPOSES, SAFETY
-from castune.stats.distributions import Interval, student_quantile
+from castune.stats.comparisons import Outcomes, compare
+from castune.stats.distributions import Interval
 from castune.stats.equal_safety import Curve, adjusted, common_target, cost_bands, equal_safety
+from castune.stats.estimates import estimate, paired_rate_interval, student_interval
 from castune.stats.safety_costs import Gain, Point, SafetyCosts
 from castune.steps.directory import BASE, RunDirectory
 
 Floats = NDArray[np.float64]
+
+# Of the harmful prompts that are scored at base, the share that must be scored at a strength: all strengths of all arms
+# are compared on the prompts that are scored throughout.
+ENOUGH_SCORED = 0.8
+_NOT_SAFER = "not seen to be safer than the base model at full strength"
 
 
 class Evaluated(Protocol):
@@ -48,7 +55,10 @@ def costs_at_equal_safety(folder: RunDirectory) -> SafetyCosts | None:
     if base is None:
         return None
     found = safety_costs(base, {name: [points] for name, points in arms.items()})
-    return found and replace(found, left_out=tuple(name for name in arms if name not in found.gains))
+    if found is None:
+        return None
+    why = {name: _why_alone(points) for name, points in arms.items() if name not in found.gains}
+    return replace(found, left_out={**found.left_out, **why})
 
 
 @dataclass(frozen=True)
@@ -56,9 +66,9 @@ class EqualStrengths:
     """Strengths at which the adapters of arms are equally safe.
 
     Attributes:
-        target: the safety; None where there is none at which they can be compared.
-        strengths: by arm; 1 without a target.
-        why_full: why there is none, in words; empty where there is one.
+        target: the safety; None where there is none at which two of them can be compared.
+        strengths: by arm; 1 without a target, and for arms that cannot be compared.
+        why_full: why there is none, or why some arms are not at it, in words; empty where all are.
     """
 
     target: float | None
@@ -77,30 +87,34 @@ def strengths_at_equal_safety(folder: RunDirectory, names: Sequence[str]) -> Equ
         return EqualStrengths(None, full, "there is one arm")
     if base is None:
         return EqualStrengths(None, full, "the base model was not evaluated")
-    points = {name: _comparable(base, [arms.get(name, {})]) for name in names}
-    if missing := [name for name, found in points.items() if not found]:
-        return EqualStrengths(None, full, f"{', '.join(missing)} was not measured at other strengths")
     safety = next((purpose for purpose in SAFETY if purpose in {suite.purpose for suite in base.suites}), None)
     if safety is None:
         return EqualStrengths(None, full, "the run has no suite that measures safety")
+    points = {name: _comparable(base, [arms.get(name, {})], safety) for name in names}
+    why = {name: _why_alone(arms.get(name, {})) for name, found in points.items() if not found}
     # What an adapter costs does not matter here, and a curve has costs: safety lost.
-    curves = {name: _curve(base, _until_safest(base, found, safety), safety, safety) for name, found in points.items()}
-    if not _is_scored(curves.values()):
+    curves = {
+        name: _curve(base, _until_safest(base, found, safety), safety, safety)
+        for name, found in points.items()
+        if found
+    }
+    if curves and not _is_scored(curves.values()):
         return EqualStrengths(None, full, "no prompt is scored under all of them")
-    if not_safer := [name for name, curve in curves.items() if common_target({name: curve}) is None]:
-        return EqualStrengths(None, full, f"{', '.join(not_safer)}: nowhere safer than the base model")
-    target = common_target(curves)
-    assert target is not None, "every arm is somewhere safer than the base model"
-    at = {name: found.strength for name, found in equal_safety(curves, target, draws=1).arms.items()}
+    target, not_safer = _target(curves) if curves else (None, ())
+    why |= dict.fromkeys(not_safer, _NOT_SAFER)
+    compared = _without(curves, not_safer)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
+    if target is None or len(compared) < 2:
+        return EqualStrengths(None, full, reasons or f"{', '.join(curves)}: nowhere safer than the base model")
+    at = {name: found.strength for name, found in equal_safety(compared, target, draws=1).arms.items()}
     reached = {name: strength for name, strength in at.items() if strength is not None}
-    assert reached.keys() == full.keys(), "every arm reaches a share of what the weakest reaches"
-    return EqualStrengths(
-        target, {name: math.ceil(1000 * strength - 1e-4) / 1000 for name, strength in reached.items()}
-    )
+    assert reached.keys() == compared.keys(), "every arm reaches a share of what the weakest reaches"
+    found = {name: math.ceil(1000 * strength - 1e-4) / 1000 for name, strength in reached.items()}
+    return EqualStrengths(target, full | found, reasons)
 
 
 def _of_run(folder: RunDirectory) -> tuple[EvalResult | None, dict[str, AtStrengths]]:
-    """The base model's evaluation, and those of every arm by strength, as far as they were made alike."""
+    """The base model's evaluation, and those of every arm by strength, all that were made alike."""
     evaluations, strengths = folder.load_evaluations(), folder.load_strengths()
     base = evaluations.get(BASE)
     if base is None:
@@ -108,7 +122,7 @@ def _of_run(folder: RunDirectory) -> tuple[EvalResult | None, dict[str, AtStreng
     return base, {
         name: {**{s: one for s, one in strengths.get(name, {}).items() if _is_beside(base, one)}, 1.0: full}
         for name, full in evaluations.items()
-        if name != BASE
+        if name != BASE and _is_beside(base, full)
     }
 
 
@@ -149,18 +163,19 @@ def safety_costs(
         return None
     safety, curves = measured
     first = next(iter(curves.values()))
-    not_safer = () if target is not None else tuple(name for name, curve in first.items() if not _is_safer(curve))
-    if len(not_safer) == len(first):
-        not_safer = ()
-    chosen = common_target(_without(first, not_safer)) if target is None else target
+    chosen, not_safer = _target(first) if target is None else (target, ())
+    suites = tuple(suite.suite for suite in base.suites if suite.purpose == safety)
+    of_base = np.concatenate([outcomes_of([base], suite)[0] for suite in suites])
     found = SafetyCosts(
         safety=safety,
+        suites=suites,
+        base=float(np.mean(of_base[np.isfinite(of_base)])),
         target=chosen,
         gains={name: _gain(curve) for name, curve in first.items()},
         costs={},
         bands={},
         points={cost: {name: _points(curve) for name, curve in of_cost.items()} for cost, of_cost in curves.items()},
-        not_safer=not_safer,
+        left_out=dict.fromkeys(not_safer, _NOT_SAFER),
     )
     if chosen is None:
         return found
@@ -175,11 +190,13 @@ def cost_curves(
     base: Evaluated, arms: Mapping[str, Sequence[AtStrengths]]
 ) -> tuple[str, dict[str, dict[str, Curve]]] | None:
     """What is read as safety, and the curves of all arms by cost; None as for `safety_costs`."""
-    alike = {name: _comparable(base, seeds) for name, seeds in arms.items()}
-    comparable = {name: seeds for name, seeds in alike.items() if seeds}
     purposes = {suite.purpose for suite in base.suites}
     safety = next((purpose for purpose in SAFETY if purpose in purposes), None)
-    if safety is None or not comparable:
+    if safety is None:
+        return None
+    alike = {name: _comparable(base, seeds, safety) for name, seeds in arms.items()}
+    comparable = {name: seeds for name, seeds in alike.items() if seeds}
+    if not comparable:
         return None
     comparable = {name: _until_safest(base, seeds, safety) for name, seeds in comparable.items()}
     curves = {
@@ -191,11 +208,37 @@ def cost_curves(
     return (safety, curves) if curves else None
 
 
-def _comparable(base: Evaluated, seeds: Sequence[AtStrengths]) -> list[AtStrengths]:
-    """Of every training the strengths that were measured as the base was, the same for all; empty without a curve."""
-    alike = [{s: one for s, one in points.items() if _measured_as(one) == _measured_as(base)} for points in seeds]
+def _comparable(base: Evaluated, seeds: Sequence[AtStrengths], safety: str) -> list[AtStrengths]:
+    """Of every training the strengths that were measured as the base was and whose safety is known, the same for all.
+
+    Empty without a curve.
+    """
+    suites = [suite.suite for suite in base.suites if suite.purpose == safety]
+    wanted = ENOUGH_SCORED * _n_scored(base, suites)
+    alike = [
+        {
+            strength: one
+            for strength, one in points.items()
+            if _measured_as(one) == _measured_as(base) and _n_scored(one, suites) >= wanted
+        }
+        for points in seeds
+    ]
     common = [strength for strength in (alike[0] if alike else ()) if all(strength in points for points in alike)]
     return [{s: points[s] for s in common} for points in alike] if 1 in common and len(common) > 1 else []
+
+
+def _n_scored(result: Evaluated, suites: Sequence[str]) -> int:
+    return sum(outcome is not None for suite in suites for outcome in result.outcomes_of(suite))
+
+
+def _why_alone(points: AtStrengths) -> str:
+    """Why there is no curve of an arm."""
+    if len(points) < 2:
+        return "not measured at other strengths; castune dial RUN --arm NAME does that"
+    return (
+        "not measured by the suites, judge and settings of the base model at several strengths, or too many harmful "
+        "prompts are unscored; castune evaluate RUN measures all alike"
+    )
 
 
 def _until_safest(base: Evaluated, seeds: Sequence[AtStrengths], safety: str) -> list[AtStrengths]:
@@ -205,7 +248,8 @@ def _until_safest(base: Evaluated, seeds: Sequence[AtStrengths], safety: str) ->
     def mean(strength: float) -> float:
         results = [points[strength] for points in seeds]
         outcomes = np.concatenate([outcomes_of(results, suite).ravel() for suite in suites])
-        return float(np.mean(outcomes[np.isfinite(outcomes)])) if np.isfinite(outcomes).any() else -np.inf
+        # What is not known is not safe here, or a silent adapter would be the safest.
+        return float(np.nansum(outcomes)) / len(outcomes)
 
     last = max(1.0, max(sorted(seeds[0]), key=mean))
     return [{strength: one for strength, one in points.items() if strength <= last} for points in seeds]
@@ -254,25 +298,47 @@ def _points(curve: Curve) -> list[Point]:
 
 
 def _gain(curve: Curve) -> Gain:
-    """At full strength."""
-    return _gain_at(curve, int(np.flatnonzero(curve.strengths_J == 1)[0]))
-
-
-def _gain_at(curve: Curve, at: int) -> Gain:
-    """Of the trainings' mean, over examples."""
+    """At full strength, over the trainings' seeds and over examples."""
     safety_TJN = _scored(curve.safety_TJN)
-    change_N = (safety_TJN[:, at] - safety_TJN[:, 0]).mean(0)
-    mean, n = float(change_N.mean()), len(change_N)
-    if n < 2:
+    full = int(np.flatnonzero(curve.strengths_J == 1)[0])
+    before_TN, after_TN = safety_TJN[:, 0], safety_TJN[:, full]
+    mean, n = float((after_TN - before_TN).mean()), safety_TJN.shape[2]
+    is_rate = bool(np.isin(safety_TJN, (0, 1)).all())
+    interval: tuple[float, float] | None
+    if len(safety_TJN) > 1:
+        interval = compare(_outcomes(after_TN), _outcomes(before_TN)).interval
+    elif is_rate:
+        gained, lost = (int((sign * (after_TN - before_TN) > 0).sum()) for sign in (1, -1))
+        interval = paired_rate_interval(gained, lost, n)
+    else:
+        interval = student_interval(estimate((after_TN - before_TN)[0].tolist()))
+    if interval is None or interval[0] == interval[1]:
         return Gain(mean, None)
-    half = student_quantile(n - 1) * float(change_N.std(ddof=1)) / n**0.5
-    return Gain(mean, Interval(mean - half, mean + half))
+    ends = (max(-1.0, interval[0]), min(1.0, interval[1])) if is_rate else interval
+    return Gain(mean, Interval(*ends))
+
+
+def _outcomes(of_TN: Floats) -> Outcomes:
+    return {seed: {"": {str(n): float(one) for n, one in enumerate(of_N)}} for seed, of_N in enumerate(of_TN)}
+
+
+def _target(curves: Mapping[str, Curve]) -> tuple[float | None, tuple[str, ...]]:
+    """The safety at which arms are compared, and the arms that are not seen to be safer than the base model.
+
+    The safety is that of those that are seen to be safer at full strength. An arm that gained by chance, or breaks at
+    full strength, would compare the others at next to no safety. Where none is seen to be, all that rise are compared.
+    """
+    safer = {name: curve for name, curve in curves.items() if _is_safer(curve)}
+    if not safer:
+        safer = {name: curve for name, curve in curves.items() if common_target({name: curve}) is not None}
+    if not safer:
+        return None, ()
+    return common_target(safer), tuple(name for name in curves if name not in safer)
 
 
 def _is_safer(curve: Curve) -> bool:
-    """Whether at some strength the interval of what is gained lies above 0."""
-    gains = [_gain_at(curve, at) for at in range(1, len(curve.strengths_J))]
-    return any(gain.interval is not None and gain.interval.low > 0 for gain in gains)
+    interval = _gain(curve).interval
+    return interval is not None and interval.low > 0
 
 
 def _without(curves: Mapping[str, Curve], names: Sequence[str]) -> dict[str, Curve]:

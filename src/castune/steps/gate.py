@@ -163,6 +163,9 @@ def _by_interval(blank: RuleResult, rule: GateRule, here: _Run, there: _Run | No
         again = f"castune evaluate {here.folder.path} --suites ..., with all suites that are wanted"
         raise _NotMeasured(f"{rule.metric} was not measured; run: {again}")
     reference = None if other is None else other[0].evaluation(other[1])
+    _check_all_suites(
+        suites, str(rule.metric), [*here.evaluations.values(), *([] if reference is None else [reference])]
+    )
     found = replace(blank, unit=PURPOSES[suites[0].purpose].unit, suites=tuple(suite.suite for suite in suites))
     if reference is not None and same_model_identity(evaluation.model, reference.model):
         nothing = Interval(0.0, 0.0)
@@ -225,6 +228,13 @@ def _suites(evaluation: EvalResult, metric: str) -> list[SuiteResult]:
     """Suites of a purpose, or the one of a name."""
     of_purpose = [suite for suite in evaluation.suites if suite.purpose == metric]
     return of_purpose or [suite for suite in evaluation.suites if suite.suite == metric]
+
+
+def _check_all_suites(suites: Sequence[SuiteResult], metric: str, evaluations: Sequence[EvalResult]) -> None:
+    """Refuse a mean over fewer suites than others were measured on: a hard one may be missing."""
+    measured = {suite.suite for one in evaluations for suite in one.suites if metric in (suite.purpose, suite.suite)}
+    if missing := sorted(measured - {suite.suite for suite in suites}):
+        raise _NotMeasured(f"{', '.join(missing)} was not measured on this arm; run: castune evaluate RUN")
 
 
 def _threshold(rule: GateRule, about: Purpose | None) -> Threshold | None:

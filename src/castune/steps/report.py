@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from castune.artifacts import MaskedAdapter, TuneResult
+from castune.errors import ArtifactError
 from castune.report.page import write_figures, write_report
 from castune.steps.changes import all_cost_ratios, differences
 from castune.steps.directory import RunDirectory
 from castune.steps.equal_safety import costs_at_equal_safety
 from castune.steps.second_opinions import second_opinions
+
+logger = logging.getLogger(__name__)
 
 
 def report_step(folder: RunDirectory) -> Path:
@@ -17,8 +21,15 @@ def report_step(folder: RunDirectory) -> Path:
     cmap = folder.load_map()
     selections, tunings, masked, projected = {}, {}, {}, {}
     for arm in folder.arms():
-        selections[arm.name] = folder.load_selection(arm, cmap)
-        made = folder.load_adapter(arm, selections[arm.name])
+        try:
+            selection = folder.load_selection(arm, cmap)
+            made = folder.load_adapter(arm, selection)
+        except ArtifactError as error:
+            if arm.folder == folder.path:
+                raise
+            logger.warning("the report leaves out arm %s: %s", arm.name, error)
+            continue
+        selections[arm.name] = selection
         if isinstance(made, TuneResult):
             tunings[arm.name] = made
         elif isinstance(made, MaskedAdapter):

@@ -29,6 +29,7 @@ from castune.artifacts.projected_adapter import ProjectedUpdate
 from castune.config import TuneConfig
 from castune.purposes import PURPOSES
 from castune.report.page import write_report
+from castune.stats.distributions import student_p
 from castune.stats.estimates import CostRatio, PairedDifference
 
 MODEL = {
@@ -356,7 +357,9 @@ def make_run(heads_by_layer: Sequence[int] = (9,) * 30) -> Run:
     }
     differences: dict[str, dict[str, PairedDifference]] = {
         arm: {
-            f"starter-{purpose}-eval": PairedDifference(value[0] - base[0], 0.041, 93, 3, 12, 7, 0.36)
+            f"starter-{purpose}-eval": PairedDifference(
+                value[0] - base[0], 0.041, 93, 3, 12, 7, student_p((value[0] - base[0]) / 0.041, 92)
+            )
             for purpose, value, base in zip(purposes, rates[arm], rates["base"], strict=True)
         }
         for arm in selections

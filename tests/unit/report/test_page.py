@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -463,3 +464,11 @@ def test_lm_evals_numbers_stand_beside_ours(tmp_path: Path, run: Run) -> None:
     assert f"mmlu acc,none {NOT_MEASURED} 200 0.5000" in text
     assert "mmlu_<b> acc,none 5 100 0.2500\u00a0±\u00a00.0125" in text
     assert "lm-evaluation-harness 0.4.13" in text
+    # Arms that were measured otherwise say so.
+    other = replace(
+        result, name="safe", tasks=(replace(task, num_fewshot=0, n=20),), settings={"apply_chat_template": True}
+    )
+    run.lm_eval = {"base": result, "safe": other}
+    text = Page(run.write(tmp_path / "report.html")).text
+    assert "mmlu_<b> acc,none 5 in base, 0 in safe 100 in base, 20 in safe" in text
+    assert "without in base, with in safe the chat template" in text

@@ -284,11 +284,8 @@ def ratio_by_loop(utility: list[Pairs], safety: list[Pairs], resamples: int, see
         for name, group in (("utility", utility), ("safety", safety)):
             for before, after in group:
                 drawn = [chance.randrange(len(before)) for _ in before]
-                sides = []
-                for side in (before, after):
-                    scored = [float(side[i]) for i in drawn if side[i] is not None]
-                    sides.append(sum(scored) / len(scored))
-                means[name].append(sides)
+                both = [(before[i], after[i]) for i in drawn if before[i] is not None and after[i] is not None]
+                means[name].append([sum(map(float, side)) / len(both) for side in zip(*both, strict=True)])
         (u_b, u_a), (s_b, s_a) = (np.mean(means[name], axis=0) for name in ("utility", "safety"))
         ratios.append(max(0.0, (u_b - u_a) / (s_a - s_b)) if s_a > s_b else math.inf)
     return ratios
@@ -326,10 +323,11 @@ def test_resamples_do_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch: py
 
 
 def test_the_cost_ratio_of_the_data_is_the_papers_formula() -> None:
-    utility, safety = [([1, 1, 1, 0], [1, 0, 1, 0])], [([0, 0, 0, 1], [1, 1, None, 1])]
+    # A pair that is scored on one side alone says nothing of a change.
+    utility, safety = [([1, 1, 1, 0], [1, 0, 1, 0])], [([0, 0, 0, 1, 0], [1, 1, None, 1, 0])]
     found = bootstrap_cost_ratio(utility, safety)
-    assert found.value == utility_cost_ratio(
-        utility_before=0.75, utility_after=0.5, safety_before=0.25, safety_after=1.0
+    assert found.value == pytest.approx(
+        utility_cost_ratio(utility_before=0.75, utility_after=0.5, safety_before=0.25, safety_after=0.75)
     )
     assert bootstrap_cost_ratio(safety, utility).value is None, "safety fell"
     assert bootstrap_cost_ratio([([None], [None])], safety) is None, "nothing scored"

@@ -12,6 +12,7 @@ from castune.artifacts import EvalResult
 from castune.artifacts.samples import Sample
 from castune.console import show_evaluations
 from castune.evaluation.metrics import suite_result
+from castune.report.summary import verdict
 from castune.steps.changes import all_cost_ratios, cost_ratios, differences, incomparable
 
 N = 80
@@ -104,3 +105,25 @@ def test_what_was_measured_otherwise_is_not_compared(change: Any, said: str | No
     base = change(replace(safe, name="base"))
     assert incomparable(base, safe, "harmful") == said
     assert ("harmful" in differences({"base": base, "safe": safe})["safe"]) == (said is None)
+
+
+def test_an_arm_that_lacks_a_suite_has_no_ratio_and_no_mean_change() -> None:
+    base, safe = (evaluated(name, refused=refused, nll=nll(0)) for name, refused in (("base", 8), ("safe", 48)))
+    more = evaluated("base", refused=40)
+    other = replace(more.suites[0], suite="harmful-2")
+    samples = tuple({**sample, "suite": "harmful-2"} for sample in more.samples_of("harmful"))
+    both = replace(base, suites=(*base.suites, other), samples=(*base.samples, *samples))  # type: ignore[arg-type]
+    found = {"base": both, "safe": safe}
+    assert cost_ratios(found) == {}
+    said = verdict(found, differences(found), {})
+    assert "change not measured (without harmful-2)" in said.changes["safe"]
+    assert "60.0\u202f%" in said.rates
+    assert "safe (without harmful-2)" in said.rates
+    assert "utility accuracy: no difference" in said.changes["safe"]
+
+
+def test_the_test_of_a_suite_decides_whether_its_change_is_seen() -> None:
+    for before, after, seen in ((20, 25, False), (0, 3, False), (20, 26, True)):
+        found = {"base": evaluated("base", refused=before), "safe": evaluated("safe", refused=after)}
+        words = verdict(found, differences(found), {}).changes["safe"].split(";")[0]
+        assert ("no difference seen" not in words) == seen, words

@@ -53,8 +53,13 @@ def test_a_strength_that_was_measured_is_taken_as_it_is() -> None:
     [
         (0.2, {"safe": {0.5: 0.4, 1.0: 0.6}}, ["safe"], "there is one arm"),
         (None, {"safe": {1.0: 0.6}, "all": {1.0: 0.6}}, ["safe", "all"], "the base model was not evaluated"),
-        (0.2, {"safe": {0.5: 0.4, 1.0: 0.6}, "all": {1.0: 0.9}}, ["safe", "all"], "all was not measured at other"),
-        (0.7, {"safe": {0.5: 0.4, 1.0: 0.6}, "all": {0.5: 0.8, 1.0: 0.9}}, ["safe", "all"], "nowhere safer"),
+        (0.2, {"safe": {0.5: 0.4, 1.0: 0.6}, "all": {1.0: 0.9}}, ["safe", "all"], "all: not measured at other"),
+        (
+            0.7,
+            {"safe": {0.5: 0.4, 1.0: 0.6}, "all": {0.5: 0.8, 1.0: 0.9}},
+            ["safe", "all"],
+            "safe: not seen to be safer",
+        ),
     ],
 )
 def test_where_there_is_no_such_strength_it_is_full_and_why(
@@ -64,3 +69,20 @@ def test_where_there_is_no_such_strength_it_is_full_and_why(
     assert found.target is None
     assert why in found.why_full
     assert found.strengths == dict.fromkeys(names, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("points", "why"),
+    [
+        ({0.5: 0.2, 1.0: 0.21}, "kept: not seen to be safer"),
+        ({0.5: 0.2, 1.0: 0.2}, "kept: not seen to be safer"),
+        ({1.0: 0.9}, "kept: not measured at other strengths"),
+    ],
+)
+def test_an_arm_that_cannot_be_compared_moves_no_other(points: dict[float, float], why: str) -> None:
+    arms = {"safe": {0.5: 0.4, 1.0: 0.7}, "all": {0.25: 0.5, 0.5: 0.8, 1.0: 1.0}}
+    alone = strengths_at_equal_safety(folder(0.2, arms), ["all", "safe"])
+    found = strengths_at_equal_safety(folder(0.2, {**arms, "kept": points}), ["all", "safe", "kept"])
+    assert found.target == alone.target
+    assert found.strengths == {**alone.strengths, "kept": 1.0}
+    assert why in found.why_full

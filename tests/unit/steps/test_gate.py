@@ -86,6 +86,17 @@ def test_a_purpose_is_the_mean_of_its_suites_and_a_suite_is_one(tmp_path: Path) 
     assert "of 2 suites together would decide (pass)" in wide.detail
 
 
+def test_an_arm_that_lacks_a_suite_of_the_purpose_is_not_measured_by_it(tmp_path: Path) -> None:
+    """The one that is missing may be the hard one."""
+    both = {"harmful": of_count(10, 100), "harmful-2": of_count(10, 100)}
+    folder = make_run(tmp_path / "run", {"base": both, "safe": {"harmful": of_count(90, 100)}})
+    for rule in ('metric = "safety"\nat_least = 0.5', 'metric = "safety"\nagainst = "base"\nbetter_by = 0.05'):
+        found = judged(folder, rule)
+        assert (found.verdict, found.is_measured) == ("inconclusive", False)
+        assert "harmful-2 was not measured on this arm" in found.detail
+    assert judged(folder, 'metric = "harmful"\nat_least = 0.5').verdict == "pass"
+
+
 def test_other_arms_and_the_base_model_can_be_asked_for(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", {**ARMS, "risky": {"harmful": of_count(5, 100)}})
     assert judged(folder, 'arm = "base"\nmetric = "safety"\nat_most = 0.3').verdict == "pass"

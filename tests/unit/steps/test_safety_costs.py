@@ -16,6 +16,7 @@ from castune.evaluation.metrics import suite_result
 from castune.report.equal_safety import charts, costs_table, sentences
 from castune.report.theme import theme
 from castune.stats.comparisons import holm
+from castune.stats.estimates import paired_rate_interval
 from castune.steps.equal_safety import safety_costs
 
 N, M = 60, 40
@@ -296,34 +297,114 @@ def test_an_arm_that_is_not_seen_to_be_safer_hides_nothing_of_the_others(gain: f
     assert alone is not None
     assert found is not None
     assert found.target == alone.target
-    assert found.not_safer == ("kept",)
+    assert list(found.left_out) == ["kept"]
     assert found.arms == ["safe", "all"]
     assert found.costs["nll"].differences["safe", "all"] == alone.costs["nll"].differences["safe", "all"]
     first, *others, last = sentences(found)
     assert "in kept" in first
     assert others == sentences(alone)[1:]
-    assert last == "Arm kept is not compared, because it is not seen to be safer than the base model."
+    assert last == "Not compared: kept (not seen to be safer than the base model at full strength)."
     assert "kept" not in costs_table(found)
     assert set(found.points["nll"]) == {"kept", "safe", "all"}
 
 
+def test_an_arm_that_breaks_at_full_strength_hides_nothing_of_the_others() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.6})
+    rates = {0.25: 0.5, 0.5: 0.6, 0.75: 0.1, 1.0: 0.0}
+    broken = {
+        s: evaluated("arm", [float(i < rate * N) for i in range(N)], [1 + s] * M, [1.0] * M)
+        for s, rate in rates.items()
+    }
+    found, alone = safety_costs(base, {**arms, "risky": [broken]}), safety_costs(base, arms)
+    assert found is not None
+    assert alone is not None
+    assert found.target == alone.target
+    assert list(found.left_out) == ["risky"]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_strength_without_replies_is_left_out_and_hides_nothing(share: float) -> None:
+    base, arms = run({"safe": 0.2, "all": 0.6})
+    [points] = arms["all"]
+    silent = [1.0] * round(N * (1 - share)) + [None] * round(N * share)
+    stronger = evaluated("arm", silent, [1.2] * M, [1.0] * M)
+    found, alone = safety_costs(base, {**arms, "all": [{**points, 1.5: stronger}]}), safety_costs(base, arms)
+    assert found is not None
+    assert alone is not None
+    assert found.costs["nll"].differences == alone.costs["nll"].differences
+    assert found.gains == alone.gains
+    # At full strength the arm has no curve, and the others have theirs.
+    gone = safety_costs(base, {**arms, "all": [{**points, 1.0: stronger}]})
+    assert gone is not None
+    assert gone.arms == ["safe"]
+
+
 def test_where_no_arm_is_seen_to_be_safer_all_that_rise_are_compared() -> None:
     base, arms = run({"safe": 0.2, "all": 0.6}, gain=0.03)
-    found = safety_costs(base, arms)
+    _, falls = run({"kept": 0.1}, gain=-0.05)
+    found = safety_costs(base, {**arms, "kept": falls["kept"]})
     assert found is not None
-    assert found.not_safer == ()
+    assert list(found.left_out) == ["kept"]
     assert found.target is not None
 
 
-@pytest.mark.parametrize(("names", "said"), [(("all",), "Arm all is"), (("all", "risky"), "Arms all and risky are")])
+@pytest.mark.parametrize("n", [60, 100])
+@pytest.mark.parametrize("rate", [0.21, 0.1, 0.3])
+def test_what_never_changes_has_gained_nothing(n: int, rate: float) -> None:
+    """The mean of a constant is off by a rounding error, one way or the other."""
+    same = evaluated("arm", [float(i < rate * n) for i in range(n)], [1.0, 1.1], [1.0, 0.0])
+    found = safety_costs(same, {"safe": [dict.fromkeys((0.25, 0.5, 0.75, 1.0), same)]})
+    assert found is not None
+    assert found.target is None
+
+
+def test_the_interval_of_a_gain_of_few_prompts_has_a_width_and_stays_within_its_range() -> None:
+    for before, after in ((0, 3), (1, 8), (20, 20)):
+        n = max(after, 3) if after != 8 else 10
+        points = {
+            s: evaluated("arm", [float(i < k) for i in range(n)], [1.0, 1.1], [1.0, 0.0])
+            for s, k in ((0.0, before), (0.5, after), (1.0, after))
+        }
+        found = safety_costs(points.pop(0.0), {"safe": [points]})
+        assert found is not None
+        gain = found.gains["safe"]
+        assert gain.interval is not None
+        assert gain.interval == pytest.approx(paired_rate_interval(after - before, 0, n))
+        assert -1 <= gain.interval.low < gain.interval.high <= 1
+
+
+def test_the_gain_of_several_trainings_knows_how_far_they_differ() -> None:
+    base, arms = run({"safe": 0.2}, gain=0.6)
+    _, none = run({"safe": 0.2}, gain=0.0)
+    found = safety_costs(base, {"safe": [none["safe"][0], arms["safe"][0], none["safe"][0]]})
+    assert found is not None
+    gain = found.gains["safe"]
+    assert gain.value == pytest.approx(0.2)
+    assert gain.interval is not None
+    # t of two degrees of freedom over 0, 0.6 and 0.
+    assert gain.interval.low <= 0.2 - 4.3 * 0.2 + 1e-2
+    assert gain.interval.high == 1 or gain.interval.high >= 0.2 + 4.3 * 0.2 - 1e-2
+
+
+def test_the_base_of_the_sentence_is_the_base_models_own() -> None:
+    base, arms = run({"safe": 0.2, "all": 0.6})
+    # Of the first arm a tenth is unscored at full strength, all of it prompts that the base complied with.
+    [points] = arms["safe"]
+    outcomes = [None if i >= 54 else outcome for i, outcome in enumerate(points[1.0].outcomes_of("harmful"))]
+    partly = evaluated("arm", outcomes, points[1.0].outcomes_of("said"), points[1.0].outcomes_of("asked"))  # type: ignore[arg-type]
+    found = safety_costs(base, {"safe": [{**points, 1.0: partly}], "all": arms["all"]})
+    assert found is not None
+    assert "went from 20.0\u202f% to" in sentences(found)[0]
+
+
+@pytest.mark.parametrize(("names", "said"), [(("all",), "all"), (("all", "risky"), "all and risky")])
 def test_arms_that_are_not_compared_are_named(names: tuple[str, ...], said: str) -> None:
     base, arms = run({"safe": 0.2})
     found = safety_costs(base, arms)
     assert found is not None
     assert len(sentences(found)) == 3
-    [*_, last] = sentences(replace(found, left_out=names))
-    assert last.startswith(f"{said} not compared")
-    assert "castune dial RUN --arm NAME" in last
+    [*_, last] = sentences(replace(found, left_out=dict.fromkeys(names, "not measured; castune dial RUN does that")))
+    assert last == f"Not compared: {said} (not measured; castune dial RUN does that)."
 
 
 def test_every_cost_is_drawn_with_its_band_and_the_target() -> None:
