@@ -15,6 +15,7 @@ from castune.artifacts.drift_result import DriftResult, StepDrift
 from castune.artifacts.records import AdapterRecord
 from castune.artifacts.tune_result import snapshots_of
 from castune.config import DiagnoseConfig
+from castune.core.journal import Journal
 from castune.core.loading import load_model
 from castune.core.provenance import provenance
 from castune.core.shards import Shard
@@ -69,6 +70,7 @@ def drift_step(folder: RunDirectory, name: str | None, *, shard: str | None = No
         found = _stored_map(out, first, remeasure.about(adapter, step), remeasure.config)
         if found is not None:
             logger.info("map at step %d: already done", step)
+            Journal.remove_all(out)  # of a command that was killed when the map was just made
             maps[step] = found
             continue
         logger.info("map at step %d of %s", step, arm.name)

@@ -13,6 +13,7 @@ from castune.artifacts.fingerprints import at_strength, same_model_identity
 from castune.artifacts.records import ModelRecord
 from castune.artifacts.samples import is_reply, references_of
 from castune.config import EvaluateConfig, Recipe
+from castune.core.journal import Journal
 from castune.core.loading import LoadedModel, load_config, load_model, model_source
 from castune.core.provenance import model_record
 from castune.data.example import content_hash
@@ -102,6 +103,9 @@ def evaluate_step(
         is None
     ]
     del base
+    for one in asked:
+        if one not in todo:
+            Journal.remove_all(one.folder(folder))  # of a command that was killed when it had just been saved
     for name in adapters.keys() - {one.arm for one in todo}:
         logger.info("evaluation of %s: already done", name)
     if todo:

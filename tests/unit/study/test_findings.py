@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -487,7 +488,8 @@ def test_arms_that_were_measured_at_several_strengths_are_compared_at_equal_safe
         assert of_nll.arms[arm].value == pytest.approx(0.8 * full, rel=0.05)
     assert found.verdict[0].startswith("Refusals on harmful prompts went from 10.0")
     assert any(
-        "arm safe costs less than arm risky in NLL of right answers" in sentence for sentence in found.verdict[:3]
+        re.search("arm safe costs less than arms? [^;]*risky[^;]* in [^;]*NLL of right answers", sentence)
+        for sentence in found.verdict[:3]
     )
     rows = {(r["cost"], r["arm"]): r for r in {t.name: t for t in finding_tables(found)}["equal_safety"].rows}
     assert rows["nll", "risky"]["value"] == pytest.approx(of_nll.arms["risky"].value)
