@@ -223,6 +223,8 @@ def judge_step(folder: RunDirectory, name: str) -> dict[str, EvalResult]:
         if result != places[place]:
             logger.info("evaluation of %s: judged by %s", result.name, by.name)
             result.save(place)
+        else:
+            EvalResult.settle(place)  # a command may have been killed when it had just been judged
     return {arm: judged[folder.evaluation(arm)] for arm in evaluations}
 
 
