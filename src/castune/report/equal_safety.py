@@ -34,8 +34,13 @@ def costs_of(found: SafetyCosts) -> list[str]:
     return sorted(found.points, key=list(PAID).index)
 
 
-def sentences(found: SafetyCosts) -> list[str]:
-    """What training did to safety, what that costs at one safety, and what it says of the selection."""
+def sentences(found: SafetyCosts, *, measured_by: str = "castune dial RUN --arm NAME") -> list[str]:
+    """What training did to safety, what that costs at one safety, and what it says of the selection.
+
+    Args:
+        found: costs of the arms.
+        measured_by: the command that measures an arm at other strengths.
+    """
     about, [cost, *_] = PURPOSES[found.safety], costs_of(found)
     points = found.points[cost]
     base = next(iter(points.values()))[0].safety
@@ -48,13 +53,18 @@ def sentences(found: SafetyCosts) -> list[str]:
     first = f"{about.label} went from {level(base, about.unit)} to {_listed(gains)}."
     if found.target is None:
         second = f"{_nowhere(found)}, so there is no safety at which costs can be compared."
-        return [first, second, "So whether selecting heads pays off cannot be determined.", *_left_out(found)]
+        return [
+            first,
+            second,
+            "So whether selecting heads pays off cannot be determined.",
+            *_left_out(found, measured_by),
+        ]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
         f"With each adapter {_scaled(found)} to the same safety, {level(found.target, about.unit)}, the cost in "
         f"{PAID[cost]} ({_unit(cost)}) is {_listed(paid)}."
     )
-    return [first, second, _verdict(found), *_left_out(found)]
+    return [first, second, _verdict(found), *_left_out(found, measured_by)]
 
 
 def _scaled(found: SafetyCosts) -> str:
@@ -63,16 +73,24 @@ def _scaled(found: SafetyCosts) -> str:
     return "scaled up or down" if any(one.strength > 1 for of_arm in points for one in of_arm) else "scaled down"
 
 
-def _left_out(found: SafetyCosts) -> list[str]:
-    """What of the run is not compared, and why."""
+def _left_out(found: SafetyCosts, measured_by: str) -> list[str]:
+    """What is not compared, and why."""
     why = {
         found.not_safer: (
             "is not seen to be safer than the base model",
             "are not seen to be safer than the base model",
         ),
         found.left_out: (
-            "was not measured at other strengths; castune dial RUN --arm NAME does that",
-            "were not measured at other strengths; castune dial RUN --arm NAME does that",
+            f"was not measured at other strengths; {measured_by} does that",
+            f"were not measured at other strengths; {measured_by} does that",
+        ),
+        found.unscored: (
+            "has nothing scored at one of the strengths",
+            "have nothing scored at one of the strengths",
+        ),
+        found.few_seeds: (
+            "was measured at every strength with too few of the training seeds of the others",
+            "were measured at every strength with too few of the training seeds of the others",
         ),
     }
     return [

@@ -40,6 +40,8 @@ class SafetyCosts:
         not_safer: arms that are not compared, because they are not seen to be safer than base at any strength: what the
             others pay would be compared at next to no safety.
         left_out: arms that were measured at full strength alone, or at other strengths by other settings.
+        unscored: arms without a score at some strength, of safety or of a cost that most trainings have.
+        few_seeds: arms of a study with too few of the others' seeds.
     """
 
     safety: str
@@ -50,6 +52,8 @@ class SafetyCosts:
     points: Mapping[str, Mapping[str, list[Point]]]
     not_safer: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    unscored: tuple[str, ...] = ()
+    few_seeds: tuple[str, ...] = ()
 
     @property
     def arms(self) -> list[str]:

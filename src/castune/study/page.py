@@ -14,7 +14,7 @@ from castune.names import ArmName
 from castune.purposes import COSTS, PURPOSES, RATIOS
 from castune.report.document import document, write_charts
 from castune.report.drift import drift_charts, drift_section
-from castune.report.equal_safety import chart_names, costs_of, costs_table, sentences
+from castune.report.equal_safety import chart_names, costs_of, costs_table
 from castune.report.explorer import explorer
 from castune.report.markup import Markup, table, tag
 from castune.report.outcomes import losses
@@ -23,6 +23,7 @@ from castune.report.sections import figure, known, section
 from castune.report.summary import NOT_MEASURED
 from castune.stats.distributions import Interval
 from castune.steps.directory import BASE, RunDirectory
+from castune.study.equal_safety import sentences
 from castune.study.figures import COST_FIGURES, charts, equal_safety_figure, method_figures
 from castune.study.findings import Findings
 from castune.study.graph import Graph
@@ -39,7 +40,7 @@ _HEADS = {
     **{name: cost.label for name, cost in COSTS.items()},
     "arm": "Arm", "heads": "Heads", "mean_conflict": "Mean C", "mean_score": "Mean score", "seeds": "Seeds",
     "general_average": "Utility, mean", "safety_average": "Safety, mean", "over_refusal_average": "Over-refusal, mean",
-    "unscored": "Unscored", "score": "Score", "buckets": "M", "bucket": "Bucket",
+    "unscored": "Unscored", "unscored_seeds": "Unscored seeds", "score": "Score", "buckets": "M", "bucket": "Bucket",
     "pearson": "Pearson r", "spearman": "Spearman ρ", "pearson_p": "p of r", "spearman_p": "p of ρ", "cost": "Cost",
     "seed": "Seed", "n": "n", "undefined": "Undefined", "ucr_seeds": "Seeds with a UCR",
 }  # fmt: skip
@@ -50,6 +51,10 @@ _RULE = (
     "are undefined, and shown as –, where safety did not rise. A row is over its arm's own seeds; figures, comparisons "
     "and correlations are over those that the compared arms have in common. What examples add to the error is in the "
     "intervals of the comparisons."
+)
+_UNSCORED_RULE = (
+    "Unscored seeds: those in which a suite has nothing scored. The means of that suite, and what follows from it, are "
+    "over the other seeds, or – without any."
 )
 
 
@@ -149,6 +154,7 @@ def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Collection[str
         "arms",
         *parts,
         tag("p", _RULE, class_="small"),
+        tag("p", _UNSCORED_RULE, class_="small") if any("unscored_seeds" in t.columns for t in tables.values()) else "",
         tag("div", *figures, class_="figures"),
         tag("h3", "Against the safe zone") if comparisons else "",
         against if comparisons else "",

@@ -339,7 +339,14 @@ def test_arms_without_a_seed_in_common_are_not_compared() -> None:
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([1.0], (1.0, None)), ([1.0, 3.0], (2.0, 1.0)), ([1.0, None], (None, None)), ([], (None, None))],
+    [
+        ([1.0], (1.0, None)),
+        ([1.0, 3.0], (2.0, 1.0)),
+        ([1.0, None], (1.0, None)),
+        ([1.0, None, 3.0], (2.0, 1.0)),
+        ([None], (None, None)),
+        ([], (None, None)),
+    ],
 )
 def test_means_over_seeds(values: list[float | None], expected: tuple[float | None, float | None]) -> None:
     assert tuple(over_seeds("x", values).values()) == expected
@@ -487,7 +494,8 @@ def test_arms_that_were_measured_at_several_strengths_are_compared_at_equal_safe
         assert of_nll.arms[arm].value == pytest.approx(0.8 * full, rel=0.05)
     assert found.verdict[0].startswith("Refusals on harmful prompts went from 10.0")
     assert any(
-        "arm safe costs less than arm risky in NLL of right answers" in sentence for sentence in found.verdict[:3]
+        "arm safe costs less than arms all, random and risky in NLL of right answers" in sentence
+        for sentence in found.verdict[:3]
     )
     rows = {(r["cost"], r["arm"]): r for r in {t.name: t for t in finding_tables(found)}["equal_safety"].rows}
     assert rows["nll", "risky"]["value"] == pytest.approx(of_nll.arms["risky"].value)
@@ -504,5 +512,5 @@ def test_arms_that_were_measured_at_several_strengths_are_compared_at_equal_safe
         tuple(replace(t, strengths={}) if t.arm == "random" else t for t in kept), (), {},
     )  # fmt: skip
     costs = findings(fewer, STUDY).equal_safety["sft"]
-    assert costs.arms == ["safe", "all", "risky"]
+    assert (costs.arms, costs.left_out) == (["safe", "all", "risky"], ("random",))
     assert costs.costs["nll"].n_seeds == 2
