@@ -48,7 +48,12 @@ def sentences(found: SafetyCosts) -> list[str]:
     first = f"{about.label}{together} went from {level(found.base, about.unit)} to {_listed(gains)}."
     if found.target is None:
         second = f"{_nowhere(found)}, so there is no safety at which costs can be compared."
-        return [first, second, "So whether selecting heads pays off cannot be determined.", *_left_out(found)]
+        return [
+            first,
+            second,
+            "So whether selecting heads pays off cannot be determined.",
+            *_left_out(found),
+        ]
     paid = [f"{_paid(found, cost, arm)} in {arm}" for arm in found.arms]
     second = (
         f"With each adapter {_scaled(found)} to the same safety, {level(found.target, about.unit)}, the cost in "

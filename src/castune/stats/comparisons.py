@@ -44,6 +44,8 @@ class Comparison:
         n_seeds: seeds.
         n_examples: examples that both arms have a score for under every seed.
         n_unscored: examples left out.
+        n_seeds_unscored: seeds that both arms have and that were not given, for a suite has nothing that is scored in
+            both.
     """
 
     value: float | None
@@ -59,6 +61,7 @@ class Comparison:
     n_seeds: int
     n_examples: int
     n_unscored: int
+    n_seeds_unscored: int = 0
 
     @property
     def is_seen(self) -> bool:

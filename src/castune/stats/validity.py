@@ -31,7 +31,8 @@ class Point:
         seed: of the training.
         score: predicted: mean of C(h), O(h) or S(h) over the arm's heads.
         control: what a partial correlation holds constant: the mean layer of the arm's heads, say.
-        cost: realised: a cost ratio (Eqs. 7-8), or a loss in points or nats; None = undefined, for safety did not rise.
+        cost: realised: a cost ratio (Eqs. 7-8), or a loss in points or nats; None = undefined, for safety did not rise
+            or nothing was scored.
         cost_se: standard error of the cost over examples, of this trained model; None if it is not known.
     """
 

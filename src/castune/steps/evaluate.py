@@ -292,6 +292,7 @@ def stored_evaluation(
     """
     if not (folder / METRICS_FILE).is_file():
         return None
+    EvalResult.settle(folder)
     found = EvalResult.load(folder)
     # A record that knows nothing of a setting was made before there was a choice, with what is the default now.
     settings = EvaluateConfig(**{**found.settings, "judge": config.judge, "strengths": config.strengths})

@@ -66,10 +66,22 @@ class MapAgreement:
 
 @dataclass(frozen=True)
 class BudgetCheck:
-    """The predicted cost of every budget, and what arms that were trained lost beside it, over the seeds of all."""
+    """The predicted cost of every budget, and what arms that were trained lost beside it, over the seeds of all.
+
+    Attributes:
+        curve: of the map.
+        n_seeds: that all arms have.
+        n_scored: of every arm those of them in which every utility suite has something scored.
+        arms: their names.
+        heads: how many each has.
+        predicted: share of the cost of all heads.
+        lost: utility, in points; the mean over the scored seeds, None without any.
+        check: of the predicted against the lost.
+    """
 
     curve: CostCurve
     n_seeds: int
+    n_scored: tuple[int, ...]
     arms: tuple[str, ...]
     heads: tuple[int, ...]
     predicted: tuple[float, ...]
@@ -165,11 +177,8 @@ def _comparisons(results: Results, study: StudyConfig) -> list[ArmComparison]:
             if not any(outcomes(list(safe.values()), purpose).values()):
                 continue
             for arm in (arm for arm in study.arms if f"{arm}{suffix}" in study.main_arms):
-                trials = [trial for trial in results.of(f"{arm}{suffix}") if trial.seed in safe]
-                beside = [safe[trial.seed] for trial in trials]
-                found = compare(outcomes(trials, purpose), outcomes(beside, purpose)) if trials else None
                 if arm != REFERENCE:
-                    asked.append((method, arm, purpose, found))
+                    asked.append((method, arm, purpose, _compared(results.of(f"{arm}{suffix}"), safe, purpose)))
     adjusted = holm([None if found is None else found.p for *_, found in asked])
     made = []
     for (method, arm, purpose, comparison), p in zip(asked, adjusted, strict=True):
@@ -182,6 +191,28 @@ def _comparisons(results: Results, study: StudyConfig) -> list[ArmComparison]:
         )
         made.append(ArmComparison(method, arm, purpose, comparison, words))
     return made
+
+
+def _compared(trials: Sequence[Trial], safe: Mapping[int, Trial], purpose: str) -> Comparison | None:
+    """An arm against the safe zone over the seeds with which both have scores; None without a seed of both."""
+    pairs = [(trial, safe[trial.seed]) for trial in trials if trial.seed in safe]
+    if not pairs:
+        return None
+    # Where no seed has, all are given: the comparison then counts what it had to leave out.
+    scored = [pair for pair in pairs if _is_scored(*pair, purpose)] or pairs
+    first, second = (outcomes(side, purpose) for side in zip(*scored, strict=True))
+    return replace(compare(first, second), n_seeds_unscored=len(pairs) - len(scored))
+
+
+def _is_scored(one: Trial, other: Trial, purpose: str) -> bool:
+    """Whether every suite of a purpose has an example that is scored under both."""
+    sides = [one.measured.outcomes, other.measured.outcomes]
+    return all(
+        any(
+            value is not None and sides[1][suite].get(example) is not None for example, value in sides[0][suite].items()
+        )
+        for suite in one.measured.suites_of(purpose)
+    )
 
 
 def _nulls(results: Results) -> list[ZoneNull]:
@@ -256,18 +287,20 @@ def _budget(cmap: ConflictMap, results: Results) -> BudgetCheck:
     row_of = {unit: row for row, unit in enumerate(cmap.units)}
     compared = over_common_seeds(plain_trials(results))
     names = list(dict.fromkeys(trial.arm for trial in compared))
-    predicted, lost, heads = [], [], []
+    predicted, lost, n_scored, heads = [], [], [], []
     for name in names:
         trials = [trial for trial in compared if trial.arm == name]
         shares = [predicted_cost(score_H, [row_of[unit] for unit in trial.selection.units]) for trial in trials]
         losses = [loss for loss, _ in costs_of(trials, results.base, "utility_lost")]
         known = [loss for loss in losses if loss is not None]
         predicted.append(sum(shares) / len(shares))
-        lost.append(sum(known) / len(known) if len(known) == len(losses) else None)
+        lost.append(sum(known) / len(known) if known else None)
+        n_scored.append(len(known))
         heads.append(len(trials[0].selection.units))
     return BudgetCheck(
         curve=map_curve(cmap),
         n_seeds=len({trial.seed for trial in compared}),
+        n_scored=tuple(n_scored),
         arms=tuple(names),
         heads=tuple(heads),
         predicted=tuple(predicted),

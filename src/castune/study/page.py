@@ -39,7 +39,7 @@ _HEADS = {
     **{name: cost.label for name, cost in COSTS.items()},
     "arm": "Arm", "heads": "Heads", "mean_conflict": "Mean C", "mean_score": "Mean score", "seeds": "Seeds",
     "general_average": "Utility, mean", "safety_average": "Safety, mean", "over_refusal_average": "Over-refusal, mean",
-    "unscored": "Unscored", "score": "Score", "buckets": "M", "bucket": "Bucket",
+    "unscored": "Unscored", "unscored_seeds": "Unscored seeds", "score": "Score", "buckets": "M", "bucket": "Bucket",
     "pearson": "Pearson r", "spearman": "Spearman ρ", "pearson_p": "p of r", "spearman_p": "p of ρ", "cost": "Cost",
     "seed": "Seed", "n": "n", "undefined": "Undefined", "ucr_seeds": "Seeds with a UCR",
 }  # fmt: skip
@@ -50,6 +50,10 @@ _RULE = (
     "are undefined, and shown as –, where safety did not rise. A row is over its arm's own seeds; figures, comparisons "
     "and correlations are over those that the compared arms have in common. What examples add to the error is in the "
     "intervals of the comparisons."
+)
+_UNSCORED_RULE = (
+    "Unscored seeds: those in which a suite has nothing scored. The means of that suite, and what follows from it, are "
+    "over the other seeds, or – without any."
 )
 
 
@@ -149,6 +153,7 @@ def _arms(study: StudyConfig, tables: Mapping[str, Table], drawn: Collection[str
         "arms",
         *parts,
         tag("p", _RULE, class_="small"),
+        tag("p", _UNSCORED_RULE, class_="small") if any("unscored_seeds" in t.columns for t in tables.values()) else "",
         tag("div", *figures, class_="figures"),
         tag("h3", "Against the safe zone") if comparisons else "",
         against if comparisons else "",

@@ -50,7 +50,8 @@ def costs_of(trials: Sequence[Trial], base: Measured | None, cost: str) -> list[
 
     A ratio divides by a gain in safety that a single training may hardly have, so an arm has one: that of its mean
     rates, as in Table 7. Its trainings have the ratio's linear approximation there; their mean is the arm's ratio, and
-    their spread its noise. What is no ratio is linear, and is that of each training.
+    their spread its noise. What is no ratio is linear, and is that of each training. A training of which a suite has
+    nothing scored is not among them (`why_undefined`).
 
     Args:
         trials: of one arm.
@@ -67,21 +68,44 @@ def costs_of(trials: Sequence[Trial], base: Measured | None, cost: str) -> list[
         return losses
     scale = COSTS[cost].unit.scale
     gains = [_change(trial.measured, base, base.suites_of("safety")) for trial in trials]
-    lost_T = [value / scale for value, _ in losses if value is not None]
-    gained_T = [value for value, _ in gains if value is not None]
-    if len(lost_T) < len(trials) or len(gained_T) < len(trials) or not trials:
-        return nothing
-    lost, gained = sum(lost_T) / len(trials), sum(gained_T) / len(trials)
+    scored = [
+        (loss_of_one[0] / scale, gain_of_one[0])
+        for loss_of_one, gain_of_one in zip(losses, gains, strict=True)
+        if loss_of_one[0] is not None and gain_of_one[0] is not None
+    ]
+    lost, gained = (sum(values) / len(scored) for values in zip(*scored, strict=True)) if scored else (0.0, 0.0)
     if gained <= 0:
         return nothing
     ratio = max(0.0, lost / gained)
     found: list[Valued] = []
-    for (_, loss_error), (_, gain_error), one, gain in zip(losses, gains, lost_T, gained_T, strict=True):
-        value = ratio + ((one - lost) - ratio * (gain - gained)) / gained
+    for (one, loss_error), (gain, gain_error) in zip(losses, gains, strict=True):
+        if one is None or gain is None:
+            found.append((None, None))
+            continue
+        value = ratio + ((one / scale - lost) - ratio * (gain - gained)) / gained
         known = loss_error is not None and gain_error is not None
         error = math.hypot((loss_error or 0.0) / scale, ratio * (gain_error or 0.0)) / gained if known else None
         found.append((value, error))
     return found
+
+
+def why_undefined(trial: Trial, base: Measured, cost: str) -> str:
+    """Why a training has no such cost, within a sentence.
+
+    Args:
+        trial: one that `costs_of` gives None for.
+        base: the base model.
+        cost: one of `purposes.COSTS`.
+    """
+    about = COSTS[cost]
+    if about.at_safety:
+        if about.purpose in trial.at_safety:
+            return "the common safety was not reached"
+        return "a suite has nothing scored at a strength" if trial.strengths else "not every strength was measured"
+    needed = [_suites(base, cost), *([base.suites_of("safety")] if about.is_ratio else [])]
+    if any(_change(trial.measured, base, suites)[0] is None for suites in needed):
+        return "a suite has nothing scored"
+    return "safety did not rise"
 
 
 def cost_alone(trial: Trial, base: Measured | None, cost: str) -> float | None:

@@ -4,18 +4,19 @@ beyond the size of the gradients (Section 5.3, Table 8). Pure.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from castune.artifacts import Unit
 from castune.config import StudyConfig
-from castune.purposes import COSTS, Cost
+from castune.purposes import COSTS
 from castune.stats.comparisons import holm
 from castune.stats.correlations import PartialCorrelation, partial_correlation
 from castune.stats.nulls import order_p
 from castune.stats.validity import Point, Validity, arm_means, predictive_validity
 from castune.study.equal_safety import at_common_safety
-from castune.study.realised_costs import costs_of, measured_costs
+from castune.study.realised_costs import costs_of, measured_costs, why_undefined
 from castune.study.trials import REFERENCE, Measured, Results, Trial, over_common_seeds, plain_trials
 from castune.study.verdicts import verdict
 
@@ -75,17 +76,18 @@ def validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
             trials = over_common_seeds([trial for arm in arms for trial in results.of(arm)])
             trials = at_common_safety(trials, results.base)
             costs = measured_costs(results.base, trials)
-            wanted += [(score, buckets, cost, _points(trials, results.base, score, cost)) for cost in costs if trials]
+            wanted += [
+                (score, buckets, cost, trials, _points(trials, results.base, score, cost)) for cost in costs if trials
+            ]
     tested = [predictive_validity(points) for *_, points in wanted]
     adjusted = holm([found.of_means.pearson_p for found in tested])
     made = []
-    for (score, buckets, cost, points), found, p in zip(wanted, tested, adjusted, strict=True):
-        about = COSTS[cost]
+    for (score, buckets, cost, trials, points), found, p in zip(wanted, tested, adjusted, strict=True):
         words = verdict(
             found,
             score=SYMBOLS[score],
-            cost=about.phrase,
-            why_undefined=_why_undefined(about),
+            cost=COSTS[cost].phrase,
+            why_undefined=_reasons(trials, points, results.base, cost),
             p_adjusted=p,
             n_comparisons=len(tested),
         )
@@ -95,10 +97,11 @@ def validities(results: Results, study: StudyConfig) -> list[ScoreValidity]:
     return made
 
 
-def _why_undefined(cost: Cost) -> str:
-    if cost.at_safety:
-        return "the common safety was not reached"
-    return "safety did not rise" if cost.is_ratio else "a suite has nothing scored"
+def _reasons(trials: Sequence[Trial], points: Sequence[Point], base: Measured | None, cost: str) -> dict[str, int]:
+    """Why costs of trainings are undefined, and of how many."""
+    undefined = {(point.arm, point.seed) for point in points if point.cost is None}
+    of_trials = [trial for trial in trials if (trial.arm, trial.seed) in undefined]
+    return Counter(why_undefined(trial, base, cost) for trial in of_trials) if base is not None else {}
 
 
 def controlled_costs(results: Results) -> list[str]:

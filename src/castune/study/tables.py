@@ -1,7 +1,8 @@
 """The paper's tables from the trials of a study, as rows of plain values. Pure.
 
 Rates are in per cent, means of continuous suites in nats. `NAME_se` is the standard error of the mean over seeds (none
-with one seed), `seeds` how many the arm has. What could not be measured or is undefined is empty, never 0.
+with one seed), `seeds` how many the arm has. What could not be measured or is undefined is empty, never 0: where a
+suite has nothing scored with some of the seeds (`unscored_seeds`), its means are over the others.
 """
 
 from __future__ import annotations
@@ -77,7 +78,14 @@ def tables(results: Results, study: StudyConfig) -> list[Table]:
     ]
     found.append(Table("table_10_11_calibrations", "Other calibration data (Tables 10 and 11)", tuple(others)))
     nats = frozenset() if results.base is None else _columns_in_nats(results.base)
-    return [replace(table, nats=nats) for table in found if table.rows]
+    return [replace(table, rows=_with_unscored_seeds(table.rows), nats=nats) for table in found if table.rows]
+
+
+def _with_unscored_seeds(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows, without the column of seeds that lack a score where no arm has one."""
+    if any(row.get("unscored_seeds") for row in rows):
+        return rows
+    return tuple({column: value for column, value in row.items() if column != "unscored_seeds"} for row in rows)
 
 
 def average_column(purpose: str) -> str:
@@ -150,11 +158,13 @@ def finding_tables(found: Findings) -> list[Table]:
 def _budget_rows(found: BudgetCheck | None) -> list[Row]:
     if found is None:
         return []
-    columns = zip(found.arms, found.heads, found.predicted, found.lost, found.check.residuals, strict=True)
+    columns = zip(
+        found.arms, found.heads, found.n_scored, found.predicted, found.lost, found.check.residuals, strict=True
+    )
     return [
-        {"arm": arm, "heads": heads, "seeds": found.n_seeds, "predicted": predicted, "utility_lost": lost,
+        {"arm": arm, "heads": heads, "seeds": n_scored or found.n_seeds, "predicted": predicted, "utility_lost": lost,
          "residual": residual}
-        for arm, heads, predicted, lost, residual in columns
+        for arm, heads, n_scored, predicted, lost, residual in columns
     ]  # fmt: skip
 
 
@@ -210,7 +220,7 @@ def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:
     """Rates of an arm over its seeds: every suite, the averages by purpose, and the cost ratios.
 
     The cost ratio of the mean rates is `ucr`, with the standard error that its seeds give it; `ucr_seeds` counts the
-    seeds in which it is defined on their own.
+    seeds in which it is defined on their own, `unscored_seeds` those in which a suite has nothing scored.
     """
     row: Row = {"seeds": len(trials)}
     measured = trials[0].measured
@@ -221,6 +231,7 @@ def summary_row(trials: Sequence[Trial], base: Measured | None) -> Row:
         means = [_shown(trial.measured.mean(purpose), purpose) for trial in trials]
         row |= over_seeds(average_column(purpose), means)
     row["unscored"] = sum(suite.unscored for trial in trials for suite in trial.measured.suites)
+    row["unscored_seeds"] = sum(any(suite.value is None for suite in trial.measured.suites) for trial in trials)
     for cost in _ratios(base):
         row |= _mean_ratio(trials, base, cost)
         row[f"{cost}_seeds"] = sum(cost_alone(trial, base, cost) is not None for trial in trials)
@@ -239,10 +250,8 @@ def _mean_ratio(trials: Sequence[Trial], base: Measured | None, cost: str) -> di
 
 
 def over_seeds(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean over seeds with its standard error; None where a seed has no value, or there is only one."""
+    """Mean over the seeds that have a value; None without any, its standard error where there is only one."""
     found = estimate(values)
-    if found.unscored:
-        return {name: None, f"{name}_se": None}
     return {name: found.value, f"{name}_se": found.standard_error}
 
 

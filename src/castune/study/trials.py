@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ class Trial:
         strengths: its evaluations at the other strengths of the recipe; empty where one is missing.
         gradient_size: mean over its heads of the logarithm of the sizes of both gradients; None where they are gone.
         at_safety: what it costs where all arms are equally safe, above base, with the standard error over examples, by
-            purpose (`equal_safety.with_costs`); (None, None) where it does not reach that safety.
+            purpose (`equal_safety.with_costs`); (None, None) where it does not reach that safety, nothing where that
+            was not measured or has no score at a strength.
     """
 
     calibration: str
@@ -157,6 +159,35 @@ def over_common_seeds(trials: Sequence[Trial]) -> list[Trial]:
     names = dict.fromkeys(trial.arm for trial in trials)
     seeds = common_seeds([trial for trial in trials if trial.arm == name] for name in names)
     return [trial for trial in trials if trial.seed in seeds]
+
+
+def most_comparable(arms: Mapping[str, Sequence[Trial]], *, reference: str | None = None) -> dict[str, list[Trial]]:
+    """As many arms as have two seeds in common, over all seeds that these have in common.
+
+    An arm that has not would leave the others one training each, or none. Where two seeds would leave no more than half
+    of the arms, one seed is enough, and the arms are as many as share it.
+
+    Args:
+        arms: trials of every arm, one a seed.
+        reference: an arm that is kept in any case, where it has trials.
+    """
+    seeds = {arm: {trial.seed for trial in trials} for arm, trials in arms.items() if trials}
+    usable = seeds.get(reference or "") or set().union(*seeds.values())
+
+    def holding(some: tuple[int, ...]) -> list[str]:
+        return [arm for arm, of_arm in seeds.items() if of_arm.issuperset(some)]
+
+    def shared(names: Sequence[str]) -> set[int]:
+        return set.intersection(*(seeds[arm] for arm in names)) if names else set()
+
+    kept: list[str] = []
+    for n in (2, 1):
+        groups = [holding(some) for some in combinations(sorted(usable), n)]
+        kept = max(groups, key=lambda names: (len(names), len(shared(names))), default=[])
+        if 2 * len(kept) > len(seeds):
+            break
+    common = shared(kept)
+    return {arm: [trial for trial in arms[arm] if trial.seed in common] for arm in kept}
 
 
 def read_results(graph: Graph) -> Results:

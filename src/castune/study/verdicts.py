@@ -21,7 +21,7 @@ def verdict(
     *,
     score: str = "C",
     cost: str = "cost",
-    why_undefined: str = "safety did not rise",
+    why_undefined: Mapping[str, int] | None = None,
     p_adjusted: float | None = None,
     n_comparisons: int = 1,
 ) -> str:
@@ -35,7 +35,7 @@ def verdict(
         found: see `castune.stats.validity.predictive_validity`.
         score: name of the score.
         cost: name of the cost.
-        why_undefined: why a cost is undefined where it is.
+        why_undefined: why costs are undefined, and of how many trials; for safety did not rise when absent.
         p_adjusted: the permutation p-value of r after `holm`, where several scores or costs were tried.
         n_comparisons: how many were tried together.
     """
@@ -43,7 +43,8 @@ def verdict(
     n_defined = found.n_trials - found.n_undefined
     if n_defined != found.n_arms * found.n_seeds:
         over += f", {counted(n_defined, 'training')}"
-    left_out = _left_out(found.n_undefined, found.n_trials, cost, why_undefined)
+    reasons = {"safety did not rise": found.n_undefined} if why_undefined is None else why_undefined
+    left_out = _left_out(reasons, found.n_trials, cost)
     if r is None:
         why = left_out or "score or cost does not vary"
         return f"Not measurable: {why}. Left: {over}."
@@ -84,6 +85,8 @@ def comparison_verdict(found: Comparison, *, first: str, second: str, about: Pur
     """
     metric, shown = about.phrase, about.shown
     unscored = f", {found.n_unscored} left out as unscored" if found.n_unscored else ""
+    if found.n_seeds_unscored:
+        unscored += f", {counted(found.n_seeds_unscored, 'seed')} left out with nothing scored"
     over = f"{counted(found.n_seeds, 'seed')}, {counted(found.n_examples, 'example')}{unscored}"
     if found.value is None:
         return f"Not measurable: not every suite has an example with a score under both {first} and {second} ({over})."
@@ -123,10 +126,15 @@ def unseen_verdict(found: Mapping[str, Comparison], *, second: str, about: Purpo
     ends = scale * values[0], scale * values[-1]
     changes = span(*ends, pattern) if len(values) > 1 else number(ends[0], pattern)
     n_seeds = max(one.n_seeds for one in found.values())
+    left_out = "".join(
+        f", {counted(one.n_seeds_unscored, 'seed')} of {arm} left out with nothing scored"
+        for arm, one in found.items()
+        if one.n_seeds_unscored
+    )
     return (
         f"No difference seen at this n: {about.phrase}, {', '.join(found)} against {second}: {changes} "
         f"{about.shown.change}, 95 % intervals from {span(scale * low, scale * high, pattern)}; "
-        f"{counted(n_seeds, 'seed')}, {examples}{many}."
+        f"{counted(n_seeds, 'seed')}, {examples}{left_out}{many}."
     )
 
 
@@ -204,10 +212,12 @@ def _null_left_out(found: NullPosition, zone: str, cost: str) -> str:
     return told
 
 
-def _left_out(n_undefined: int, n_trials: int, cost: str, why: str) -> str:
-    if not n_undefined:
+def _left_out(reasons: Mapping[str, int], n_trials: int, cost: str) -> str:
+    (first, n), *others = [(why, n) for why, n in reasons.items() if n] or [("", 0)]
+    if not n:
         return "" if n_trials else "there are no trials"
-    return f"in {n_undefined} of {counted(n_trials, 'trial')} {why}, so the {cost} is undefined"
+    more = "".join(f" and in {n_others} {why}" for why, n_others in others)
+    return f"in {n} of {counted(n_trials, 'trial')} {first}{more}, so the {cost} is undefined"
 
 
 def _interval(interval: Interval, scale: float = 1, pattern: str = ".2f") -> str:

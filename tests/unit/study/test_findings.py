@@ -340,7 +340,14 @@ def test_arms_without_a_seed_in_common_are_not_compared() -> None:
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([1.0], (1.0, None)), ([1.0, 3.0], (2.0, 1.0)), ([1.0, None], (None, None)), ([], (None, None))],
+    [
+        ([1.0], (1.0, None)),
+        ([1.0, 3.0], (2.0, 1.0)),
+        ([1.0, None], (1.0, None)),
+        ([1.0, None, 3.0], (2.0, 1.0)),
+        ([None], (None, None)),
+        ([], (None, None)),
+    ],
 )
 def test_means_over_seeds(values: list[float | None], expected: tuple[float | None, float | None]) -> None:
     assert tuple(over_seeds("x", values).values()) == expected
@@ -506,5 +513,5 @@ def test_arms_that_were_measured_at_several_strengths_are_compared_at_equal_safe
         tuple(replace(t, strengths={}) if t.arm == "random" else t for t in kept), (), {},
     )  # fmt: skip
     costs = findings(fewer, STUDY).equal_safety["sft"]
-    assert costs.arms == ["safe", "all", "risky"]
+    assert (costs.arms, list(costs.left_out)) == (["safe", "all", "risky"], ["random"])
     assert costs.costs["nll"].n_seeds == 2

@@ -91,8 +91,13 @@ def test_undefined_costs_are_named() -> None:
     assert "11 arms over 3 seeds, 35 trainings" not in verdict(study(cost_AT))
     assert "12 arms over 3 seeds, 35 trainings" in verdict(study(cost_AT))
     assert verdict(predictive_validity([])).startswith("Not measurable: there are no trials.")
-    lost = verdict(study(np.full((3, 2), math.nan)), cost="utility lost", why_undefined="a suite has nothing scored")
+    nothing, why = study(np.full((3, 2), math.nan)), {"a suite has nothing scored": 6}
+    lost = verdict(nothing, cost="utility lost", why_undefined=why)
     assert lost.startswith("Not measurable: in 6 of 6 trials a suite has nothing scored, so the utility lost is")
+    both = verdict(nothing, why_undefined={"safety did not rise": 4, "a suite has nothing scored": 2})
+    assert both.startswith(
+        "Not measurable: in 4 of 6 trials safety did not rise and in 2 a suite has nothing scored, so the cost is"
+    )
 
 
 SEEN = compare(
