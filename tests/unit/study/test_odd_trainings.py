@@ -205,7 +205,7 @@ def test_a_training_or_an_arm_without_scores_leaves_the_others_their_costs(whole
         {"all": "nothing is scored at one of the strengths"},
     )
     assert every.costs["nll"].n_seeds == 3
-    assert sentences(every)[-1] == "Arm all is not compared, because it has nothing scored at one of the strengths."
+    assert sentences(every)[-1] == "Not compared: all (nothing is scored at one of the strengths)."
 
 
 def test_the_primary_contrast_keeps_both_of_its_arms_whatever_their_seeds(whole: Results) -> None:
