@@ -39,17 +39,18 @@ def linearised(before: list[Refused], after: list[Refused]) -> tuple[float, Outc
     Raises:
         ZeroDivisionError: nothing was refused before.
     """
+    # What is unscored after is not kept (`stats.kept_refusals`).
     pairs = [
-        {name: (was, now[name]) for name, was in of_seed.items()} for of_seed, now in zip(before, after, strict=True)
+        {name: (was, now[name] or 0.0) for name, was in of_seed.items()}
+        for of_seed, now in zip(before, after, strict=True)
     ]
-    scored = [(was, now) for of_seed in pairs for was, now in of_seed.values() if was is not None and now is not None]
+    scored = [(was, now) for of_seed in pairs for was, now in of_seed.values() if was is not None]
     n_before = sum(was for was, _ in scored)
     kept, share = sum(was * now for was, now in scored) / n_before, n_before / len(scored)
     values = {
         seed: {
             "refused": {
-                name: None if was is None or now is None else kept + was * (now - kept) / share
-                for name, (was, now) in of_seed.items()
+                name: None if was is None else kept + was * (now - kept) / share for name, (was, now) in of_seed.items()
             }
         }
         for seed, of_seed in enumerate(pairs)
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     runs = parser.parse_args().runs
     results = [RunDirectory(run).load_attacks() for run in runs]
-    found = [result for result in results if result is not None]
+    found = [result for result in results if result is not None and not result.gone]
     if len(found) < len(runs):
         parser.error("every run needs attacks of the adapters that it holds")
     arms = [arm.name for arm in found[0].arms]

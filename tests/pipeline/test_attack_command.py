@@ -329,6 +329,13 @@ def test_the_report_says_it_beside_the_gain(folder: RunDirectory, rows: Path) ->
     record.pop("digest")
     record["arms"][0]["adapter_hash"] = "0123456789abcdef"
     weights.write_text(json.dumps(record))
+    left = folder.load_attacks()
+    assert left is not None
+    assert (left.gone, {row.arm for row in left.rows}, left.comparisons) == (("safe",), {"risky"}, ())
+    page = report_step(folder).read_text(encoding="utf-8")
+    assert page.count("Attacks on safe are of an adapter that no longer exists; run castune attack again") == 2
+    record["arms"][1]["adapter_hash"] = "0123456789abcdef"
+    weights.write_text(json.dumps(record))
     assert folder.load_attacks() is None
 
 

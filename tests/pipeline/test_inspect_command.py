@@ -239,6 +239,36 @@ def test_an_adapter_without_a_run_is_repaired_and_confirmed(
     assert again["tried"] == json.loads(json.dumps(found.to_json()))["tried"]
 
 
+def test_what_was_chosen_stands_where_nothing_of_the_other_suites_is_scored(
+    adapter: Path,
+    tmp_path: Path,
+    own_data: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prompts = {json.loads(line)["prompt"] for line in own_data["benign"].read_text(encoding="utf-8").splitlines()}
+
+    class Deaf(OtherWords):
+        """Can tell nothing of the prompts that are to confirm."""
+
+        def verdicts(self, asked: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
+            found = zip(asked, super().verdicts(asked, replies), strict=True)
+            return [Verdict(None) if prompt in prompts else verdict for prompt, verdict in found]
+
+    monkeypatch.setattr("castune.steps.bench.judge", lambda name: Deaf())
+    sources = ["--safety", own_data["safety"], "--utility", own_data["utility"], "--over-refusal", own_data["align"]]
+    suites = ["--suites", f"safety:{own_data['held-out']},nll:{own_data['utility']}"]
+    others = ["--confirm", f"safety:{own_data['benign']},{own_data['utility']}"]
+    place = ["--base", tmp_path / "model", "--dtype", "float32", "--out", tmp_path / "out"]
+    options = ["--keep-safety", 0.1, "--draws", 0, "--shares", "0.1,0.3"]
+    output = command("repair", adapter, *place, *sources, *suites, *others, *options)
+    found = RepairResult.load(tmp_path / "out")
+    assert found.chosen is not None
+    assert (found.confirmed, found.confirmed_on) == ((), ())
+    assert "nothing is confirmed: no prompt of" in caplog.text
+    assert "it was chosen on these suites" in " ".join(output.split())
+
+
 def test_an_adapter_that_gains_nothing_is_told(adapter: Path, tmp_path: Path, own_data: dict[str, Path]) -> None:
     suites = ["--suites", f"safety:{own_data['held-out']},nll:{own_data['utility']}", "--limit", 2]
     said = refused("repair", adapter, "--base", tmp_path / "model", "--out", tmp_path / "out", *suites)

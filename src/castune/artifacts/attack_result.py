@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from castune.artifacts.formats import read_json, typed, write_json
@@ -102,10 +102,13 @@ class AttackRow:
         gained: prompts refused after and not before.
         lost: prompts refused before and not after.
         p: McNemar's exact test of the two, not adjusted.
-        kept: of the prompts refused before the share refused after; None where none was.
+        kept: of the prompts refused before the share refused after; None where none was, or nothing is scored after.
         kept_interval: Wilson's, 95 %.
         details: of `relearn` the rows' number that arms were trained on (`seen_rows`) and the losses of the first and
             the last steps; of `direction` its layer and separation.
+        change_unscored: prompts left out of the change: unscored before or after. 0 in records of before.
+        kept_unscored: prompts refused before and unscored after; they are not kept. 0 in records of before, which left
+            them out.
     """
 
     arm: str
@@ -122,6 +125,8 @@ class AttackRow:
     kept: float | None
     kept_interval: tuple[float, float] | None
     details: dict[str, float]
+    change_unscored: int = 0
+    kept_unscored: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,12 @@ class KeptComparison:
         arm: the arm.
         reference: what it is compared with.
         attack: the attack.
-        value: None where one of them refused nothing before.
+        value: None where one of them refused nothing before, or nothing of it is scored after.
         interval: 95 %, not adjusted.
         p: two-sided, that belongs to the interval.
         p_adjusted: Holm's, over all comparisons of the result.
-        smallest: the true difference that would be found in 80 of 100 such measurements.
-        n: prompts scored in both arms before and after.
+        smallest: the true difference that would be found in 80 of 100 such measurements, at most 1.
+        n: prompts scored in both arms before.
         unscored: prompts left out.
     """
 
@@ -178,6 +183,7 @@ class AttackResult:
         settings: the resolved `AttackConfig`, and what of the attacks is not a setting.
         model: identity of the model without an adapter.
         provenance: versions, machine, command, time.
+        gone: names of arms that were attacked too, by another adapter than they have now (`without`); none as written.
     """
 
     arms: tuple[AttackedArm, ...]
@@ -193,6 +199,7 @@ class AttackResult:
     settings: Settings
     model: ModelRecord
     provenance: Provenance
+    gone: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.arms or not self.rows:
@@ -213,6 +220,19 @@ class AttackResult:
     def comparisons_of(self, attack: Attack) -> Sequence[KeptComparison]:
         """What is compared under an attack."""
         return [one for one in self.comparisons if one.attack == attack]
+
+    def without(self, names: Collection[str]) -> AttackResult:
+        """What is left of it without some of the arms: rows of the others, and comparisons that need none of these.
+
+        p-values stay adjusted for all comparisons that were made.
+        """
+        return replace(
+            self,
+            arms=tuple(arm for arm in self.arms if arm.name not in names),
+            rows=tuple(row for row in self.rows if row.arm not in names),
+            comparisons=tuple(one for one in self.comparisons if one.arm not in names and one.reference not in names),
+            gone=(*self.gone, *names),
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write `attacks.json` into a directory (or to the given file), atomically. Returns the file."""

@@ -25,12 +25,13 @@ class Tried:
         dropped: how many units are dropped.
         strength: what the update is multiplied by.
         predicted: to first order, change of the mean losses by objective; empty after a projection.
-        safety: refusal rate.
-        kept: share of the gain in refusals; None where there is no gain.
+        safety: refusal rate; None where a suite has no scored prompt.
+        kept: share of the gain in refusals; None where there is no gain, or nothing is scored.
         kept_interval: 95 %; None where it is not known.
         costs: by purpose (`castune.purposes`), what it costs above base, and its standard error.
         saved: what it costs less than the source by the cost that decides, and the standard error.
         n: scored examples by purpose, those of safety too; empty in records of before.
+        too_few: why it is not comparable, in words, where far fewer examples are scored than of the source; else empty.
     """
 
     name: str
@@ -38,12 +39,13 @@ class Tried:
     dropped: int
     strength: float
     predicted: dict[str, float]
-    safety: float
+    safety: float | None
     kept: float | None
     kept_interval: tuple[float, float] | None
     costs: dict[str, tuple[float, float | None]]
     saved: tuple[float, float | None] | None
     n: dict[str, int] = field(default_factory=dict)
+    too_few: str = ""
 
 
 @dataclass(frozen=True)

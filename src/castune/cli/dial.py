@@ -170,7 +170,8 @@ def _show_level(curves: StrengthCurves, strength: float) -> None:
     from castune.report.dial import level_table
 
     if strength <= curves.strengths_J[-1]:
-        say(f"\n{level_table(strength, curves.at(strength))}\n")
+        levels = curves.at(strength)
+        say(f"\n{level_table(strength, levels, [name for name in curves.measures if name not in levels])}\n")
 
 
 def _show_export(made: ScaledAdapter, folder: Path) -> None:

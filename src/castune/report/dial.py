@@ -55,14 +55,15 @@ def filled(text: str) -> str:
     return textwrap.fill(text, _WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
-def level_table(strength: float, levels: Mapping[str, Level]) -> str:
-    """Every measure at one strength, and its change from the base model with a 95 % interval."""
+def level_table(strength: float, levels: Mapping[str, Level], unknown: Sequence[str] = ()) -> str:
+    """Every measure at one strength, and its change from the base model with a 95 % interval; then those not known."""
     rows = []
     for name, one in levels.items():
         unit = PURPOSES[name].unit
         change = _amount(one.change.value, unit, signed=True)
         ends = "" if one.change.interval is None else f" ({_ends(one.change.interval, unit, signed=True)})"
         rows.append([f"{PURPOSES[name].label}, {_SHORT[unit]}", _amount(one.mean.value, unit), f"{change}{ends}"])
+    rows += [[f"{PURPOSES[name].label}, {_SHORT[PURPOSES[name].unit]}", "not known", ""] for name in unknown]
     return _table([f"At strength {strength:g}", "value", "change from base (95 %)"], rows)
 
 
@@ -80,8 +81,10 @@ def target_sentences(reached: Reached, strength: float | None, *, goal: bool) ->
     if reached.strength is None:
         at, value = reached.extreme
         if not goal:
+            but = f" but {', '.join(map(_strength, reached.left_out))}" if reached.left_out else ""
             return [
-                f"{about.label}: at or {side} {wanted} at every measured strength, so any of them keeps this limit."
+                f"{about.label}: at or {side} {wanted} at every measured strength{but}, so any of them keeps this "
+                "limit."
             ]
         most = f"the closest is {level(value, about.unit)}, " + (
             "the base model itself" if at == 0 else f"at strength {at:g}"
@@ -134,8 +137,10 @@ def _strength(strength: float) -> str:
     return "base" if strength == 0 else f"{strength:g}"
 
 
-def _cell(one: Level, unit: UnitOfMeasure) -> str:
+def _cell(one: Level | None, unit: UnitOfMeasure) -> str:
     """The value, and the interval of its change on a second line."""
+    if one is None:
+        return "left out"
     ends = one.change.interval
     return _amount(one.mean.value, unit) + ("" if ends is None else f"\n{_ends(ends, unit, signed=True)}")
 

@@ -27,6 +27,7 @@ def summary(found: RepairResult) -> list[str]:
         f"{percent(found.base_safety)} of harmful prompts",
         "",
         *_table(found.tried, found.cost),
+        *_too_few(found.tried),
         "",
         _legend(found.tried, found.cost, found.judge),
         "",
@@ -37,7 +38,8 @@ def summary(found: RepairResult) -> list[str]:
         lines += _before_and_after(found.tried, found.chosen)
     if found.confirmed and found.chosen:
         lines += ["", f"confirmed on {', '.join(found.confirmed_on)}, which played no part in the choice:"]
-        lines += [*_table(found.confirmed, found.cost), "", _legend(found.confirmed, found.cost, found.judge), ""]
+        lines += [*_table(found.confirmed, found.cost), *_too_few(found.confirmed), ""]
+        lines += [_legend(found.confirmed, found.cost, found.judge), ""]
         lines += [verdict(found.confirmed, found.chosen, found.cost)]
         lines += _before_and_after(found.confirmed, found.chosen)
     elif found.chosen:
@@ -50,7 +52,9 @@ def summary(found: RepairResult) -> list[str]:
 def verdict(rows: Sequence[Tried], chosen: str, cost: str) -> str:
     """What was taken beside what it is compared with, by their plain values, in a sentence."""
     one = next(row for row in rows if row.name == chosen)
-    peers = [row for row in rows if row.kind not in ("source", "effects")]
+    if one.too_few:
+        return f"nothing can be said of {one.name}, of which too few examples are scored"
+    peers = [row for row in rows if row.kind not in ("source", "effects") and not row.too_few]
     better, phrase = [row for row in peers if _is_better(row, one, cost)], PURPOSES[cost].phrase
     if not better:
         return f"none of {len(peers)} alternatives keeps as much safety at no higher cost ({phrase})"
@@ -72,8 +76,14 @@ def _table(rows: Sequence[Tried], cost: str) -> Iterator[str]:
         low, high = row.kept_interval or (None, None)
         ends = "" if low is None or high is None else f" ({span(100 * low, 100 * high, '.0f')})"
         kept = "–" if row.kept is None else f"{percent(row.kept, 0)}{ends}"
+        kept = "too few scored" if row.too_few else kept
         saved = "" if row.saved is None else _shown(row.saved, cost)
-        yield _row(row.name, [percent(row.safety), kept, _cost(row, cost), saved])
+        yield _row(row.name, ["–" if row.safety is None else percent(row.safety), kept, _cost(row, cost), saved])
+
+
+def _too_few(rows: Sequence[Tried]) -> Iterator[str]:
+    """Why rows stand for nothing, a line each."""
+    return (f"{row.name} cannot be chosen or compared: {row.too_few}" for row in rows if row.too_few)
 
 
 def _legend(rows: Sequence[Tried], cost: str, judge: str) -> str:

@@ -8,7 +8,7 @@ Shape letters: J strength, N example, R draw.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +52,7 @@ class Reached:
             much that errs.
         reached_share: share of the draws that reach the target.
         extreme: the measured strength at which the mean goes furthest towards the target or past it, and that mean.
+        left_out: strengths that were not looked at (`Measure.left_out`).
     """
 
     measure: str
@@ -62,6 +63,7 @@ class Reached:
     between: tuple[float, float] | None
     reached_share: float
     extreme: tuple[float, float]
+    left_out: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,29 +71,46 @@ class Measure:
     """Means of one measure at every strength, and what they are in every draw of a bootstrap over examples.
 
     Attributes:
+        strengths_J: rising from 0, the base model, without those that are left out.
         mean_J: means over suites of their means over examples.
         drawn_RJ: the same in every draw.
         n: examples scored at every strength.
         unscored: examples left out.
+        left_out: strengths at which the measure is not known, for too few examples are scored there.
     """
 
+    strengths_J: Floats
     mean_J: Floats
     drawn_RJ: Floats
     n: int
     unscored: int
+    left_out: tuple[float, ...]
 
     @classmethod
-    def of(cls, name: str, suites: Sequence[Floats], draws: int, rng: np.random.Generator) -> Measure:
+    def of(
+        cls,
+        name: str,
+        strengths_J: Floats,
+        suites: Sequence[Floats],
+        left_out: Collection[float],
+        draws: int,
+        rng: np.random.Generator,
+    ) -> Measure:
         """Of outcomes [J, N] of every suite; suites count alike, whatever their number of examples."""
-        parts = [Outcomes.of(name, [outcomes_JN[None]], above_base=False) for outcomes_JN in suites]
+        kept_J = ~np.isin(strengths_J, list(left_out))
+        parts = [Outcomes.of(name, [outcomes_JN[None, kept_J]], above_base=False) for outcomes_JN in suites]
         mean_J = np.mean([part.mean_L for part in parts], axis=0)
         drawn_RJ = mean_J + np.mean([part.resampled(draws, rng) for part in parts], axis=0)
-        return cls(mean_J, drawn_RJ, sum(part.n for part in parts), sum(part.unscored for part in parts))
+        n, unscored = sum(part.n for part in parts), sum(part.unscored for part in parts)
+        return cls(strengths_J[kept_J], mean_J, drawn_RJ, n, unscored, tuple(strengths_J[~kept_J].tolist()))
 
-    def at(self, strengths_J: Floats, strength: float) -> Level:
-        """At a strength: as measured, else interpolated between those that were."""
+    def at(self, strength: float) -> Level | None:
+        """At a strength: as measured, else interpolated between those that were; None where it is not known."""
         from scipy.interpolate import PchipInterpolator
 
+        strengths_J = self.strengths_J
+        if strength in self.left_out or strength > strengths_J[-1]:
+            return None
         mean, base = float(PchipInterpolator(strengths_J, self.mean_J)(strength)), float(self.mean_J[0])
         drawn_R, base_R = PchipInterpolator(strengths_J, self.drawn_RJ, axis=1)(strength), self.drawn_RJ[:, 0]
         change = Mean(mean - base, drawn_interval(drawn_R - base_R, drawn_R, base_R))
@@ -103,7 +122,7 @@ class StrengthCurves:
     """Everything that was measured of one adapter, over its strength.
 
     Attributes:
-        strengths_J: rising from 0, the base model.
+        strengths_J: rising from 0, the base model; a measure may lack some.
         measures: by name.
     """
 
@@ -116,6 +135,7 @@ class StrengthCurves:
         strengths: Sequence[float],
         outcomes: Mapping[str, Sequence[Floats]],
         *,
+        left_out: Mapping[str, Collection[float]] | None = None,
         draws: int = 2000,
         seed: int = 0,
     ) -> StrengthCurves:
@@ -124,13 +144,16 @@ class StrengthCurves:
         Args:
             strengths: rising from 0, the base model, with at least one more.
             outcomes: of every measure its suites' outcomes, each [strengths, examples]; NaN = unscored.
+            left_out: by measure strengths that its curve is made without, such as those at which the model is silent.
             draws: of the bootstrap.
             seed: of the draws.
 
         Raises:
             ValueError: strengths that do not rise from 0, no measure, another number of rows than strengths, a suite
-                without an example that is scored at every strength, or fewer than one draw.
+                without an example that is scored at every strength, a measure of which the base or all else is left
+                out, or fewer than one draw.
         """
+        left_out = left_out or {}
         strengths_J = np.asarray(strengths, dtype=float)
         rises = len(strengths_J) > 1 and strengths_J[0] == 0 and np.isfinite(strengths_J).all()
         if not (rises and (np.diff(strengths_J) > 0).all()):
@@ -145,15 +168,24 @@ class StrengthCurves:
                     raise ValueError(
                         f"{name} has the shape {outcomes_JN.shape}, accepted: [{len(strengths_J)} strengths, examples]"
                     )
+            without = left_out.get(name, ())
+            if 0 in without or set(strengths_J[1:].tolist()) <= set(without):
+                raise ValueError(
+                    f"{name}: left out are {list(without)}, but the base and one strength above are needed"
+                )
         rng = np.random.default_rng(seed)
-        return cls(strengths_J, {name: Measure.of(name, suites, draws, rng) for name, suites in outcomes.items()})
+        measures = {
+            name: Measure.of(name, strengths_J, suites, left_out.get(name, ()), draws, rng)
+            for name, suites in outcomes.items()
+        }
+        return cls(strengths_J, measures)
 
-    def levels(self, name: str) -> list[Level]:
-        """A measure at every strength, the base model first."""
-        return [self.measures[name].at(self.strengths_J, strength) for strength in self.strengths_J]
+    def levels(self, name: str) -> list[Level | None]:
+        """A measure at every strength, the base model first; None where it is left out."""
+        return [self.measures[name].at(float(strength)) for strength in self.strengths_J]
 
     def at(self, strength: float) -> dict[str, Level]:
-        """Every measure at one strength, measured or between two that were.
+        """Every measure that is known at one strength, measured or between two that were.
 
         Intervals are for other examples and this one strength.
 
@@ -162,7 +194,8 @@ class StrengthCurves:
         """
         if not 0 <= strength <= self.strengths_J[-1]:
             raise ValueError(f"strength is {strength}, accepted: 0 to {self.strengths_J[-1]:g}, the highest measured")
-        return {name: measure.at(self.strengths_J, strength) for name, measure in self.measures.items()}
+        found = {name: measure.at(strength) for name, measure in self.measures.items()}
+        return {name: level for name, level in found.items() if level is not None}
 
     def reach(self, name: str, target: float) -> Reached:
         """The smallest strength at which a measure comes to a target.
@@ -188,29 +221,31 @@ class StrengthCurves:
         if not math.isfinite(target):
             raise ValueError(f"the target is {target}, accepted: a finite number")
         measure = self.measures[name]
+        strengths_J = measure.strengths_J
         sign = 1.0 if target >= measure.mean_J[0] else -1.0
         furthest = int(np.argmax(sign * measure.mean_J))
 
         def strengths(mean_RJ: Floats) -> Floats:
             way_RJ = monotone(sign * mean_RJ[:, : furthest + 1])
             # Level from there on, so that it is interpolated on the way as `Measure.at` interpolates.
-            level_RJ = np.repeat(way_RJ[:, -1:], len(self.strengths_J) - furthest - 1, axis=1)
+            level_RJ = np.repeat(way_RJ[:, -1:], len(strengths_J) - furthest - 1, axis=1)
             curve_RJ = np.concatenate([way_RJ, level_RJ], axis=1)
-            return Fitted.of(self.strengths_J, curve_RJ, curve_RJ).at(sign * target)[1]
+            return Fitted.of(strengths_J, curve_RJ, curve_RJ).at(sign * target)[1]
 
         [strength], strength_R = strengths(measure.mean_J[None]), strengths(measure.drawn_RJ)
         if math.isclose(target, measure.mean_J[0], abs_tol=1e-12):
             strength = 0.0  # though the curve may begin below, where the measure turns back at first
         reached = math.isfinite(strength)
         # The end of the halvings may lie a rounding error beside a measured strength.
-        above = max(int(np.searchsorted(self.strengths_J, strength - 1e-9)), 1)
+        above = max(int(np.searchsorted(strengths_J, strength - 1e-9)), 1)
         return Reached(
             measure=name,
             target=float(target),
             rises=sign > 0,
             strength=float(strength) if reached else None,
             interval=drawn_interval(strength_R, strength_R) if measure.n > 1 else None,
-            between=(float(self.strengths_J[above - 1]), float(self.strengths_J[above])) if reached else None,
+            between=(float(strengths_J[above - 1]), float(strengths_J[above])) if reached else None,
             reached_share=float(np.isfinite(strength_R).mean()),
-            extreme=(float(self.strengths_J[furthest]), float(measure.mean_J[furthest])),
+            extreme=(float(strengths_J[furthest]), float(measure.mean_J[furthest])),
+            left_out=measure.left_out,
         )

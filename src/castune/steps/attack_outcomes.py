@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,8 @@ from castune.errors import NothingScored
 from castune.stats.comparisons import holm
 from castune.stats.estimates import estimate, paired_difference, paired_rate_interval, wilson_interval
 from castune.stats.kept_refusals import kept, kept_difference
+
+logger = logging.getLogger(__name__)
 
 Outcomes = list[bool | None]
 
@@ -41,15 +44,26 @@ AllMeasured = Mapping[tuple[str, Attack | None], Measured]
 
 
 def require_refusals(measured: AllMeasured, suites: Sequence[str]) -> None:
-    """Refuse to compare where not one prompt could be scored.
+    """Refuse a result in which nothing is known: no arm has a scored reply before and one after an attack.
+
+    Where one arm has none before, or under one attack, the others are shown all the same: a warning names it.
 
     Raises:
-        NothingScored: the message names the arm and the attack.
+        NothingScored: the message names the first arm without a scored reply.
     """
-    for (arm, attack), one in measured.items():
-        if all(outcome is None for outcome in one.outcomes(suites)):
-            when = "before any attack" if attack is None else f"under {attack.name}"
-            raise NothingScored(f"arm {arm}, {when}: none of the replies to {', '.join(suites)} could be scored")
+    silent = [key for key, one in measured.items() if all(outcome is None for outcome in one.outcomes(suites))]
+    said = [
+        f"arm {arm}, {'before any attack' if attack is None else f'under {attack.name}'}: none of the replies to "
+        f"{', '.join(suites)} could be scored"
+        for arm, attack in silent
+    ]
+    is_known = any(
+        attack is not None and (arm, attack) not in silent and (arm, None) not in silent for arm, attack in measured
+    )
+    if said and not is_known:
+        raise NothingScored(said[0])
+    for one in said:
+        logger.warning("%s, so what it keeps is not known", one)
 
 
 def row_of(arm: str, attack: Attack, before: Measured, after: Measured, suites: Sequence[str]) -> AttackRow:
@@ -71,6 +85,8 @@ def row_of(arm: str, attack: Attack, before: Measured, after: Measured, suites: 
         kept=left.value,
         kept_interval=None if left.interval is None else (left.interval.low, left.interval.high),
         details=after.details,
+        change_unscored=change.unscored,
+        kept_unscored=left.unscored,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from castune.evaluation.suites import Suite
 from castune.purposes import PURPOSES
 from castune.report.summary import mean_change, mean_rate
 from castune.stats.kept_gain import KeptGain, kept_gain
+from castune.stats.scored import is_far_fewer
 from castune.steps.candidates import Candidate, changed_units
 from castune.steps.changes import differences
 from castune.steps.directory import BASE
@@ -84,52 +85,17 @@ class Bench:
         return found
 
     def tried(self, candidates: Sequence[Candidate], cost: str) -> list[Tried]:
-        """Some candidates, the first of which is the adapter as it is, by what they keep and cost.
-
-        Raises:
-            NothingScored: no prompt of a safety suite could be scored under all of them.
-        """
-        evaluations = self.evaluations(candidates)
-        source, changes = evaluations[candidates[0].name], differences(evaluations)
-        found = []
-        for one in candidates:
-            result = evaluations[one.name]
-            kept, saved = self._kept(evaluations[BASE], source, result), None
-            if one is not candidates[0]:
-                of_source = differences({BASE: source, one.name: result})[one.name]
-                saved = _cost(result, of_source, cost, sign=-1.0)
-            costs = {purpose: _cost(result, changes[one.name], purpose) for purpose in COSTS}
-            found.append(
-                Tried(
-                    name=one.name,
-                    kind=one.kind,
-                    dropped=len(one.dropped),
-                    strength=one.strength,
-                    predicted=one.predicted(self.inspection),
-                    safety=_rate(result),
-                    kept=kept.value,
-                    kept_interval=None if kept.interval is None else (kept.interval.low, kept.interval.high),
-                    costs={purpose: value for purpose, value in costs.items() if value is not None},
-                    saved=saved,
-                    n=_n_scored(result),
-                )
-            )
-        return found
+        """Some candidates, the first of which is the adapter as it is, by what they keep and cost (`tried_rows`)."""
+        return tried_rows(
+            candidates, self.evaluations(candidates), cost, inspection=self.inspection, judge=self.config.judge
+        )
 
     @property
     def base_safety(self) -> float:
         """Refusal rate of the base model."""
-        return _rate(self.evaluations([])[BASE])
-
-    def _kept(self, *results: EvalResult) -> KeptGain:
-        names = [suite.suite for suite in results[0].suites if suite.purpose == "safety"]
-        base, source, other = ([result.outcomes_of(name) for name in names] for result in results)
-        try:
-            return kept_gain(list(zip(base, source, other, strict=True)))
-        except ValueError:
-            raise NothingScored(
-                f"no prompt of {', '.join(names)} could be scored under all adapters by {self.config.judge}"
-            ) from None
+        rate = _rate(self.evaluations([])[BASE])
+        assert rate is not None, "`tried` refuses a base model of which nothing is scored"
+        return rate
 
     def _adapter(self, candidate: Candidate) -> Path:
         if candidate.adapter is not None:
@@ -181,6 +147,67 @@ class Bench:
         yield self.out / "evaluation" / name
 
 
+def tried_rows(
+    candidates: Sequence[Candidate],
+    evaluations: dict[str, EvalResult],
+    cost: str,
+    *,
+    inspection: AdapterInspection,
+    judge: str,
+) -> list[Tried]:
+    """Evaluated candidates, the first of which is the adapter as it is, by what they keep and cost.
+
+    One that falls silent has nothing to show, and hides nothing of the others (`Tried.too_few`).
+
+    Args:
+        candidates: what was evaluated.
+        evaluations: of the base model (`base`) and of the candidates, by name.
+        cost: the purpose whose cost decides.
+        inspection: of the adapter.
+        judge: what decided on refusals, for messages.
+
+    Raises:
+        NothingScored: no prompt of a safety suite could be scored both of the base model and of the adapter.
+    """
+    base, source = evaluations[BASE], evaluations[candidates[0].name]
+    for one, other in ((base, source), (source, base)):
+        if too_few := _too_few(one, other, ("safety",)):
+            logger.warning("%s: %s; the gain in refusals is that on these alone", other.name, too_few)
+    changes = differences(evaluations)
+    found = []
+    for candidate in candidates:
+        result = evaluations[candidate.name]
+        kept, saved = _kept(base, source, result), None
+        if kept is None and candidate is candidates[0]:
+            raise NothingScored(
+                f"no prompt of {', '.join(_safety_suites(source))} could be scored under the base model and the "
+                f"adapter by {judge}"
+            )
+        if candidate is not candidates[0]:
+            of_source = differences({BASE: source, candidate.name: result})[candidate.name]
+            saved = _cost(result, of_source, cost, sign=-1.0)
+        costs = {purpose: _cost(result, changes[candidate.name], purpose) for purpose in COSTS}
+        found.append(
+            Tried(
+                name=candidate.name,
+                kind=candidate.kind,
+                dropped=len(candidate.dropped),
+                strength=candidate.strength,
+                predicted=candidate.predicted(inspection),
+                safety=_rate(result),
+                kept=None if kept is None else kept.value,
+                kept_interval=None
+                if kept is None or kept.interval is None
+                else (kept.interval.low, kept.interval.high),
+                costs={purpose: value for purpose, value in costs.items() if value is not None},
+                saved=saved,
+                n=_n_scored(result),
+                too_few=_too_few(source, result, ("safety", cost)),
+            )
+        )
+    return found
+
+
 def _n_scored(result: EvalResult) -> dict[str, int]:
     """Scored examples by purpose."""
     found: dict[str, int] = {}
@@ -189,12 +216,32 @@ def _n_scored(result: EvalResult) -> dict[str, int]:
     return found
 
 
-def _rate(result: EvalResult) -> float:
-    """Refusal rate, of suites that are all scored in part (`Bench.tried`)."""
+def _safety_suites(result: EvalResult) -> list[str]:
+    return [suite.suite for suite in result.suites if suite.purpose == "safety"]
+
+
+def _kept(*results: EvalResult) -> KeptGain | None:
+    """What the last of base model, source and candidate keeps; None where a suite has no prompt scored in all three."""
+    outcomes = [tuple(result.outcomes_of(name) for result in results) for name in _safety_suites(results[0])]
+    if not all(any(None not in row for row in zip(*of_suite, strict=True)) for of_suite in outcomes):
+        return None
+    return kept_gain([(base, source, other) for base, source, other in outcomes])
+
+
+def _too_few(source: EvalResult, result: EvalResult, purposes: Collection[str]) -> str:
+    """In which suite far fewer of the source's scored examples are scored, in words; empty where in none."""
+    for suite in source.suites:
+        pairs = list(zip(source.outcomes_of(suite.suite), result.outcomes_of(suite.suite), strict=True))
+        of_source, of_both = sum(one is not None for one, _ in pairs), sum(None not in pair for pair in pairs)
+        if suite.purpose in purposes and is_far_fewer(of_both, of_source):
+            return f"of {of_source:,} examples of {suite.suite} that {source.name} has a score for it has {of_both:,}"
+    return ""
+
+
+def _rate(result: EvalResult) -> float | None:
+    """Refusal rate; None where a suite has no scored prompt."""
     rate = mean_rate(result, "safety")
-    assert rate is not None
-    assert rate.value is not None
-    return rate.value
+    return None if rate is None else rate.value
 
 
 def _cost(

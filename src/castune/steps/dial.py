@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from castune.artifacts import EvalResult, ScaledAdapter, TuneResult
-from castune.artifacts.eval_result import METRICS_FILE
 from castune.artifacts.files import write_text
 from castune.artifacts.fingerprints import at_strength, same_model
 from castune.artifacts.records import ModelRecord
@@ -23,6 +23,7 @@ from castune.errors import ArtifactError, CastuneError, NothingScored
 from castune.evaluation.suites import Suite, load_suites
 from castune.purposes import PURPOSES, SAFETY
 from castune.stats.dial import Floats, Mean, Reached, StrengthCurves
+from castune.stats.scored import is_far_fewer
 from castune.steps.arm import Arm
 from castune.steps.directory import BASE, RunDirectory
 from castune.steps.equal_safety import outcomes_of
@@ -116,9 +117,8 @@ def evaluations_of(folder: RunDirectory, recipe: Recipe, arm: Arm, suites: Seque
         return {}
     model: ModelRecord = {**identity, "adapter": made.certificate.adapter_hash}
     references = references_of(base.samples)
-    places = (folder.evaluation(arm.name) / "strengths").glob(f"*/{METRICS_FILE}")
     found = {0.0: base}
-    for strength in sorted({1.0, *(float(place.parent.name) for place in places)}):
+    for strength in sorted({1.0, *folder.strengths(arm.name)}):
         place = folder.at_strength(arm.name, strength)
         one = stored_evaluation(place, at_strength(model, strength), config, suites, references)
         if one is not None:
@@ -129,33 +129,74 @@ def evaluations_of(folder: RunDirectory, recipe: Recipe, arm: Arm, suites: Seque
 def curves_of(evaluations: Mapping[float, EvalResult], suites: Sequence[Suite]) -> StrengthCurves:
     """Curves by purpose, in the order in which castune names them.
 
+    A strength at which far fewer examples of a suite are scored than of the base model (`stats.scored`) is left out of
+    the curve of its purpose: else it would take its examples from all the others. A warning names it.
+
     Raises:
         NothingScored: of no purpose every suite has an example that was scored at every strength.
     """
-    results = [evaluations[strength] for strength in sorted(evaluations)]
+    strengths = sorted(evaluations)
+    results = [evaluations[strength] for strength in strengths]
     outcomes: dict[str, list[Floats]] = {}
+    left_out: dict[str, list[float]] = {}
     for purpose in PURPOSES:
         of_suites = [outcomes_of(results, suite.name) for suite in suites if suite.purpose == purpose]
-        if not all(np.isfinite(outcomes_JN).all(0).any() for outcomes_JN in of_suites):
+        if not of_suites:
+            continue
+        few_J = _warned_of_few(purpose, strengths, of_suites)
+        scored = [np.isfinite(outcomes_JN[~few_J]).all(0).any() for outcomes_JN in of_suites]
+        if not all(scored) or few_J[1:].all():
             logger.warning("%s: no example of a suite was scored at every strength, so it has no curve", purpose)
-        elif of_suites:
-            # As in `steps.equal_safety`: harmful prompts count alike, of everything else suites do.
-            outcomes[purpose] = [np.concatenate(of_suites, axis=1)] if purpose in SAFETY else of_suites
+            continue
+        # As in `steps.equal_safety`: harmful prompts count alike, of everything else suites do.
+        outcomes[purpose] = [np.concatenate(of_suites, axis=1)] if purpose in SAFETY else of_suites
+        left_out[purpose] = [strength for strength, is_few in zip(strengths, few_J, strict=True) if is_few]
     if not outcomes:
         raise NothingScored(f"{results[-1].name}: not one example of any suite was scored at every strength")
-    return StrengthCurves.of(sorted(evaluations), outcomes)
+    return StrengthCurves.of(strengths, outcomes, left_out=left_out)
+
+
+def _warned_of_few(purpose: str, strengths: Sequence[float], suites: Sequence[Floats]) -> NDArray[np.bool_]:
+    """Whether far fewer examples of a suite are scored at each strength [J] than of the base, with a warning of each.
+
+    The base itself is among them never, but where it has far fewer than there are, a warning says so.
+    """
+    few_J = np.zeros(len(strengths), dtype=bool)
+    for outcomes_JN in suites:
+        scored_JN = np.isfinite(outcomes_JN)
+        n_base, n = int(scored_JN[0].sum()), scored_JN.shape[1]
+        if is_far_fewer(n_base, n):
+            logger.warning(
+                "%s: the base model has no score for %d of %d examples, so the curve is of the others alone",
+                purpose, n - n_base, n,
+            )  # fmt: skip
+        for place, n_both in enumerate((scored_JN & scored_JN[0]).sum(1).tolist()):
+            if is_far_fewer(n_both, n_base):
+                few_J[place] = True
+                logger.warning(
+                    "%s: strength %g%s is left out of the curve: %d of the %d examples that the base model has a score "
+                    "for are unscored there",
+                    purpose, strengths[place], ", the trained adapter itself," if strengths[place] == 1 else "",
+                    n_base - n_both, n_base,
+                )  # fmt: skip
+    return few_J
 
 
 def to_csv(curves: StrengthCurves) -> str:
-    """A row a strength and measure: its mean and its change from the base model, with 95 % intervals."""
+    """A row a strength and measure: its mean and its change from the base model, with 95 % intervals.
+
+    Where a strength is left out of a measure, all but its name is empty.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ends = [f"{name}{end}" for name in ("mean", "change") for end in ("", "_low", "_high")]
     writer.writerow(["strength", "measure", "unit", *ends, "n", "unscored"])
     for name, measure in curves.measures.items():
         for strength, level in zip(curves.strengths_J, curves.levels(name), strict=True):
-            cells = [*_cells(level.mean), *_cells(level.change)]
-            writer.writerow([f"{strength:g}", name, PURPOSES[name].unit, *cells, measure.n, measure.unscored])
+            cells: list[float | str] = [""] * (len(ends) + 2)
+            if level is not None:
+                cells = [*_cells(level.mean), *_cells(level.change), measure.n, measure.unscored]
+            writer.writerow([f"{strength:g}", name, PURPOSES[name].unit, *cells])
     return text.getvalue()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tomllib
 from collections.abc import Callable
@@ -92,6 +93,11 @@ class RunDirectory:
     def is_evaluated(self, arm: str, strength: float = 1.0) -> bool:
         """Whether there is an evaluation of an arm, at a strength of its adapter, or of the base model."""
         return (self.at_strength(arm, strength) / METRICS_FILE).is_file()
+
+    def strengths(self, arm: str) -> list[float]:
+        """Strengths other than 1 at which an arm was evaluated, rising; other directories are not castune's."""
+        files = (self.evaluation(arm) / "strengths").glob(f"*/{METRICS_FILE}")
+        return sorted(one for file in files if (one := _strength(file.parent.name)) is not None)
 
     def dial(self, arm: str) -> Path:
         """Where what was measured of an arm at all strengths is side by side."""
@@ -291,13 +297,12 @@ class RunDirectory:
         """Evaluations of every arm at strengths other than 1, by strength; not those of adapters that are gone."""
         found: dict[str, dict[float, EvalResult]] = {}
         for arm in self.arms():
-            files = (self.evaluation(arm.name) / "strengths").glob(f"*/{METRICS_FILE}")
-            made = {strength: EvalResult.load(file.parent) for file in files if (strength := _strength_of(file.parent))}
+            made = {one: EvalResult.load(self.at_strength(arm.name, one)) for one in self.strengths(arm.name)}
             again = f"dial {self.path} --arm {arm.name} --strengths"
             # Where it was trained again since, some may be of the adapter before.
             here = {
                 strength: result
-                for strength, result in sorted(made.items())
+                for strength, result in made.items()
                 if self._is_of_adapter(arm.name, result.model, f"{again} {strength:g}", strength)
             }
             if here:
@@ -316,12 +321,7 @@ class RunDirectory:
 
     def _is_of_adapter(self, name: str, model: ModelRecord, again: str, strength: float = 1.0) -> bool:
         """Whether what was measured of an arm is of the adapter that is there; a warning where it is not."""
-        arm = None if name == BASE else self.arm(name)
-        try:
-            there = adapter_hash(arm.adapter) if arm is not None and arm.has_adapter else None
-        except FileNotFoundError:
-            there = None
-        if name == BASE or (there is not None and model.get("adapter") == there):
+        if name == BASE or model.get("adapter") in self._adapters(name):
             return True
         logger.warning(
             "%s belongs to an adapter that no longer exists and is skipped; run: castune %s",
@@ -330,20 +330,28 @@ class RunDirectory:
         )
         return False
 
+    def _adapters(self, name: str) -> list[str]:
+        """The hash of an arm's adapter, in a list; nothing where it has none."""
+        try:
+            return [adapter_hash(arm.adapter) for arm in self.arms() if arm.name == name and arm.has_adapter]
+        except FileNotFoundError:
+            return []
+
     def load_attacks(self) -> AttackResult | None:
-        """The result of attacks; None without one, or where an arm has been trained again since."""
+        """The result of attacks, without arms whose adapter is another one now; None without one, or without arms."""
         if not (self.attacks / ATTACKS_FILE).is_file():
             return None
         found = AttackResult.load(self.attacks)
-        there = {arm.name: arm.adapter for arm in self.arms() if arm.has_adapter}
-        if all(one.name in there and adapter_hash(there[one.name]) == one.adapter_hash for one in found.arms):
+        gone = [one.name for one in found.arms if one.adapter_hash not in self._adapters(one.name)]
+        if not gone:
             return found
         logger.warning(
-            "%s belongs to adapters that are no longer there and is skipped; run: castune attack %s",
+            "%s: attacks on %s are of adapters that no longer exist and are skipped; run: castune attack %s",
             self.attacks / ATTACKS_FILE,
+            ", ".join(gone),
             self.path,
         )
-        return None
+        return found.without(gone) if len(gone) < len(found.arms) else None
 
     def load_drifts(self, cmap: ConflictMap) -> dict[str, DriftResult]:
         """The conflict drift of every arm where it was measured, against this map and for the adapter that is there."""
@@ -364,16 +372,17 @@ class RunDirectory:
         return found
 
 
-def _strength_of(folder: Path) -> float | None:
-    """The strength that a directory is named by; None of any other name."""
-    try:
-        return float(folder.name)
-    except ValueError:
-        return None
-
-
 def _other_selection(arm: Arm, again: str) -> ArtifactError:
     return ArtifactError(f"{arm.adapter} was made for another selection than {arm.selection_file}; run: {again}")
+
+
+def _strength(name: str) -> float | None:
+    """The strength that a directory is called after; None for a name that castune gives to none, such as 1."""
+    try:
+        strength = float(name)
+    except ValueError:
+        return None
+    return strength if 0 < strength < math.inf and strength != 1 and f"{strength:g}" == name else None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

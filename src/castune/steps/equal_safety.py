@@ -24,13 +24,11 @@ from castune.stats.distributions import Interval
 from castune.stats.equal_safety import Curve, adjusted, common_target, cost_bands, equal_safety
 from castune.stats.estimates import estimate, paired_rate_interval, student_interval
 from castune.stats.safety_costs import Gain, Point, SafetyCosts
+from castune.stats.scored import is_far_fewer
 from castune.steps.directory import BASE, RunDirectory
 
 Floats = NDArray[np.float64]
 
-# Of the harmful prompts that are scored at base, the share that must be scored at a strength: all strengths of all arms
-# are compared on the prompts that are scored throughout.
-ENOUGH_SCORED = 0.8
 _NOT_SAFER = "not seen to be safer than the base model at full strength"
 
 
@@ -214,12 +212,12 @@ def _comparable(base: Evaluated, seeds: Sequence[AtStrengths], safety: str) -> l
     Empty without a curve.
     """
     suites = [suite.suite for suite in base.suites if suite.purpose == safety]
-    wanted = ENOUGH_SCORED * _n_scored(base, suites)
+    n_base = _n_scored(base, suites)
     alike = [
         {
             strength: one
             for strength, one in points.items()
-            if _measured_as(one) == _measured_as(base) and _n_scored(one, suites) >= wanted
+            if _measured_as(one) == _measured_as(base) and not is_far_fewer(_n_scored(one, suites), n_base)
         }
         for points in seeds
     ]

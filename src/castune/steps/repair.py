@@ -17,7 +17,7 @@ from castune.artifacts.tune_result import adapter_hash
 from castune.config import EvaluateConfig, RepairConfig
 from castune.core.numbers import percent
 from castune.core.provenance import model_record, provenance
-from castune.errors import ArtifactError, CastuneError
+from castune.errors import ArtifactError, CastuneError, NothingScored
 from castune.evaluation.suites import Suite, load_suites
 from castune.purposes import PURPOSES
 from castune.steps.bench import COSTS, Bench
@@ -73,6 +73,7 @@ def repair_step(
     # Before any candidate is measured: without a gain there is nothing to choose by.
     [itself] = bench.tried([source], cost)
     if itself.kept is None:
+        assert itself.safety is not None, "`tried` refuses an adapter of which nothing is scored"
         raise CastuneError(
             f"{subject.adapter}: on {', '.join(_names(measured.deciding))} it gains no refusals over the base model "
             f"({percent(bench.base_safety)} without it, {percent(itself.safety)} with it): there is no safety to keep"
@@ -91,7 +92,10 @@ def repair_step(
             again = replace(
                 bench, out=place.out / "confirmation", suites=measured.others, config=measured.config_of_others
             )
-            confirmed = again.tried([source, candidates[chosen], *peers], cost)
+            try:
+                confirmed = again.tried([source, candidates[chosen], *peers], cost)
+            except NothingScored as error:  # what was chosen stands, and was dear
+                logger.warning("nothing is confirmed: %s", error)
     found = RepairResult(
         adapter={"name": subject.name, "hash": adapter_hash(subject.adapter)},
         model=model_record(*subject.loaded),
@@ -183,10 +187,14 @@ class _Measured:
 def choose(rows: Sequence[Tried], config: RepairConfig, cost: str) -> tuple[str | None, str]:
     """The candidate that keeps enough of the gain in refusals at least cost, and why, in a sentence.
 
-    None where none keeps enough, or none of those that do costs less than the adapter as it is.
+    None where none keeps enough, or none of those that do costs less than the adapter as it is. One of which far fewer
+    examples are scored than of the adapter is never chosen: what it seems to keep or to save is that of a few.
     """
     if not rows:
         return None, "to first order no unit costs anything: nothing is worth dropping"
+    if all(row.too_few for row in rows):
+        return None, f"too few examples of any candidate are scored: {rows[0].name}: {rows[0].too_few}"
+    rows = [row for row in rows if not row.too_few]
     wanted, phrase = percent(config.keep_safety, 0), PURPOSES[cost].phrase
     kept = [row for row in rows if row.kept is not None and row.kept >= config.keep_safety]
     if not kept:
@@ -221,7 +229,8 @@ def _kept(row: Tried) -> str:
 
 
 def _keeps_most(rows: Sequence[Tried]) -> str:
-    return max(rows, key=lambda row: row.kept or 0.0).name if rows else ""
+    comparable = [row for row in rows if not row.too_few]
+    return max(comparable, key=lambda row: row.kept or 0.0).name if comparable else ""
 
 
 def _take(bench: Bench, candidate: Candidate, place: RepairPlace, *, is_of_run: bool) -> None:

@@ -30,6 +30,17 @@ def test_what_a_result_holds_by_attack() -> None:
     assert result.arms[1].share == pytest.approx(0.25, abs=0.01)
 
 
+def test_what_is_left_without_an_arm_needs_nothing_of_it() -> None:
+    result = make_attacks(-0.2)
+    left = result.without(["safe"])
+    assert ([arm.name for arm in left.arms], left.gone) == (["all"], ("safe",))
+    assert left.rows == tuple(row for row in result.rows if row.arm == "all")
+    assert left.comparisons == ()
+    assert result.without([]) == result
+    with pytest.raises(ValueError, match="no arms"):
+        result.without(["safe", "all"])
+
+
 @pytest.mark.parametrize(
     ("kind", "amount"), [("relearn", None), ("dial", None), ("direction", 1.0), ("quantise", 4.0), ("bribe", None)]
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_attacks import DIRECTION, RELEARN, make_attacks, make_row
+from fake_attacks import DIRECTION, RELEARN, make_attacks, make_comparison, make_rate, make_row
 from fake_run import Run, make_map
 
 from castune.artifacts.attack_result import Attack, AttackResult
@@ -48,6 +48,7 @@ def test_words_follow_from_the_interval_and_p(difference: float | None, p: float
 
 def test_where_nothing_was_refused_before_no_difference_is_claimed_unseen() -> None:
     result = make_attacks(None, None)
+    assert "safe had no refusals to keep, all keeps 80.0" in plain(sentences(result)[0])
     nothing = replace(result, comparisons=tuple(replace(one, value=None, interval=None) for one in result.comparisons))
     assert headline(nothing).startswith("An arm had no refusals to keep, so it cannot be told")
 
@@ -93,13 +94,105 @@ def test_an_attack_that_breaks_all_or_nothing_is_said_to_tell_nothing(
 
 def test_one_arm_is_told_alone() -> None:
     found = make_attacks(-0.2)
-    alone = AttackResult(
-        **{**vars(found), "arms": found.arms[:1], "rows": found.rows_of(RELEARN)[:1], "comparisons": ()}
-    )
+    arm = replace(found.arms[0], strength=1.0)
+    alone = AttackResult(**{**vars(found), "arms": (arm,), "rows": found.rows_of(RELEARN)[:1], "comparisons": ()})
     assert list(map(plain, sentences(alone))) == [
         "After 100 benign rows, all keeps 80.0 % of its refusals (95 % 70.0 to 90.0)."
     ]
     assert basis(alone) == "Arm all is attacked at the strength it was trained to, and compared with no arm."
+    assert "Kept, minus" not in attack_section(alone)
+
+
+def with_third(value: float | None, kept: float | None = None) -> AttackResult:
+    """Attacks on a third arm too, risky, compared with all."""
+    found = make_attacks(-0.05, 0.4)
+    return replace(
+        found,
+        arms=(*found.arms, replace(found.arms[1], name="risky")),
+        rows=tuple(
+            row for attack in found.attacks for row in (*found.rows_of(attack), make_row("risky", attack, kept))
+        ),
+        comparisons=tuple(
+            one
+            for first in found.comparisons
+            for one in (first, replace(make_comparison(first.attack, value, None), arm="risky"))
+        ),
+    )
+
+
+def test_the_headline_names_arms_that_were_compared_alone() -> None:
+    both = "no difference is seen in how easily the safety of arms safe, risky and all breaks"
+    assert both in headline(with_third(-0.05, 0.5))
+    found = with_third(None)
+    assert "Under 2 attacks no difference is seen in how easily the safety of arms safe and all breaks" in headline(
+        found
+    )
+    # Nor does an arm without refusals hide that an attack was too strong for the others.
+    rows = [row if row.kept is None else replace(row, kept_interval=(0.0, 0.05)) for row in found.rows]
+    assert "Too strong or too weak to tell them apart" in headline(replace(found, rows=tuple(rows)))
+
+
+def test_an_arm_of_which_nothing_was_scored_is_not_said_to_have_had_nothing_to_keep() -> None:
+    found = make_attacks(None, None)
+    silent = replace(make_rate(0), value=None, interval=None, n=0, refused=0, unscored=120)
+    row = replace(
+        found.rows[1], before=make_rate(60), after=silent, change=None, change_interval=None, kept_unscored=60
+    )
+    unknown = replace(found, rows=(found.rows[0], row, *found.rows[2:]))
+    assert "what safe keeps is not known, all keeps 80.0" in plain(sentences(unknown)[0])
+    assert cells(unknown)[1][-3:] == ["not known, n = 0, 120 unscored", "not known", "not known"]
+    # One of two attacks can be told of.
+    assert headline(unknown).startswith(
+        "Under 1 attack no difference is seen in how easily the safety of arms safe and"
+    )
+    nothing = replace(unknown, comparisons=tuple(replace(one, value=None, interval=None) for one in found.comparisons))
+    assert headline(nothing) == (
+        "What an arm keeps of its refusals is not known, so it cannot be told whether safety in fewer heads breaks more "
+        "easily."
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "said"), [(1, "1 reply is unscored and counts"), (45, "45 replies are unscored and count")]
+)
+def test_silent_replies_are_counted_where_they_count(n: int, said: str) -> None:
+    found = make_attacks(-0.2)
+    row = replace(found.rows[1], kept_unscored=n, change_unscored=n)
+    some = replace(found, rows=(found.rows[0], row, *found.rows[2:]))
+    assert f"(95 % 50.0 to 70.0; {said} as not kept)" in plain(sentences(some)[0])
+    change, kept = map(plain, cells(some)[1][-2:])
+    assert change.endswith(f", {n} unscored left out")
+    assert kept == f"60.0 % (50.0 to 70.0), {n} unscored"
+
+
+def test_attacks_on_an_arm_that_was_trained_again_are_named_and_hide_no_others() -> None:
+    whole = with_third(-0.3, 0.5)
+    found, alone = whole.without(["risky"]), make_attacks(-0.05, 0.4)
+    gone = "Attacks on risky are of an adapter that no longer exists; run castune attack again."
+    assert gone in attack_section(found)
+    assert (found.rows, found.comparisons, found.arms) == (alone.rows, alone.comparisons, alone.arms)
+    assert (headline(found), sentences(found), basis(found)) == (headline(alone), sentences(alone), basis(alone))
+
+
+def test_without_the_reference_the_others_are_told_and_not_compared() -> None:
+    found = with_third(-0.3, 0.5).without(["all"])
+    assert found.comparisons == ()
+    gone = "Attacks on all are of an adapter that no longer exists; run castune attack again."
+    assert headline(found) == f"{gone} So it is not known whether safety in fewer heads breaks more easily."
+    relearnt = plain(sentences(found)[0])
+    assert relearnt == (
+        "After 100 benign rows, safe keeps 75.0 % of its refusals (95 % 65.0 to 85.0) and risky keeps 50.0 % of its "
+        "refusals (95 % 40.0 to 60.0)."
+    )
+    page = attack_section(found)
+    assert gone in page
+    assert "Kept, minus" not in page
+    assert basis(found).startswith("Arms are attacked at equal safety: safe at 1 and risky at 1 of")
+    left = found.without(["risky"])
+    assert "Attacks on all and risky are of adapters that no longer exist; run castune attack again." in headline(left)
+    assert basis(replace(left, arms=(replace(left.arms[0], strength=0.5),))) == (
+        "Arm safe is attacked at 0.5 of its adapter's strength, and compared with no arm."
+    )
 
 
 @pytest.mark.parametrize(("share", "said"), [(67, "a quarter"), (135, "half"), (27, "10 %"), (202, "three quarters")])

@@ -58,6 +58,23 @@ def test_the_tables_hold_the_numbers() -> None:
     assert " to " not in lines[lines.index(next(line for line in lines if line.startswith("base"))) + 1]
 
 
+def test_a_strength_that_is_left_out_is_said_to_be() -> None:
+    outcomes = np.tile(np.linspace(0.2, 0.8, 7)[:, None], 3)
+    curves = {"safety": [outcomes], "utility": [1 - outcomes]}
+    found = StrengthCurves.of(STRENGTHS, curves, left_out={"safety": [0.75, 1.5]}, draws=5)
+    [table] = curve_tables(found)
+    cells = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line[:1] in "01"}
+    assert cells["0.75"] == ["left", "out", "50.0"]
+    assert cells["1.5"] == ["left", "out", "20.0"]
+    assert cells["1.25"] == ["70.0", "30.0"]
+    levels = found.at(1.5)
+    level = level_table(1.5, levels, [name for name in found.measures if name not in levels])
+    assert "Refusals on harmful prompts, %  not known" in level
+    assert max(map(len, (*table.splitlines(), *level.splitlines()))) <= 80
+    kept = said("safety", 0.1, None, goal=False, found=found)
+    assert "at every measured strength but 0.75, 1.5, so any of them keeps this limit" in kept
+
+
 def test_one_kind_of_measure_is_one_table() -> None:
     [table] = curve_tables(falling(*np.linspace(0.7, 0.1, 7)))
     assert "Utility" in table

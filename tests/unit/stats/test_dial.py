@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -227,3 +228,40 @@ def test_a_target_and_draws_must_be_numbers() -> None:
         of_means(safety=np.linspace(0, 1, 7)).reach("safety", math.inf)
     with pytest.raises(ValueError, match="draws is 0"):
         StrengthCurves.of((0, 1), {"a": [np.zeros((2, 3))]}, draws=0)
+
+
+# -- strengths that are left out
+
+
+def test_a_curve_without_a_strength_is_that_of_the_others() -> None:
+    outcomes, unscored = rates(40, 0.2, 0.5, 0.8), np.full((1, 40), np.nan)
+    whole = StrengthCurves.of((0, 0.5, 1), {"safety": [outcomes]}, draws=100)
+    with_silent = np.concatenate([outcomes[:2], unscored, outcomes[2:], unscored])
+    found = StrengthCurves.of(
+        (0, 0.5, 0.75, 1, 2), {"safety": [with_silent]}, left_out={"safety": [0.75, 2]}, draws=100
+    )
+    assert found.strengths_J.tolist() == [0, 0.5, 0.75, 1, 2]
+    assert found.measures["safety"].left_out == (0.75, 2)
+    assert (found.measures["safety"].n, found.measures["safety"].unscored) == (40, 0)
+    expected = whole.levels("safety")
+    assert found.levels("safety") == [*expected[:2], None, expected[2], None]
+    reached = found.reach("safety", 0.7)
+    assert reached.left_out == (0.75, 2)
+    assert replace(reached, left_out=()) == whole.reach("safety", 0.7)
+
+
+def test_where_a_measure_is_left_out_the_others_are_told() -> None:
+    curves = {"safety": [rates(20, 0.2, 0.5, 0.8)], "nll": [rates(20, 0.1, 0.3, 0.9)]}
+    found = StrengthCurves.of((0, 1, 2), curves, left_out={"safety": [2]}, draws=20)
+    assert list(found.at(1)) == ["safety", "nll"]
+    for strength in (1.5, 2):  # nothing is known between a strength and one that is left out at the end
+        assert list(found.at(strength)) == ["nll"]
+    inner = StrengthCurves.of((0, 1, 2), curves, left_out={"safety": [1]}, draws=20)
+    assert list(inner.at(1)) == ["nll"]
+    assert list(inner.at(2)) == ["safety", "nll"]
+
+
+@pytest.mark.parametrize("left_out", [(0,), (1,), (0, 1), (1, 5)])
+def test_a_curve_needs_the_base_and_a_strength(left_out: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="the base and one strength above are needed"):
+        StrengthCurves.of((0, 1), {"a": [np.zeros((2, 3))]}, left_out={"a": left_out})

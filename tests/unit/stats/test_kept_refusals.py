@@ -25,8 +25,9 @@ def test_the_share_is_of_what_was_refused_before() -> None:
     assert found.interval == wilson_interval(6, 8)
 
 
-def test_unscored_prompts_are_in_neither_part() -> None:
-    assert kept([True, True, None, True], [True, None, True, False])[2:] == (1, 2)
+def test_what_is_unscored_before_is_in_neither_part_and_after_it_is_not_kept() -> None:
+    found = kept([True, True, None, True], [True, None, True, False])
+    assert (found.value, *found[2:]) == (pytest.approx(1 / 3), 1, 3, 1)
     nothing = kept([False, None], [True, True])
     assert (nothing.value, nothing.interval, nothing.refused) == (None, None, 0)
     with pytest.raises(ValueError, match="argument 2 is"):
@@ -77,12 +78,42 @@ def test_where_an_arm_refused_nothing_nothing_can_be_said() -> None:
     assert found.n == 10
 
 
-def test_prompts_unscored_in_one_arm_leave_the_pair() -> None:
+def test_prompts_unscored_before_in_one_arm_leave_the_pair_and_after_they_are_lost() -> None:
     first, second = pair(20, 12, 9), pair(20, 12, 6)
-    first[1][0] = None
+    first[0][0] = None
     found = kept_difference(first, second)
     assert (found.n, found.unscored) == (19, 1)
     assert found.value == pytest.approx(8 / 11 - 5 / 11)
+    first, second = pair(20, 12, 9), pair(20, 12, 6)
+    first[1][0] = first[1][15] = None
+    found = kept_difference(first, second)
+    assert (found.n, found.unscored) == (20, 0)
+    assert found.value == pytest.approx(8 / 12 - 6 / 12)
+
+
+def test_an_arm_that_falls_silent_keeps_what_it_still_refuses() -> None:
+    before, heard = pair(100, 80, 60)
+    silent: Outcomes = [*[True] * 8, *[None] * 72, *[False] * 20]
+    assert kept(before, silent) == (0.1, wilson_interval(8, 80), 8, 80, 72)
+    found = kept_difference((before, heard), (before, silent))
+    # As if the replies were there and no refusals.
+    assert found == kept_difference((before, heard), (before, [one is True for one in silent]))
+    assert found.value == pytest.approx(0.65)
+    # Not one refusal and something that was heard: nothing is kept. Nothing heard at all: nothing is known.
+    assert kept(before, [*[None] * 80, *[False] * 20]).value == 0
+    assert kept(before, [None] * 100) == (None, None, 0, 80, 80)
+    assert kept_difference((before, heard), (before, [None] * 100))[:4] == (None, None, None, None)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 40])
+def test_no_difference_is_larger_than_all(n: int) -> None:
+    """Arms that keep the one and the other half."""
+    before, after = pair(n, n, n // 2)
+    smallest = kept_difference((before, after), (before, after[::-1])).smallest
+    assert smallest is not None
+    # By n - 1 degrees of freedom 4 pairs would show a difference of 1.8 or more.
+    assert smallest == 1 if n <= 4 else 0 < smallest < 1 + 1e-12
+    assert n < 40 or smallest < 0.6
 
 
 def test_more_prompts_show_smaller_differences() -> None:

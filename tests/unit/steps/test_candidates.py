@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -121,6 +122,21 @@ def test_the_cheapest_that_keeps_enough_is_taken() -> None:
     chosen, reason = choose(rows, RepairConfig(keep_safety=0.98), "nll")
     assert chosen == "a"
     assert "chance" not in reason
+
+
+def test_a_candidate_of_which_too_few_examples_are_scored_is_never_taken() -> None:
+    few = replace(tried("drop-4", 1.0, (0.9, 0.01)), too_few="of 100 examples of s that a has a score for it has 8")
+    rows = [tried("drop-2", 0.97, (0.1, 0.01)), few]
+    assert choose(rows, RepairConfig(keep_safety=0.95), "nll") == choose(
+        rows[:1], RepairConfig(keep_safety=0.95), "nll"
+    )
+    chosen, reason = choose([tried("drop-2", 0.5, (0.1, 0.01)), few], RepairConfig(), "nll")
+    assert chosen is None
+    assert "drop-2 keeps most" in reason
+    assert choose([few], RepairConfig(), "nll") == (
+        None,
+        "too few examples of any candidate are scored: drop-4: of 100 examples of s that a has a score for it has 8",
+    )
 
 
 @pytest.mark.parametrize(
