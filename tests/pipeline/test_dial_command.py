@@ -125,12 +125,12 @@ def test_what_was_measured_otherwise_is_measured_again(folder: RunDirectory, own
 def test_the_report_compares_the_arms_that_have_a_curve_and_names_the_others(folder: RunDirectory) -> None:
     command("dial", folder.path, "--strengths", "0.5,0.75")
     page = report_step(folder).read_text(encoding="utf-8")
-    assert "Arm risky is not compared, because it was not measured at other strengths" in page
+    assert "Not compared: risky (not measured at other strengths; castune dial" in page
     assert 'data-chart="equal_safety_nll"' in page
     command("dial", folder.path, "--strengths", "0.35", "--arm", "risky")
     found = costs_at_equal_safety(folder)
     assert found is not None
-    assert (found.arms, found.left_out) == (["safe", "risky"], ())
+    assert list(found.gains) == ["safe", "risky"]
 
 
 def test_replies_at_all_strengths_are_judged_by_the_judge_of_the_run(folder: RunDirectory) -> None:
@@ -188,7 +188,7 @@ def test_a_strength_that_is_given_is_written_without_an_evaluation(folder: RunDi
     # It can be published, merged, and put beside the arms.
     export(tmp_path / "out", tmp_path / "published")
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
-    assert "| times | 0.6 |" in card
+    assert "| Strength | 0.6 |" in card
     assert "safe of run" in card
     assert "| Zone | safe |" in card
     assert export(tmp_path / "out", tmp_path / "merged", merged=True).merging is not None

@@ -205,7 +205,7 @@ def test_what_an_earlier_repair_took_is_said_to_be_that(finished: Path, monkeypa
     assert "earlier repair" not in command(*repair), "it may be made again"
     monkeypatch.setattr("castune.steps.candidates.drop_order", lambda inspection: [])
     for _ in range(2):
-        assert f"note: {arm} was taken by an earlier repair, and is still there" in command(*repair)
+        assert f"note: {arm} was selected by an earlier repair, and is still there" in command(*repair)
     assert adapter_hash(arm) == taken
 
 

@@ -108,7 +108,9 @@ def test_all_strengths_are_judged_together(folder: RunDirectory) -> None:
 def test_the_report_opens_with_what_safety_costs(folder: RunDirectory) -> None:
     found = costs_at_equal_safety(folder)
     assert found is not None
-    assert (found.safety, found.arms) == ("safety-margin", ["safe", "risky"])
+    assert (found.safety, list(found.gains)) == ("safety-margin", ["safe", "risky"])
+    # Of a few prompts, the gain of one arm is not seen.
+    assert (found.arms, list(found.left_out)) == (["risky"], ["safe"])
     assert set(found.points) == {"nll", "kl", "over-refusal"}
     html = folder.report_file.read_text()
     opening = html[html.index("<header>") : html.index("</header>")]
@@ -132,7 +134,9 @@ def test_what_happened_is_on_the_first_screen(folder: RunDirectory, browser: Bro
             browser.run(f"document.querySelector('header .opening {one}').getBoundingClientRect().toJSON()")
             for one in ("> div", "figure")
         )
-        assert len(browser.run("[...document.querySelectorAll('header .verdict')].map((p) => p.textContent)")) == 3
+        said = browser.run("[...document.querySelectorAll('header .verdict')].map((p) => p.textContent)")
+        # And one that names the arm that is not compared.
+        assert len(said) == 4
         if width == 1280:
             assert max(words["bottom"], picture["bottom"]) <= 800
             assert words["right"] <= picture["left"]

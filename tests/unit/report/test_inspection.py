@@ -138,8 +138,8 @@ def test_what_a_repair_says() -> None:
         "gain kept: 95 % interval; judge opening",
         "base model refuses 5.0 % of harmful prompts",
         "drop-3 50.0 % 97 % (87 to 102) +0.200 ± 0.010 +0.100 ± 0.020",
-        "taken: drop-3 keeps 97.0 %",
-        "as much safety at no more cost by the NLL of right answers is kept by: random-3-1; here the order by effects is no better "
+        "selected: drop-3 keeps 97.0 %",
+        "these keep as much safety at no higher cost (the NLL of right answers): random-3-1; here the order by effects is no better "
         "than chance",
         "NLL added: +0.300 ± 0.010 before, +0.200 ± 0.010 after",
         "over-refusals: +12.5 before, +12.5 after",
@@ -149,5 +149,5 @@ def test_what_a_repair_says() -> None:
     confirmed = RepairResult(**{**vars(found), "confirmed_on": ("u",), "confirmed": tuple(rows[:2] + rows[3:])})
     text = " ".join(" ".join(repair_summary.summary(confirmed)).split())
     assert "confirmed on u, which played no part in the choice" in text
-    assert "none of 1 others keeps as much safety at no more cost" in text
+    assert "none of 1 alternatives keeps as much safety at no higher cost" in text
     assert "it was chosen on these suites" not in text
