@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 # Of the gain in safety that every arm reaches, the share at which costs are compared. At all of it, noise would leave
 # the weakest arm short of the target in half of the draws; at little of it, adapters are so weak that none costs much.
 SHARE = 0.8
-# Of a safety of 1: what rounding may add to the mean of a constant.
+# Of its size: what rounding may add to the mean of a constant.
 _NO_GAIN = 1e-9
 
 
@@ -151,7 +151,7 @@ def common_target(curves: Mapping[str, Curve]) -> float | None:
     base = float(mean_L[0])
     gain = min(highest) - base
     # The mean of a constant may come out higher by a rounding error.
-    return base + SHARE * gain if gain > _NO_GAIN * max(1.0, abs(base)) else None
+    return base + SHARE * gain if gain > _NO_GAIN * max(abs(base), abs(min(highest))) else None
 
 
 def equal_safety(curves: Mapping[str, Curve], target: float, *, draws: int = 2000, seed: int = 0) -> EqualSafety:
