@@ -31,7 +31,7 @@ from castune.artifacts import EvalResult
 from castune.data.example import Example
 from castune.stats.comparisons import Comparison, Outcomes, compare, holm
 
-REFUSED, HELPFUL = "starter-safety-eval", "starter-helpful-eval-nll"
+REFUSED, HELPFUL = "starter-safety-eval", "starter-helpful-eval"
 SUITES = (REFUSED, "nll:starter-helpful-eval")
 STRENGTHS = (0.25, 0.5, 0.75)
 # What is compared with the adapter as it is, and how `project_adapter` makes it.
