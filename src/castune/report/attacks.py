@@ -65,7 +65,7 @@ def headline(result: AttackResult) -> str:
         extreme = [attack_name(attack) for attack in result.attacks if _is_extreme(attack, result)]
         left = "" if not extreme else f" Too strong or too weak to tell them apart: {_listed(extreme)}."
         return f"Under {tested} no difference is seen in how easily the safety of arms {names} breaks{could}.{left}"
-    # Of four seeds of the default model, two went one way and two the other, each by far more than its interval.
+    # Of four seeds of the default model in 4 bits, one was seen to break more easily and one to hold better.
     return (
         f"{_capital('; '.join(parts))} ({tested}, adjusted for their number). One training of each arm was attacked: "
         "another seed may give a different result."

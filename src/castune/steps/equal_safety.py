@@ -118,9 +118,9 @@ def _of_run(folder: RunDirectory) -> tuple[EvalResult | None, dict[str, AtStreng
     if base is None:
         return None, {}
     return base, {
-        name: {**{s: one for s, one in strengths.get(name, {}).items() if _is_beside(base, one)}, 1.0: full}
+        name: {s: one for s, one in {**strengths.get(name, {}), 1.0: full}.items() if _is_beside(base, one)}
         for name, full in evaluations.items()
-        if name != BASE and _is_beside(base, full)
+        if name != BASE
     }
 
 
@@ -231,7 +231,7 @@ def _n_scored(result: Evaluated, suites: Sequence[str]) -> int:
 
 def _why_alone(points: AtStrengths) -> str:
     """Why there is no curve of an arm."""
-    if len(points) < 2:
+    if list(points) == [1.0]:
         return "not measured at other strengths; castune dial RUN --arm NAME does that"
     return (
         "not measured by the suites, judge and settings of the base model at several strengths, or too many harmful "

@@ -159,13 +159,13 @@ def _by_interval(blank: RuleResult, rule: GateRule, here: _Run, there: _Run | No
     other = None if rule.against is None else _reference(rule, blank.arm, here, there)
     evaluation = here.evaluation(blank.arm)
     suites = _suites(evaluation, str(rule.metric))
+    again = f"castune evaluate {here.folder.path} --suites ..., with all suites that are wanted"
     if not suites or threshold is None:
-        again = f"castune evaluate {here.folder.path} --suites ..., with all suites that are wanted"
         raise _NotMeasured(f"{rule.metric} was not measured; run: {again}")
     reference = None if other is None else other[0].evaluation(other[1])
-    _check_all_suites(
-        suites, str(rule.metric), [*here.evaluations.values(), *([] if reference is None else [reference])]
-    )
+    beside = [*here.evaluations.values(), *([] if reference is None else [reference])]
+    if missing := _missing_suites(suites, str(rule.metric), beside):
+        raise _NotMeasured(f"{', '.join(missing)} was not measured on this arm; run: {again}")
     found = replace(blank, unit=PURPOSES[suites[0].purpose].unit, suites=tuple(suite.suite for suite in suites))
     if reference is not None and same_model_identity(evaluation.model, reference.model):
         nothing = Interval(0.0, 0.0)
@@ -230,11 +230,10 @@ def _suites(evaluation: EvalResult, metric: str) -> list[SuiteResult]:
     return of_purpose or [suite for suite in evaluation.suites if suite.suite == metric]
 
 
-def _check_all_suites(suites: Sequence[SuiteResult], metric: str, evaluations: Sequence[EvalResult]) -> None:
-    """Refuse a mean over fewer suites than others were measured on: a hard one may be missing."""
+def _missing_suites(suites: Sequence[SuiteResult], metric: str, evaluations: Sequence[EvalResult]) -> list[str]:
+    """Suites of the metric that others were measured on: a mean without them may lack the hard one."""
     measured = {suite.suite for one in evaluations for suite in one.suites if metric in (suite.purpose, suite.suite)}
-    if missing := sorted(measured - {suite.suite for suite in suites}):
-        raise _NotMeasured(f"{', '.join(missing)} was not measured on this arm; run: castune evaluate RUN")
+    return sorted(measured - {suite.suite for suite in suites})
 
 
 def _threshold(rule: GateRule, about: Purpose | None) -> Threshold | None:

@@ -10,7 +10,7 @@ from test_safety_costs import evaluated
 
 from castune.artifacts import EvalResult
 from castune.config import EvaluateConfig
-from castune.steps.equal_safety import strengths_at_equal_safety
+from castune.steps.equal_safety import costs_at_equal_safety, strengths_at_equal_safety
 
 N = 100
 SETTINGS = EvaluateConfig().model_dump(mode="json")
@@ -86,3 +86,16 @@ def test_an_arm_that_cannot_be_compared_moves_no_other(points: dict[float, float
     assert found.target == alone.target
     assert found.strengths == {**alone.strengths, "kept": 1.0}
     assert why in found.why_full
+
+
+def test_an_arm_that_was_measured_otherwise_is_named() -> None:
+    """Its evaluation at full strength too has to be beside the base model's."""
+    arms = {"safe": {0.5: 0.4, 1.0: 0.7}, "all": {0.25: 0.5, 0.5: 0.8, 1.0: 1.0}}
+    run = folder(0.2, arms)
+    full = run.load_evaluations()
+    full["safe"] = EvalResult(**{**vars(full["safe"]), "settings": {**SETTINGS, "max_new_tokens": 7}})
+    found = costs_at_equal_safety(run)
+    assert found is not None
+    assert found.arms == ["all"]
+    assert list(found.left_out) == ["safe"]
+    assert "not measured by the suites, judge and settings of the base model" in found.left_out["safe"]
